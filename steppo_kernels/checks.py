@@ -1,0 +1,173 @@
+"""Argument checks. Each names the argument, what it got and what it expected.
+
+Checks look at types, shapes, dtypes and devices, not at values on a GPU, so that no call waits for
+one; only `flags`, while a layout is built, does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    return value
+
+
+def floating(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """Return `value` if it is a floating point tensor (on `device`, if that is given)."""
+    checked = tensor(name, value)
+    if checked.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got {checked.dtype}, expected a floating point dtype")
+    return checked if device is None else on_device(name, checked, device)
+
+
+def integer(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """Return `value` if it is an integer tensor (on `device`, if that is given)."""
+    checked = tensor(name, value)
+    if checked.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}: got {checked.dtype}, expected an integer dtype")
+    return checked if device is None else on_device(name, checked, device)
+
+
+def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:
+    """Return `value` if it lies on `device`."""
+    if value.device != device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, expected one on {device}")
+    return value
+
+
+def dims(name: str, value: Tensor, allowed: Iterable[int]) -> Tensor:
+    """Return `value` if its number of dimensions is one of `allowed`."""
+    if value.dim() not in allowed:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected {_or(allowed)} dimensions"
+        )
+    return value
+
+
+def tokens(
+    name: str, value: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return a floating tensor with as many elements as `shape`, flat, contiguous, in `dtype`."""
+    checked = floating(name, value, device)
+    if checked.shape != shape and checked.numel() != shape.numel():
+        raise ValueError(
+            f"{name}: got shape {tuple(checked.shape)}, expected the token shape {tuple(shape)} "
+            "or a view of it"
+        )
+    return flat(checked, dtype)
+
+
+def steps_or_tokens(
+    name: str, value: object, num_steps: int | None, shape: torch.Size, device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, bool]:  # fmt: skip
+    """Return a floating tensor, flat and in `dtype`, and whether it has one entry per token.
+
+    Without `num_steps` it must.
+    """
+    checked = floating(name, value, device)
+    if num_steps is None:
+        return tokens(name, checked, shape, device, dtype), True
+    if checked.shape == (num_steps,):
+        return flat(checked, dtype), False
+    if checked.numel() == shape.numel():
+        return flat(checked, dtype), True
+    raise ValueError(
+        f"{name}: got shape {tuple(checked.shape)}, expected one entry per step {(num_steps,)} "
+        f"or the token shape {tuple(shape)}"
+    )
+
+
+def flags(
+    name: str, value: object, allowed: tuple[int, ...], device: torch.device | None = None, *,
+    wait: bool = True,
+) -> Tensor:  # fmt: skip
+    """Return a bool, or int or float 0/1, tensor as bool.
+
+    The values are checked where that costs no wait for a GPU, or where `wait` allows one.
+    """
+    checked = dims(name, tensor(name, value), allowed)
+    if device is not None:
+        on_device(name, checked, device)
+    if checked.dtype == torch.bool:
+        return checked
+    if checked.dtype not in (*INTEGER_DTYPES, *FLOAT_DTYPES):
+        raise TypeError(f"{name}: got {checked.dtype}, expected bool, or int or float of 0/1")
+    if torch.compiler.is_compiling() or not (wait or checked.device.type == "cpu"):
+        return checked != 0
+    ones = checked == 1
+    known = ones | (checked == 0)
+    if not bool(known.all()):
+        raise ValueError(f"{name}: got the value {checked[~known][0].item()}, expected only 0 and 1")
+    return ones
+
+
+def vector(
+    name: str, value: object, length: int, what: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return a floating tensor of shape ``[length]`` in `dtype`; `what` says what it counts."""
+    checked = floating(name, value, device)
+    if checked.shape != (length,):
+        raise ValueError(
+            f"{name}: got shape {tuple(checked.shape)}, expected ({length},), one entry per {what}"
+        )
+    return flat(checked, dtype)
+
+
+def scalar(
+    name: str, value: object, device: torch.device, *, positive: bool = False
+) -> Tensor | None:
+    """Return a number or 0-dim tensor as a 0-dim tensor; a number becomes one on the CPU.
+
+    Kernels take a 0-dim CPU tensor as a plain argument, as torch's own operators do.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a 0-dim tensor")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name}: got {value.dtype}, expected a real number")
+        if value.device.type != "cpu":
+            on_device(name, value, device)
+        return value.detach().to(torch.float64)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number or 0-dim tensor")
+    number = float(value)
+    if number != number or abs(number) == float("inf") or (positive and number <= 0.0):
+        expected = "a finite number above 0" if positive else "a finite number"
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    return torch.tensor(number, dtype=torch.float64)
+
+
+def fraction(name: str, value: object) -> float:
+    """Return `value` if it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number in [0, 1]")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1]")
+    return float(value)
+
+
+def compute_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype a call computes in: fp64 stays fp64, everything else is fp32."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `value` as a contiguous vector in `dtype`; gradients flow back to `value`."""
+    return value.to(dtype).reshape(-1).contiguous()
+
+
+def _or(allowed: Iterable[int]) -> str:
+    return " or ".join(str(n) for n in allowed)

@@ -1,0 +1,112 @@
+"""The agent: a small Qwen3 causal language model with a value head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+
+class Agent(nn.Module):
+    """A Qwen3 language model and a linear value head on the same hidden states.
+
+    Everything is aligned to the token that follows: entry i of ``states`` is what the model knows *before* token i,
+    so the head's value at i is the value of the state before token i, and the language head's distribution at i is
+    the one token i was drawn from.
+
+    Args:
+        vocab_size: size of the tokenizer's vocabulary.
+        hidden_size: width of the model.
+        layers: number of decoder layers.
+        heads: attention heads.
+        pad_id: id of the padding token.
+        max_length: longest row in tokens.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        hidden_size: int = 96,
+        layers: int = 2,
+        heads: int = 4,
+        pad_id: int = 0,
+        max_length: int = 1024,
+    ) -> None:
+        super().__init__()
+        config = Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=hidden_size // heads,
+            max_position_embeddings=max_length,
+            tie_word_embeddings=False,
+            pad_token_id=pad_id,
+            attn_implementation="sdpa",
+        )
+        self.language_model = Qwen3ForCausalLM(config)
+        self.value_head = nn.Linear(hidden_size, 1)
+        # Before training no state is better than another: every first advantage is the reward itself.
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """Weight of the language head, [V, d]."""
+        return self.language_model.lm_head.weight
+
+    def states(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden state before each token.
+
+        Args:
+            token_ids: [B, T]; rows may be padded on either side.
+            attention_mask: [B, T], 1 at real tokens.
+
+        Returns:
+            [B, T, d]; entry i of a row has seen the tokens before i only. A row's first entry is zero.
+        """
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        hidden = self.language_model.model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
+
+    def values(self, states: Tensor) -> Tensor:
+        """State values [B, T] of ``states`` [B, T, d]: position i holds the value before token i."""
+        return self.value_head(states).squeeze(-1)
+
+    def next_logits(
+        self,
+        token_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        last: Tensor,
+        cache: DynamicCache,
+    ) -> Tensor:
+        """Logits of the next token of each row, with the rows' past in a cache.
+
+        Args:
+            token_ids: [A, Q] tokens to append, padded on the right.
+            attention_mask: [A, C + Q], 1 at the real tokens among the cached columns and the new ones.
+            positions: [A, Q] position of each new token in its own row.
+            last: [A] index into Q of each row's last real token.
+            cache: keys and values of the C columns before; grows by Q.
+
+        Returns:
+            [A, V].
+        """
+        hidden = self.language_model.model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        rows = torch.arange(len(last), device=last.device)
+        return self.language_model.lm_head(hidden[rows, last])

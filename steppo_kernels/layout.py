@@ -1,0 +1,479 @@
+"""StepLayout: which tokens form which step, and which steps form which trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from . import checks, segment
+from .backends import Backend, resolve
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """The steps of a batch, in the forms that the kernels read. Built once, never changed.
+
+    N tokens (flat positions are row-major), M action tokens, S steps, G trajectories, R rows.
+    All tensors lie on the device of the constructor's input.
+
+    Attributes:
+        step_ids: int32 of the token shape ``[B, T]`` or ``[N]``: step of each token, -1 where no
+            action token.
+        token_index: int64 ``[M]``: flat positions of the action tokens, step by step.
+        step_offsets: int64 ``[S + 1]``: step s owns
+            ``token_index[step_offsets[s]:step_offsets[s + 1]]``.
+        step_lengths: int32 ``[S]``; 0 is allowed.
+        trajectory_steps: int64 ``[K]``: steps of the trajectories, each in time order.
+        trajectory_offsets: int64 ``[G + 1]``: trajectory g owns
+            ``trajectory_steps[trajectory_offsets[g]:trajectory_offsets[g + 1]]``.
+        trajectory_counts: int32 ``[S]``: number of non-empty steps in the step's trajectory.
+        state_index: int64 ``[S]``: flat position whose value is that of the state before the
+            step's first token.
+        row_offsets: int64 ``[R + 1]``: flat positions where rows begin; rewards that fall outside
+            of actions stay in their row.
+    """
+
+    step_ids: Tensor
+    token_index: Tensor
+    step_offsets: Tensor
+    step_lengths: Tensor
+    trajectory_steps: Tensor
+    trajectory_offsets: Tensor
+    trajectory_counts: Tensor
+    state_index: Tensor
+    row_offsets: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The token shape, ``[B, T]`` or ``[N]``."""
+        return self.step_ids.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.step_ids.device
+
+    @property
+    def num_steps(self) -> int:
+        """S, empty steps included."""
+        return self.step_lengths.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """M, the number of action tokens."""
+        return self.token_index.shape[0]
+
+    @property
+    def num_trajectories(self) -> int:
+        """G."""
+        return self.trajectory_offsets.shape[0] - 1
+
+    def to(self, device: torch.device | str) -> StepLayout:
+        """Return the layout with every tensor on `device`."""
+        return StepLayout(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def __repr__(self) -> str:
+        return (
+            f"StepLayout(shape={tuple(self.shape)}, num_steps={self.num_steps}, "
+            f"num_tokens={self.num_tokens}, num_trajectories={self.num_trajectories}, "
+            f"device={str(self.device)!r})"
+        )
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        backend: Backend = "auto",
+    ) -> StepLayout:
+        """Make every run of ones in a row a step and every row a trajectory.
+
+        Args:
+            mask: bool, or int or float of 0/1, ``[B, T]`` or packed ``[N]``.
+            cu_seqlens: int ``[R + 1]``, where the rows of a packed ``[N]`` input begin; without it
+                a 1-D input is one row. A run never crosses a row.
+            boundaries: bool (or 0/1) of the shape of `mask`: marks tokens that open a new step
+                inside a run.
+            backend: implementation of the segmentation.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        flags = checks.flags("mask", mask, (1, 2))
+        rows = _row_offsets("mask", flags, cu_seqlens)
+        if boundaries is not None:
+            boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
+            _same_shape("boundaries", boundaries, flags.shape)
+            boundaries = boundaries.reshape(-1).contiguous()
+        chosen = resolve(backend, flags.device)
+        found = segment.segment_mask(flags.reshape(-1).contiguous(), boundaries, rows, chosen)
+        return cls._from_segments(found, rows, flags.shape, chosen)
+
+    @classmethod
+    def from_step_ids(
+        cls, step_ids: Tensor, *, cu_seqlens: Tensor | None = None, backend: Backend = "auto"
+    ) -> StepLayout:
+        """Build from the step (turn) id of each token.
+
+        Ids number steps within a row, so equal ids in two rows are two steps; they must not
+        decrease along a row, gaps between them close up, and the tokens of one step need not be
+        contiguous.
+
+        Args:
+            step_ids: int ``[B, T]`` or packed ``[N]``; -1 where no action token.
+            cu_seqlens: as in `from_mask`.
+            backend: implementation of the segmentation.
+
+        Raises:
+            ValueError, TypeError: naming the argument; also for an id that decreases.
+        """
+        ids = checks.dims("step_ids", checks.integer("step_ids", step_ids), (1, 2))
+        rows = _row_offsets("step_ids", ids, cu_seqlens)
+        if ids.numel() and int(ids.min()) < -1:
+            raise ValueError(f"step_ids: got {int(ids.min())}, expected ids >= 0, or -1 for none")
+        chosen = resolve(backend, ids.device)
+        flat = ids.reshape(-1).to(torch.int64).contiguous()
+        found = segment.segment_ids(flat, rows, chosen)
+        return cls._from_segments(found, rows, ids.shape, chosen)
+
+    @classmethod
+    def from_rows(
+        cls,
+        mask: Tensor,
+        trajectory_ids: Tensor | Sequence[int] | Sequence[str],
+        step_indices: Tensor | Sequence[int],
+        *,
+        valid: Tensor | None = None,
+        backend: Backend = "auto",
+    ) -> StepLayout:
+        """Make each row one step: the layout of the StepPO authors' code and of most trainers.
+
+        S is the number of rows, in row order. A valid row whose mask is all zero keeps its place
+        in time. Trajectories are numbered by their first valid row.
+
+        Args:
+            mask: bool, or int or float of 0/1, ``[S, T]``.
+            trajectory_ids: ``[S]``, any integers or strings.
+            step_indices: int ``[S]``, the order of the steps in their trajectory; gaps close up.
+            valid: bool (or 0/1) ``[S]``; a False row is padding: it belongs to no trajectory and
+                has length 0.
+            backend: implementation of the segmentation.
+
+        Raises:
+            ValueError, TypeError: naming the argument; also for a duplicate step.
+        """
+        flags = checks.flags("mask", mask, (2,))
+        num_rows, row_length = flags.shape
+        device = flags.device
+        if valid is not None:
+            valid = checks.flags("valid", valid, (1,), device)
+            _same_shape("valid", valid, torch.Size((num_rows,)))
+        chosen = resolve(backend, device)
+        found = segment.segment_rows(flags.contiguous(), valid, chosen)
+        keep = torch.arange(num_rows) if valid is None else valid.cpu().nonzero().squeeze(1)
+        codes = _trajectory_codes(trajectory_ids, num_rows, keep)
+        steps, offsets = _order_rows(codes, _step_indices(step_indices, num_rows)[keep], keep)
+        starts = torch.arange(num_rows, device=device) * row_length
+        return cls._assemble(
+            found,
+            flags.shape,
+            chosen,
+            num_steps=num_rows,
+            num_tokens=int(found.counts[0]),
+            row_offsets=_uniform_offsets(num_rows, row_length, device),
+            trajectory_steps=steps.to(device),
+            trajectory_offsets=offsets.to(device),
+            state_index=starts,
+        )
+
+    @classmethod
+    def from_markers(
+        cls,
+        token_ids: Tensor,
+        start: Tensor | Sequence[int],
+        end: int,
+        *,
+        cu_seqlens: Tensor | None = None,
+        backend: Backend = "auto",
+    ) -> StepLayout:
+        """Find the actions by the tokens around them, as a chat template writes them.
+
+        An action starts after each occurrence of `start` and ends with the first following `end`,
+        inclusive; an unfinished last action runs to the end of the row. While an action is open,
+        occurrences of `start` are part of it.
+
+        Args:
+            token_ids: int ``[B, T]`` or packed ``[N]``.
+            start: int ``[K]``, e.g. the tokens of ``<|im_start|>assistant\\n``.
+            end: e.g. the token of ``<|im_end|>``.
+            cu_seqlens: as in `from_mask`; a match never crosses a row.
+            backend: implementation of the segmentation.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        ids = checks.dims("token_ids", checks.integer("token_ids", token_ids), (1, 2))
+        rows = _row_offsets("token_ids", ids, cu_seqlens)
+        marker = start if isinstance(start, Tensor) else _int_tensor("start", start)
+        marker = checks.dims("start", checks.integer("start", marker), (1,)).to(ids.device)
+        if marker.numel() == 0:
+            raise ValueError("start: got an empty sequence, expected at least one token id")
+        if isinstance(end, bool) or not isinstance(end, int):
+            raise TypeError(f"end: got {type(end).__name__}, expected one token id (int)")
+        chosen = resolve(backend, ids.device)
+        mask = segment.mark_actions(
+            ids.reshape(-1).to(torch.int64).contiguous(), rows, marker.to(torch.int64), end, chosen
+        )
+        found = segment.segment_mask(mask, None, rows, chosen)
+        return cls._from_segments(found, rows, ids.shape, chosen)
+
+    def per_token(self) -> StepLayout:
+        """Return the same batch with every action token a step of its own (token-level PPO)."""
+        device = self.device
+        num_tokens = self.num_tokens
+        ranks = torch.arange(num_tokens, device=device)
+        step_ids = torch.full_like(self.step_ids, -1)
+        step_ids.view(-1)[self.token_index] = ranks.to(torch.int32)
+        lengths = self.step_lengths.to(torch.int64)[self.trajectory_steps]
+        steps = _ranges(self.step_offsets[self.trajectory_steps], lengths)
+        offsets = _prefix(lengths)[self.trajectory_offsets]
+        ones = torch.ones(num_tokens, dtype=torch.int32, device=device)
+        return StepLayout(
+            step_ids=step_ids,
+            token_index=self.token_index,
+            step_offsets=torch.arange(num_tokens + 1, device=device),
+            step_lengths=ones,
+            trajectory_steps=steps,
+            trajectory_offsets=offsets,
+            trajectory_counts=_count_nonempty(ones, steps, offsets, num_tokens),
+            state_index=self.token_index,
+            row_offsets=self.row_offsets,
+        )
+
+    def per_trajectory(self) -> StepLayout:
+        """Return the same batch with every trajectory one step (sequence-level GSPO).
+
+        The state of a trajectory is that of its first step. A trajectory without steps becomes
+        an empty step that belongs to no trajectory.
+        """
+        device = self.device
+        steps, groups = self.trajectory_steps, self.num_trajectories
+        lengths = self.step_lengths.to(torch.int64)[steps]
+        offsets = _prefix(lengths)[self.trajectory_offsets]
+        owner = torch.repeat_interleave(
+            torch.arange(groups, device=device, dtype=torch.int32), offsets.diff()
+        )
+        index = self.token_index[_ranges(self.step_offsets[steps], lengths)]
+        step_ids = torch.full_like(self.step_ids, -1)
+        step_ids.view(-1)[index] = owner
+        state_index = torch.zeros(groups, dtype=torch.int64, device=device)
+        has_steps = self.trajectory_offsets.diff() > 0
+        kept = has_steps.nonzero().squeeze(1)
+        state_index[kept] = self.state_index[steps[self.trajectory_offsets[:-1][kept]]]
+        step_lengths = offsets.diff().to(torch.int32)
+        return StepLayout(
+            step_ids=step_ids,
+            token_index=index,
+            step_offsets=offsets,
+            step_lengths=step_lengths,
+            trajectory_steps=kept,
+            trajectory_offsets=_prefix(has_steps.to(torch.int64)),
+            trajectory_counts=(step_lengths > 0).to(torch.int32),
+            state_index=state_index,
+            row_offsets=self.row_offsets,
+        )
+
+    @classmethod
+    def _from_segments(
+        cls, found: segment.Segments, rows: Tensor, shape: torch.Size, backend: str
+    ) -> StepLayout:
+        """Finish a layout whose trajectories are its rows."""
+        # One copy to the host for both sizes and the error.
+        num_tokens, decreasing, num_steps = torch.cat(
+            (found.counts, found.row_steps[-1:])
+        ).tolist()
+        if decreasing >= 0:
+            raise ValueError(
+                f"step_ids: got an id at flat position {decreasing} smaller than one before it in "
+                "its row, expected ids that do not decrease along a row"
+            )
+        return cls._assemble(
+            found,
+            shape,
+            backend,
+            num_steps=num_steps,
+            num_tokens=num_tokens,
+            row_offsets=rows,
+            trajectory_steps=torch.arange(num_steps, device=rows.device),
+            trajectory_offsets=found.row_steps,
+            state_index=None,
+        )
+
+    @classmethod
+    def _assemble(
+        cls,
+        found: segment.Segments,
+        shape: torch.Size,
+        backend: str,
+        *,
+        num_steps: int,
+        num_tokens: int,
+        row_offsets: Tensor,
+        trajectory_steps: Tensor,
+        trajectory_offsets: Tensor,
+        state_index: Tensor | None,
+    ) -> StepLayout:
+        index, offsets, lengths = segment.compact(found.step_ids, num_steps, num_tokens, backend)
+        return cls(
+            step_ids=found.step_ids.view(shape),
+            token_index=index,
+            step_offsets=offsets,
+            step_lengths=lengths,
+            trajectory_steps=trajectory_steps,
+            trajectory_offsets=trajectory_offsets,
+            trajectory_counts=_count_nonempty(
+                lengths, trajectory_steps, trajectory_offsets, num_steps
+            ),
+            # Without empty steps, the first token of a step is where its state is valued.
+            state_index=index[offsets[:-1]] if state_index is None else state_index,
+            row_offsets=row_offsets,
+        )
+
+
+def require_layout(value: object) -> StepLayout:
+    """Return `value` if it is a `StepLayout`."""
+    if not isinstance(value, StepLayout):
+        raise TypeError(f"layout: got {type(value).__name__}, expected a StepLayout")
+    return value
+
+
+def _same_shape(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}")
+
+
+def _uniform_offsets(num_rows: int, row_length: int, device: torch.device) -> Tensor:
+    return torch.arange(num_rows + 1, device=device) * row_length
+
+
+def _row_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if cu_seqlens is None:
+        if values.dim() == 2:
+            return _uniform_offsets(values.shape[0], values.shape[1], values.device)
+        return _uniform_offsets(1, values.shape[0], values.device)
+    offsets = checks.dims("cu_seqlens", checks.integer("cu_seqlens", cu_seqlens), (1,))
+    checks.on_device("cu_seqlens", offsets, values.device)
+    if values.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens: got it with {name} of shape {tuple(values.shape)}, expected a packed "
+            "1-D input"
+        )
+    numel = values.numel()
+    ends = (0, numel)
+    if offsets.numel() < 1 or (int(offsets[0]), int(offsets[-1])) != ends:
+        raise ValueError(
+            f"cu_seqlens: got {_ends(offsets)}, expected offsets from 0 to {numel}, the number of "
+            "tokens"
+        )
+    if bool((offsets.diff() < 0).any()):
+        where = int((offsets.diff() < 0).nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens: got {int(offsets[where + 1])} after {int(offsets[where])} at position "
+            f"{where + 1}, expected offsets that do not decrease"
+        )
+    return offsets.to(torch.int64).contiguous()
+
+
+def _ends(offsets: Tensor) -> str:
+    if offsets.numel() == 0:
+        return "an empty tensor"
+    return f"offsets from {int(offsets[0])} to {int(offsets[-1])}"
+
+
+def _int_tensor(name: str, values: Sequence[int]) -> Tensor:
+    try:
+        made = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {type(values).__name__}, expected integers") from error
+    if made.numel() == 0:
+        return made.to(torch.int64)
+    return checks.integer(name, made)
+
+
+def _step_indices(values: Tensor | Sequence[int], num_rows: int) -> Tensor:
+    made = values if isinstance(values, Tensor) else _int_tensor("step_indices", values)
+    indices = checks.integer("step_indices", made).cpu()
+    _same_shape("step_indices", indices, torch.Size((num_rows,)))
+    return indices.to(torch.int64)
+
+
+def _trajectory_codes(
+    ids: Tensor | Sequence[int] | Sequence[str], num_rows: int, keep: Tensor
+) -> Tensor:
+    """Return the trajectories of rows `keep` as 0, 1, ... in the order of first appearance."""
+    values = (
+        checks.integer("trajectory_ids", ids).tolist() if isinstance(ids, Tensor) else list(ids)
+    )
+    shape = tuple(ids.shape) if isinstance(ids, Tensor) else (len(values),)
+    if shape != (num_rows,):
+        raise ValueError(f"trajectory_ids: got shape {shape}, expected {(num_rows,)}")
+    for value in values:
+        if isinstance(value, bool) or not (isinstance(value, str) or hasattr(value, "__index__")):
+            raise TypeError(
+                f"trajectory_ids: got an entry of type {type(value).__name__}, expected integers "
+                "or strings"
+            )
+    numbers: dict[object, int] = {}
+    kept = [numbers.setdefault(values[row], len(numbers)) for row in keep.tolist()]
+    return torch.tensor(kept, dtype=torch.int64)
+
+
+def _order_rows(codes: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rows` sorted by (trajectory code, step index), and the CSR offsets of the codes."""
+    by_index = torch.argsort(indices, stable=True)
+    order = by_index[torch.argsort(codes[by_index], stable=True)]
+    codes, indices, rows = codes[order], indices[order], rows[order]
+    same = (codes.diff() == 0) & (indices.diff() == 0)
+    if bool(same.any()):
+        where = int(same.nonzero()[0])
+        raise ValueError(
+            f"step_indices: got step {int(indices[where])} of one trajectory in rows "
+            f"{int(rows[where])} and {int(rows[where + 1])}, expected distinct steps"
+        )
+    starts = torch.ones(len(codes), dtype=torch.bool)
+    starts[1:] = codes.diff() != 0
+    return rows, torch.cat((starts.nonzero().squeeze(1), torch.tensor([len(codes)])))
+
+
+def _count_nonempty(
+    lengths: Tensor, steps: Tensor, trajectory_offsets: Tensor, num_steps: int
+) -> Tensor:
+    """Return for each step the number of non-empty steps in its trajectory, int32 ``[S]``.
+
+    `lengths` is indexed by `steps`.
+    """
+    nonempty = _prefix((lengths[steps] > 0).to(torch.int64))
+    per_trajectory = nonempty[trajectory_offsets].diff()
+    counts = torch.zeros(num_steps, dtype=torch.int32, device=steps.device)
+    counts[steps] = torch.repeat_interleave(
+        per_trajectory, trajectory_offsets.diff(), output_size=steps.numel()
+    ).to(torch.int32)
+    return counts
+
+
+def _prefix(counts: Tensor) -> Tensor:
+    """Return the CSR offsets of `counts`: 0, then the running sums."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Return starts[0], starts[0] + 1, ..., `lengths[0]` of them, then those of starts[1], ..."""
+    offsets = _prefix(lengths)
+    total = int(offsets[-1])
+    shift = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=total)
+    return torch.arange(total, device=starts.device) + shift

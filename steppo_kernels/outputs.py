@@ -1,0 +1,85 @@
+"""What the public functions return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# The order in which every backend fills the metric vector (csrc/include/steppo/types.h).
+POLICY_METRICS: tuple[str, ...] = (
+    "policy_loss",
+    "kl_loss",
+    "entropy",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "token_clip_fraction",
+    "approx_kl",
+    "approx_kl_k3",
+    "dead_token_fraction",
+    "num_steps",
+    "num_tokens",
+)
+VALUE_METRICS: tuple[str, ...] = (
+    "value_loss",
+    "clip_fraction",
+    "value_mean",
+    "return_mean",
+    "explained_variance",
+    "num_steps",
+)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Named scalars that stay on the device until they are asked for.
+
+    Attributes:
+        values: fp64 ``[len(names)]`` on the device of the inputs, without gradient.
+        names: what each entry is.
+    """
+
+    values: Tensor
+    names: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the metrics as Python floats. This is the only copy to the host."""
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one metric as a 0-dim tensor on the device, without a host copy."""
+        return self.values[self.names.index(name)]
+
+
+@dataclass(frozen=True)
+class StepPOOutput:
+    """A loss and what it was made of.
+
+    Attributes:
+        loss: 0-dim, a fresh tensor that may be modified in place.
+        metrics: see `Metrics`.
+        step_log_ratio: log-ratio of each step before the upper clamp, ``[S]`` without gradient;
+            0 for an empty step. None where no layout was given, and for the value loss.
+    """
+
+    loss: Tensor
+    metrics: Metrics
+    step_log_ratio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepAdvantages:
+    """Step-level GAE.
+
+    Attributes:
+        advantages: ``[S]``, whitened if that was asked for; 0 for a step of no trajectory.
+        returns: ``[S]`` raw advantage + value, never whitened; 0 for a step of no trajectory.
+    """
+
+    advantages: Tensor
+    returns: Tensor
+

@@ -1,0 +1,208 @@
+"""The clipped step objective in plain PyTorch: equations of StepPO (arXiv 2604.18401).
+
+Only action tokens are gathered, so that nothing of a masked token can reach the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import StepPOConfig
+from .broadcast import sum_over_steps
+
+
+def kl_penalty(d: Tensor, estimator: str) -> Tensor:
+    """Return the KL estimate of each token from d = log pi_ref - log pi.
+
+    d is clamped to +-20 and the value to +-10, the bounds of verl's ``low_var_kl``.
+    """
+    d = d.clamp(-20.0, 20.0)
+    if estimator == "k1":
+        value = -d
+    elif estimator == "k2":
+        value = 0.5 * d * d
+    else:
+        value = torch.expm1(d) - d
+    return value.clamp(-10.0, 10.0)
+
+
+def kl_slope(d: Tensor, estimator: str) -> Tensor:
+    """Return the derivative of `kl_penalty` with respect to log pi = log pi_ref - d."""
+    slope = {"k1": torch.ones_like(d), "k2": -d, "k3": -torch.expm1(d)}[estimator]
+    unclamped = (d.abs() <= 20.0) & (kl_penalty(d, estimator).abs() < 10.0)
+    return torch.where(unclamped, slope, 0.0)
+
+
+def clipped_loss(
+    ratio: Tensor, advantages: Tensor, config: StepPOConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return l = max(-A ratio, -A clip(ratio)), bounded by the dual clip where A < 0.
+
+    Returns:
+        The loss; whether the clipped branch is strictly larger; whether the loss has a gradient.
+        At a tie the unclipped branch keeps its gradient.
+    """
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high)
+    is_clipped = clipped > unclipped
+    active = ~is_clipped & (advantages != 0)
+    loss = torch.where(is_clipped, clipped, unclipped)
+    if config.dual_clip is not None:
+        bound = -config.dual_clip * advantages
+        is_bounded = (advantages < 0) & (loss > bound)
+        loss = torch.where(is_bounded, bound, loss)
+        active &= ~is_bounded
+    return loss, is_clipped, active
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor,
+    ref_log_probs: Tensor | None, entropy: Tensor | None, is_weights: Tensor | None,
+    step_weights: Tensor | None, advantages_per_token: bool, is_weights_per_token: bool,
+    step_ids: Tensor, token_index: Tensor, step_offsets: Tensor, trajectory_counts: Tensor,
+    ratio_center: Tensor | None, normalizer: Tensor | None, config: StepPOConfig,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss (differentiable), the metric vector and the step log-ratios.
+
+    Arguments are those of the operator `policy_loss` in `steppo_kernels.ops`.
+    """
+    dtype = log_probs.dtype
+    step_of = step_ids[token_index].to(torch.int64)  # [M]
+    lengths = step_offsets.diff()  # [S]
+    nonempty = lengths > 0
+    divisor = lengths.clamp_min(1).to(dtype)
+    token_starts = token_index.new_zeros(1).expand_as(lengths)
+    if token_index.numel():
+        token_starts = token_index[step_offsets[:-1].clamp_max(token_index.numel() - 1)]
+    if advantages_per_token:
+        advantages = advantages[token_starts] if advantages.numel() else divisor * 0
+    advantages = torch.where(nonempty, advantages, torch.zeros_like(divisor))
+
+    def per_step(values: Tensor) -> Tensor:
+        """Add up ``[M]`` token values by step."""
+        every = torch.arange(values.numel(), device=values.device)
+        return sum_over_steps(values, every, step_offsets)
+
+    def per_step_mean(values: Tensor) -> Tensor:
+        return per_step(values) / divisor
+
+    def token_mean(values: Tensor) -> Tensor:
+        return values.sum() / max(values.numel(), 1)
+
+    # The step log-ratio: log rho = mu + L^-p sum(z - mu).
+    new = log_probs[token_index]
+    old = new.detach() if old_log_probs is None else old_log_probs[token_index]
+    z = new - old
+    power = {"geometric": 1.0, "product": 0.0, "centered": 0.5}[config.ratio]
+    scale = divisor**-power
+    if config.ratio == "centered":
+        mu = token_mean(z.detach()) if ratio_center is None else ratio_center.to(z)
+        step_log_ratio = torch.where(nonempty, mu + scale * per_step(z - mu), 0.0)
+    else:
+        step_log_ratio = scale * per_step(z)
+    ratio = step_log_ratio.clamp(max=config.log_ratio_max).exp()
+
+    loss, is_clipped, active = clipped_loss(ratio, advantages, config)
+    if is_weights is not None and is_weights_per_token:
+        # The token form: each token carries the step's ratio, but a gradient of its own.
+        step_part = step_log_ratio.detach()[step_of]
+        own_part = (scale * divisor)[step_of] * (z - z.detach())
+        token_ratio = (step_part + own_part).clamp(max=config.log_ratio_max).exp()
+        token_loss, _, _ = clipped_loss(token_ratio, advantages[step_of], config)
+        loss = per_step_mean(is_weights[token_index] * token_loss)
+    elif is_weights is not None:
+        loss = loss * is_weights
+
+    kl = entropy_mean = torch.zeros_like(divisor)
+    if ref_log_probs is not None:
+        kl = per_step_mean(kl_penalty(ref_log_probs[token_index] - new, config.kl_estimator))
+    if entropy is not None:
+        entropy_mean = per_step_mean(entropy[token_index])
+
+    weights, count = reduction_weights(lengths, trajectory_counts, config.reduction, dtype)
+    if step_weights is not None:
+        weights = torch.where(nonempty, step_weights, 0.0)
+    total = count if normalizer is None else normalizer.to(device=count.device, dtype=dtype)
+    policy_term, kl_term, entropy_term = (
+        (weights * torch.where(nonempty, term, 0.0)).sum() / total
+        for term in (loss, kl, entropy_mean)
+    )
+    objective = policy_term + config.kl_coef * kl_term - config.entropy_coef * entropy_term
+    # Without action tokens the graph must still reach the inputs.
+    objective = objective + 0.0 * new.sum()
+    with torch.no_grad():
+        policy_slope = torch.where(
+            active & (step_log_ratio <= config.log_ratio_max), ratio * weights, 0.0
+        )[step_of]
+        if is_weights is not None:
+            by_token = is_weights[token_index] if is_weights_per_token else is_weights[step_of]
+            policy_slope = policy_slope * by_token
+        dead = policy_slope == 0
+        if ref_log_probs is not None and config.kl_coef != 0:
+            slope = kl_slope(ref_log_probs[token_index] - new, config.kl_estimator)
+            dead &= slope * weights[step_of] == 0
+        if entropy is not None and config.entropy_coef != 0:
+            dead &= weights[step_of] == 0
+        metrics = _metrics(
+            (policy_term, kl_term, entropy_term), ratio, is_clipped, advantages, lengths, z, dead
+        )
+    return objective, metrics, step_log_ratio.detach()
+
+
+def reduction_weights(
+    lengths: Tensor, trajectory_counts: Tensor, reduction: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return w_s ``[S]`` (0 for an empty step) and the normalizer of a reduction, at least 1."""
+    nonempty = (lengths > 0).to(dtype)
+    if reduction == "step_mean":
+        weights, total = nonempty, nonempty.sum()
+    elif reduction == "trajectory_mean":
+        weights = nonempty / trajectory_counts.clamp_min(1).to(dtype)
+        # Every trajectory adds 1, up to rounding.
+        total = weights.to(torch.float64).sum().round().to(dtype)
+    elif reduction == "token_mean":
+        weights, total = lengths.to(dtype), lengths.sum().to(dtype)
+    else:
+        weights, total = nonempty, nonempty.new_ones(())
+    return weights, total.clamp_min(1.0)
+
+
+def _metrics(
+    terms: tuple[Tensor, Tensor, Tensor], ratio: Tensor, is_clipped: Tensor, advantages: Tensor,
+    lengths: Tensor, z: Tensor, dead: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return `POLICY_METRICS` as fp64; of no step, ratios are 1 and everything else is 0."""
+    nonempty = lengths > 0
+    num_steps, num_tokens = nonempty.sum(), lengths.sum()
+    ratio = ratio.to(torch.float64)
+
+    def over_steps(values: Tensor) -> Tensor:
+        return torch.where(nonempty, values, 0).sum() / num_steps.clamp_min(1)
+
+    def over_tokens(values: Tensor) -> Tensor:
+        return values.sum() / num_tokens.clamp_min(1)
+
+    # An entry of 1 stands in where there is no step.
+    stand_in = torch.where(num_steps == 0, 1.0, torch.nan).to(ratio).reshape(1)
+    seen = torch.cat((torch.where(nonempty, ratio, torch.nan), stand_in))
+    bounds = [
+        torch.where(seen.isnan(), sign * torch.inf, seen).mul(sign).min().mul(sign)
+        for sign in (1.0, -1.0)
+    ]
+    clipped = is_clipped & nonempty
+    values = (
+        *terms,
+        torch.where(num_steps == 0, 1.0, over_steps(ratio)),
+        *bounds,
+        over_steps(clipped.to(ratio)),
+        over_steps((clipped & (advantages < 0)).to(ratio)),
+        over_steps((clipped & (advantages > 0)).to(ratio)),
+        over_tokens((clipped * lengths).to(ratio)),
+        over_tokens(-z.to(ratio)),
+        over_tokens(kl_penalty(z, "k3").to(ratio)),
+        over_tokens(dead.to(ratio)),
+        num_steps,
+        num_tokens,
+    )
+    return torch.stack([value.to(torch.float64) for value in values])
