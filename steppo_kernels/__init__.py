@@ -1,5 +1,6 @@
 """Step-level policy optimization (StepPO, arXiv 2604.18401), fused, for LLM agents."""
 
+from ._version import __version__
 from .broadcast import broadcast_to_tokens
 from .config import StepPOConfig
 from .gae import step_gae
@@ -9,7 +10,7 @@ from .outputs import Metrics, StepAdvantages, StepPOOutput
 from .policy_loss import steppo_loss
 from .value_loss import step_value_loss
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "Metrics",
@@ -20,6 +21,7 @@ __all__ = [
     "StepPOOutput",
     "StepValueLoss",
     "broadcast_to_tokens",
+    "__version__",
     "step_gae",
     "step_value_loss",
     "steppo_loss",

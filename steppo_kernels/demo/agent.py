@@ -43,6 +43,8 @@ class Agent(nn.Module):
             num_key_value_heads=heads,
             head_dim=hidden_size // heads,
             max_position_embeddings=max_length,
+            # The default 0.02 is made for widths in the thousands; narrow models need larger weights to start moving.
+            initializer_range=0.5 * hidden_size**-0.5,
             tie_word_embeddings=False,
             pad_token_id=pad_id,
             attn_implementation="sdpa",

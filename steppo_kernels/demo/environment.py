@@ -25,8 +25,8 @@ DIRECTIONS = ("west", "south", "east", "north")
 MOVES: dict[str, Cell] = {"west": (0, -1), "south": (1, 0), "east": (0, 1), "north": (-1, 0)}
 COMPASS_ORDER = ("north", "east", "south", "west")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TILE_WORDS = {"F": "ice", "S": "ice", "H": "hole", "G": "goal"}
-SHORE = "shore"
+ICE, HOLE, GOAL, SHORE = "ice", "hole", "goal", "shore"
+ALL_ICE = "ice all around"
 
 ACTION_OPENINGS = ("Go", "I go", "I will walk", "My next move is")
 SYSTEM_PROMPT = "Cross the frozen lake. Reach the goal, avoid every hole. Answer with one move."
@@ -207,13 +207,13 @@ class TextFrozenLake(gymnasium.Env[str, str]):
         south, east = self.goal[0] - row, self.goal[1] - column
         offsets = [(abs(south), "south" if south > 0 else "north"), (abs(east), "east" if east > 0 else "west")]
         way = ", ".join(f"{NUMBER_WORDS[n]} {side}" for n, side in offsets if n)
-        cells = ", ".join(f"{side} {self._look(side)}" for side in COMPASS_ORDER)
+        seen = [(side, self._look(side)) for side in COMPASS_ORDER]
+        cells = ", ".join(f"{side} {what}" for side, what in seen if what != ICE) or ALL_ICE
         return f"Goal {way}. {cells.capitalize()}."
 
     def _look(self, direction: str) -> str:
         row, column = self.path[-1]
         cell = (row + MOVES[direction][0], column + MOVES[direction][1])
         if cell == self.goal:
-            return TILE_WORDS["G"]
-        tile = _tile(self.lake, cell)
-        return SHORE if tile is None else TILE_WORDS[tile]
+            return GOAL
+        return {None: SHORE, "F": ICE, "H": HOLE}[_tile(self.lake, cell)]

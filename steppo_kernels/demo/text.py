@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from steppo_kernels.demo.environment import (
     DIRECTIONS,
+    GOAL,
     GOAL_TEXT,
+    HOLE,
     HOLE_TEXT,
     MISUNDERSTOOD,
     NUMBER_WORDS,
     SHORE,
     SYSTEM_PROMPT,
-    TILE_WORDS,
     TIME_TEXT,
     TextFrozenLake,
     make_lakes,
@@ -32,7 +33,7 @@ PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 _SIDES = f"(?i:{'|'.join(DIRECTIONS)})"
 _PHRASES = (
     rf" ?(?:{'|'.join(NUMBER_WORDS)}) {_SIDES}"
-    rf"| ?{_SIDES} (?:{'|'.join(sorted({*TILE_WORDS.values(), SHORE}))})"
+    rf"| ?{_SIDES} (?:{GOAL}|{HOLE}|{SHORE})"
 )
 _PRE_TOKENS = rf"{_PHRASES}| ?\w+|[^\w\s]|\s"
 

@@ -1,0 +1,1 @@
+"""What the package costs, next to the code it replaces: `make bench`."""

@@ -1,0 +1,82 @@
+"""`StepLayout`: what it costs to build one, from masks and from rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+
+import steppo_kernels as sk
+from steppo_kernels.backends import Backend
+
+from ._common import DEFAULT_THREADS, Run, fused_backend, measure, policy_case, runs, threads
+from .bench_gae import row_case
+
+MASK, ROWS = "turns 64x8192", "rows 2688x512"
+VARIANTS = ("fused", "eager")
+GROWTH = [f"turns {rows}x1250" for rows in (8, 24, 80, 240, 800, 2400, 8000)]
+
+
+def build(case: str, variant: str) -> Callable[[], sk.StepLayout]:
+    """Return the call that a variant makes on a case."""
+    backend: Backend = fused_backend() if variant == "fused" else "reference"
+    if case == ROWS:
+        rows = row_case()
+        indices = torch.from_numpy(rows["step_indices"])
+        return lambda: sk.StepLayout.from_rows(
+            rows["mask"], rows["trajectory_uids"], indices, backend=backend
+        )
+    mask = policy_case(case).mask
+    return lambda: sk.StepLayout.from_mask(mask, backend=backend)
+
+
+@functools.cache
+def gate(case: str, variant: str, num_threads: int) -> None:
+    """Raise unless the variant gives the reference's layout, entry by entry."""
+    wanted = build(case, "eager")()
+    with threads(num_threads):
+        got = build(case, variant)()
+    for field in fields(sk.StepLayout):
+        if not torch.equal(getattr(got, field.name), getattr(wanted, field.name)):
+            raise AssertionError(f"{case}, {variant}: {field.name} differs; nothing is timed")
+
+
+@pytest.mark.parametrize("run", [*runs(MASK, VARIANTS), *runs(ROWS, VARIANTS)], ids=str)
+def bench_segment(benchmark: Any, run: Run) -> None:
+    """Speed."""
+    _run(benchmark, run, {})
+
+
+@pytest.mark.parametrize(
+    "run",
+    [r for case in GROWTH for r in runs(case, ("fused",), (DEFAULT_THREADS,), turns=1)],
+    ids=str,
+)
+def bench_segment_growth(benchmark: Any, run: Run) -> None:
+    """Cost against tokens."""
+    _run(benchmark, run, {"growth": True})
+
+
+def _run(benchmark: Any, run: Run, info: dict[str, Any]) -> None:
+    gate(run.case, run.variant, run.threads)
+    call = build(run.case, run.variant)
+    layout = call()
+    element = row_case()["mask"].element_size() if run.case == ROWS else 1
+    tokens = layout.step_ids.numel()
+    written = sum(
+        getattr(layout, field.name).nbytes
+        for field in fields(sk.StepLayout)
+        if not (run.case == ROWS and field.name == "row_offsets")
+    )
+    measure(
+        benchmark,
+        run,
+        call,
+        tokens=tokens,
+        bytes_to_touch=element * tokens + written,
+        info={"suite": "segment", "steps": layout.num_steps, **info},
+    )

@@ -1,0 +1,81 @@
+"""`step_value_loss`, forward + backward, next to eager PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import steppo_kernels as sk
+from steppo_kernels.backends import Backend
+
+from ._common import Run, assert_close, fused_backend, measure, policy_case, runs, threads
+
+CASE = "turns 64x8192"
+VARIANTS = ("fused", "eager")
+
+
+@functools.cache
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Return values and old values of every token, and the returns of the steps."""
+    case = policy_case(CASE)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(case.mask.shape, generator=generator)
+    # A tenth of the values has moved by more than the clip range of 0.5.
+    old = values + 0.3 * torch.randn(case.mask.shape, generator=generator)
+    returns = torch.randn(case.layout.num_steps, generator=generator)
+    return values.requires_grad_(), old, returns
+
+
+def loss_of(variant: str) -> Callable[[], Tensor]:
+    """Return the call that a variant makes."""
+    values, old, returns = inputs()
+    layout = policy_case(CASE).layout
+    backend: Backend = fused_backend() if variant == "fused" else "reference"
+    return lambda: sk.step_value_loss(values, returns, layout, old_values=old, backend=backend).loss
+
+
+@functools.cache
+def gate(variant: str, num_threads: int) -> None:
+    """Raise unless the variant gives the fp64 loss and gradient."""
+    values, old, returns = inputs()
+    x = values.detach().double().requires_grad_()
+    wanted = sk.step_value_loss(
+        x, returns.double(), policy_case(CASE).layout, old_values=old.double(), backend="reference"
+    ).loss
+    (wanted_grad,) = torch.autograd.grad(wanted, x)
+    with threads(num_threads):
+        loss = loss_of(variant)()
+        (grad,) = torch.autograd.grad(loss, values)
+    assert_close(f"value loss, {variant}", loss, wanted, 1e-5)
+    assert_close(f"value loss, {variant}: gradient", grad, wanted_grad, 1e-5)
+
+
+@pytest.mark.parametrize("run", runs(CASE, VARIANTS), ids=str)
+def bench_value_loss(benchmark: Any, run: Run) -> None:
+    """What it has to move at least: per step two values, where they stand, the return and the length.
+
+    And the gradient of every token, written.
+    """
+    gate(run.variant, run.threads)
+    values, _, _ = inputs()
+    steps = policy_case(CASE).layout.num_steps
+    call = loss_of(run.variant)
+
+    def reset() -> None:
+        values.grad = None
+
+    measure(
+        benchmark,
+        run,
+        lambda: call().backward(),  # type: ignore[no-untyped-call]
+        setup=reset,
+        tokens=values.numel(),
+        bytes_to_touch=24 * steps + 4 * values.numel(),
+        info={"suite": "value_loss", "steps": steps},
+    )
+    reset()

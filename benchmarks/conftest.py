@@ -1,0 +1,29 @@
+"""What goes into the JSON: the machine and the medians, without the single rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from . import _common, peers
+
+
+def pytest_report_header() -> str:
+    """Say what is measured, and where."""
+    machine = _common.machine()
+    return "  ".join(f"{key}: {value}" for key, value in machine.items())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Keep what the report reads, and what tells one run from another."""
+    output_json["machine_info"] = _common.machine() | {"verl": peers.verl_version()}
+    output_json["commit_info"] = {
+        key: output_json["commit_info"].get(key) for key in ("id", "dirty", "time")
+    }
+    for entry in output_json["benchmarks"]:
+        stats = entry["stats"]
+        entry["stats"] = {key: stats[key] for key in ("median", "min", "iqr", "rounds")}
+        for key in ("params", "param", "options", "fullname"):
+            entry.pop(key, None)

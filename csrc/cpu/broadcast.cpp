@@ -1,0 +1,34 @@
+// Steps to tokens and back: see steppo_kernels/broadcast.py.
+#include "kernel.h"
+
+namespace steppo::cpu::STEPPO_ISA {
+
+void broadcast_to_tokens(int dtype, const void* per_step, const int32_t* step_ids,
+                         int64_t num_tokens, void* per_token, int threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* in = static_cast<const T*>(per_step);
+    T* out = static_cast<T*>(per_token);
+    parallel_blocks(num_tokens, kBlock, threads, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) out[i] = step_ids[i] >= 0 ? in[step_ids[i]] : T(0);
+    });
+  });
+}
+
+void sum_over_steps(int dtype, const void* per_token, const int64_t* token_index,
+                    const int64_t* step_offsets, int64_t num_steps, void* per_step, int threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* in = static_cast<const T*>(per_token);
+    T* out = static_cast<T*>(per_step);
+    parallel_blocks(num_steps, 256, threads, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        double sum = 0;
+        for (int64_t i = step_offsets[s]; i < step_offsets[s + 1]; ++i) sum += in[token_index[i]];
+        out[s] = static_cast<T>(sum);
+      }
+    });
+  });
+}
+
+}  // namespace steppo::cpu::STEPPO_ISA

@@ -1,0 +1,79 @@
+// What every kernel file needs. Kernel files are compiled once per instruction set, with
+// STEPPO_ISA the name of its namespace; see STEPPO_FN in steppo/types.h for what that asks of
+// headers. For the same reason they use no templates of the standard library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "parallel.h"
+#include "steppo/cpu.h"
+#include "steppo/types.h"
+
+namespace steppo::cpu::STEPPO_ISA {
+
+// Memory of a call. Not initialised.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(new T[static_cast<size_t>(count > 0 ? count : 1)]) {}
+  ~Buffer() { delete[] data_; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T& operator[](int64_t i) { return data_[i]; }
+  T* get() { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Tokens that one task takes: small enough to balance, large enough to hide the start of a task.
+constexpr int64_t kBlock = 16384;
+
+// The first i in [0, count] with count == i or key(i) >= wanted; key must not decrease.
+template <class Key>
+static inline int64_t first_not_below(int64_t count, int64_t wanted, Key&& key) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (key(middle) < wanted) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Calls body(T{}) with the type that `dtype` names.
+template <class F>
+static inline void with_dtype(int dtype, F&& body) {
+  if (dtype == kFloat64) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+// A run of ones in [begin, limit) of a mask; begin == end == limit if there is none.
+struct Run {
+  int64_t begin, end;
+};
+
+static inline int64_t find_byte(const bool* mask, int wanted, int64_t begin, int64_t limit) {
+  if (begin >= limit) return limit;
+  const void* found = std::memchr(mask + begin, wanted, static_cast<size_t>(limit - begin));
+  return found == nullptr ? limit : static_cast<const bool*>(found) - mask;
+}
+
+static inline Run next_run(const bool* mask, int64_t begin, int64_t limit) {
+  const int64_t first = find_byte(mask, 1, begin, limit);
+  return {first, find_byte(mask, 0, first, limit)};
+}
+
+template <class T>
+static inline void fill(T* data, int64_t begin, int64_t end, T value) {
+  for (int64_t i = begin; i < end; ++i) data[i] = value;
+}
+
+}  // namespace steppo::cpu::STEPPO_ISA

@@ -1,0 +1,113 @@
+// The thread pool behind run_tasks. Baseline code: it is compiled once.
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace steppo::cpu {
+namespace {
+
+class Pool {
+ public:
+  // False if another thread is using the pool.
+  bool run(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock()) return false;
+    while (static_cast<int>(workers_.size()) < threads - 1) {
+      workers_.emplace_back([this, index = static_cast<int>(workers_.size())] { work(index); });
+      workers_.back().detach();
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = task;
+      context_ = context;
+      count_ = count;
+      next_.store(0, std::memory_order_relaxed);
+      wanted_ = threads - 1;
+      running_ = wanted_;
+      ++generation_;
+      signal_.store(generation_, std::memory_order_release);
+    }
+    wake_.notify_all();
+    drain(task, context, count);
+    // Workers end within a task's time of each other: spinning costs less than sleeping.
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (done_.load(std::memory_order_acquire) == generation_) return true;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    finished_.wait(lock, [this] { return running_ == 0; });
+    return true;
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+
+  void drain(void (*task)(void*, int64_t), void* context, int64_t count) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+  }
+
+  void work(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < kSpins; ++spin) {
+        if (signal_.load(std::memory_order_acquire) != seen) break;
+      }
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (index >= wanted_) continue;
+      auto* const task = task_;
+      void* const context = context_;
+      const int64_t count = count_;
+      lock.unlock();
+      drain(task, context, count);
+      lock.lock();
+      if (--running_ == 0) {
+        done_.store(generation_, std::memory_order_release);
+        finished_.notify_one();
+      }
+    }
+  }
+
+  std::mutex owner_, mutex_;
+  std::condition_variable wake_, finished_;
+  std::vector<std::thread> workers_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> signal_{0}, done_{0};
+  uint64_t generation_ = 0;
+  int wanted_ = 0, running_ = 0;
+  void (*task_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t count_ = 0;
+};
+
+// Never destroyed: workers may outlive static destructors. A child of fork() has none of its
+// parent's workers and starts a pool of its own.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& the_pool() {
+  static const int hooked = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+  static_cast<void>(hooked);
+  Pool* current = pool.load(std::memory_order_acquire);
+  if (current == nullptr) {
+    auto fresh = std::make_unique<Pool>();
+    if (pool.compare_exchange_strong(current, fresh.get())) current = fresh.release();
+  }
+  return *current;
+}
+
+}  // namespace
+
+void run_tasks(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads > 1 && the_pool().run(count, threads, task, context)) return;
+  for (int64_t i = 0; i < count; ++i) task(context, i);
+}
+
+}  // namespace steppo::cpu

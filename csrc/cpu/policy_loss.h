@@ -1,0 +1,213 @@
+// One step of the clipped objective on the CPU, whatever way its tokens are found. The layout form
+// (policy_loss.cpp) and the mask form (policy_loss_masked.cpp) put steps together.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "kernel.h"
+#include "steppo/step_math.h"
+
+namespace steppo::cpu::STEPPO_ISA {
+
+// The inputs and outputs of a call; optional ones are null.
+template <class T>
+struct PolicyCall {
+  const T* log_probs;
+  const T* old_log_probs;
+  const T* advantages;
+  const T* ref_log_probs;
+  const T* entropy;
+  const T* is_weights;
+  bool is_weights_per_token;
+  T* grad_log_probs;
+  T* grad_entropy;
+  PolicyConfig config;
+  double center;  // mu of the centered ratio, else 0
+};
+
+// Sums over the steps of a task, later over those of the call.
+struct PolicySums {
+  double policy = 0, kl = 0, entropy = 0;
+  double ratio = 0;
+  double ratio_min = std::numeric_limits<double>::infinity();
+  double ratio_max = -std::numeric_limits<double>::infinity();
+  double clipped_low = 0, clipped_high = 0, clipped_tokens = 0;
+  double z = 0, k3 = 0, dead = 0;
+  double steps = 0, trajectories = 0, tokens = 0;
+
+  void add(const PolicySums& other) {
+    policy += other.policy;
+    kl += other.kl;
+    entropy += other.entropy;
+    ratio += other.ratio;
+    // A NaN stays: comparisons with it are false.
+    ratio_min = ratio_min < other.ratio_min ? ratio_min : other.ratio_min;
+    ratio_max = ratio_max > other.ratio_max ? ratio_max : other.ratio_max;
+    clipped_low += other.clipped_low;
+    clipped_high += other.clipped_high;
+    clipped_tokens += other.clipped_tokens;
+    z += other.z;
+    k3 += other.k3;
+    dead += other.dead;
+    steps += other.steps;
+    trajectories += other.trajectories;
+    tokens += other.tokens;
+  }
+};
+
+// Where the tokens of a step lie: side by side, or through an index.
+struct Contiguous {
+  int64_t first;
+  int64_t operator()(int64_t i) const { return first + i; }
+};
+struct Gathered {
+  const int64_t* index;
+  int64_t operator()(int64_t i) const { return index[i]; }
+};
+
+template <class T, class At>
+static inline double sum_tokens(const T* values, At at, int64_t length) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < length; ++i) sum += static_cast<double>(values[at(i)]);
+  return sum;
+}
+
+// Sums z - center and, for approx_kl_k3, e^z - 1 - z. With z in fp64 the first sum is exact up to
+// the rounding of the inputs.
+template <class T, class At>
+static inline void sum_log_ratios(const T* now, const T* old, At at, int64_t length, double center, double* z_sum,
+                    double* k3_sum) {
+  double z = 0, k3 = 0;
+#pragma omp simd reduction(+ : z, k3)
+  for (int64_t i = 0; i < length; ++i) {
+    const T a = now[at(i)], b = old[at(i)];
+    z += static_cast<double>(a) - static_cast<double>(b) - center;
+    k3 += static_cast<double>(kl_penalty<T, kK3>(a - b).value);
+  }
+  *z_sum = z;
+  *k3_sum = k3;
+}
+
+// Writes the gradient of every token: `same` times its own weight plus the KL part. Adds up the KL
+// and counts the tokens left with a gradient of exactly 0.
+template <bool has_kl, KLEstimator kind, class T, class At>
+static inline void differentiate(const PolicyCall<T>& call, At at, int64_t length, T same, bool weigh_tokens,
+                   T kl_coefficient, double* kl_sum, int64_t* zero_count) {
+  double kl = 0;
+  int64_t zeros = 0;
+#pragma omp simd reduction(+ : kl, zeros)
+  for (int64_t i = 0; i < length; ++i) {
+    const int64_t t = at(i);
+    T grad = weigh_tokens ? same * call.is_weights[t] : same;
+    if constexpr (has_kl) {
+      const KL<T> penalty = kl_penalty<T, kind>(call.ref_log_probs[t] - call.log_probs[t]);
+      kl += static_cast<double>(penalty.value);
+      grad += kl_coefficient * penalty.slope;
+    }
+    zeros += grad == T(0);
+    if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = grad;
+  }
+  *kl_sum = kl;
+  *zero_count = zeros;
+}
+
+// Adds one non-empty step to `sums` and writes the gradients of its tokens, not yet divided by the
+// normalizer. `step` indexes per-step weights. Returns log rho.
+template <class T, class At>
+static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, int64_t step, double advantage,
+                double weight, PolicySums& sums) {
+  const PolicyConfig& config = call.config;
+  const double n = static_cast<double>(length);
+  const double scale = ratio_scale(config.ratio, n);
+  double z = -call.center * n, k3 = 0;
+  if (call.old_log_probs != nullptr) {
+    sum_log_ratios(call.log_probs, call.old_log_probs, at, length, call.center, &z, &k3);
+  }
+  const double log_ratio = call.center + scale * z;
+  const StepLoss loss = step_loss(log_ratio, advantage, config);
+
+  double is_weight = 1;
+  if (call.is_weights != nullptr) {
+    is_weight = call.is_weights_per_token ? sum_tokens(call.is_weights, at, length) / n
+                                          : static_cast<double>(call.is_weights[step]);
+  }
+  sums.policy += weight * loss.loss * is_weight;
+  sums.ratio += loss.ratio;
+  sums.ratio_min = loss.ratio >= sums.ratio_min ? sums.ratio_min : loss.ratio;
+  sums.ratio_max = loss.ratio <= sums.ratio_max ? sums.ratio_max : loss.ratio;
+  sums.clipped_low += loss.is_clipped && advantage < 0;
+  sums.clipped_high += loss.is_clipped && advantage > 0;
+  sums.clipped_tokens += loss.is_clipped ? n : 0;
+  sums.z += z + call.center * n;
+  sums.k3 += k3;
+  sums.steps += 1;
+  sums.tokens += n;
+
+  // d total / d log pi of every token, before its own weight and the KL part.
+  const bool has_kl = call.ref_log_probs != nullptr;
+  const bool weigh_tokens =
+      call.is_weights != nullptr && call.is_weights_per_token && loss.slope != 0;
+  const T same = static_cast<T>(weight * loss.slope * scale * (weigh_tokens ? 1.0 : is_weight));
+  const T kl_coefficient = static_cast<T>(config.kl_coef * weight / n);
+  double kl = 0;
+  int64_t zeros = 0;
+  if (!has_kl && !weigh_tokens) {
+    zeros = same == T(0) ? length : 0;
+    if (call.grad_log_probs != nullptr) {
+      for (int64_t i = 0; i < length; ++i) call.grad_log_probs[at(i)] = same;
+    }
+  } else if (!has_kl) {
+    differentiate<false, kK1>(call, at, length, same, weigh_tokens, T(0), &kl, &zeros);
+  } else {
+    const auto run = config.kl_estimator == kK1   ? &differentiate<true, kK1, T, At>
+                     : config.kl_estimator == kK2 ? &differentiate<true, kK2, T, At>
+                                                  : &differentiate<true, kK3, T, At>;
+    run(call, at, length, same, weigh_tokens, kl_coefficient, &kl, &zeros);
+  }
+  sums.kl += weight * kl / n;
+  const double entropy_slope = -config.entropy_coef * weight / n;
+  if (call.entropy != nullptr) {
+    sums.entropy += weight * sum_tokens(call.entropy, at, length) / n;
+    if (entropy_slope != 0) zeros = 0;
+    if (call.grad_entropy != nullptr) {
+      for (int64_t i = 0; i < length; ++i) call.grad_entropy[at(i)] = static_cast<T>(entropy_slope);
+    }
+  }
+  sums.dead += static_cast<double>(zeros);
+  return log_ratio;
+}
+
+// Turns the sums of a call into its loss, metrics and gradient scale.
+template <class T>
+static inline void finish(const PolicySums& sums, const PolicyConfig& config, const double* normalizer, void* loss,
+            double* metrics, void* grad_scale) {
+  const double total =
+      normalizer != nullptr
+          ? *normalizer
+          : reduction_total(config.reduction, sums.steps, sums.trajectories, sums.tokens);
+  const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
+  const bool empty = sums.steps == 0;
+  metrics[kPolicyLoss] = sums.policy / total;
+  metrics[kKLLoss] = sums.kl / total;
+  metrics[kEntropy] = sums.entropy / total;
+  metrics[kRatioMean] = empty ? 1.0 : sums.ratio / steps;
+  metrics[kRatioMin] = empty ? 1.0 : sums.ratio_min;
+  metrics[kRatioMax] = empty ? 1.0 : sums.ratio_max;
+  metrics[kClipFraction] = (sums.clipped_low + sums.clipped_high) / steps;
+  metrics[kClipFractionLow] = sums.clipped_low / steps;
+  metrics[kClipFractionHigh] = sums.clipped_high / steps;
+  metrics[kTokenClipFraction] = sums.clipped_tokens / tokens;
+  metrics[kApproxKL] = -sums.z / tokens;
+  metrics[kApproxKLK3] = sums.k3 / tokens;
+  metrics[kDeadTokenFraction] = sums.dead / tokens;
+  metrics[kNumSteps] = sums.steps;
+  metrics[kNumTokens] = sums.tokens;
+  *static_cast<T*>(loss) =
+      static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
+                     config.entropy_coef * metrics[kEntropy]);
+  *static_cast<T*>(grad_scale) = static_cast<T>(1.0 / total);
+}
+
+}  // namespace steppo::cpu::STEPPO_ISA

@@ -1,0 +1,211 @@
+// Step segmentation: see steppo_kernels/segment.py. Every operator first counts by block, then
+// numbers each block from the counts before it, so that blocks are independent.
+#include "kernel.h"
+
+namespace steppo::cpu::STEPPO_ISA {
+namespace {
+
+// Calls body(first, last) with the parts of [begin, end) that lie in one row.
+template <class F>
+void for_rows(const int64_t* row_offsets, int64_t num_rows, int64_t begin, int64_t end, F&& body) {
+  int64_t row =
+      first_not_below(num_rows, begin + 1, [&](int64_t r) { return row_offsets[r + 1]; });
+  for (; row < num_rows && row_offsets[row] < end; ++row) {
+    const int64_t first = row_offsets[row] > begin ? row_offsets[row] : begin;
+    const int64_t last = row_offsets[row + 1] < end ? row_offsets[row + 1] : end;
+    if (first < last) body(row_offsets[row], first, last);
+  }
+}
+
+// Numbers the steps of [begin, end) from `number` on; writes ids and row_steps unless they are
+// null. Returns the number after the last one; adds the action tokens to `actions`.
+int64_t number_runs(const bool* mask, const bool* boundaries, const int64_t* row_offsets,
+                    int64_t num_rows, int64_t begin, int64_t end, int64_t number,
+                    int32_t* step_ids, int64_t* actions) {
+  for_rows(row_offsets, num_rows, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+    for (int64_t at = first; at < last;) {
+      const Run run = next_run(mask, at, last);
+      if (step_ids != nullptr) fill(step_ids, at, run.begin, int32_t{-1});
+      *actions += run.end - run.begin;
+      // A run that began in the block before goes on with the number given there.
+      const bool goes_on = run.begin == first && first > row && mask[first - 1];
+      for (int64_t part = run.begin; part < run.end;) {
+        if (!(goes_on && part == first) || (boundaries != nullptr && boundaries[part])) ++number;
+        const int64_t next =
+            boundaries == nullptr ? run.end : find_byte(boundaries, 1, part + 1, run.end);
+        if (step_ids != nullptr) fill(step_ids, part, next, static_cast<int32_t>(number - 1));
+        part = next;
+      }
+      at = run.end;
+    }
+  });
+  return number;
+}
+
+// Sums counts[0..blocks) into offsets in place; returns the total.
+int64_t prefix(Buffer<int64_t>& counts, int64_t blocks) {
+  int64_t total = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t count = counts[b];
+    counts[b] = total;
+    total += count;
+  }
+  return total;
+}
+
+// The number of the first step of each row: one more than the last id before it.
+void steps_before_rows(const int32_t* step_ids, const int64_t* row_offsets, int64_t num_rows,
+                       int64_t num_steps, int64_t* row_steps, int threads) {
+  row_steps[num_rows] = num_steps;
+  parallel_blocks(num_rows, 256, threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      // Rows without a step take the number of the next row that has one.
+      int64_t at = row_offsets[row];
+      const int64_t last = row_offsets[row + 1];
+      while (at < last && step_ids[at] < 0) ++at;
+      row_steps[row] = at < last ? step_ids[at] : -1;
+    }
+  });
+  for (int64_t row = num_rows; row-- > 0;) {
+    if (row_steps[row] < 0) row_steps[row] = row_steps[row + 1];
+  }
+}
+
+}  // namespace
+
+void segment_mask(const bool* mask, const bool* boundaries, const int64_t* row_offsets,
+                  int64_t num_tokens, int64_t num_rows, int32_t* step_ids, int64_t* row_steps,
+                  int64_t* counts, int threads) {
+  const int64_t blocks = ceil_div(num_tokens, kBlock);
+  Buffer<int64_t> numbers(blocks), actions(blocks);
+  parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    int64_t found = 0;
+    numbers[b] = number_runs(mask, boundaries, row_offsets, num_rows, begin, end, 0, nullptr, &found);
+    actions[b] = found;
+  });
+  const int64_t num_steps = prefix(numbers, blocks);
+  counts[0] = prefix(actions, blocks);
+  counts[1] = -1;
+  parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    int64_t unused = 0;
+    number_runs(mask, boundaries, row_offsets, num_rows, begin, end, numbers[b], step_ids, &unused);
+  });
+  steps_before_rows(step_ids, row_offsets, num_rows, num_steps, row_steps, threads);
+}
+
+void segment_ids(const int64_t* ids, const int64_t* row_offsets, int64_t num_tokens,
+                 int64_t num_rows, int32_t* step_ids, int64_t* row_steps, int64_t* counts,
+                 int threads) {
+  // Rows are the blocks: an id is new if it is above all before it in its row.
+  Buffer<int64_t> actions(num_rows), decreasing(num_rows);
+  parallel_for(num_rows, threads, [&](int64_t row) {
+    int64_t largest = -1, steps = 0, found = 0, bad = num_tokens;
+    for (int64_t i = row_offsets[row]; i < row_offsets[row + 1]; ++i) {
+      if (ids[i] < 0) continue;
+      ++found;
+      if (ids[i] > largest) {
+        ++steps;
+        largest = ids[i];
+      } else if (ids[i] < largest && bad == num_tokens) {
+        bad = i;
+      }
+    }
+    row_steps[row] = steps;
+    actions[row] = found;
+    decreasing[row] = bad;
+  });
+  int64_t number = 0, found = 0, bad = num_tokens;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int64_t steps = row_steps[row];
+    row_steps[row] = number;
+    number += steps;
+    found += actions[row];
+    if (decreasing[row] < bad) bad = decreasing[row];
+  }
+  row_steps[num_rows] = number;
+  counts[0] = found;
+  counts[1] = bad == num_tokens ? -1 : bad;
+  parallel_for(num_rows, threads, [&](int64_t row) {
+    int64_t largest = -1, step = row_steps[row] - 1;
+    for (int64_t i = row_offsets[row]; i < row_offsets[row + 1]; ++i) {
+      if (ids[i] > largest) {
+        ++step;
+        largest = ids[i];
+      }
+      step_ids[i] = ids[i] < 0 ? -1 : static_cast<int32_t>(step);
+    }
+  });
+}
+
+void segment_rows(const bool* mask, const bool* valid, int64_t num_rows, int64_t row_length,
+                  int32_t* step_ids, int64_t* row_steps, int64_t* counts, int threads) {
+  Buffer<int64_t> actions(num_rows);
+  parallel_for(num_rows, threads, [&](int64_t row) {
+    const bool kept = valid == nullptr || valid[row];
+    const bool* in = mask + row * row_length;
+    int32_t* out = step_ids + row * row_length;
+    int64_t found = 0;
+    for (int64_t t = 0; t < row_length; ++t) {
+      const bool action = kept && in[t];
+      out[t] = action ? static_cast<int32_t>(row) : -1;
+      found += action;
+    }
+    actions[row] = found;
+    row_steps[row] = row;
+  });
+  row_steps[num_rows] = num_rows;
+  counts[0] = prefix(actions, num_rows);
+  counts[1] = -1;
+}
+
+void mark_actions(const int64_t* token_ids, const int64_t* row_offsets, const int64_t* start,
+                  int64_t start_length, int64_t end, int64_t num_rows, bool* mask, int threads) {
+  parallel_for(num_rows, threads, [&](int64_t row) {
+    bool open = false;
+    for (int64_t i = row_offsets[row]; i < row_offsets[row + 1]; ++i) {
+      mask[i] = open;
+      const int64_t first = i - start_length + 1;
+      int64_t k = start_length;
+      if (first >= row_offsets[row]) {
+        while (k > 0 && token_ids[first + k - 1] == start[k - 1]) --k;
+      }
+      open = k == 0 || (open && token_ids[i] != end);
+    }
+  });
+}
+
+void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int64_t num_actions,
+             int64_t* token_index, int64_t* step_offsets, int32_t* step_lengths, int threads) {
+  const int64_t blocks = ceil_div(num_tokens, kBlock);
+  Buffer<int64_t> ranks(blocks), last_ids(blocks);
+  parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    int64_t found = 0, last = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      found += step_ids[i] >= 0;
+      last = step_ids[i] > last ? step_ids[i] : last;
+    }
+    ranks[b] = found;
+    last_ids[b] = last;
+  });
+  prefix(ranks, blocks);
+  int64_t last = -1;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t here = last_ids[b];
+    last_ids[b] = last;
+    last = here > last ? here : last;
+  }
+  parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    int64_t rank = ranks[b], id = last_ids[b];
+    for (int64_t i = begin; i < end; ++i) {
+      if (step_ids[i] < 0) continue;
+      while (id < step_ids[i]) step_offsets[++id] = rank;
+      token_index[rank++] = i;
+    }
+  });
+  for (int64_t s = last + 1; s <= num_steps; ++s) step_offsets[s] = num_actions;
+  for (int64_t s = 0; s < num_steps; ++s) {
+    step_lengths[s] = static_cast<int32_t>(step_offsets[s + 1] - step_offsets[s]);
+  }
+}
+
+}  // namespace steppo::cpu::STEPPO_ISA

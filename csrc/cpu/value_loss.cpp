@@ -1,0 +1,100 @@
+// The clipped value loss on steps: see steppo_kernels/value_loss.py.
+#include <cmath>
+
+#include "kernel.h"
+#include "steppo/step_math.h"
+
+namespace steppo::cpu::STEPPO_ISA {
+namespace {
+
+struct Sums {
+  double loss = 0, clipped = 0, value = 0, target = 0, steps = 0, tokens = 0, trajectories = 0;
+  double target_squares = 0, residual_squares = 0;
+};
+
+template <class F>
+Sums sum_blocks(int64_t count, int threads, F&& body) {
+  constexpr int64_t kSteps = 2048;
+  Buffer<Sums> partial(ceil_div(count, kSteps));
+  parallel_blocks(count, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    Sums sums;
+    for (int64_t s = begin; s < end; ++s) body(s, sums);
+    partial[b] = sums;
+  });
+  Sums total;
+  for (int64_t b = 0; b < ceil_div(count, kSteps); ++b) {
+    const Sums& p = partial[b];
+    total.loss += p.loss;
+    total.clipped += p.clipped;
+    total.value += p.value;
+    total.target += p.target;
+    total.steps += p.steps;
+    total.tokens += p.tokens;
+    total.trajectories += p.trajectories;
+    total.target_squares += p.target_squares;
+    total.residual_squares += p.residual_squares;
+  }
+  return total;
+}
+
+}  // namespace
+
+void value_loss(int dtype, const void* values, const void* returns, const void* old_values,
+                bool values_per_token, bool old_values_per_token, const int64_t* state_index,
+                const int32_t* step_lengths, const int32_t* trajectory_counts,
+                const double* normalizer, double clip, int reduction, int64_t num_values,
+                int64_t num_steps, void* loss, double* metrics, void* grad_values,
+                void* grad_scale, int threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* v = static_cast<const T*>(values);
+    const T* target = static_cast<const T*>(returns);
+    const T* old = static_cast<const T*>(old_values);
+    T* grad = static_cast<T*>(grad_values);
+    const auto kind = static_cast<Reduction>(reduction);
+    if (grad != nullptr) {
+      parallel_blocks(num_values, kBlock, threads, [&](int64_t, int64_t begin, int64_t end) {
+        fill(grad, begin, end, zero);
+      });
+    }
+    const auto at = [&](bool per_token, int64_t s) { return per_token ? state_index[s] : s; };
+    const Sums sums = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
+      if (step_lengths[s] == 0) return;
+      const double value = v[at(values_per_token, s)];
+      const double before = old == nullptr ? 0.0 : old[at(old_values_per_token, s)];
+      const ValueLoss step = value_step_loss(value, target[s], old != nullptr, before, clip);
+      const double weight = step_weight(kind, step_lengths[s], trajectory_counts[s]);
+      sum.loss += weight * step.loss;
+      sum.clipped += step.is_clipped;
+      sum.value += value;
+      sum.target += target[s];
+      sum.steps += 1;
+      sum.tokens += step_lengths[s];
+      sum.trajectories += 1.0 / trajectory_counts[s];
+      if (grad != nullptr) grad[at(values_per_token, s)] = static_cast<T>(weight * step.slope);
+    });
+    const double steps = sums.steps > 0 ? sums.steps : 1;
+    const double target_mean = sums.target / steps;
+    const double residual_mean = (sums.target - sums.value) / steps;
+    const Sums spread = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
+      if (step_lengths[s] == 0) return;
+      const double residual = target[s] - static_cast<double>(v[at(values_per_token, s)]);
+      sum.target_squares += (target[s] - target_mean) * (target[s] - target_mean);
+      sum.residual_squares += (residual - residual_mean) * (residual - residual_mean);
+    });
+    const double total = normalizer != nullptr
+                             ? *normalizer
+                             : reduction_total(kind, sums.steps, sums.trajectories, sums.tokens);
+    *static_cast<T*>(loss) = static_cast<T>(sums.loss / total);
+    *static_cast<T*>(grad_scale) = static_cast<T>(1 / total);
+    metrics[kValueLoss] = sums.loss / total;
+    metrics[kValueClipFraction] = sums.clipped / steps;
+    metrics[kValueMean] = sums.value / steps;
+    metrics[kReturnMean] = target_mean;
+    metrics[kExplainedVariance] =
+        spread.target_squares > 0 ? 1 - spread.residual_squares / spread.target_squares : 0.0;
+    metrics[kValueNumSteps] = sums.steps;
+  });
+}
+
+}  // namespace steppo::cpu::STEPPO_ISA

@@ -1,0 +1,31 @@
+// The C++ API of the CPU kernels: raw pointers and sizes, no torch, no Python.
+//
+// Each operator exists once per instruction set, in a namespace of its own (cpu_ops.inc is the
+// list), and as a function pointer `steppo::cpu::<op>` to the best one that this CPU runs.
+#pragma once
+
+#include "steppo/types.h"
+
+namespace steppo::cpu {
+
+namespace baseline {
+#include "steppo/cpu_ops.inc"
+}
+#if defined(STEPPO_X86)
+namespace avx2 {
+#include "steppo/cpu_ops.inc"
+}
+namespace avx512 {
+#include "steppo/cpu_ops.inc"
+}
+#endif
+
+// The instruction set that runs: "avx512", "avx2" or "baseline". The environment variable
+// STEPPO_ISA lowers it.
+const char* isa();
+
+#define STEPPO_OP(name) extern decltype(&baseline::name) const name;
+#include "steppo/cpu_op_names.inc"
+#undef STEPPO_OP
+
+}  // namespace steppo::cpu

@@ -1,0 +1,150 @@
+// The mathematics of one step and of one token (StepPO, arXiv 2604.18401), for any device.
+//
+// Per-step numbers are fp64 throughout: there are few of them, and a clip range of 3e-4 leaves
+// little room for rounding. Comparisons are written so that a NaN reaches the loss.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "steppo/types.h"
+
+namespace steppo {
+
+// e^d = scale * (1 + r + tail) with scale a power of two and |r| <= ln(2) / 2. Keeping the parts
+// apart gives e^d - 1 and e^d - 1 - d without cancellation around d = 0.
+template <class T>
+struct ExpParts {
+  T scale, r, tail;
+};
+
+// For |d| <= 20. Without branches and library calls, so that compilers vectorise it.
+STEPPO_FN ExpParts<float> exp_parts(float d) {
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const float shifted = d * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  std::uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4B400000u + 127u) << 23;
+  ExpParts<float> parts;
+  std::memcpy(&parts.scale, &bits, sizeof bits);
+  parts.r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = parts.r;
+  const float series =
+      0.5f +
+      r * (1.6666667e-1f +
+           r * (4.1666668e-2f + r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f))));
+  parts.tail = r * r * series;
+  return parts;
+}
+
+STEPPO_FN ExpParts<double> exp_parts(double d) {
+  if (std::fabs(d) < 0.25) {
+    double term = d * d / 2, sum = 0;
+    for (int k = 3; k < 18; ++k) {
+      sum += term;
+      term *= d / k;
+    }
+    return {1.0, d, sum};
+  }
+  const double grown = std::expm1(d);
+  return {1.0, d, grown - d};
+}
+
+template <class T>
+STEPPO_FN T clamp(T x, T low, T high) {
+  // Both comparisons are false for a NaN, which passes.
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// The KL estimate of a token from d = log pi_ref - log pi, and its derivative by log pi.
+// d is clamped to +-20 and the value to +-10; beyond, the derivative is 0.
+template <class T>
+struct KL {
+  T value, slope;
+};
+
+template <class T, KLEstimator kind>
+STEPPO_FN KL<T> kl_penalty(T d) {
+  const T c = clamp(d, T(-20), T(20));
+  T value, slope;
+  if constexpr (kind == kK1) {
+    value = -c;
+    slope = T(1);
+  } else if constexpr (kind == kK2) {
+    value = T(0.5) * c * c;
+    slope = -c;
+  } else {
+    const ExpParts<T> e = exp_parts(c);
+    const T grown = e.scale * e.tail + e.scale * e.r + (e.scale - T(1));
+    value = e.scale * e.tail + (e.scale * e.r - c) + (e.scale - T(1));
+    slope = -grown;
+  }
+  const bool clamped = c != d || value > T(10) || value < T(-10);
+  // A NaN counts as clamped here (c != d); value carries it on.
+  return {clamp(value, T(-10), T(10)), clamped ? T(0) : slope};
+}
+
+// L^-p of log rho = mu + L^-p sum(z - mu).
+STEPPO_FN double ratio_scale(Ratio ratio, double length) {
+  return ratio == kGeometric ? 1.0 / length
+                             : (ratio == kCentered ? 1.0 / std::sqrt(length) : 1.0);
+}
+
+struct StepLoss {
+  double ratio;      // rho, clamped
+  double loss;       // l_s
+  double slope;      // d l_s / d log rho
+  bool is_clipped;   // the clipped branch is strictly larger
+};
+
+STEPPO_FN StepLoss step_loss(double log_ratio, double advantage, const PolicyConfig& c) {
+  const bool above = log_ratio > c.log_ratio_max;
+  const double ratio = std::exp(above ? c.log_ratio_max : log_ratio);
+  const double unclipped = -advantage * ratio;
+  const double clipped = -advantage * clamp(ratio, 1.0 - c.clip_low, 1.0 + c.clip_high);
+  const bool is_clipped = clipped > unclipped;
+  double loss = is_clipped ? clipped : unclipped;
+  const double bound = -c.dual_clip * advantage;
+  const bool is_bounded = c.dual_clip > 0 && advantage < 0 && loss > bound;
+  loss = is_bounded ? bound : loss;
+  const bool flat = is_clipped || is_bounded || above || advantage == 0;
+  return {ratio, loss, flat ? 0.0 : unclipped, is_clipped};
+}
+
+// w_s of a reduction; `count` is the number of non-empty steps in the step's trajectory.
+STEPPO_FN double step_weight(Reduction reduction, double length, double count) {
+  return reduction == kTrajectoryMean ? 1.0 / count : (reduction == kTokenMean ? length : 1.0);
+}
+
+// The denominator of a reduction, at least 1. `trajectories` may be a sum of 1 / count.
+STEPPO_FN double reduction_total(Reduction reduction, double steps, double trajectories,
+                                        double tokens) {
+  const double total = reduction == kStepMean         ? steps
+                       : reduction == kTrajectoryMean ? std::nearbyint(trajectories)
+                       : reduction == kTokenMean      ? tokens
+                                                      : 1.0;
+  return total > 1.0 ? total : 1.0;
+}
+
+// Half the squared error of a value, clipped around the old value, and its derivative.
+struct ValueLoss {
+  double loss, slope;
+  bool is_clipped;
+};
+
+STEPPO_FN ValueLoss value_step_loss(double value, double target, bool has_old, double old,
+                                           double clip) {
+  const double error = value - target;
+  const double moved = value - old;
+  // Within the range the clipped value is the value itself, to the last bit.
+  if (has_old && (moved > clip || moved < -clip)) {
+    const double clipped = old + (moved > 0 ? clip : -clip) - target;
+    if (clipped * clipped > error * error) return {0.5 * clipped * clipped, 0.0, true};
+  }
+  return {0.5 * error * error, error, false};
+}
+
+}  // namespace steppo

@@ -1,0 +1,67 @@
+// Numbers that Python and every kernel agree on. The Python side: steppo_kernels/config.py,
+// outputs.py and cpu/launch.py.
+#pragma once
+
+#include <cstdint>
+
+// Functions of headers have internal linkage: the same header is compiled for several instruction
+// sets, and a linker that merged the copies could keep one that this CPU cannot run.
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define STEPPO_FN __host__ __device__ static inline
+#else
+#define STEPPO_FN static inline
+#endif
+
+namespace steppo {
+
+enum DType : int { kFloat32 = 0, kFloat64 = 1 };
+
+enum Ratio : int { kGeometric = 0, kProduct = 1, kCentered = 2 };
+
+enum Reduction : int { kStepMean = 0, kTrajectoryMean = 1, kTokenMean = 2, kSum = 3 };
+
+enum KLEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2 };
+
+enum PolicyMetric : int {
+  kPolicyLoss,
+  kKLLoss,
+  kEntropy,
+  kRatioMean,
+  kRatioMin,
+  kRatioMax,
+  kClipFraction,
+  kClipFractionLow,
+  kClipFractionHigh,
+  kTokenClipFraction,
+  kApproxKL,
+  kApproxKLK3,
+  kDeadTokenFraction,
+  kNumSteps,
+  kNumTokens,
+  kNumPolicyMetrics,
+};
+
+enum ValueMetric : int {
+  kValueLoss,
+  kValueClipFraction,
+  kValueMean,
+  kReturnMean,
+  kExplainedVariance,
+  kValueNumSteps,
+  kNumValueMetrics,
+};
+
+// Hyper-parameters of the policy loss: StepPOConfig in steppo_kernels/config.py.
+struct PolicyConfig {
+  Ratio ratio;
+  double clip_low;
+  double clip_high;
+  double dual_clip;  // 0 is off
+  double log_ratio_max;
+  Reduction reduction;
+  double kl_coef;
+  KLEstimator kl_estimator;
+  double entropy_coef;
+};
+
+}  // namespace steppo

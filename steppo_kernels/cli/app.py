@@ -1,0 +1,201 @@
+"""The commands of ``steppo-kernels``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from .. import __version__, backends
+from . import info as info_facts
+from . import report
+
+main = typer.Typer(
+    name="steppo-kernels",
+    help="Step-level policy optimization (StepPO) kernels: what runs here, and whether it is right.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+
+# In a pipe or a log no width is known, and tables folded to 80 columns cannot be read.
+_LOG_WIDTH = 160
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"steppo-kernels {__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@main.command()
+def info(as_json: _AsJson = False) -> None:
+    """Show versions, devices, and which backends run here, or why not."""
+    facts = info_facts.collect()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        info_facts.show(facts, _console())
+
+
+@main.command()
+def validate(
+    seed: Annotated[
+        int | None, typer.Option(help="Of the batches. A fresh one, which is shown, by default.")
+    ] = None,
+    batches: Annotated[
+        int, typer.Option(min=1, help="Random batches per case; every 8 have all kinds of them.")
+    ] = 8,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Check this one; repeat for more. Every one that runs, by default."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Like cpu or cuda:0; repeat for more. CPU and first GPU, by default."),
+    ] = None,
+    operation: Annotated[
+        list[str] | None,
+        typer.Option(help="Only operations whose name contains this; repeat for more."),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show each way an operation was called.")
+    ] = False,
+    as_json: _AsJson = False,
+) -> None:
+    """Check every operation, backend and dtype against the fp64 reference.
+
+    Each is run on fresh random batches. A backend may err twice as far as plain PyTorch does in
+    the same dtype, and a few roundings more. It must give the same bits when it runs again, and
+    nothing of a masked token may reach a result. Exits with 1 if anything is missed.
+    """
+    from . import validate as validation
+
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    cases = [
+        case
+        for case in validation.CASES
+        if not operation or any(part in case.operation for part in operation)
+    ]
+    if not cases:
+        known = ", ".join(dict.fromkeys(case.operation for case in validation.CASES))
+        raise typer.BadParameter(f"got {operation}, expected parts of: {known}")
+    chosen = _targets(backend or [], device or [])
+    with _console(stderr=True).status("") as status:
+        rows = [
+            row
+            for where, names in chosen.items()
+            for row in validation.validate(
+                cases, names, where, seed=seed, batches=batches,
+                on_case=lambda name, where=where: status.update(f"{where}: {name}"),  # type: ignore[misc]
+            )
+        ]  # fmt: skip
+    shown = rows if verbose else validation.widest(rows)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(shown, seed, batches), indent=2, allow_nan=False))
+    else:
+        report.show(shown, rows, seed, _console(), verbose=verbose)
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)
+
+
+@main.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path("demo_out"),
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of runs, from --seed on, of --compare.")
+    ] = 3,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train by token and by trajectory.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="Backend of the kernels.")] = "auto",
+) -> None:
+    """Train a small agent with StepPO, from nothing to finished pictures."""
+    _known_backend(backend)
+    try:
+        run_demo = importlib.import_module("steppo_kernels.demo").run_demo
+    except ModuleNotFoundError as error:
+        _console(stderr=True).print(
+            f"The demo needs the package {error.name}: pip install 'steppo-kernels\\[demo]'",
+            style="red",
+        )
+        raise typer.Exit(1) from None
+    run_demo(out_dir=out, seed=seed, backend=backend, compare=compare, seeds=seeds)
+
+
+def _known_backend(name: str) -> str:
+    if name not in backends.BACKENDS:
+        raise typer.BadParameter(
+            f"got {name!r}, expected one of {', '.join(backends.BACKENDS)}",
+            param_hint="--backend",
+        )
+    return name
+
+
+def _targets(names: list[str], devices: list[str]) -> dict[torch.device, list[str]]:
+    """Return the backends to check on each device.
+
+    Raises:
+        typer.BadParameter: something asked for is unknown or does not run here.
+    """
+    seen = info_facts.torch_devices()
+    wanted = [_device(text, seen) for text in dict.fromkeys(devices)] or seen[:2]
+    for name in names:
+        if name == "auto":
+            raise typer.BadParameter(
+                "'auto' is not an implementation; it picks one", param_hint="--backend"
+            )
+        _known_backend(name)
+        reasons = [backends.unavailable(name, where) for where in wanted]
+        if all(reasons):
+            raise typer.BadParameter(
+                f"{name!r} does not run here: {reasons[-1]}", param_hint="--backend"
+            )
+    asked = list(dict.fromkeys(names)) or [n for n in backends.BACKENDS if n != "auto"]
+    return {
+        where: [name for name in asked if backends.unavailable(name, where) is None]
+        for where in wanted
+    }
+
+
+def _device(text: str, seen: list[torch.device]) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", 0)
+    if device is None or device not in seen:
+        raise typer.BadParameter(
+            f"got {text!r}, expected one of {', '.join(map(str, seen))}", param_hint="--device"
+        )
+    return device

@@ -1,0 +1,131 @@
+"""What is installed here, and what of it runs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__, backends
+
+
+def collect() -> dict[str, Any]:
+    """Return versions, backends and devices, as JSON can hold them."""
+    return {
+        "versions": {
+            "steppo-kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        },
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "backends": {
+            name: _backend(name) for name in backends.BACKENDS if name != "auto"
+        },
+        "devices": _devices(),
+    }
+
+
+def show(facts: dict[str, Any], console: Console) -> None:
+    """Print what `collect` returns."""
+    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v is not None)
+    console.print(versions, highlight=False)
+    console.print(f"{facts['platform']}, {facts['threads']} threads", highlight=False)
+
+    table = Table(title="backends", title_justify="left")
+    for name in ("backend", "runs", "on", "about"):
+        table.add_column(name)
+    for name, backend in facts["backends"].items():
+        about = backend["why_not"] or "; ".join(
+            f"{key.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else value}"
+            for key, value in backend["details"].items()
+        )
+        runs = "[green]yes[/]" if backend["available"] else "[red]no[/]"
+        table.add_row(name, runs, ", ".join(backend["devices"]), about)
+    console.print(table)
+
+    table = Table(title="devices", title_justify="left")
+    for name in ("device", "name", "about", "backend 'auto'"):
+        table.add_column(name)
+    for device in facts["devices"]:
+        table.add_row(device["device"], device["name"], device["about"], device["auto"])
+    console.print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(name: str) -> dict[str, Any]:
+    kinds = {str(device).split(":")[0]: device for device in reversed(torch_devices())}
+    reasons = {kind: backends.unavailable(name, device) for kind, device in kinds.items()}
+    runs_on = sorted(kind for kind, why in reasons.items() if why is None)
+    # A backend that is whole, but has no device of its kind here, is missing all the same.
+    why_not = None if runs_on else next(iter(reasons.values()))
+    details: dict[str, Any] = {}
+    if runs_on and name == "cpu":
+        module: Any = importlib.import_module("steppo_kernels._C_cpu")
+        details = {"instruction_set": module.isa(), "compiler": module.compiler()}
+    elif runs_on and name == "triton":
+        details = {"interpreter": "on, on CPU tensors" if backends.triton_interprets() else "off"}
+    elif runs_on and name == "reference":
+        details = {"made_of": "plain PyTorch"}
+    return {
+        "available": bool(runs_on),
+        "why_not": why_not,
+        "devices": runs_on,
+        "details": details,
+    }
+
+
+def torch_devices() -> list[torch.device]:
+    """Return the CPU and every GPU that torch sees."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(gpus))]
+
+
+def _devices() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for device in torch_devices():
+        if device.type == "cpu":
+            name = _cpu_name()
+            about = f"torch uses {torch.backends.cpu.get_cpu_capability()}"
+        else:
+            properties = torch.cuda.get_device_properties(device)
+            name = properties.name
+            major, minor = torch.cuda.get_device_capability(device)
+            about = (
+                f"capability {major}.{minor}, {properties.multi_processor_count} multiprocessors, "
+                f"{properties.total_memory / 2**30:.0f} GiB"
+            )
+        found.append(
+            {
+                "device": str(device),
+                "name": name,
+                "about": about,
+                "auto": backends.resolve("auto", device),
+            }
+        )
+    return found
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

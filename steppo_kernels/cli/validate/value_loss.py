@@ -1,0 +1,105 @@
+"""Cases of `step_value_loss`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend
+from ...config import Reduction
+from ...layout import StepLayout
+from ...value_loss import step_value_loss
+from .case import Case, Inputs, Outputs, Problem
+from .draw import Draw, border
+from .layouts import random_layout
+
+# How far, at least, the two branches of the clipped loss stay apart.
+_CLEAR = 1e-3
+
+
+def _case(
+    variant: str,
+    *,
+    per_token: bool = True,
+    clipped: bool = True,
+    reduction: Reduction = "step_mean",
+    normalizer: bool = False,
+) -> Case:
+    def draw_problem(draw: Draw) -> Problem:
+        layout = random_layout(draw)
+        shape = layout.shape if per_token else torch.Size((layout.num_steps,))
+        new = draw.normal(*shape)
+        inputs = {"values": draw.rounded(new)}
+        unread = {"values": _unread(layout, shape if per_token else None)}
+        if clipped:
+            inputs["old_values"] = draw.rounded(new + 0.6 * draw.normal(*shape))
+            unread["old_values"] = unread["values"]
+        inputs["returns"] = draw.rounded(draw.normal(layout.num_steps))
+        unread["returns"] = layout.step_lengths == 0
+        clip = _keep_clear(inputs, layout, per_token) if clipped else 0.5
+        total = torch.tensor(draw.integer(1, 50), device=layout.device) if normalizer else None
+        upstream = draw.choice((1.0, -0.7))
+
+        def run(inputs: Inputs, backend: Backend) -> Outputs:
+            values = inputs["values"].detach().clone().requires_grad_()
+            found = step_value_loss(
+                values, inputs["returns"], layout, old_values=inputs.get("old_values"), clip=clip,
+                reduction=reduction, normalizer=total, backend=backend,
+            )  # fmt: skip
+            (grad,) = torch.autograd.grad(
+                found.loss, values, torch.full_like(found.loss, upstream)
+            )
+            metrics = zip(found.metrics.names, found.metrics.values, strict=True)
+            return {
+                "loss": found.loss.detach(),
+                "grad_values": grad,
+                **{f"metrics.{name}": value for name, value in metrics},
+            }
+
+        return Problem(run, inputs, unread)
+
+    return Case("step_value_loss", variant, draw_problem)
+
+
+def _unread(layout: StepLayout, shape: torch.Size | None) -> Tensor:
+    empty = layout.step_lengths == 0
+    if shape is None:
+        return empty
+    unread = torch.ones(shape.numel(), dtype=torch.bool, device=layout.device)
+    unread[layout.state_index[~empty]] = False
+    return unread.view(shape)
+
+
+def _keep_clear(inputs: dict[str, Tensor], layout: StepLayout, per_token: bool) -> float:
+    """Return a clip clear of every |v - v_old|, and move returns that lie at a switch.
+
+    The larger of the two squares changes where the return is midway between v and v_old + clip.
+    """
+
+    def at_steps(name: str) -> Tensor:
+        values = inputs[name].double().reshape(-1)
+        if per_token:
+            values = values[layout.state_index] if values.numel() else values.new_zeros(0)
+        return values[layout.step_lengths > 0]
+
+    kept = layout.step_lengths > 0
+    v, old = at_steps("values"), at_steps("old_values")
+    target = inputs["returns"].double()[kept]
+    clip = border((v - old).abs(), 0.0, 0.5, least=_CLEAR)
+    moved = old + (v - old).clamp(-clip, clip)
+    at_switch = ((v - target).abs() - (moved - target).abs()).abs() < _CLEAR
+    # Far out, the squares differ by much more than by how far v was moved.
+    target = torch.where(at_switch, v + 4.0, target)
+    inputs["returns"][kept] = target.to(inputs["returns"].dtype)
+    return clip
+
+
+CASES: tuple[Case, ...] = (
+    _case("per token, clipped"),
+    _case("per step, clipped", per_token=False),
+    _case("not clipped", clipped=False),
+    _case("trajectory_mean", reduction="trajectory_mean"),
+    _case("token_mean", reduction="token_mean"),
+    _case("sum", reduction="sum"),
+    _case("normalizer", normalizer=True),
+)

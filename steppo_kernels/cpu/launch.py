@@ -1,0 +1,22 @@
+"""How a launcher hands tensors to the compiled module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C_cpu as kernels
+
+__all__ = ["dtype_code", "kernels", "pointer", "threads"]
+
+threads = torch.get_num_threads
+
+
+def pointer(value: Tensor | None) -> int:
+    """Return the address of a tensor's data, 0 for None."""
+    return 0 if value is None else value.data_ptr()
+
+
+def dtype_code(value: Tensor) -> int:
+    """Return the number of a dtype in csrc/include/steppo/types.h."""
+    return 1 if value.dtype == torch.float64 else 0

@@ -1,0 +1,117 @@
+"""Targets (backend and device), poisoned allocations and the hypothesis profile of the suite."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+
+if not torch.cuda.is_available():
+    # Read once, when triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
+import pytest
+
+from steppo_kernels import backends
+
+hypothesis.settings.register_profile(
+    "derandomized",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=30,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("derandomized")
+
+
+class Target(NamedTuple):
+    """A backend and the device of the tensors it is given."""
+
+    backend: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter, where large inputs take minutes."""
+        return self.backend == "triton" and self.device == "cpu"
+
+
+def _targets() -> list[object]:
+    on_gpu = ["reference", "triton"]
+    if backends.why_not_cuda() is None:
+        on_gpu.append("cuda")
+    return [
+        *(_target(Target(name, "cpu")) for name in ("reference", "cpu", "triton")),
+        *(_target(Target(name, "cuda"), pytest.mark.gpu) for name in on_gpu),
+    ]
+
+
+def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
+    why = backends.unavailable(target.backend, torch.device(target.device))
+    if target.device == "cuda" and not torch.cuda.is_available():
+        why = "torch sees no GPU"
+    if why is not None:
+        marks = (*marks, pytest.mark.skip(reason=f"{target.backend}: {why}"))
+    name = target.backend if target.device == "cpu" else f"{target.backend}-gpu"
+    return pytest.param(target, id=name, marks=marks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "unpoisoned: allocations stay as torch makes them")
+
+
+@pytest.fixture(params=_targets())
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each backend that runs on this machine."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["layout", "mask"])
+def masked(request: pytest.FixtureRequest) -> bool:
+    """Whether the loss is given the mask (the fused kernel) or a layout."""
+    return request.param
+
+
+_GARBAGE = {torch.bool: 1, torch.uint8: 0x5A, torch.int8: 0x5A, torch.int16: 0x5A5A}
+
+
+def _poison(made: torch.Tensor) -> torch.Tensor:
+    if made.is_floating_point():
+        return made.fill_(torch.nan)
+    return made.fill_(_GARBAGE.get(made.dtype, -0x5A5A5A5A))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fill what the package allocates with NaN or garbage, so that an unwritten output shows."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        allocate = getattr(owner, name)
+
+        def poisoned(*args: object, _allocate=allocate, **options: object) -> torch.Tensor:
+            made = _allocate(*args, **options)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return _poison(made) if caller.startswith("steppo_kernels") else made
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+@pytest.fixture
+def one_thread_after() -> object:
+    """Restore the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
