@@ -103,6 +103,11 @@ class Results:
         """What torch uses unless told otherwise."""
         return int(self.machine["threads"])
 
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of tokens of the growth curves."""
+        return sorted({size for curve in self.growth.values() for size in curve})
+
     def get(self, suite: str, case: str, variant: str, threads: int | None = None) -> Line | None:
         """Return a line, or None if it was not measured."""
         return self.lines.get((suite, case, variant, threads or self.threads))
@@ -315,7 +320,7 @@ def markdown(results: Results, verdicts: list[Target], name: str) -> str:
         lines += [f"## {title}", ""]
         table(COLUMNS, rows)
     if results.growth:
-        sizes = sorted(max(results.growth.values(), key=len))
+        sizes = results.sizes
         lines += ["## Growth: ns/token by number of tokens", ""]
         table(("curve", "exponent", *(f"{size:.0e}" for size in sizes)), growth_rows(results))
         lines += [resident(results), "", f"![Cost against tokens]({name}_growth.png)", ""]
@@ -335,7 +340,7 @@ def show(results: Results, verdicts: list[Target], name: str) -> None:
         console.print(table)
     if results.growth:
         table = Table(title="ns/token by number of tokens", title_justify="left")
-        sizes = sorted(max(results.growth.values(), key=len))
+        sizes = results.sizes
         for column in ("curve", "exponent", *(f"{size:.0e}" for size in sizes)):
             table.add_column(column, justify="left" if column == "curve" else "right")
         for row in growth_rows(results):
@@ -422,10 +427,9 @@ def plot_growth(results: Results, path: Path) -> None:
             tokens = [size for size, _ in curve]
             seconds = [line.median for _, line in curve]
             slope = results.slope(*key)
-            if slope is not None:
-                label += f": tokens$^{{{slope:.2f}}}$"
+            exponent = "" if slope is None else f": tokens$^{{{slope:.2f}}}$"
             style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6}
-            total.plot(tokens, [1e3 * s for s in seconds], label=label, **style)
+            total.plot(tokens, [1e3 * s for s in seconds], label=label + exponent, **style)
             each.plot(tokens, [1e9 * s / n for s, n in zip(seconds, tokens, strict=True)], **style)
         for axis, title in ((total, "milliseconds"), (each, "nanoseconds per token")):
             axis.set_xscale("log")

@@ -40,12 +40,10 @@ class Target(NamedTuple):
         return self.backend == "triton" and self.device == "cpu"
 
 
-def _targets() -> list[object]:
-    on_gpu = ["reference", "triton"]
-    if backends.why_not_cuda() is None:
-        on_gpu.append("cuda")
+def _kernels() -> list[object]:
+    on_gpu = ["triton"] if backends.why_not_cuda() else ["triton", "cuda"]
     return [
-        *(_target(Target(name, "cpu")) for name in ("reference", "cpu", "triton")),
+        *(_target(Target(name, "cpu")) for name in ("cpu", "triton")),
         *(_target(Target(name, "cuda"), pytest.mark.gpu) for name in on_gpu),
     ]
 
@@ -65,9 +63,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: allocations stay as torch makes them")
 
 
-@pytest.fixture(params=_targets())
+@pytest.fixture(params=[_target(Target("reference", "cpu")), *_kernels()])
 def target(request: pytest.FixtureRequest) -> Target:
     """Each backend that runs on this machine."""
+    return request.param
+
+
+@pytest.fixture(params=_kernels())
+def kernel(request: pytest.FixtureRequest) -> Target:
+    """Each of them but the reference, for tests that measure by it."""
     return request.param
 
 

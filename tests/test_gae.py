@@ -105,8 +105,8 @@ def test_rewards_outside_of_actions(target):
         whiten=False,
         backend=target.backend,
     )
-    expected = fp64([1111.0, 1.1e6, 1.11e16 + 1e18 + 1e19 - 1e16 * 0.0, 1e20])
-    expected[2] = 1e14 + 1e15 + 1e16 + 1e18 + 1e19
+    # The row without a step keeps its rewards to itself, and so does a slot that is not finite.
+    expected = fp64([1111.0, 1.1e6, 1e14 + 1e15 + 1e16 + 1e18 + 1e19, 1e20])
     torch.testing.assert_close(found.advantages.cpu(), expected, rtol=1e-15, atol=0.0)
 
 
@@ -204,10 +204,10 @@ def test_long_trajectories(target, lengths):
     torch.testing.assert_close(found.returns.cpu(), exact.returns, rtol=1e-11, atol=1e-11)
 
 
-def test_fp32_loses_at_most_twice_what_the_reference_does(target):
+def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel):
     squares = {"kernel": [0.0, 0.0], "reference": [0.0, 0.0]}
     largest = {"kernel": 0.0, "reference": 0.0}
-    for seed in range(10 if target.interpreted else 30):
+    for seed in range(10 if kernel.interpreted else 30):
         batch = random_batch(seed, rows=6, length=64, mean_step=3.0)
 
         def run(batch, backend):
@@ -219,7 +219,7 @@ def test_fp32_loses_at_most_twice_what_the_reference_does(target):
         exact = run(batch.to(torch.float64), "reference")
         for who, found in (
             ("reference", run(batch, "reference")),
-            ("kernel", run(batch.to(torch.float32, target.device), target.backend)),
+            ("kernel", run(batch.to(torch.float32, kernel.device), kernel.backend)),
         ):
             for slot, name in enumerate(("advantages", "returns")):
                 error = Error.between(getattr(found, name), getattr(exact, name))

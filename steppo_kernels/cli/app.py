@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .. import __version__, backends
 from . import info as info_facts
@@ -18,7 +19,7 @@ from . import report
 
 main = typer.Typer(
     name="steppo-kernels",
-    help="Step-level policy optimization (StepPO) kernels: what runs here, and whether it is right.",
+    help="Step-level policy optimization (StepPO) kernels: what runs here, and is it right?",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -107,17 +108,18 @@ def validate(
     ]
     if not cases:
         known = ", ".join(dict.fromkeys(case.operation for case in validation.CASES))
-        raise typer.BadParameter(f"got {operation}, expected parts of: {known}")
+        raise typer.BadParameter(
+            f"got {', '.join(operation or [])}, expected part of one of: {known}",
+            param_hint="--operation",
+        )
     chosen = _targets(backend or [], device or [])
+    rows: list[validation.Row] = []
     with _console(stderr=True).status("") as status:
-        rows = [
-            row
-            for where, names in chosen.items()
-            for row in validation.validate(
+        for where, names in chosen.items():
+            rows += validation.validate(
                 cases, names, where, seed=seed, batches=batches,
-                on_case=lambda name, where=where: status.update(f"{where}: {name}"),  # type: ignore[misc]
-            )
-        ]  # fmt: skip
+                on_case=lambda name: status.update(escape(name)),
+            )  # fmt: skip
     shown = rows if verbose else validation.widest(rows)
     if as_json:
         typer.echo(json.dumps(report.as_json(shown, seed, batches), indent=2, allow_nan=False))
@@ -143,13 +145,17 @@ def demo(
     _known_backend(backend)
     try:
         run_demo = importlib.import_module("steppo_kernels.demo").run_demo
+        run_demo(out_dir=out, seed=seed, backend=backend, compare=compare, seeds=seeds)
     except ModuleNotFoundError as error:
-        _console(stderr=True).print(
-            f"The demo needs the package {error.name}: pip install 'steppo-kernels\\[demo]'",
-            style="red",
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "steppo_kernels"):
+            raise
+        typer.secho(
+            f"The demo needs the package {package}: pip install 'steppo-kernels[demo]'",
+            fg=typer.colors.RED,
+            err=True,
         )
         raise typer.Exit(1) from None
-    run_demo(out_dir=out, seed=seed, backend=backend, compare=compare, seeds=seeds)
 
 
 def _known_backend(name: str) -> str:

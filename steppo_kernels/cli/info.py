@@ -15,6 +15,9 @@ from rich.table import Table
 
 from .. import __version__, backends
 
+# The copies of each kernel that setup.py compiles, by machine; csrc/cpu/dispatch.cpp takes one.
+_COMPILED_FOR = {name: ["baseline", "avx2", "avx512"] for name in ("x86_64", "amd64")}
+
 
 def collect() -> dict[str, Any]:
     """Return versions, backends and devices, as JSON can hold them."""
@@ -29,9 +32,7 @@ def collect() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "backends": {
-            name: _backend(name) for name in backends.BACKENDS if name != "auto"
-        },
+        "backends": {name: _backend(name) for name in backends.BACKENDS if name != "auto"},
         "devices": _devices(),
     }
 
@@ -78,7 +79,11 @@ def _backend(name: str) -> dict[str, Any]:
     details: dict[str, Any] = {}
     if runs_on and name == "cpu":
         module: Any = importlib.import_module("steppo_kernels._C_cpu")
-        details = {"instruction_set": module.isa(), "compiler": module.compiler()}
+        details = {
+            "instruction_set": module.isa(),
+            "compiled_for": _COMPILED_FOR.get(platform.machine().lower(), ["baseline"]),
+            "compiler": module.compiler(),
+        }
     elif runs_on and name == "triton":
         details = {"interpreter": "on, on CPU tensors" if backends.triton_interprets() else "off"}
     elif runs_on and name == "reference":

@@ -62,7 +62,7 @@ def show(
             before = row.operation
             table.add_row(*_cells(row))
         console.print(table)
-    _summarize(rows, seed, console)
+    _summarize(shown, rows, seed, console)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -78,9 +78,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row.operation, row.backend, row.dtype or "int", *numbers, verdict, escape(where)
 
 
-def _summarize(rows: Sequence[Row], seed: int, console: Console) -> None:
+def _summarize(shown: Sequence[Row], rows: Sequence[Row], seed: int, console: Console) -> None:
     missed = [row for row in rows if not row.ok]
-    for row in missed:
+    for row in (row for row in shown if not row.ok):
         names = (row.operation, row.variant, row.output, row.backend, row.device, row.dtype)
         where = ", ".join(name for name in names if name)
         console.print(f"[bold red]MISS[/] {escape(where)}: {escape(row.note)}", highlight=False)

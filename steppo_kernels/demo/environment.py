@@ -1,8 +1,8 @@
 """FrozenLake told in words: a multi-turn text task whose only reward comes at the end.
 
 The lake is gymnasium's own ``FrozenLakeEnv`` without slipping. Every episode draws a lake, a goal and a start
-cell at least ``min_distance`` moves away from it. The agent is told the compass offset of the goal and the four
-cells next to it, and answers with a short sentence that names a direction.
+cell at least ``min_distance`` moves away from it. The agent is told the compass offset of the goal and what lies
+in the four cells next to it, and answers with a short sentence that names a direction.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def make_lakes(count: int, *, size: int = 4, seed: int = 0, exclude: Sequence[La
 
 
 def distances(lake: Lake, goal: Cell) -> dict[Cell, int]:
-    """Moves that each cell of a lake is away from ``goal``, over ice; unreachable cells are left out."""
+    """Counts the moves over ice from each cell of a lake to ``goal``; unreachable cells are left out."""
     found = {goal: 0}
     queue = deque([goal])
     while queue:
@@ -117,10 +117,11 @@ class TextFrozenLake(gymnasium.Env[str, str]):
     Args:
         lakes: lakes an episode is drawn from.
         max_turns: turns an episode may take.
-        min_distance: fewest moves between the drawn start and the goal.
+        min_distance: fewest moves between the drawn start and the goal. A straight way always exists: one that
+            never leads away from the goal.
     """
 
-    def __init__(self, lakes: Sequence[Lake], *, max_turns: int = 8, min_distance: int = 3) -> None:
+    def __init__(self, lakes: Sequence[Lake], *, max_turns: int = 10, min_distance: int = 2) -> None:
         if not lakes:
             raise ValueError("lakes: got an empty sequence, expected at least one lake")
         self.lakes = list(lakes)
@@ -153,7 +154,13 @@ class TextFrozenLake(gymnasium.Env[str, str]):
             key = (lake, goal)
             if key not in self._distances:
                 self._distances[key] = distances(lake, goal)
-            starts = [cell for cell, d in self._distances[key].items() if d >= self.min_distance]
+            # Where every way leads around, four neighbouring cells are too little to find it by.
+            starts = [
+                (row, column)
+                for (row, column), moves in self._distances[key].items()
+                if moves >= self.min_distance
+                and moves == abs(row - goal[0]) + abs(column - goal[1])
+            ]
             if "start" in fixed:
                 starts = [fixed["start"]]
             # A goal walled in by holes has no start far enough away: draw again.

@@ -54,20 +54,19 @@ def corpus(*, episodes: int = 400, seed: int = 0) -> Iterator[str]:
     """Sentences of the task under uniformly random actions: what the tokenizer is trained on."""
     rng = np.random.default_rng(seed)
     env = TextFrozenLake(make_lakes(32, seed=seed))
-    yield from (SYSTEM_PROMPT, GOAL_TEXT, HOLE_TEXT, TIME_TEXT, MISUNDERSTOOD)
-    yield from ("system", "user", "assistant")
+    yield from (GOAL_TEXT, HOLE_TEXT, TIME_TEXT)
     for episode in range(episodes):
+        yield from ("system", SYSTEM_PROMPT, MISUNDERSTOOD)
         observation, _ = env.reset(seed=seed + episode)
         done = False
         while not done:
             action = random_action(rng)
-            yield observation
-            yield action
+            yield from ("user", observation, "assistant", action)
             observation, _, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
 
 
-def build_tokenizer(*, vocab_size: int = 384, seed: int = 0) -> PreTrainedTokenizerFast:
+def build_tokenizer(*, vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizerFast:
     """Trains the byte-level BPE tokenizer and gives it the ChatML template.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class TrainConfig:
         clip: half-width of the ratio's trust region.
         value_clip: largest move of a value away from its rollout's value that still pays.
         value_coef: weight of the value loss.
-        entropy_coef: weight of the entropy bonus.
+        kl_coef: weight of the KL penalty against the agent as it came out of the warm-up, which keeps up the
+            action format and the exploration.
         max_grad_norm: gradients are scaled down to this norm.
     """
 
@@ -61,7 +63,7 @@ class TrainConfig:
     clip: float = 0.1
     value_clip: float = 0.5
     value_coef: float = 0.5
-    entropy_coef: float = 0.0
+    kl_coef: float = 0.02
     max_grad_norm: float = 1.0
 
 
@@ -130,6 +132,7 @@ class _Batch:
     rollouts: Rollouts
     layout: StepLayout
     old_log_probs: Tensor
+    ref_log_probs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -163,6 +166,7 @@ class Trainer:
         if method not in LEVELS:
             raise ValueError(f"method: got {method!r}, expected one of {', '.join(LEVELS)}")
         self.agent = agent
+        self.reference = copy.deepcopy(agent).requires_grad_(False)
         self.text = text
         self.method = method
         self.config = config or TrainConfig()
@@ -179,7 +183,7 @@ class Trainer:
         self.loss_config = StepPOConfig(
             clip_low=self.config.clip,
             clip_high=self.config.clip,
-            entropy_coef=self.config.entropy_coef,
+            kl_coef=self.config.kl_coef,
         )
         self.iteration = 0
 
@@ -221,13 +225,9 @@ class Trainer:
         )
         states = self.agent.states(rollouts.token_ids, rollouts.attention_mask)
         old_values = self.agent.values(states)
-        old_log_probs = linear_token_log_probs(
-            states,
-            self.agent.unembedding,
-            rollouts.token_ids,
-            mask=rollouts.action_mask,
-            backend=self.backend,
-        )
+        old_log_probs = self._log_probs(states, self.agent, rollouts)
+        ref_states = self.reference.states(rollouts.token_ids, rollouts.attention_mask)
+        ref_log_probs = self._log_probs(ref_states, self.reference, rollouts)
         # The whole conversation is in the row, the number of turns with it: running out of time is an outcome that
         # the agent can see coming, and nothing follows it.
         estimate = step_gae(
@@ -242,10 +242,20 @@ class Trainer:
             rollouts=rollouts,
             layout=layout,
             old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
             old_values=old_values,
             advantages=estimate.advantages,
             returns=estimate.returns,
             step_rows=layout.state_index // rollouts.token_ids.shape[1],
+        )
+
+    def _log_probs(self, states: Tensor, agent: Agent, rollouts: Rollouts) -> Tensor:
+        return linear_token_log_probs(
+            states,
+            agent.unembedding,
+            rollouts.token_ids,
+            mask=rollouts.action_mask,
+            backend=self.backend,
         )
 
     def _update(self, batch: _Batch) -> dict[str, float]:
@@ -275,6 +285,7 @@ class Trainer:
                     batch.advantages[steps],
                     layout,
                     config=self.loss_config,
+                    ref_log_probs=pick(batch.ref_log_probs),
                     backend=self.backend,
                 )
                 value = step_value_loss(
@@ -320,6 +331,7 @@ class Trainer:
             batch.advantages,
             batch.layout,
             config=self.loss_config,
+            ref_log_probs=batch.ref_log_probs,
             backend=self.backend,
         )
         assert update.step_log_ratio is not None

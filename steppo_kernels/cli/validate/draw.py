@@ -78,6 +78,10 @@ class Draw:
         """Return fp64 `values` in the dtype under test."""
         return values.to(self.dtype)
 
+    def upstream(self) -> float:
+        """Return the gradient of a loss, scaled as trainers do where fp16 would underflow."""
+        return self.choice((1.0, -0.7)) * (256.0 if self.dtype == torch.float16 else 1.0)
+
     def mask(self) -> Tensor:
         """Return a bool ``[B, T]`` action mask, ragged in the way of this batch's kind."""
         rows, length, mean_step = self.integer(2, 8), self.integer(16, 96), 6.0

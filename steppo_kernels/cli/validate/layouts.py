@@ -41,9 +41,7 @@ def _from_mask(draw: Draw) -> Build:
 def _from_packed_mask(draw: Draw) -> Build:
     mask = draw.mask()
     rows = packed_rows(draw, *mask.shape)
-    return lambda backend: StepLayout.from_mask(
-        mask.reshape(-1), cu_seqlens=rows, backend=backend
-    )
+    return lambda backend: StepLayout.from_mask(mask.reshape(-1), cu_seqlens=rows, backend=backend)
 
 
 def _from_boundaries(draw: Draw) -> Build:

@@ -91,7 +91,7 @@ def _case(variant: _Variant, *, fused: bool) -> Case:
             options["ratio_center"] = 0.1 * float(draw.normal())
         config = StepPOConfig(**variant.config)
         config = _keep_clear(config, variant, inputs, layout, options)
-        upstream = draw.choice((1.0, -0.7))
+        upstream = draw.upstream()
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             return _run(inputs, given, config, upstream, {**options, "backend": backend})

@@ -38,7 +38,7 @@ def _case(
         unread["returns"] = layout.step_lengths == 0
         clip = _keep_clear(inputs, layout, per_token) if clipped else 0.5
         total = torch.tensor(draw.integer(1, 50), device=layout.device) if normalizer else None
-        upstream = draw.choice((1.0, -0.7))
+        upstream = draw.upstream()
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             values = inputs["values"].detach().clone().requires_grad_()
@@ -46,9 +46,7 @@ def _case(
                 values, inputs["returns"], layout, old_values=inputs.get("old_values"), clip=clip,
                 reduction=reduction, normalizer=total, backend=backend,
             )  # fmt: skip
-            (grad,) = torch.autograd.grad(
-                found.loss, values, torch.full_like(found.loss, upstream)
-            )
+            (grad,) = torch.autograd.grad(found.loss, values, torch.full_like(found.loss, upstream))
             metrics = zip(found.metrics.names, found.metrics.values, strict=True)
             return {
                 "loss": found.loss.detach(),
@@ -75,14 +73,12 @@ def _keep_clear(inputs: dict[str, Tensor], layout: StepLayout, per_token: bool) 
 
     The larger of the two squares changes where the return is midway between v and v_old + clip.
     """
+    kept = layout.step_lengths > 0
 
     def at_steps(name: str) -> Tensor:
         values = inputs[name].double().reshape(-1)
-        if per_token:
-            values = values[layout.state_index] if values.numel() else values.new_zeros(0)
-        return values[layout.step_lengths > 0]
+        return values[layout.state_index[kept]] if per_token else values[kept]
 
-    kept = layout.step_lengths > 0
     v, old = at_steps("values"), at_steps("old_values")
     target = inputs["returns"].double()[kept]
     clip = border((v - old).abs(), 0.0, 0.5, least=_CLEAR)
