@@ -73,7 +73,7 @@ class BuildWithNinja(build_ext):
         version = subprocess.check_output([*compiler, "--version"], text=True).splitlines()[0]
         common = [
             "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-            "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-Wall", "-Wextra",
+            "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
             f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/cpu'}",
             *(["-DSTEPPO_X86"] if X86 else []),
         ]  # fmt: skip

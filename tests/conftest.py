@@ -61,6 +61,8 @@ def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "unpoisoned: allocations stay as torch makes them")
+    # Tests run side by side; the tensors are small.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=[_target(Target("reference", "cpu")), *_kernels()])
@@ -114,7 +116,7 @@ def poisoned_allocations(
 
 
 @pytest.fixture
-def one_thread_after() -> object:
+def threads_restored() -> object:
     """Restore the number of threads that a test changes."""
     before = torch.get_num_threads()
     yield

@@ -39,7 +39,7 @@ def flat(rows: list[list]) -> list:
 
 
 @given(rows=packed(st.tuples(st.booleans(), st.booleans())), dtype=st.sampled_from(_MASK_DTYPES))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_from_mask_packed(target, rows, dtype):
     offsets = row_offsets(rows)
     mask = [flag for flag, _ in flat(rows)]
@@ -55,7 +55,7 @@ def test_from_mask_packed(target, rows, dtype):
 
 
 @given(rows=rectangle(st.booleans()), dtype=st.sampled_from(_MASK_DTYPES))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_from_mask_rows(target, rows, dtype):
     mask = torch.tensor(rows, dtype=torch.bool).to(target.device, dtype)
     layout = StepLayout.from_mask(mask, backend=target.backend)
@@ -95,7 +95,7 @@ def ids_of_row(draw: st.DrawFn) -> list[int]:
 
 
 @given(rows=st.lists(st.composite(ids_of_row)(), max_size=4))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_from_step_ids_packed(target, rows):
     offsets = row_offsets(rows)
     ids = flat(rows)
@@ -128,7 +128,7 @@ def test_from_step_ids_refuses_ids_that_decrease(target, ids, where):
 
 
 @given(data=st.data(), strings=st.booleans(), with_padding=st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_from_rows(target, data, strings, with_padding):
     rows = data.draw(rectangle(st.booleans(), max_rows=8, max_length=5))
     slots = [(trajectory, 3 * index - 4) for trajectory in range(4) for index in range(5)]
@@ -169,7 +169,7 @@ def test_from_rows_takes_lists_and_no_rows(target):
     start=st.lists(st.integers(0, 3), min_size=1, max_size=4),
     end=st.integers(0, 3),
 )
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_from_markers(target, rows, start, end):
     """Few distinct ids, so that markers overlap, repeat, and stand at borders of rows."""
     ids, offsets = flat(rows), row_offsets(rows)
@@ -225,7 +225,7 @@ def test_layouts_without_action_tokens(target, shape):
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_per_token_and_per_trajectory(data):
     rows = data.draw(rectangle(st.booleans(), max_rows=6, max_length=5))
     order = data.draw(st.permutations(range(len(rows))))

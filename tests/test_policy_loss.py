@@ -42,7 +42,7 @@ configs = st.builds(
     normalizer=st.sampled_from([None, 3.5]),
     ratio_center=st.sampled_from([None, 0.07]),
 )
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_loops(
     target, masked, config, seed, shape, mean_step, log_ratios, weights, with_step_weights,
     normalizer, ratio_center,

@@ -5,8 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernel.h"
-#include "steppo/step_math.h"
+#include "lanes.h"
 
 namespace steppo::cpu::STEPPO_ISA {
 
@@ -56,60 +55,51 @@ struct PolicySums {
   }
 };
 
-// Where the tokens of a step lie: side by side, or through an index.
-struct Contiguous {
-  int64_t first;
-  int64_t operator()(int64_t i) const { return first + i; }
-};
-struct Gathered {
-  const int64_t* index;
-  int64_t operator()(int64_t i) const { return index[i]; }
-};
-
 template <class T, class At>
 static inline double sum_tokens(const T* values, At at, int64_t length) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < length; ++i) sum += static_cast<double>(values[at(i)]);
-  return sum;
+  Sum<T> sum;
+  for (int64_t i = 0; i < length; i += kLanes<T>) sum.add(load(values, at, i, length));
+  return sum.total();
 }
 
-// Sums z - center and, for approx_kl_k3, e^z - 1 - z. With z in fp64 the first sum is exact up to
-// the rounding of the inputs.
+// Sums z and, for approx_kl_k3, e^z - 1 - z. With z in fp64 the first sum is exact up to the
+// rounding of the inputs. Lanes without a token hold z = 0, which adds nothing to either.
 template <class T, class At>
-static inline void sum_log_ratios(const T* now, const T* old, At at, int64_t length, double center, double* z_sum,
-                    double* k3_sum) {
-  double z = 0, k3 = 0;
-#pragma omp simd reduction(+ : z, k3)
-  for (int64_t i = 0; i < length; ++i) {
-    const T a = now[at(i)], b = old[at(i)];
-    z += static_cast<double>(a) - static_cast<double>(b) - center;
-    k3 += static_cast<double>(kl_penalty<T, kK3>(a - b).value);
+static inline void sum_log_ratios(const T* now, const T* old, At at, int64_t length, double* z_sum,
+                                  double* k3_sum) {
+  Sum<T> z, k3;
+  for (int64_t i = 0; i < length; i += kLanes<T>) {
+    const Lanes<T> a = load(now, at, i, length), b = load(old, at, i, length);
+    z.add_difference(a, b);
+    k3.add(kl_penalty<kK3>(a - b).value);
   }
-  *z_sum = z;
-  *k3_sum = k3;
+  *z_sum = z.total();
+  *k3_sum = k3.total();
 }
 
 // Writes the gradient of every token: `same` times its own weight plus the KL part. Adds up the KL
 // and counts the tokens left with a gradient of exactly 0.
 template <bool has_kl, KLEstimator kind, class T, class At>
-static inline void differentiate(const PolicyCall<T>& call, At at, int64_t length, T same, bool weigh_tokens,
-                   T kl_coefficient, double* kl_sum, int64_t* zero_count) {
-  double kl = 0;
+static inline void differentiate(const PolicyCall<T>& call, At at, int64_t length, T same,
+                                 bool weigh_tokens, T kl_coefficient, double* kl_sum,
+                                 int64_t* zero_count) {
+  Sum<T> kl;
   int64_t zeros = 0;
-#pragma omp simd reduction(+ : kl, zeros)
-  for (int64_t i = 0; i < length; ++i) {
-    const int64_t t = at(i);
-    T grad = weigh_tokens ? same * call.is_weights[t] : same;
+  for (int64_t i = 0; i < length; i += kLanes<T>) {
+    Lanes<T> grad = Lanes<T>{} + same;
+    if (weigh_tokens) grad *= load(call.is_weights, at, i, length);
     if constexpr (has_kl) {
-      const KL<T> penalty = kl_penalty<T, kind>(call.ref_log_probs[t] - call.log_probs[t]);
-      kl += static_cast<double>(penalty.value);
+      const Lanes<T> d =
+          load(call.ref_log_probs, at, i, length) - load(call.log_probs, at, i, length);
+      const KL<Lanes<T>> penalty = kl_penalty<kind>(d);
+      kl.add(penalty.value);
       grad += kl_coefficient * penalty.slope;
     }
-    zeros += grad == T(0);
-    if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = grad;
+    const int count = length - i >= kLanes<T> ? kLanes<T> : static_cast<int>(length - i);
+    for (int k = 0; k < count; ++k) zeros += grad[k] == T(0);
+    if (call.grad_log_probs != nullptr) store(call.grad_log_probs, at, i, length, grad);
   }
-  *kl_sum = kl;
+  *kl_sum = kl.total();
   *zero_count = zeros;
 }
 
@@ -121,11 +111,11 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   const PolicyConfig& config = call.config;
   const double n = static_cast<double>(length);
   const double scale = ratio_scale(config.ratio, n);
-  double z = -call.center * n, k3 = 0;
+  double z = 0, k3 = 0;
   if (call.old_log_probs != nullptr) {
-    sum_log_ratios(call.log_probs, call.old_log_probs, at, length, call.center, &z, &k3);
+    sum_log_ratios(call.log_probs, call.old_log_probs, at, length, &z, &k3);
   }
-  const double log_ratio = call.center + scale * z;
+  const double log_ratio = call.center + scale * (z - call.center * n);
   const StepLoss loss = step_loss(log_ratio, advantage, config);
 
   double is_weight = 1;
@@ -140,7 +130,7 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   sums.clipped_low += loss.is_clipped && advantage < 0;
   sums.clipped_high += loss.is_clipped && advantage > 0;
   sums.clipped_tokens += loss.is_clipped ? n : 0;
-  sums.z += z + call.center * n;
+  sums.z += z;
   sums.k3 += k3;
   sums.steps += 1;
   sums.tokens += n;

@@ -86,8 +86,6 @@ def _backend(name: str) -> dict[str, Any]:
         }
     elif runs_on and name == "triton":
         details = {"interpreter": "on, on CPU tensors" if backends.triton_interprets() else "off"}
-    elif runs_on and name == "reference":
-        details = {"made_of": "plain PyTorch"}
     return {
         "available": bool(runs_on),
         "why_not": why_not,

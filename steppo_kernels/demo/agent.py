@@ -55,11 +55,6 @@ class Agent(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    @property
-    def unembedding(self) -> Tensor:
-        """Weight of the language head, [V, d]."""
-        return self.language_model.lm_head.weight
-
     def states(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden state before each token.
 
@@ -82,6 +77,21 @@ class Agent(nn.Module):
     def values(self, states: Tensor) -> Tensor:
         """State values [B, T] of ``states`` [B, T, d]: position i holds the value before token i."""
         return self.value_head(states).squeeze(-1)
+
+    def log_probs(self, states: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """Log-probability of each token given the tokens before it.
+
+        Args:
+            states: [B, T, d] of ``states``.
+            token_ids: [B, T].
+            mask: bool [B, T]; only these positions are computed.
+
+        Returns:
+            [B, T]; 0 where ``mask`` is False.
+        """
+        logits = self.language_model.lm_head(states[mask])
+        chosen = -nn.functional.cross_entropy(logits, token_ids[mask], reduction="none")
+        return torch.zeros_like(states[..., 0]).masked_scatter(mask, chosen)
 
     def next_logits(
         self,

@@ -24,9 +24,8 @@ Lake = tuple[str, ...]
 DIRECTIONS = ("west", "south", "east", "north")
 MOVES: dict[str, Cell] = {"west": (0, -1), "south": (1, 0), "east": (0, 1), "north": (-1, 0)}
 COMPASS_ORDER = ("north", "east", "south", "west")
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ICE, HOLE, GOAL, SHORE = "ice", "hole", "goal", "shore"
-ALL_ICE = "ice all around"
+HOLE = "hole"
+NO_HOLES = "ice all around"
 
 ACTION_OPENINGS = ("Go", "I go", "I will walk", "My next move is")
 SYSTEM_PROMPT = "Cross the frozen lake. Reach the goal, avoid every hole. Answer with one move."
@@ -212,15 +211,12 @@ class TextFrozenLake(gymnasium.Env[str, str]):
     def _describe(self) -> str:
         row, column = self.path[-1]
         south, east = self.goal[0] - row, self.goal[1] - column
-        offsets = [(abs(south), "south" if south > 0 else "north"), (abs(east), "east" if east > 0 else "west")]
-        way = ", ".join(f"{NUMBER_WORDS[n]} {side}" for n, side in offsets if n)
-        seen = [(side, self._look(side)) for side in COMPASS_ORDER]
-        cells = ", ".join(f"{side} {what}" for side, what in seen if what != ICE) or ALL_ICE
-        return f"Goal {way}. {cells.capitalize()}."
+        way = ("south" if south > 0 else "north") * bool(south)
+        way += ("east" if east > 0 else "west") * bool(east)
+        holes = [side for side in COMPASS_ORDER if self._is_hole(side)]
+        near = ", ".join(f"{side} {HOLE}" for side in holes) or NO_HOLES
+        return f"Goal {way}. {near.capitalize()}."
 
-    def _look(self, direction: str) -> str:
+    def _is_hole(self, direction: str) -> bool:
         row, column = self.path[-1]
-        cell = (row + MOVES[direction][0], column + MOVES[direction][1])
-        if cell == self.goal:
-            return GOAL
-        return {None: SHORE, "F": ICE, "H": HOLE}[_tile(self.lake, cell)]
+        return _tile(self.lake, (row + MOVES[direction][0], column + MOVES[direction][1])) == "H"

@@ -84,8 +84,7 @@ def warm_up(
         conversations = [random_conversation(env, rng) for _ in range(batch_size)]
         token_ids, attention_mask, action_mask = encode_conversations(text, conversations)
         states = agent.states(token_ids, attention_mask)
-        logits = states[action_mask] @ agent.unembedding.T
-        loss = torch.nn.functional.cross_entropy(logits, token_ids[action_mask])
+        loss = -agent.log_probs(states, token_ids, action_mask).sum() / action_mask.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLAT_BLOCK, aligned, cdiv, device_guard, step_tile, warps
+from .launch import FLAT_BLOCK, STEP_THREADS, aligned, cdiv, device_guard, step_tile, warps
 from .tiles import chunk
 
 
@@ -59,10 +59,10 @@ def sum_over_steps(per_token: Tensor, token_index: Tensor, step_offsets: Tensor)
     num_steps = step_offsets.numel() - 1
     out = per_token.new_empty((num_steps,))
     if num_steps:
-        block_steps, block_tokens, num_warps = step_tile(token_index.numel(), num_steps)
+        block_steps, block_tokens = step_tile(token_index.numel(), num_steps)
         with device_guard(out):
             sum_over_steps_kernel[(cdiv(num_steps, block_steps),)](
                 per_token, token_index, step_offsets, out, num_steps,
-                BS=block_steps, BT=block_tokens, num_warps=num_warps,
+                BS=block_steps, BT=block_tokens, num_warps=warps(STEP_THREADS, 1),
             )  # fmt: skip
     return out

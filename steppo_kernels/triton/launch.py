@@ -14,9 +14,13 @@ MAX_PROGRAMS = 1024
 FLAT_BLOCK = 2048
 # Block sizes along a row: few, so that lengths share their compiled kernels.
 _ROW_BLOCKS = (16, 128, 1024)
-# Blocks of steps: mean number of tokens up to which, steps, tokens, warps.
-_STEP_TILES = ((2, 1024, 1, 4), (32, 64, 16, 4), (256, 8, 128, 4))
-_LONG_STEP_TILE = (1, 2048, 8)
+# Blocks of steps: mean number of tokens up to which, steps, tokens. A thread then holds one or two
+# steps, of each of which it keeps a dozen sums.
+_STEP_TILES = ((2, 256, 1), (32, 32, 16), (256, 4, 128))
+_LONG_STEP_TILE = (1, 1024)
+STEP_THREADS = 256
+# Threads of a warp: 32 on NVIDIA, 64 on the AMD GPUs that torch supports best (gfx9).
+warp_size = 64 if torch.version.hip else 32
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -39,18 +43,17 @@ def row_block(row_length: int) -> int:
     return next((size for size in _ROW_BLOCKS if size >= row_length), _ROW_BLOCKS[-1])
 
 
-def step_tile(num_tokens: int, num_steps: int) -> tuple[int, int, int]:
-    """Return steps and tokens of a block, and its number of warps, by the mean step length."""
-    for mean, *tile in _STEP_TILES:
+def step_tile(num_tokens: int, num_steps: int) -> tuple[int, int]:
+    """Return the steps and tokens of a block, by the mean step length."""
+    for mean, steps, tokens in _STEP_TILES:
         if num_tokens <= mean * num_steps:
-            steps, tokens, count = tile
-            return steps, tokens, count
+            return steps, tokens
     return _LONG_STEP_TILE
 
 
-def warps(block: int) -> int:
-    """Return the number of warps for `block` elements: 8 a thread where there are enough."""
-    return max(1, min(8, block // 256))
+def warps(block: int, elements: int = 4) -> int:
+    """Return the number of warps for `block` elements, `elements` a thread, in 256 threads."""
+    return max(1, min(256, block // elements) // warp_size)
 
 
 def aligned(length: int) -> bool:

@@ -29,23 +29,24 @@ def clamp(b_x, low, high):
 
 @triton.jit
 def step_terms(
-    b_sum, b_len, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO: tl.constexpr
-):
+    b_sum, b_len, b_inverse, b_adv, mu, low, high, dual_clip, log_ratio_max,
+    RATIO: tl.constexpr,
+):  # fmt: skip
     """Return what a step of `b_len` tokens with `b_sum` = sum z gives, all in fp64.
 
-    That is: log-ratio, ratio, loss, d loss / d log pi of each token, and whether the clipped
+    `b_inverse` is 1 / `b_len`, or 1 for no token. Returned are log-ratio, ratio, loss, d loss / d log pi of each token, and whether the clipped
     branch is strictly larger.
     """
-    b_count = tl.where(b_len > 0, b_len, 1).to(tl.float64)
     if RATIO == GEOMETRIC:
-        b_scale = 1.0 / b_count
+        b_scale = b_inverse
         b_log_ratio = b_sum * b_scale
     elif RATIO == PRODUCT:
-        b_scale = tl.full(b_count.shape, 1.0, tl.float64)
+        b_scale = tl.full(b_sum.shape, 1.0, tl.float64)
         b_log_ratio = b_sum
     else:
-        b_scale = 1.0 / tl.sqrt(b_count)
-        b_log_ratio = tl.where(b_len > 0, mu + b_scale * (b_sum - b_count * mu), 0.0)
+        b_scale = tl.sqrt(b_inverse)
+        b_log_ratio = mu + b_scale * (b_sum - b_len.to(tl.float64) * mu)
+        b_log_ratio = tl.where(b_len > 0, b_log_ratio, 0.0)
     b_ratio = tl.exp(tl.where(b_log_ratio > log_ratio_max, log_ratio_max, b_log_ratio))
 
     b_loss = -b_adv * b_ratio

@@ -18,6 +18,7 @@ from ..outputs import POLICY_METRICS
 from .launch import (
     FLAT_BLOCK,
     MAX_PROGRAMS,
+    STEP_THREADS,
     aligned,
     cdiv,
     device_guard,
@@ -95,8 +96,8 @@ def _center(p_center, center, num_partials: tl.constexpr):
 
 @triton.jit
 def _store_partials(
-    p_out, policy, kl, entropy, ratio, ratio_min, ratio_max, clipped, low, high, clipped_tokens,
-    z, k3, dead, steps, tokens, trajectories,
+    p_out, policy, kl, entropy, ratio, ratio_min, ratio_max, low, high, clipped_tokens, z, k3,
+    dead, steps, tokens, trajectories,
 ):  # fmt: skip
     """Write the partial sums in the order of POLICY_METRICS; the last is sum 1 / count."""
     tl.store(p_out, policy)
@@ -105,7 +106,8 @@ def _store_partials(
     tl.store(p_out + 3, ratio)
     tl.store(p_out + 4, ratio_min)
     tl.store(p_out + 5, ratio_max)
-    tl.store(p_out + 6, clipped)
+    # A step that is clipped has an advantage.
+    tl.store(p_out + 6, low + high)
     tl.store(p_out + 7, low)
     tl.store(p_out + 8, high)
     tl.store(p_out + 9, clipped_tokens)
@@ -163,14 +165,13 @@ def policy_loss_kernel(
         b_ratios = tl.zeros([BS], tl.float64)
         b_min = tl.full([BS], float("inf"), tl.float64)
         b_max = tl.full([BS], float("-inf"), tl.float64)
-        b_clipped = tl.zeros([BS], tl.int64)
-        b_low = tl.zeros([BS], tl.int64)
-        b_high = tl.zeros([BS], tl.int64)
+        b_low = tl.zeros([BS], tl.int32)
+        b_high = tl.zeros([BS], tl.int32)
         b_clipped_tokens = tl.zeros([BS], tl.int64)
         b_z_all = tl.zeros([BS], tl.float64)
         b_k3_all = tl.zeros([BS], tl.float64)
         b_dead = tl.zeros([BS], tl.int64)
-        b_steps = tl.zeros([BS], tl.int64)
+        b_steps = tl.zeros([BS], tl.int32)
         b_tokens = tl.zeros([BS], tl.int64)
         b_trajectories = tl.zeros([BS], tl.float64)
         b_lane = tl.arange(0, BT)[None, :]
@@ -202,8 +203,9 @@ def policy_loss_kernel(
                 b_first = tl.load(p_index + b_begin, mask=m_step, other=0)
             b_adv = tl.load(p_adv + b_first, mask=m_step, other=0.0).to(tl.float64)
             b_sum = tl.sum(b_z_sum, 1)
+            b_inverse = 1.0 / tl.where(m_step, b_len, 1).to(tl.float64)
             b_log_ratio, b_ratio, b_loss, b_slope, m_clipped = step_terms(
-                b_sum, b_len, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO
+                b_sum, b_len, b_inverse, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO
             )
             tl.store(p_log_ratio + b_s, b_log_ratio, mask=m_s)
 
@@ -218,7 +220,7 @@ def policy_loss_kernel(
             elif REDUCTION == TOKEN_MEAN:
                 b_w = b_len.to(tl.float64)
             # w_s / L_s, the weight of a token in the means over the step.
-            b_unit = b_w / tl.where(m_step, b_len, 1).to(tl.float64)
+            b_unit = b_w * b_inverse
             b_slope = b_slope * b_w
             if p_is is not None and not IS_PER_TOKEN:
                 b_step_is = tl.load(p_is + b_s, mask=m_step, other=0.0).to(tl.float64)
@@ -264,8 +266,7 @@ def policy_loss_kernel(
                 b_kl += b_unit * tl.sum(b_kl_sum, 1)
                 b_entropy += b_unit * tl.sum(b_entropy_sum, 1)
                 if p_is is not None and IS_PER_TOKEN:
-                    b_loss = b_loss * tl.sum(b_is_sum, 1)
-                    b_loss = b_loss / tl.where(m_step, b_len, 1).to(tl.float64)
+                    b_loss = b_loss * tl.sum(b_is_sum, 1) * b_inverse
             else:
                 b_dead += tl.where(b_slope == 0, b_len, 0)
 
@@ -275,22 +276,20 @@ def policy_loss_kernel(
             m_seen = m_step & (b_ratio == b_ratio)
             b_min = tl.where(m_seen & (b_ratio < b_min), b_ratio, b_min)
             b_max = tl.where(m_seen & (b_ratio > b_max), b_ratio, b_max)
-            b_clipped += m_clipped.to(tl.int64)
-            b_low += (m_clipped & (b_adv < 0)).to(tl.int64)
-            b_high += (m_clipped & (b_adv > 0)).to(tl.int64)
+            b_low += (m_clipped & (b_adv < 0)).to(tl.int32)
+            b_high += (m_clipped & (b_adv > 0)).to(tl.int32)
             b_clipped_tokens += tl.where(m_clipped, b_len, 0)
             b_z_all += b_sum
             b_k3_all += tl.sum(b_k3_sum, 1)
-            b_steps += m_step.to(tl.int64)
+            b_steps += m_step.to(tl.int32)
             b_tokens += b_len
 
         _store_partials(
             p_partials + i_p * _FIELDS,
             tl.sum(b_policy, 0), tl.sum(b_kl, 0), tl.sum(b_entropy, 0), tl.sum(b_ratios, 0),
-            tl.min(b_min, 0), tl.max(b_max, 0), tl.sum(b_clipped, 0), tl.sum(b_low, 0),
-            tl.sum(b_high, 0), tl.sum(b_clipped_tokens, 0), tl.sum(b_z_all, 0),
-            tl.sum(b_k3_all, 0), tl.sum(b_dead, 0), tl.sum(b_steps, 0), tl.sum(b_tokens, 0),
-            tl.sum(b_trajectories, 0),
+            tl.min(b_min, 0), tl.max(b_max, 0), tl.sum(b_low, 0), tl.sum(b_high, 0),
+            tl.sum(b_clipped_tokens, 0), tl.sum(b_z_all, 0), tl.sum(b_k3_all, 0),
+            tl.sum(b_dead, 0), tl.sum(b_steps, 0), tl.sum(b_tokens, 0), tl.sum(b_trajectories, 0),
         )  # fmt: skip
 
 
@@ -320,9 +319,8 @@ def policy_loss_masked_kernel(
     b_ratios = tl.zeros([BR], tl.float64)
     b_min = tl.full([BR], float("inf"), tl.float64)
     b_max = tl.full([BR], float("-inf"), tl.float64)
-    b_clipped = tl.zeros([BR], tl.int64)
-    b_low = tl.zeros([BR], tl.int64)
-    b_high = tl.zeros([BR], tl.int64)
+    b_low = tl.zeros([BR], tl.int32)
+    b_high = tl.zeros([BR], tl.int32)
     b_clipped_tokens = tl.zeros([BR], tl.int64)
     b_z_all = tl.zeros([BR], tl.float64)
     b_dead = tl.zeros([BR], tl.int64)
@@ -378,8 +376,9 @@ def policy_loss_masked_kernel(
             b_first = tl.load(p_b + b_run, mask=m_step, other=0.0).to(tl.int64)
             b_len = tl.load(p_c + b_run, mask=m_step, other=0.0).to(tl.int64)
             b_adv = tl.load(p_adv + i_begin + b_first, mask=m_step, other=0.0).to(tl.float64)
+            b_inverse = 1.0 / tl.where(m_step, b_len, 1).to(tl.float64)
             _, b_ratio, b_loss, b_slope, m_clipped = step_terms(
-                b_sum, b_len, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO
+                b_sum, b_len, b_inverse, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO
             )
             b_w = tl.full([BR], 1.0, tl.float64)
             if REDUCTION == TRAJECTORY_MEAN:
@@ -388,7 +387,7 @@ def policy_loss_masked_kernel(
                 b_w = b_len.to(tl.float64)
             b_slope = b_slope * b_w
             m_clipped = m_clipped & m_step
-            b_unit = b_w / tl.where(m_step, b_len, 1).to(tl.float64)
+            b_unit = b_w * b_inverse
             if TOKEN_PASS:
                 tl.store(p_a + b_run, b_slope, mask=m_step)
                 tl.store(p_b + b_run, b_unit, mask=m_step)
@@ -400,9 +399,8 @@ def policy_loss_masked_kernel(
             m_seen = m_step & (b_ratio == b_ratio)
             b_min = tl.where(m_seen & (b_ratio < b_min), b_ratio, b_min)
             b_max = tl.where(m_seen & (b_ratio > b_max), b_ratio, b_max)
-            b_clipped += m_clipped.to(tl.int64)
-            b_low += (m_clipped & (b_adv < 0)).to(tl.int64)
-            b_high += (m_clipped & (b_adv > 0)).to(tl.int64)
+            b_low += (m_clipped & (b_adv < 0)).to(tl.int32)
+            b_high += (m_clipped & (b_adv > 0)).to(tl.int32)
             b_clipped_tokens += tl.where(m_clipped, b_len, 0)
             b_z_all += b_sum
             b_tokens += b_len
@@ -458,9 +456,9 @@ def policy_loss_masked_kernel(
         policy = tl.sum(b_is_policy, 0)
     _store_partials(
         p_partials + i_p * _FIELDS,
-        policy, tl.sum(b_kl, 0), tl.sum(b_entropy, 0), tl.sum(b_ratios, 0),
-        tl.min(b_min, 0), tl.max(b_max, 0), tl.sum(b_clipped, 0), tl.sum(b_low, 0),
-        tl.sum(b_high, 0), tl.sum(b_clipped_tokens, 0), tl.sum(b_z_all, 0), tl.sum(b_k3, 0),
+        policy, tl.sum(b_kl, 0), tl.sum(b_entropy, 0), tl.sum(b_ratios, 0), tl.min(b_min, 0),
+        tl.max(b_max, 0), tl.sum(b_low, 0), tl.sum(b_high, 0), tl.sum(b_clipped_tokens, 0),
+        tl.sum(b_z_all, 0), tl.sum(b_k3, 0),
         tl.sum(b_dead, 0) + tl.sum(b_dead_tokens.to(tl.int64), 0), steps, tl.sum(b_tokens, 0),
         trajectories,
     )  # fmt: skip
@@ -542,7 +540,7 @@ def policy_loss(
     """Return loss, metrics, step log-ratios, gradients and their scale: see `ops.policy_loss`."""
     num_steps, num_actions = step_offsets.numel() - 1, token_index.numel()
     num_tokens = log_probs.numel()
-    block_steps, block_tokens, num_warps = step_tile(num_actions, num_steps)
+    block_steps, block_tokens = step_tile(num_actions, num_steps)
     step_programs = programs(cdiv(num_steps, block_steps))
     zero_programs = cdiv(num_tokens, FLAT_BLOCK) if need_grad or need_entropy_grad else 0
     step_log_ratio = log_probs.new_empty((num_steps,))
@@ -566,7 +564,7 @@ def policy_loss(
                 is_weights if is_weights_per_token else None,
             ),
             ALIGNED=aligned(num_tokens), BS=block_steps, BT=block_tokens, BZ=FLAT_BLOCK,
-            num_warps=num_warps,
+            num_warps=warps(STEP_THREADS, 1),
         )  # fmt: skip
         loss, metrics, scale = _finish(
             log_probs, partials, normalizer, reduction, kl_coef, entropy_coef

@@ -116,6 +116,54 @@ def value_loss_kernel(
     tl.store(p_out + 9, residual_spread)
 
 
+@triton.jit
+def _finish(
+    p_partials, p_normalizer, p_loss, p_metrics, p_scale, num_partials, normalizer,
+    GIVEN: tl.constexpr, REDUCTION: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Add up the partial sums in a fixed order: loss, metrics and 1 / normalizer."""
+    b_p = tl.arange(0, BP)
+    m_p = b_p < num_partials
+    p_row = p_partials + b_p * _FIELDS
+    loss = tl.sum(tl.load(p_row, mask=m_p, other=0.0), 0)
+    shares = tl.sum(tl.load(p_row + 1, mask=m_p, other=0.0), 0)
+    clipped = tl.sum(tl.load(p_row + 2, mask=m_p, other=0.0), 0)
+    tokens = tl.sum(tl.load(p_row + 3, mask=m_p, other=0.0), 0)
+    value = tl.sum(tl.load(p_row + 4, mask=m_p, other=0.0), 0)
+    b_count = tl.load(p_row + 5, mask=m_p, other=0.0)
+    steps, mean, spread = combine_deviations(
+        b_count, tl.load(p_row + 6, mask=m_p, other=0.0),
+        tl.load(p_row + 7, mask=m_p, other=0.0),
+    )  # fmt: skip
+    _, _, unexplained = combine_deviations(
+        b_count, tl.load(p_row + 8, mask=m_p, other=0.0),
+        tl.load(p_row + 9, mask=m_p, other=0.0),
+    )  # fmt: skip
+    total = steps
+    if REDUCTION == TRAJECTORY_MEAN:
+        # Every trajectory adds 1, up to rounding.
+        total = tl.floor(shares + 0.5)
+    elif REDUCTION == TOKEN_MEAN:
+        total = tokens
+    elif REDUCTION != STEP_MEAN:
+        total = tl.full((), 1.0, tl.float64)
+    total = tl.where(total > 1.0, total, 1.0)
+    if p_normalizer is not None:
+        total = tl.load(p_normalizer)
+    elif GIVEN:
+        total = tl.zeros_like(total) + normalizer
+    divisor = tl.where(steps > 0, steps, 1.0)
+    explained = 1.0 - unexplained / tl.where(spread > 0, spread, 1.0)
+    tl.store(p_loss, loss / total)
+    tl.store(p_scale, 1.0 / total)
+    tl.store(p_metrics, loss / total)
+    tl.store(p_metrics + 1, clipped / divisor)
+    tl.store(p_metrics + 2, value / divisor)
+    tl.store(p_metrics + 3, mean)
+    tl.store(p_metrics + 4, tl.where(spread > 0, explained, 0.0))
+    tl.store(p_metrics + 5, steps)
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def finish_value_loss_kernel(
     p_values, p_returns, p_old, p_state_index, p_lengths, p_counts, p_grad, p_partials,
@@ -136,46 +184,10 @@ def finish_value_loss_kernel(
         tl.store(p_grad + b_at, b_grad, mask=m_kept)
 
     if i_p == 0:
-        b_p = tl.arange(0, BP)
-        m_p = b_p < num_partials
-        p_row = p_partials + b_p * _FIELDS
-        loss = tl.sum(tl.load(p_row, mask=m_p, other=0.0), 0)
-        shares = tl.sum(tl.load(p_row + 1, mask=m_p, other=0.0), 0)
-        clipped = tl.sum(tl.load(p_row + 2, mask=m_p, other=0.0), 0)
-        tokens = tl.sum(tl.load(p_row + 3, mask=m_p, other=0.0), 0)
-        value = tl.sum(tl.load(p_row + 4, mask=m_p, other=0.0), 0)
-        b_count = tl.load(p_row + 5, mask=m_p, other=0.0)
-        steps, mean, spread = combine_deviations(
-            b_count, tl.load(p_row + 6, mask=m_p, other=0.0),
-            tl.load(p_row + 7, mask=m_p, other=0.0),
+        _finish(
+            p_partials, p_normalizer, p_loss, p_metrics, p_scale, num_partials, normalizer,
+            GIVEN, REDUCTION, BP,
         )  # fmt: skip
-        _, _, unexplained = combine_deviations(
-            b_count, tl.load(p_row + 8, mask=m_p, other=0.0),
-            tl.load(p_row + 9, mask=m_p, other=0.0),
-        )  # fmt: skip
-        total = steps
-        if REDUCTION == TRAJECTORY_MEAN:
-            # Every trajectory adds 1, up to rounding.
-            total = tl.floor(shares + 0.5)
-        elif REDUCTION == TOKEN_MEAN:
-            total = tokens
-        elif REDUCTION != STEP_MEAN:
-            total = tl.full((), 1.0, tl.float64)
-        total = tl.where(total > 1.0, total, 1.0)
-        if p_normalizer is not None:
-            total = tl.load(p_normalizer)
-        elif GIVEN:
-            total = tl.zeros_like(total) + normalizer
-        divisor = tl.where(steps > 0, steps, 1.0)
-        explained = 1.0 - unexplained / tl.where(spread > 0, spread, 1.0)
-        tl.store(p_loss, loss / total)
-        tl.store(p_scale, 1.0 / total)
-        tl.store(p_metrics, loss / total)
-        tl.store(p_metrics + 1, clipped / divisor)
-        tl.store(p_metrics + 2, value / divisor)
-        tl.store(p_metrics + 3, mean)
-        tl.store(p_metrics + 4, tl.where(spread > 0, explained, 0.0))
-        tl.store(p_metrics + 5, steps)
 
 
 def value_loss(

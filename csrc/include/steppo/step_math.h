@@ -12,34 +12,41 @@
 
 namespace steppo {
 
-// e^d = scale * (1 + r + tail) with scale a power of two and |r| <= ln(2) / 2. Keeping the parts
-// apart gives e^d - 1 and e^d - 1 - d without cancellation around d = 0.
+// e^d = scale * (1 + r + tail) with scale a power of two. Keeping the parts apart gives e^d - 1 and
+// e^d - 1 - d without cancellation around d = 0.
 template <class T>
 struct ExpParts {
   T scale, r, tail;
 };
 
-// For |d| <= 20. Without branches and library calls, so that compilers vectorise it.
-STEPPO_FN ExpParts<float> exp_parts(float d) {
+// The token functions below take a float, a double, or a vector of them (csrc/cpu/lanes.h): they
+// are written without branches, and what vectors do in their own way goes through here.
+template <class T>
+struct Arithmetic;
+
+// fp32, for |d| <= 20.
+template <class T>
+STEPPO_FN ExpParts<T> exp_parts_fp32(T d) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const float shifted = d * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  std::uint32_t bits;
+  const T shifted = d * 1.44269504f + 12582912.0f;
+  const T n = shifted - 12582912.0f;
+  typename Arithmetic<T>::Bits bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits - 0x4B400000u + 127u) << 23;
-  ExpParts<float> parts;
+  ExpParts<T> parts;
   std::memcpy(&parts.scale, &bits, sizeof bits);
-  parts.r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float r = parts.r;
-  const float series =
-      0.5f +
-      r * (1.6666667e-1f +
-           r * (4.1666668e-2f + r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f))));
-  parts.tail = r * r * series;
+  // |r| <= ln(2) / 2, with ln(2) in two pieces.
+  const T r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
+  parts.r = r;
+  parts.tail = r * r *
+               (0.5f + r * (1.6666667e-1f +
+                            r * (4.1666668e-2f +
+                                 r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f)))));
   return parts;
 }
 
-STEPPO_FN ExpParts<double> exp_parts(double d) {
+// fp64: there to check fp32 against, so plain.
+STEPPO_FN ExpParts<double> exp_parts_fp64(double d) {
   if (std::fabs(d) < 0.25) {
     double term = d * d / 2, sum = 0;
     for (int k = 3; k < 18; ++k) {
@@ -48,15 +55,28 @@ STEPPO_FN ExpParts<double> exp_parts(double d) {
     }
     return {1.0, d, sum};
   }
-  const double grown = std::expm1(d);
-  return {1.0, d, grown - d};
+  return {1.0, d, std::expm1(d) - d};
 }
 
+template <>
+struct Arithmetic<float> {
+  using Bits = std::uint32_t;
+  STEPPO_FN float select(bool mask, float yes, float no) { return mask ? yes : no; }
+  STEPPO_FN ExpParts<float> exp_parts(float d) { return exp_parts_fp32(d); }
+};
+
+template <>
+struct Arithmetic<double> {
+  STEPPO_FN double select(bool mask, double yes, double no) { return mask ? yes : no; }
+  STEPPO_FN ExpParts<double> exp_parts(double d) { return exp_parts_fp64(d); }
+};
+
+// A NaN passes: both comparisons are false for it.
 template <class T>
-STEPPO_FN T clamp(T x, T low, T high) {
-  // Both comparisons are false for a NaN, which passes.
-  x = x < low ? low : x;
-  return x > high ? high : x;
+STEPPO_FN T clamp(T x, float low, float high) {
+  const T below = T{} + low, above = T{} + high;
+  x = Arithmetic<T>::select(x < below, below, x);
+  return Arithmetic<T>::select(x > above, above, x);
 }
 
 // The KL estimate of a token from d = log pi_ref - log pi, and its derivative by log pi.
@@ -66,25 +86,24 @@ struct KL {
   T value, slope;
 };
 
-template <class T, KLEstimator kind>
+template <KLEstimator kind, class T>
 STEPPO_FN KL<T> kl_penalty(T d) {
-  const T c = clamp(d, T(-20), T(20));
+  const T c = clamp(d, -20.0f, 20.0f);
   T value, slope;
   if constexpr (kind == kK1) {
     value = -c;
-    slope = T(1);
+    slope = T{} + 1.0f;
   } else if constexpr (kind == kK2) {
-    value = T(0.5) * c * c;
+    value = c * c * 0.5f;
     slope = -c;
   } else {
-    const ExpParts<T> e = exp_parts(c);
-    const T grown = e.scale * e.tail + e.scale * e.r + (e.scale - T(1));
-    value = e.scale * e.tail + (e.scale * e.r - c) + (e.scale - T(1));
-    slope = -grown;
+    const ExpParts<T> e = Arithmetic<T>::exp_parts(c);
+    value = e.scale * e.tail + (e.scale * e.r - c) + (e.scale - 1.0f);
+    slope = -(e.scale * e.tail + e.scale * e.r + (e.scale - 1.0f));
   }
-  const bool clamped = c != d || value > T(10) || value < T(-10);
-  // A NaN counts as clamped here (c != d); value carries it on.
-  return {clamp(value, T(-10), T(10)), clamped ? T(0) : slope};
+  // A NaN counts as clamped here; the value carries it on.
+  const auto clamped = (c != d) | (value > 10.0f) | (value < -10.0f);
+  return {clamp(value, -10.0f, 10.0f), Arithmetic<T>::select(clamped, T{}, slope)};
 }
 
 // L^-p of log rho = mu + L^-p sum(z - mu).
@@ -104,7 +123,8 @@ STEPPO_FN StepLoss step_loss(double log_ratio, double advantage, const PolicyCon
   const bool above = log_ratio > c.log_ratio_max;
   const double ratio = std::exp(above ? c.log_ratio_max : log_ratio);
   const double unclipped = -advantage * ratio;
-  const double clipped = -advantage * clamp(ratio, 1.0 - c.clip_low, 1.0 + c.clip_high);
+  const double low = 1.0 - c.clip_low, high = 1.0 + c.clip_high;
+  const double clipped = -advantage * (ratio < low ? low : ratio > high ? high : ratio);
   const bool is_clipped = clipped > unclipped;
   double loss = is_clipped ? clipped : unclipped;
   const double bound = -c.dual_clip * advantage;

@@ -1,0 +1,142 @@
+// Tokens that the arithmetic takes at once, as vectors of the compiler's own (GCC and Clang), which
+// become vector instructions of any width. Steps are short, about 50 tokens, so that the remainder
+// of a vectorised loop would be much of the work: here the last vector is filled up instead.
+#pragma once
+
+#include "kernel.h"
+#include "steppo/step_math.h"
+
+namespace steppo {
+
+namespace cpu::STEPPO_ISA {
+
+// 32 bytes with AVX-512 too: longer vectors would leave more of the last one of a step empty.
+#if defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleLanes __attribute__((vector_size(kVectorBytes)));
+typedef std::uint32_t BitLanes __attribute__((vector_size(kVectorBytes)));
+
+typedef std::int32_t FloatMask __attribute__((vector_size(kVectorBytes)));
+typedef std::int64_t DoubleMask __attribute__((vector_size(kVectorBytes)));
+
+}  // namespace cpu::STEPPO_ISA
+
+// Choices are made with bits: compilers take a vector ?: apart.
+template <>
+struct Arithmetic<cpu::STEPPO_ISA::FloatLanes> {
+  using Lanes = cpu::STEPPO_ISA::FloatLanes;
+  using Mask = cpu::STEPPO_ISA::FloatMask;
+  using Bits = cpu::STEPPO_ISA::BitLanes;
+  static Lanes select(Mask mask, Lanes yes, Lanes no) {
+    return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
+  }
+  static ExpParts<Lanes> exp_parts(Lanes d) { return exp_parts_fp32(d); }
+};
+
+template <>
+struct Arithmetic<cpu::STEPPO_ISA::DoubleLanes> {
+  using Lanes = cpu::STEPPO_ISA::DoubleLanes;
+  using Mask = cpu::STEPPO_ISA::DoubleMask;
+  static Lanes select(Mask mask, Lanes yes, Lanes no) {
+    return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
+  }
+  static ExpParts<Lanes> exp_parts(Lanes d) {
+    ExpParts<Lanes> parts{};
+    for (int k = 0; k < cpu::STEPPO_ISA::kLanes<double>; ++k) {
+      const ExpParts<double> one = exp_parts_fp64(d[k]);
+      parts.scale[k] = one.scale;
+      parts.r[k] = one.r;
+      parts.tail[k] = one.tail;
+    }
+    return parts;
+  }
+};
+
+namespace cpu::STEPPO_ISA {
+
+template <class T>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  using Type = FloatLanes;
+  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+};
+template <>
+struct LanesOf<double> {
+  using Type = DoubleLanes;
+  using Wide = DoubleLanes;
+};
+template <class T>
+using Lanes = typename LanesOf<T>::Type;
+
+// A sum of lanes in fp64.
+template <class T>
+class Sum {
+ public:
+  void add(Lanes<T> x) { sum_ += widen(x); }
+  // Adds a - b without rounding the difference to T.
+  void add_difference(Lanes<T> a, Lanes<T> b) { sum_ += widen(a) - widen(b); }
+  double total() const {
+    double total = 0;
+    for (int k = 0; k < kLanes<T>; ++k) total += sum_[k];
+    return total;
+  }
+
+ private:
+  using Wide = typename LanesOf<T>::Wide;
+  static Wide widen(Lanes<T> x) { return __builtin_convertvector(x, Wide); }
+  Wide sum_{};
+};
+
+// Where the tokens of a step lie: side by side, or through an index.
+struct Contiguous {
+  int64_t first;
+  int64_t operator()(int64_t i) const { return first + i; }
+};
+struct Gathered {
+  const int64_t* index;
+  int64_t operator()(int64_t i) const { return index[i]; }
+};
+
+// The values from `at(i)` on; past `length`, zeros.
+template <class T>
+static inline Lanes<T> load(const T* values, Contiguous at, int64_t i, int64_t length) {
+  Lanes<T> lanes{};
+  if (length - i >= kLanes<T>) {
+    std::memcpy(&lanes, values + at(i), sizeof lanes);
+  } else {
+    std::memcpy(&lanes, values + at(i), sizeof(T) * static_cast<size_t>(length - i));
+  }
+  return lanes;
+}
+template <class T>
+static inline Lanes<T> load(const T* values, Gathered at, int64_t i, int64_t length) {
+  Lanes<T> lanes{};
+  const int count = length - i >= kLanes<T> ? kLanes<T> : static_cast<int>(length - i);
+  for (int k = 0; k < count; ++k) lanes[k] = values[at(i + k)];
+  return lanes;
+}
+
+template <class T>
+static inline void store(T* values, Contiguous at, int64_t i, int64_t length, Lanes<T> lanes) {
+  if (length - i >= kLanes<T>) {
+    std::memcpy(values + at(i), &lanes, sizeof lanes);
+  } else {
+    std::memcpy(values + at(i), &lanes, sizeof(T) * static_cast<size_t>(length - i));
+  }
+}
+template <class T>
+static inline void store(T* values, Gathered at, int64_t i, int64_t length, Lanes<T> lanes) {
+  const int count = length - i >= kLanes<T> ? kLanes<T> : static_cast<int>(length - i);
+  for (int k = 0; k < count; ++k) values[at(i + k)] = lanes[k];
+}
+
+}  // namespace cpu::STEPPO_ISA
+}  // namespace steppo

@@ -1,0 +1,197 @@
+"""Compile what the Triton launchers launch, for GPUs that need not be there, and read the result.
+
+Run as a script, in a process without TRITON_INTERPRET: `python triton_compile.py ARCH...` prints
+one JSON list. The launchers run on CPU tensors, with the launch itself replaced by a recorder: so
+what is compiled is what a GPU would be asked to run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from steppo_kernels import StepLayout, StepPOConfig, ops
+from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
+from steppo_kernels.triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """Return the kernel launches of `call`, which do nothing."""
+    launches: list[Launch] = []
+
+    def record(
+        kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
+    ) -> None:
+        assert len(grid) == 1 and 1 <= grid[0] < 2**31, (kernel.__name__, grid)
+        launches.append((kernel, args, options))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return launches
+
+
+def specialized(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any], str]:
+    """Return the source of the kernel that Triton compiles for a launch, its options and key."""
+    kernel, args, given = launch
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **given)
+    key = f"{kernel.__name__} {specialization} {options}"
+    parsed, signature, constexprs, attrs = kernel._pack_args(
+        backend, given, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constexprs, attrs), parsed.__dict__, key
+
+
+def batch(rows: int, length: int, run: int) -> StepLayout:
+    """Return a layout of `rows` rows that act in runs of `run` tokens, each after a pause."""
+    mask = (torch.arange(rows * length) % (run + 1) != 0).view(rows, length)
+    return StepLayout.from_mask(mask, backend="reference")
+
+
+def policy(layout: StepLayout, config: StepPOConfig, *, full: bool, masked: bool) -> None:
+    """Launch the policy loss: with everything that tokens can carry, or with as little."""
+    tokens, scalar = torch.zeros(layout.step_ids.numel()), torch.zeros((), dtype=torch.float64)
+    extra = tokens if full else None
+    given = (tokens, tokens, tokens, extra, extra, extra)
+    scalars = (
+        None, scalar if full else None, RATIOS.index(config.ratio), 3e-4, 4e-4, 0.0, 10.0,
+        REDUCTIONS.index(config.reduction), 0.1, KL_ESTIMATORS.index(config.kl_estimator), 0.1,
+        True, full,
+    )  # fmt: skip
+    if masked:
+        mask = layout.step_ids.view(-1) >= 0
+        ops.launcher("triton", "policy_loss_masked")(*given, mask, layout.shape[-1], *scalars)
+    else:
+        ops.launcher("triton", "policy_loss")(
+            *given, None, full, full, layout.step_ids.view(-1), layout.token_index,
+            layout.step_offsets, layout.trajectory_counts, *scalars,
+        )  # fmt: skip
+
+
+def launches(length: int = 4096) -> list[Launch]:
+    """Return launches of every kernel, on rows of `length` tokens."""
+    layout = batch(4, length, 511)
+    flat_ids, offsets = layout.step_ids.view(-1), layout.row_offsets
+    mask = flat_ids >= 0
+    tokens, steps = torch.zeros(mask.numel()), torch.zeros(layout.num_steps)
+    ids = flat_ids.to(torch.int64)
+    rich = StepPOConfig(ratio="centered", reduction="trajectory_mean")
+    run = ops.launcher
+
+    def everything() -> None:
+        run("triton", "segment_mask")(mask, mask, offsets)
+        run("triton", "segment_ids")(ids, offsets)
+        run("triton", "segment_rows")(mask.view(4, length), torch.ones(4, dtype=torch.bool))
+        run("triton", "mark_actions")(ids, offsets, torch.tensor([1, 2]), 3)
+        run("triton", "compact")(flat_ids, layout.num_steps, layout.num_tokens)
+        run("triton", "broadcast_to_tokens")(steps, flat_ids)
+        run("triton", "sum_over_steps")(tokens, layout.token_index, layout.step_offsets)
+        run("triton", "step_gae")(
+            tokens, tokens, True, True, flat_ids, offsets, layout.state_index,
+            layout.trajectory_steps, layout.trajectory_offsets, torch.zeros(4), 0.99, 0.95, True,
+        )  # fmt: skip
+        run("triton", "value_loss")(
+            tokens, steps, tokens, True, True, layout.state_index, layout.step_lengths,
+            layout.trajectory_counts, None, 0.5, 0, True,
+        )  # fmt: skip
+        for size in (1, 20, 200, 511):
+            policy(batch(4, length, size), StepPOConfig(), full=False, masked=False)
+        policy(layout, rich, full=True, masked=False)
+        policy(layout, StepPOConfig(), full=False, masked=True)
+        policy(layout, rich, full=True, masked=True)
+
+    return recorded(everything)
+
+
+def keys(length: int) -> list[str]:
+    """Return what Triton's cache knows the launches by: equal keys compile once."""
+    return sorted(
+        {specialized(launch, TARGETS["sm_90"])[2] for launch in launches(length)}
+    )
+
+
+def report(launch: Launch, arch: str) -> dict[str, Any]:
+    """Compile the kernel of a launch and return its resources and widest global load."""
+    target = TARGETS[arch]
+    source, options, key = specialized(launch, target)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=options)
+    found: dict[str, Any] = {
+        "kernel": source.fn.__name__, "arch": arch, "key": key,
+        "threads": compiled.metadata.num_warps * target.warp_size,
+        "shared": compiled.metadata.shared,
+    }  # fmt: skip
+    if target.backend == "cuda":
+        return found | _cuda(compiled.asm["ptx"], log.getvalue())
+    return found | _hip(compiled.asm["amdgcn"])
+
+
+def _cuda(ptx: str, log: str) -> dict[str, Any]:
+    return {
+        "registers": _number(r"Used (\d+) registers", log),
+        "spills": _number(r"(\d+) bytes spill stores", log)
+        + _number(r"(\d+) bytes spill loads", log),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx)),
+    }
+
+
+def _hip(code: str) -> dict[str, Any]:
+    return {
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", code),
+        "spills": _number(r"\.vgpr_spill_count:\s*(\d+)", code)
+        + _number(r"\.private_segment_fixed_size:\s*(\d+)", code),
+        # Scalar registers go to lanes of vector registers, not to memory.
+        "moved": _number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, (pattern, text)
+    return int(match[1])
+
+
+def main(arguments: list[str]) -> None:
+    """Print the reports for the architectures named, or the keys at two lengths."""
+    if arguments[0] == "keys":
+        print(json.dumps([keys(int(length)) for length in arguments[1:]]))
+        return
+    found = []
+    for arch in arguments:
+        launch.warp_size = TARGETS[arch].warp_size
+        distinct = {specialized(each, TARGETS[arch])[2]: each for each in launches()}
+        found += [report(each, arch) for each in distinct.values()]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
