@@ -22,7 +22,6 @@ hypothesis.settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=30,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("derandomized")
@@ -38,6 +37,11 @@ class Target(NamedTuple):
     def interpreted(self) -> bool:
         """Whether kernels run in Triton's interpreter, where large inputs take minutes."""
         return self.backend == "triton" and self.device == "cpu"
+
+    def thin(self, *places: int, every: int) -> None:
+        """Skip the cases of a grid but every so many, in the interpreter."""
+        if self.interpreted and sum(places) % every:
+            pytest.skip(f"the interpreter runs one case of {every}")
 
 
 def _kernels() -> list[object]:
@@ -93,9 +97,7 @@ def _poison(made: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_allocations(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def poisoned_allocations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what the package allocates with NaN or garbage, so that an unwritten output shows."""
     if request.node.get_closest_marker("unpoisoned"):
         return

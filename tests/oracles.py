@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,14 +36,14 @@ def of_layout(layout: StepLayout) -> Steps:
             steps[step].append(position)
     offsets = layout.trajectory_offsets.tolist()
     order = layout.trajectory_steps.tolist()
-    trajectories = [order[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    trajectories = [order[a:b] for a, b in itertools.pairwise(offsets)]
     return Steps(steps, trajectories, layout.state_index.tolist())
 
 
 def of_mask(mask: Sequence[bool], rows: Sequence[int], opens: Sequence[bool]) -> Steps:
     """Every run of ones in a row is a step; `opens` cuts runs; `rows` are row offsets."""
     steps = Steps()
-    for start, end in zip(rows, rows[1:], strict=False):
+    for start, end in itertools.pairwise(rows):
         steps.trajectories.append([])
         run: list[int] = []
         for position in range(start, end):
@@ -59,7 +60,7 @@ def of_mask(mask: Sequence[bool], rows: Sequence[int], opens: Sequence[bool]) ->
 def of_ids(ids: Sequence[int], rows: Sequence[int]) -> Steps:
     """Equal ids of a row are a step."""
     steps = Steps()
-    for start, end in zip(rows, rows[1:], strict=False):
+    for start, end in itertools.pairwise(rows):
         steps.trajectories.append([])
         of_id: dict[int, list[int]] = {}
         for position in range(start, end):
@@ -93,7 +94,7 @@ def of_rows(
 def marked(ids: Sequence[int], rows: Sequence[int], start: Sequence[int], end: int) -> list[bool]:
     """Return the mask of tokens after `start` up to the first following `end`."""
     flags = [False] * len(ids)
-    for first, last in zip(rows, rows[1:], strict=False):
+    for first, last in itertools.pairwise(rows):
         is_open = False
         for position in range(first, last):
             flags[position] = is_open
@@ -169,7 +170,7 @@ def step_rewards(rewards: Sequence[float], rows: Sequence[int], steps: Steps) ->
     """
     owner = {position: step for step, tokens in enumerate(steps.tokens) for position in tokens}
     total = [0.0] * len(steps.tokens)
-    for start, end in zip(rows, rows[1:], strict=False):
+    for start, end in itertools.pairwise(rows):
         actions = [position for position in range(start, end) if position in owner]
         for position in range(start, end):
             before = [action for action in actions if action <= position]

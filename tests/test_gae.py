@@ -5,11 +5,11 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from steppo_kernels import StepLayout, step_gae
-from steppo_kernels.testing import Error, random_batch, ragged_mask
+from steppo_kernels.testing import Error, ragged_mask, random_batch
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -41,12 +41,10 @@ def layouts(draw):
     order = list(draw(st.permutations(range(len(rows)))))
     groups = draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
     valid = draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
-    return StepLayout.from_rows(
-        mask, groups, order, valid=torch.tensor(valid), backend="reference"
-    )
+    return StepLayout.from_rows(mask, groups, order, valid=torch.tensor(valid), backend="reference")
 
 
-@given(
+@examples(
     layout=layouts(),
     seed=st.integers(0, 2**31),
     gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
@@ -185,9 +183,7 @@ def test_long_trajectories(target, lengths):
     total = sum(lengths)
     rows = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=target.device)
     ones = torch.ones(total, dtype=torch.bool, device=target.device)
-    layout = StepLayout.from_mask(
-        ones, cu_seqlens=rows, boundaries=ones, backend=target.backend
-    )
+    layout = StepLayout.from_mask(ones, cu_seqlens=rows, boundaries=ones, backend=target.backend)
     assert layout.num_steps == total
     generator = torch.Generator().manual_seed(total)
     rewards, values = torch.randn((2, total), dtype=torch.float64, generator=generator)
@@ -236,9 +232,11 @@ def test_half_precision_is_computed_in_fp32(target, dtype):
     batch = random_batch(1, device=target.device)
     found, exact = (
         step_gae(
-            batch.rewards.to(dtype).to(as_type), batch.values.to(dtype).to(as_type), batch.layout,
+            batch.rewards.to(dtype).to(as_type),
+            batch.values.to(dtype).to(as_type),
+            batch.layout,
             backend=target.backend,
-        )  # fmt: skip
+        )
         for as_type in (dtype, torch.float32)
     )
     assert found.advantages.dtype == found.returns.dtype == torch.float32

@@ -5,6 +5,8 @@ PPO on tokens, GSPO on sequences, the product and centered ratios, the reduction
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def clipped(ratio, advantage):
 def steps_of(batch):
     """Yield the flat positions of each step."""
     offsets = batch.layout.step_offsets.tolist()
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in itertools.pairwise(offsets):
         yield batch.layout.token_index[start:end]
 
 
@@ -165,9 +167,7 @@ def test_reductions(target, masked, reduction):
 
     advantages = batch.on_tokens(batch.advantages) if masked else batch.advantages
     steps = batch.mask if masked else batch.layout
-    assert_same(
-        batch, target, plain, advantages, steps, StepPOConfig(reduction=reduction, **_CLIP)
-    )
+    assert_same(batch, target, plain, advantages, steps, StepPOConfig(reduction=reduction, **_CLIP))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import examples
 
 from steppo_kernels import StepLayout
 
@@ -38,8 +39,7 @@ def flat(rows: list[list]) -> list:
     return [value for row in rows for value in row]
 
 
-@given(rows=packed(st.tuples(st.booleans(), st.booleans())), dtype=st.sampled_from(_MASK_DTYPES))
-@settings(max_examples=40)
+@examples(rows=packed(st.tuples(st.booleans(), st.booleans())), dtype=st.sampled_from(_MASK_DTYPES))
 def test_from_mask_packed(target, rows, dtype):
     offsets = row_offsets(rows)
     mask = [flag for flag, _ in flat(rows)]
@@ -54,8 +54,7 @@ def test_from_mask_packed(target, rows, dtype):
     assert layout.row_offsets.tolist() == offsets
 
 
-@given(rows=rectangle(st.booleans()), dtype=st.sampled_from(_MASK_DTYPES))
-@settings(max_examples=40)
+@examples(rows=rectangle(st.booleans()), dtype=st.sampled_from(_MASK_DTYPES))
 def test_from_mask_rows(target, rows, dtype):
     mask = torch.tensor(rows, dtype=torch.bool).to(target.device, dtype)
     layout = StepLayout.from_mask(mask, backend=target.backend)
@@ -94,8 +93,7 @@ def ids_of_row(draw: st.DrawFn) -> list[int]:
     return ids
 
 
-@given(rows=st.lists(st.composite(ids_of_row)(), max_size=4))
-@settings(max_examples=40)
+@examples(rows=st.lists(st.composite(ids_of_row)(), max_size=4))
 def test_from_step_ids_packed(target, rows):
     offsets = row_offsets(rows)
     ids = flat(rows)
@@ -127,8 +125,7 @@ def test_from_step_ids_refuses_ids_that_decrease(target, ids, where):
         StepLayout.from_step_ids(rows, backend=target.backend)
 
 
-@given(data=st.data(), strings=st.booleans(), with_padding=st.booleans())
-@settings(max_examples=40)
+@examples(data=st.data(), strings=st.booleans(), with_padding=st.booleans())
 def test_from_rows(target, data, strings, with_padding):
     rows = data.draw(rectangle(st.booleans(), max_rows=8, max_length=5))
     slots = [(trajectory, 3 * index - 4) for trajectory in range(4) for index in range(5)]
@@ -164,12 +161,12 @@ def test_from_rows_takes_lists_and_no_rows(target):
     assert layout.trajectory_steps.tolist() == [2, 0, 1]
 
 
-@given(
+@examples(
+    80,
     rows=packed(st.integers(0, 3), max_length=16),
     start=st.lists(st.integers(0, 3), min_size=1, max_size=4),
     end=st.integers(0, 3),
 )
-@settings(max_examples=80)
 def test_from_markers(target, rows, start, end):
     """Few distinct ids, so that markers overlap, repeat, and stand at borders of rows."""
     ids, offsets = flat(rows), row_offsets(rows)

@@ -56,6 +56,7 @@ def test_step_value_loss(target):
 def test_modules_say_what_they_hold_and_have_no_parameters():
     policy, value = StepPOLoss(), StepValueLoss(0.25, reduction="sum")
     assert policy.config == StepPOConfig()
-    assert "clip_low=0.0003" in repr(policy) and "backend='auto'" in repr(policy)
+    assert "clip_low=0.0003" in repr(policy)
+    assert "backend='auto'" in repr(policy)
     assert "clip=0.25, reduction='sum', backend='auto'" in repr(value)
     assert not list(policy.parameters()) + list(value.parameters())

@@ -65,13 +65,15 @@ def assert_bitwise(found: dict, expected: dict) -> None:
         )
 
 
-@pytest.mark.parametrize("garbage", [0.0, math.inf, -math.inf, 1e38, -1e-42], ids=str)
+_GARBAGE = [math.inf, -math.inf, 0.0, 1e38, -1e-42]
+
+
+@pytest.mark.parametrize("garbage", _GARBAGE, ids=str)
 def test_nothing_of_a_masked_position_counts(target, garbage):
     """The batch holds NaN there; with anything else, all is the same to the last bit."""
+    target.thin(_GARBAGE.index(garbage), every=5)
     batch = random_batch(1, device=target.device)
-    filled = {
-        name: torch.where(batch.mask, getattr(batch, name), garbage) for name in _ON_TOKENS
-    }
+    filled = {name: torch.where(batch.mask, getattr(batch, name), garbage) for name in _ON_TOKENS}
     expected = everything(batch, target.backend)
     found = everything(dataclasses.replace(batch, **filled), target.backend)
     for value in found.values():
@@ -91,6 +93,7 @@ def test_nothing_of_a_masked_position_counts(target, garbage):
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (2, 4)], ids=str)
 def test_no_action_token(target, shape, ratio, reduction):
     """Loss 0, finite metrics, zero gradients, and a graph that reaches the inputs."""
+    target.thin(RATIOS.index(ratio), REDUCTIONS.index(reduction), every=6)
     config = dataclasses.replace(_CONFIG, ratio=ratio, reduction=reduction)
     mask = torch.zeros(shape, dtype=torch.bool, device=target.device)
     by_mask = StepLayout.from_mask(mask, backend=target.backend)
@@ -104,16 +107,27 @@ def test_no_action_token(target, shape, ratio, reduction):
         steps = nan if layout is mask else nan.new_zeros(layout.num_steps)
         results = [
             steppo_loss(
-                log_probs, nan, steps, layout, config=config, ref_log_probs=nan, entropy=entropy,
-                is_weights=nan, backend=target.backend,
-            )  # fmt: skip
+                log_probs,
+                nan,
+                steps,
+                layout,
+                config=config,
+                ref_log_probs=nan,
+                entropy=entropy,
+                is_weights=nan,
+                backend=target.backend,
+            )
         ]
         if layout is not mask:
             results.append(
                 step_value_loss(
-                    values, steps, layout, old_values=nan, reduction=reduction,
+                    values,
+                    steps,
+                    layout,
+                    old_values=nan,
+                    reduction=reduction,
                     backend=target.backend,
-                )  # fmt: skip
+                )
             )
             found = step_gae(nan, nan, layout, backend=target.backend)
             assert found.advantages.shape == found.returns.shape == steps.shape
@@ -177,7 +191,7 @@ def test_empty_steps_count_for_nothing(target):
 def test_two_runs_give_the_same_bits(target):
     batch = random_batch(2, 9, 70, device=target.device)
     expected = everything(batch, target.backend)
-    for _ in range(3):
+    for _ in range(1 if target.interpreted else 3):
         assert_bitwise(everything(batch, target.backend), expected)
 
 
@@ -193,8 +207,12 @@ def test_any_number_of_threads_gives_the_same_bits(target, threads_restored):
         assert_bitwise(everything(batch, target.backend), expected)
 
 
-@pytest.mark.parametrize("view", ["transposed", "strided", "sliced", "flat", "expanded"])
+_VIEWS = ["transposed", "strided", "sliced", "flat", "expanded"]
+
+
+@pytest.mark.parametrize("view", _VIEWS)
 def test_inputs_of_any_strides(target, view):
+    target.thin(_VIEWS.index(view), every=4)
     batch = random_batch(4, 8, 20, device=target.device)
     expected = everything(batch, target.backend)
 
@@ -261,6 +279,7 @@ def close(found, expected, msg=""):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_padding_changes_nothing(target, masked, reduction):
+    target.thin(REDUCTIONS.index(reduction), every=3)
     config = dataclasses.replace(_CONFIG, reduction=reduction)
     batch = random_batch(5, 5, 21, dtype=torch.float64)
     before, after = 3, 7
@@ -303,6 +322,7 @@ def rows_of(batch: Batch, rows: list[int]) -> Batch:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_order_of_rows_changes_nothing(target, masked, reduction):
+    target.thin(REDUCTIONS.index(reduction), every=3)
     config = dataclasses.replace(_CONFIG, reduction=reduction)
     batch = random_batch(6, 7, 30, dtype=torch.float64)
     order = [3, 0, 6, 5, 1, 4, 2]
@@ -329,6 +349,7 @@ def counts(batch: Batch, reduction: str) -> float:
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_micro_batches_with_a_global_normalizer(target, masked, reduction, as_tensor, ratio):
     """Losses and gradients of the parts add up to those of the whole."""
+    target.thin(RATIOS.index(ratio), REDUCTIONS.index(reduction), as_tensor, every=6)
     config = dataclasses.replace(_CONFIG, reduction=reduction, ratio=ratio)
     batch = random_batch(7, 7, 24, ratio=ratio, dtype=torch.float64)
     options = {"ratio_center": 0.2} if ratio == "centered" else {}
@@ -350,6 +371,7 @@ def test_micro_batches_with_a_global_normalizer(target, masked, reduction, as_te
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_value_micro_batches_with_a_global_normalizer(target, reduction):
+    target.thin(REDUCTIONS.index(reduction), every=3)
     batch = random_batch(8, 7, 24, dtype=torch.float64, device=target.device)
 
     def run(part, normalizer=None):
@@ -388,8 +410,12 @@ def losses(batch: Batch, target):
     yield result.loss, (values,)
 
 
-@pytest.mark.parametrize("upstream", ["divided", "scaled", "argument", "negative", "zero"])
+_UPSTREAMS = ["scaled", "argument", "divided", "negative", "zero"]
+
+
+@pytest.mark.parametrize("upstream", _UPSTREAMS)
 def test_any_upstream_gradient(target, upstream):
+    target.thin(_UPSTREAMS.index(upstream), every=5)
     batch = random_batch(9, 6, 30, dtype=torch.float64, device=target.device)
     pairs = zip(losses(batch, target), losses(batch, target), strict=True)
     for (loss, inputs), (again, inputs_again) in pairs:
@@ -563,8 +589,10 @@ def test_inputs_are_left_alone(target):
 def test_ragged_masks_hold_what_the_tests_rely_on():
     """Runs at both borders of rows, steps of one token, and rows without an action token."""
     mask = ragged_mask(14, 50, generator=torch.Generator().manual_seed(0))
-    assert not mask[6].any() and not mask[13].any()
-    assert mask[:, 0].any() and mask[:, -1].any()
+    assert not mask[6].any()
+    assert not mask[13].any()
+    assert mask[:, 0].any()
+    assert mask[:, -1].any()
     lengths = StepLayout.from_mask(mask, backend="reference").step_lengths
     assert int(lengths.min()) == 1
     assert int(lengths.max()) > 8

@@ -126,7 +126,7 @@ def run(*words: str, operation: str = "") -> tuple[int, dict[str, Any]]:
 
 
 def test_a_right_backend_passes(native):
-    code, found = run("--batches", "2")
+    code, found = run()
     assert (code, found["ok"]) == (0, True), [row for row in found["rows"] if not row["ok"]]
     assert {row["operation"] for row in found["rows"]} == {
         case.operation for case in validation.CASES

@@ -87,6 +87,10 @@ def validate(
         list[str] | None,
         typer.Option(help="Only operations whose name contains this; repeat for more."),
     ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Only inputs of this, like bfloat16; repeat for more."),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show each way an operation was called.")
     ] = False,
@@ -112,12 +116,19 @@ def validate(
             f"got {', '.join(operation or [])}, expected part of one of: {known}",
             param_hint="--operation",
         )
+    known_dtypes = {str(kind).removeprefix("torch."): kind for kind in validation.DTYPES}
+    for name in dtype or []:
+        if name not in known_dtypes:
+            raise typer.BadParameter(
+                f"got {name!r}, expected one of {', '.join(known_dtypes)}", param_hint="--dtype"
+            )
     chosen = _targets(backend or [], device or [])
     rows: list[validation.Row] = []
     with _console(stderr=True).status("") as status:
         for where, names in chosen.items():
             rows += validation.validate(
                 cases, names, where, seed=seed, batches=batches,
+                dtypes=[known_dtypes[name] for name in dtype or known_dtypes],
                 on_case=lambda name: status.update(escape(name)),
             )  # fmt: skip
     shown = rows if verbose else validation.widest(rows)

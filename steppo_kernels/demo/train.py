@@ -14,10 +14,9 @@ from torch import Tensor
 from steppo_kernels import (
     StepLayout,
     StepPOConfig,
-    linear_steppo_loss,
-    linear_token_log_probs,
     step_gae,
     step_value_loss,
+    steppo_loss,
 )
 from steppo_kernels.backends import Backend
 from steppo_kernels.demo.agent import Agent
@@ -225,9 +224,11 @@ class Trainer:
         )
         states = self.agent.states(rollouts.token_ids, rollouts.attention_mask)
         old_values = self.agent.values(states)
-        old_log_probs = self._log_probs(states, self.agent, rollouts)
+        old_log_probs = self.agent.log_probs(states, rollouts.token_ids, rollouts.action_mask)
         ref_states = self.reference.states(rollouts.token_ids, rollouts.attention_mask)
-        ref_log_probs = self._log_probs(ref_states, self.reference, rollouts)
+        ref_log_probs = self.reference.log_probs(
+            ref_states, rollouts.token_ids, rollouts.action_mask
+        )
         # The whole conversation is in the row, the number of turns with it: running out of time is an outcome that
         # the agent can see coming, and nothing follows it.
         estimate = step_gae(
@@ -249,15 +250,6 @@ class Trainer:
             step_rows=layout.state_index // rollouts.token_ids.shape[1],
         )
 
-    def _log_probs(self, states: Tensor, agent: Agent, rollouts: Rollouts) -> Tensor:
-        return linear_token_log_probs(
-            states,
-            agent.unembedding,
-            rollouts.token_ids,
-            mask=rollouts.action_mask,
-            backend=self.backend,
-        )
-
     def _update(self, batch: _Batch) -> dict[str, float]:
         config, rollouts = self.config, batch.rollouts
         lengths = rollouts.attention_mask.sum(1)
@@ -273,14 +265,13 @@ class Trainer:
                 def pick(table: Tensor, rows: Tensor = rows, columns: int = columns) -> Tensor:
                     return table[rows, :columns]
 
+                token_ids, action_mask = pick(rollouts.token_ids), pick(rollouts.action_mask)
                 layout = LEVELS[self.method](
-                    StepLayout.from_mask(pick(rollouts.action_mask), backend=self.backend)
+                    StepLayout.from_mask(action_mask, backend=self.backend)
                 )
-                states = self.agent.states(pick(rollouts.token_ids), pick(rollouts.attention_mask))
-                policy = linear_steppo_loss(
-                    states,
-                    self.agent.unembedding,
-                    pick(rollouts.token_ids),
+                states = self.agent.states(token_ids, pick(rollouts.attention_mask))
+                policy = steppo_loss(
+                    self.agent.log_probs(states, token_ids, action_mask),
                     pick(batch.old_log_probs),
                     batch.advantages[steps],
                     layout,
@@ -323,10 +314,8 @@ class Trainer:
         )
         steps = (batch.step_rows == row).nonzero().squeeze(-1)
         states = self.agent.states(rollouts.token_ids, rollouts.attention_mask)
-        update = linear_steppo_loss(
-            states,
-            self.agent.unembedding,
-            rollouts.token_ids,
+        update = steppo_loss(
+            self.agent.log_probs(states, rollouts.token_ids, rollouts.action_mask),
             batch.old_log_probs,
             batch.advantages,
             batch.layout,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLAT_BLOCK, STEP_THREADS, aligned, cdiv, device_guard, step_tile, warps
+from .launch import FLAT_BLOCK, STEP_THREADS, aligned, cdiv, device_guard, step_tile, threads
 from .tiles import chunk
 
 
@@ -49,7 +49,7 @@ def broadcast_to_tokens(per_step: Tensor, step_ids: Tensor) -> Tensor:
         with device_guard(out):
             broadcast_kernel[(cdiv(num_tokens, FLAT_BLOCK),)](
                 per_step, step_ids, out, num_tokens,
-                ALIGNED=aligned(num_tokens), BT=FLAT_BLOCK, num_warps=warps(FLAT_BLOCK),
+                ALIGNED=aligned(num_tokens), BT=FLAT_BLOCK, **threads(FLAT_BLOCK),
             )  # fmt: skip
     return out
 
@@ -63,6 +63,6 @@ def sum_over_steps(per_token: Tensor, token_index: Tensor, step_offsets: Tensor)
         with device_guard(out):
             sum_over_steps_kernel[(cdiv(num_steps, block_steps),)](
                 per_token, token_index, step_offsets, out, num_steps,
-                BS=block_steps, BT=block_tokens, num_warps=warps(STEP_THREADS, 1),
+                BS=block_steps, BT=block_tokens, **threads(STEP_THREADS, 1),
             )  # fmt: skip
     return out

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MAX_PROGRAMS, cdiv, device_guard, programs, row_block, warps
+from .launch import MAX_PROGRAMS, cdiv, device_guard, programs, row_block, threads
 from .tiles import combine_deviations, deviations, last, running_max, running_sum
 
 _LENGTHS = ["num_rows", "num_steps", "num_trajectories", "num_entries", "num_partials"]
-# Blocks of trajectories: mean number of steps up to which, trajectories, steps, warps.
-_TRAJECTORY_TILES = ((8, 64, 4, 2), (128, 8, 32, 2))
-_LONG_TRAJECTORY_TILE = (1, 1024, 4)
+# Blocks of trajectories: mean number of steps up to which, trajectories, steps.
+_TRAJECTORY_TILES = ((8, 64, 4), (128, 8, 32))
+_LONG_TRAJECTORY_TILE = (1, 1024)
 _WHITEN_BLOCK = 1024
 
 
@@ -176,7 +176,7 @@ def step_gae(
         return advantages, returns
     if values_per_token and values.numel() == 0:
         values, values_per_token = values.new_zeros((num_steps,)), False
-    block_rows, block_steps, num_warps = _trajectory_tile(num_entries, num_trajectories)
+    block_rows, block_steps = _trajectory_tile(num_entries, num_trajectories)
     num_programs = programs(cdiv(num_trajectories, block_rows))
     raw = torch.empty_like(advantages, dtype=torch.float64) if whiten else advantages
     partials = values.new_empty((num_programs, 3), dtype=torch.float64)
@@ -187,12 +187,12 @@ def step_gae(
             rewards, values, state_index, trajectory_steps, trajectory_offsets, bootstrap_values,
             raw, returns, partials, num_trajectories, gamma, gamma * lam,
             VALUES_PER_TOKEN=values_per_token, WHITEN=whiten, BG=block_rows, BT=block_steps,
-            num_warps=num_warps,
+            **threads(block_rows * block_steps),
         )  # fmt: skip
         if whiten:
             whiten_kernel[(cdiv(num_entries, _WHITEN_BLOCK),)](
                 raw, trajectory_steps, partials, advantages, num_entries, num_programs,
-                BP=MAX_PROGRAMS, BT=_WHITEN_BLOCK, num_warps=warps(_WHITEN_BLOCK),
+                BP=MAX_PROGRAMS, BT=_WHITEN_BLOCK, **threads(_WHITEN_BLOCK),
             )  # fmt: skip
     return advantages, returns
 
@@ -210,7 +210,7 @@ def _step_rewards(
     block = row_block(cdiv(rewards.numel(), num_rows))
     step_rewards_kernel[(programs(num_rows),)](
         rewards, step_ids, row_offsets, state_index, totals, away, away_sum, num_rows, num_steps,
-        BT=block, num_warps=warps(block),
+        BT=block, **threads(block),
     )  # fmt: skip
     # Steps span rows only where there are fewer steps than rows. Adding in the order of rows, as
     # `index_put_` does on a GPU, keeps runs equal.
@@ -219,10 +219,9 @@ def _step_rewards(
     return totals
 
 
-def _trajectory_tile(num_entries: int, num_trajectories: int) -> tuple[int, int, int]:
-    """Return trajectories and steps of a block, and its number of warps, by the mean length."""
-    for mean, *tile in _TRAJECTORY_TILES:
+def _trajectory_tile(num_entries: int, num_trajectories: int) -> tuple[int, int]:
+    """Return the trajectories and steps of a block, by the mean length of a trajectory."""
+    for mean, trajectories, steps in _TRAJECTORY_TILES:
         if num_entries <= mean * num_trajectories:
-            trajectories, steps, count = tile
-            return trajectories, steps, count
+            return trajectories, steps
     return _LONG_TRAJECTORY_TILE

@@ -26,7 +26,7 @@ from .launch import (
     row_block,
     scalar,
     step_tile,
-    warps,
+    threads,
 )
 from .objective import (
     CENTERED,
@@ -564,7 +564,7 @@ def policy_loss(
                 is_weights if is_weights_per_token else None,
             ),
             ALIGNED=aligned(num_tokens), BS=block_steps, BT=block_tokens, BZ=FLAT_BLOCK,
-            num_warps=warps(STEP_THREADS, 1),
+            **threads(STEP_THREADS, 1),
         )  # fmt: skip
         loss, metrics, scale = _finish(
             log_probs, partials, normalizer, reduction, kl_coef, entropy_coef
@@ -603,7 +603,7 @@ def policy_loss_masked(
             entropy_coef,
             NUM_CENTERS=num_centers, RATIO=ratio, REDUCTION=reduction, KL=kl_estimator,
             TOKEN_PASS=_token_pass(grad, grad_entropy, ref_log_probs, entropy, is_weights),
-            ALIGNED=aligned(row_length), BR=min(block, 128), BT=block, num_warps=warps(block),
+            ALIGNED=aligned(row_length), BR=min(block, 128), BT=block, **threads(block),
         )  # fmt: skip
         loss, metrics, scale = _finish(
             log_probs, partials, normalizer, reduction, kl_coef, entropy_coef
@@ -649,7 +649,7 @@ def _centers(
     partials = log_probs.new_empty((_CENTER_PROGRAMS, 2), dtype=torch.float64)
     log_ratio_sum_kernel[(_CENTER_PROGRAMS,)](
         log_probs, old_log_probs, index, mask, partials, num_tokens,
-        ALIGNED=aligned(num_tokens), BT=FLAT_BLOCK, num_warps=warps(FLAT_BLOCK),
+        ALIGNED=aligned(num_tokens), BT=FLAT_BLOCK, **threads(FLAT_BLOCK),
     )  # fmt: skip
     return partials, 0.0, _CENTER_PROGRAMS
 
@@ -664,6 +664,6 @@ def _finish(
     finish_policy_loss_kernel[(1,)](
         partials, p_normalizer, loss, metrics, scale, partials.shape[0],
         number, kl_coef, entropy_coef,
-        GIVEN=normalizer is not None, REDUCTION=reduction, BP=64, num_warps=4,
+        GIVEN=normalizer is not None, REDUCTION=reduction, BP=64, **threads(512),
     )  # fmt: skip
     return loss, metrics, scale

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLAT_BLOCK, aligned, cdiv, device_guard, programs, row_block, warps
+from .launch import FLAT_BLOCK, aligned, cdiv, device_guard, programs, row_block, threads
 from .tiles import chunk, running_max
 
 _LENGTHS = ["num_rows", "row_length", "num_tokens", "num_start", "num_steps", "num_actions"]
@@ -212,12 +212,12 @@ def _segment(
         return step_ids, row_steps, counts
     by_row = row_offsets.new_empty((3, num_rows))
     block = row_block(cdiv(tokens.numel(), num_rows))
-    num_warps = warps(block, _elements(tokens))
+    options = threads(block, _elements(tokens))
     grid = (programs(num_rows),)
     inputs = (mask, boundaries, ids, row_offsets, row_steps)
     with device_guard(tokens):
         segment_kernel[grid](
-            *inputs, None, *by_row.unbind(), num_rows, BT=block, num_warps=num_warps
+            *inputs, None, *by_row.unbind(), num_rows, BT=block, **options
         )
         torch.cumsum(by_row[0], 0, out=row_steps[1:])
         counts[0] = by_row[1].sum()
@@ -225,7 +225,7 @@ def _segment(
             decreasing = by_row[2].min()
             counts[1] = torch.where(decreasing == _NONE.value, -1, decreasing)
         segment_kernel[grid](
-            *inputs, step_ids, None, None, None, num_rows, BT=block, num_warps=num_warps
+            *inputs, step_ids, None, None, None, num_rows, BT=block, **options
         )
     return step_ids, row_steps, counts
 
@@ -243,7 +243,7 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
                 mask.view(torch.uint8),
                 None if valid is None else valid.contiguous().view(torch.uint8),
                 step_ids, tokens, num_rows, row_length,
-                ALIGNED=aligned(row_length), BT=block, num_warps=warps(block, _elements(mask)),
+                ALIGNED=aligned(row_length), BT=block, **threads(block, _elements(mask)),
             )  # fmt: skip
     return step_ids, row_steps, torch.stack((tokens.sum(), row_steps.new_tensor(-1)))
 
@@ -262,7 +262,7 @@ def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int
         with device_guard(token_ids):
             mark_actions_kernel[(programs(num_rows),)](
                 token_ids, row_offsets, start, mask.view(torch.uint8), num_rows, start.numel(),
-                end, BT=block, num_warps=warps(block),
+                end, BT=block, **threads(block),
             )  # fmt: skip
     return mask
 
@@ -275,7 +275,7 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
     step_offsets = step_ids.new_empty((num_steps + 1,), dtype=torch.int64)
     step_lengths = step_ids.new_empty((num_steps,))
     first = step_ids.new_zeros((blocks + 1,), dtype=torch.int64)
-    options = {"ALIGNED": aligned(length), "BT": FLAT_BLOCK, "num_warps": warps(FLAT_BLOCK)}
+    options = {"ALIGNED": aligned(length), "BT": FLAT_BLOCK} | threads(FLAT_BLOCK)
     with device_guard(step_ids):
         if blocks:
             compact_kernel[(blocks,)](step_ids, None, None, first[1:], length, **options)
@@ -283,6 +283,6 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
             compact_kernel[(blocks,)](step_ids, first, token_index, None, length, **options)
         step_offsets_kernel[(cdiv(num_steps + 1, _SEARCH_BLOCK),)](
             step_ids, token_index, step_offsets, step_lengths, num_steps, num_tokens,
-            BS=_SEARCH_BLOCK, num_warps=4,
+            BS=_SEARCH_BLOCK, **threads(_SEARCH_BLOCK),
         )  # fmt: skip
     return token_index, step_offsets, step_lengths

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..outputs import VALUE_METRICS
-from .launch import FLAT_BLOCK, MAX_PROGRAMS, aligned, cdiv, device_guard, programs, scalar, warps
+from .launch import FLAT_BLOCK, MAX_PROGRAMS, aligned, cdiv, device_guard, programs, scalar, threads
 from .objective import STEP_MEAN, TOKEN_MEAN, TRAJECTORY_MEAN, clamp
 from .tiles import chunk, combine_deviations, deviations
 
@@ -214,12 +214,12 @@ def value_loss(
             *inputs, num_steps, num_values, clip,
             VALUES_PER_TOKEN=values_per_token, OLD_PER_TOKEN=old_values_per_token,
             REDUCTION=reduction, ALIGNED=aligned(num_values), BS=_BLOCK_STEPS, BZ=FLAT_BLOCK,
-            num_warps=warps(_BLOCK_STEPS),
+            **threads(_BLOCK_STEPS),
         )  # fmt: skip
         finish_value_loss_kernel[(max(1, step_blocks) if need_grad else 1,)](
             *inputs, p_normalizer, loss, metrics, scale, num_steps, num_programs, clip, number,
             GIVEN=normalizer is not None, VALUES_PER_TOKEN=values_per_token,
             OLD_PER_TOKEN=old_values_per_token, REDUCTION=reduction,
-            BP=MAX_PROGRAMS, BS=_BLOCK_STEPS, num_warps=warps(_BLOCK_STEPS),
+            BP=MAX_PROGRAMS, BS=_BLOCK_STEPS, **threads(_BLOCK_STEPS),
         )  # fmt: skip
     return loss, metrics, values.new_empty((0,)) if grad is None else grad, scale

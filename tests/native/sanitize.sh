@@ -1,0 +1,23 @@
+#!/bin/sh
+# The compiled core under sanitizers: the CPU tests with AddressSanitizer and UBSan, and
+# tests/native/threads.cpp with ThreadSanitizer. Argument: the bin folder of the environment.
+set -eu
+bin=$(cd "$1" && pwd)
+out=build/sanitize
+cxx=${CXX:-g++}
+
+echo "== ThreadSanitizer"
+mkdir -p "$out"
+"$cxx" -std=c++17 -O1 -g -fsanitize=thread -fopenmp-simd -Wno-psabi -pthread \
+  -DSTEPPO_ISA=baseline -Icsrc/include -Icsrc/cpu csrc/cpu/*.cpp tests/native/threads.cpp \
+  -o "$out/threads"
+"$out/threads"
+
+echo "== AddressSanitizer and UBSan"
+STEPPO_SANITIZE=address,undefined "$bin/python" setup.py --quiet build \
+  --build-base "$out/build" --build-lib "$out/lib"
+# The interpreter is not instrumented: the runtime is loaded first, and its own leaks are not ours.
+LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so) $("$cxx" -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 STEPPO_SANITIZED=1 \
+  PYTHONPATH="$out/lib" TRITON_INTERPRET=0 "$bin/pytest" -q -p no:cacheprovider \
+  -k "cpu and not compile" tests
