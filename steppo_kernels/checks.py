@@ -166,7 +166,11 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 
 def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `value` as a contiguous vector in `dtype`; gradients flow back to `value`."""
-    return value.to(dtype).reshape(-1).contiguous()
+    if value.dtype != dtype:
+        value = value.to(dtype)
+    if value.dim() != 1:
+        value = value.reshape(-1)
+    return value.contiguous()
 
 
 def _or(allowed: Iterable[int]) -> str:

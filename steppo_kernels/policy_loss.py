@@ -153,6 +153,20 @@ def steppo_loss(
     return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS), step_log_ratio)
 
 
+def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
+    """Return a saved gradient times a 0-dim scale; itself where that is known to be 1.
+
+    On the CPU the scale can be looked at without waiting, and it is 1 in a plain
+    ``loss.backward()``. Autograd copies a gradient that something else still holds before it
+    changes it, so the saved one stays as it is for a second backward.
+    """
+    if grad is None:
+        return None
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and scale.item() == 1.0:
+        return grad
+    return grad * scale
+
+
 def _constant(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach()
 
@@ -188,8 +202,6 @@ class _PolicyLoss(torch.autograd.Function):
         grad, grad_entropy, grad_scale = ctx.saved_tensors
         scale = grad_loss * grad_scale
         return (
-            None, None,
-            None if grad is None else grad * scale, None, None, None,
-            None if grad_entropy is None else grad_entropy * scale,
+            None, None, scaled(grad, scale), None, None, None, scaled(grad_entropy, scale),
             *(None,) * ctx.num_rest,
         )  # fmt: skip

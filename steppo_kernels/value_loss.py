@@ -13,6 +13,7 @@ from .backends import Backend, resolve
 from .config import REDUCTIONS, Reduction
 from .layout import StepLayout, require_layout
 from .outputs import VALUE_METRICS, Metrics, StepPOOutput
+from .policy_loss import scaled
 from .reference import value_loss as reference
 
 
@@ -98,4 +99,4 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_scale = ctx.saved_tensors
-        return None, grad * (grad_loss * grad_scale), *(None,) * ctx.num_rest
+        return None, scaled(grad, grad_loss * grad_scale), *(None,) * ctx.num_rest

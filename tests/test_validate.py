@@ -196,7 +196,7 @@ WRONG = [
 @pytest.mark.parametrize(("operation", "name", "spoil"), WRONG)
 def test_a_wrong_output_is_missed(native, operation, name, spoil):
     native(name, spoil)
-    code, found = run(operation=operation)
+    code, found = run("--dtype", "float32", operation=operation)
     assert (code, found["ok"]) == (1, False)
     missed = {row["operation"] for row in found["rows"] if not row["ok"]}
     assert operation in missed

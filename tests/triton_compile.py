@@ -1,7 +1,7 @@
 """Compile what the Triton launchers launch, for GPUs that need not be there, and read the result.
 
 Run as a script, in a process without TRITON_INTERPRET: `python triton_compile.py ARCH...` prints
-one JSON list. The launchers run on CPU tensors, with the launch itself replaced by a recorder: so
+JSON. The launchers run on CPU tensors, with the launch itself replaced by a recorder: so
 what is compiled is what a GPU would be asked to run.
 """
 
@@ -31,6 +31,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+LENGTHS = (4096, 8192 + 16, 2051, 5003)
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 
 
@@ -41,7 +42,8 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     def record(
         kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
     ) -> None:
-        assert len(grid) == 1 and 1 <= grid[0] < 2**31, (kernel.__name__, grid)
+        assert len(grid) == 1, kernel.__name__
+        assert 1 <= grid[0] < 2**31, kernel.__name__
         launches.append((kernel, args, options))
 
     run, JITFunction.run = JITFunction.run, record
@@ -52,9 +54,9 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def specialized(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any], str]:
+def specialized(each: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any], str]:
     """Return the source of the kernel that Triton compiles for a launch, its options and key."""
-    kernel, args, given = launch
+    kernel, args, given = each
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*args, **given)
@@ -91,7 +93,7 @@ def policy(layout: StepLayout, config: StepPOConfig, *, full: bool, masked: bool
         )  # fmt: skip
 
 
-def launches(length: int = 4096) -> list[Launch]:
+def launches(length: int = LENGTHS[0]) -> list[Launch]:
     """Return launches of every kernel, on rows of `length` tokens."""
     layout = batch(4, length, 511)
     flat_ids, offsets = layout.step_ids.view(-1), layout.row_offsets
@@ -113,6 +115,10 @@ def launches(length: int = 4096) -> list[Launch]:
             tokens, tokens, True, True, flat_ids, offsets, layout.state_index,
             layout.trajectory_steps, layout.trajectory_offsets, torch.zeros(4), 0.99, 0.95, True,
         )  # fmt: skip
+        run("triton", "step_gae")(
+            tokens, tokens, False, False, flat_ids, offsets, ids, ids, offsets, None, 1.0, 1.0,
+            False,
+        )  # fmt: skip
         run("triton", "value_loss")(
             tokens, steps, tokens, True, True, layout.state_index, layout.step_lengths,
             layout.trajectory_counts, None, 0.5, 0, True,
@@ -128,15 +134,13 @@ def launches(length: int = 4096) -> list[Launch]:
 
 def keys(length: int) -> list[str]:
     """Return what Triton's cache knows the launches by: equal keys compile once."""
-    return sorted(
-        {specialized(launch, TARGETS["sm_90"])[2] for launch in launches(length)}
-    )
+    return sorted({specialized(each, TARGETS["sm_90"])[2] for each in launches(length)})
 
 
-def report(launch: Launch, arch: str) -> dict[str, Any]:
+def report(each: Launch, arch: str) -> dict[str, Any]:
     """Compile the kernel of a launch and return its resources and widest global load."""
     target = TARGETS[arch]
-    source, options, key = specialized(launch, target)
+    source, options, key = specialized(each, target)
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
@@ -180,17 +184,17 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def main(arguments: list[str]) -> None:
-    """Print the reports for the architectures named, or the keys at two lengths."""
-    if arguments[0] == "keys":
-        print(json.dumps([keys(int(length)) for length in arguments[1:]]))
-        return
-    found = []
-    for arch in arguments:
+def main(architectures: list[str]) -> None:
+    """Print the reports for the architectures, and the keys of launches on rows of other lengths.
+
+    The lengths are alike in what a kernel may depend on: divisible by 16 or not.
+    """
+    reports = []
+    for arch in architectures:
         launch.warp_size = TARGETS[arch].warp_size
         distinct = {specialized(each, TARGETS[arch])[2]: each for each in launches()}
-        found += [report(each, arch) for each in distinct.values()]
-    print(json.dumps(found))
+        reports += [report(each, arch) for each in distinct.values()]
+    print(json.dumps({"reports": reports, "keys": [keys(n) for n in LENGTHS]}))
 
 
 if __name__ == "__main__":

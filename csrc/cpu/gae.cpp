@@ -21,7 +21,7 @@ bool any_stray(const T* rewards, const int32_t* step_ids, int64_t count) {
 // the first one. Looking back stops where the search before it started, so the work is linear.
 template <class T>
 void add_strays(const T* rewards, const int32_t* step_ids, int64_t row, int64_t row_end,
-                double* total) {
+                T* total) {
   constexpr int64_t kProbe = 64;
   int64_t searched = row - 1, latest = -1, first = -1;
   for (int64_t probe = row; probe < row_end; probe += kProbe) {
@@ -40,19 +40,22 @@ void add_strays(const T* rewards, const int32_t* step_ids, int64_t row, int64_t 
         for (int64_t ahead = i + 1; ahead < row_end && first < 0; ++ahead) first = step_ids[ahead];
         if (first < 0) return;
       }
-      total[latest >= 0 ? latest : first] += static_cast<double>(rewards[i]);
+      total[latest >= 0 ? latest : first] += rewards[i];
     }
   }
 }
 
 template <class T>
-void add_row(const T* rewards, const int32_t* step_ids, int64_t row, int64_t row_end,
-             double* total) {
+void add_row(const T* rewards, const int32_t* step_ids, int64_t row, int64_t row_end, T* total) {
   for (int64_t i = row; i < row_end;) {
     const int32_t step = step_ids[i];
-    double sum = 0;
+    if (step < 0) {
+      ++i;
+      continue;
+    }
+    double sum = static_cast<double>(rewards[i++]);
     for (; i < row_end && step_ids[i] == step; ++i) sum += static_cast<double>(rewards[i]);
-    if (step >= 0) total[step] += sum;
+    total[step] += static_cast<T>(sum);
   }
   add_strays(rewards, step_ids, row, row_end, total);
 }
@@ -74,9 +77,8 @@ bool rows_are_apart(const int32_t* step_ids, const int64_t* row_offsets, int64_t
 // Sums token rewards by step. Rows that share steps are taken in order by one thread.
 template <class T>
 void sum_rewards(const T* rewards, const int32_t* step_ids, const int64_t* row_offsets,
-                 int64_t num_tokens, int64_t num_rows, int64_t num_steps, double* total,
-                 int threads) {
-  fill(total, 0, num_steps, 0.0);
+                 int64_t num_tokens, int64_t num_rows, int64_t num_steps, T* total, int threads) {
+  fill(total, 0, num_steps, T(0));
   if (!rows_are_apart(step_ids, row_offsets, num_rows)) threads = 1;
   const int64_t group = num_rows * kBlock / (num_tokens + 1) + 1;
   parallel_blocks(num_rows, group, threads, [&](int64_t, int64_t begin, int64_t end) {
@@ -86,57 +88,69 @@ void sum_rewards(const T* rewards, const int32_t* step_ids, const int64_t* row_o
   });
 }
 
-// The backward recursion over one trajectory.
-template <class T, class Reward>
-void scan(const Reward* rewards, const T* values, const int64_t* state_index, const int64_t* steps,
-          int64_t begin, int64_t end, double bootstrap, double gamma, double lam, T* advantages,
-          T* returns) {
+// The backward recursion over one trajectory; returns the sum of its advantages. `rewards` may be
+// `returns` itself: an entry is read before it is written.
+template <class T>
+double scan(const T* rewards, const T* values, const int64_t* state_index, const int64_t* steps,
+            int64_t begin, int64_t end, double bootstrap, double gamma, double lam, T* advantages,
+            T* returns) {
   const double decay = gamma * lam;
-  double advantage = 0, next_value = bootstrap;
+  double advantage = 0, next_value = bootstrap, sum = 0;
   for (int64_t k = end; k-- > begin;) {
     const int64_t step = steps[k];
     const double value = values[state_index == nullptr ? step : state_index[step]];
     const double delta = static_cast<double>(rewards[step]) + gamma * next_value - value;
     advantage = delta + decay * advantage;
     next_value = value;
+    sum += advantage;
     advantages[step] = static_cast<T>(advantage);
     returns[step] = static_cast<T>(advantage + value);
   }
+  return sum;
 }
 
-// Sums f(advantage) over all trajectory members, block by block.
-template <class T, class F>
-double sum_members(const T* advantages, const int64_t* steps, int64_t count, int threads, F&& f) {
-  Buffer<double> partial(ceil_div(count, kSteps));
+// Calls body(block, begin, end, at) over all trajectory members; at(k) is the k-th one's step. If
+// every step is a member, the order does not matter and at(k) is k.
+template <class F>
+void for_members(const int64_t* steps, int64_t count, int64_t num_steps, int threads, F&& body) {
   parallel_blocks(count, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = begin; k < end; ++k) sum += f(static_cast<double>(advantages[steps[k]]));
-    partial[b] = sum;
+    if (count == num_steps) {
+      body(b, begin, end, [](int64_t k) { return k; });
+    } else {
+      body(b, begin, end, [steps](int64_t k) { return steps[k]; });
+    }
   });
-  double total = 0;
-  for (int64_t b = 0; b < ceil_div(count, kSteps); ++b) total += partial[b];
-  return total;
 }
 
 template <class T>
-void whiten_members(T* advantages, const int64_t* steps, int64_t count, int threads) {
-  if (count == 0) return;
-  const double n = static_cast<double>(count);
-  const double mean = sum_members(advantages, steps, count, threads, [](double a) { return a; }) / n;
+void whiten_members(T* advantages, double sum, const int64_t* steps, int64_t count,
+                    int64_t num_steps, int threads) {
+  const double n = static_cast<double>(count), mean = sum / n;
   double scale = 1;
   if (count > 1) {
-    const double squares = sum_members(advantages, steps, count, threads, [mean](double a) {
-      return (a - mean) * (a - mean);
-    });
+    const int64_t blocks = ceil_div(count, kSteps);
+    Buffer<double> partial(blocks);
+    for_members(steps, count, num_steps, threads,
+                [&](int64_t b, int64_t begin, int64_t end, auto at) {
+                  double squares = 0;
+#pragma omp simd reduction(+ : squares)
+                  for (int64_t k = begin; k < end; ++k) {
+                    const double off = static_cast<double>(advantages[at(k)]) - mean;
+                    squares += off * off;
+                  }
+                  partial[b] = squares;
+                });
+    double squares = 0;
+    for (int64_t b = 0; b < blocks; ++b) squares += partial[b];
     scale = 1 / (std::sqrt(squares / (n - 1)) + 1e-8);
   }
-  parallel_blocks(count, kSteps, threads, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      T& a = advantages[steps[k]];
-      a = static_cast<T>((static_cast<double>(a) - mean) * scale);
-    }
-  });
+  for_members(steps, count, num_steps, threads,
+              [&](int64_t, int64_t begin, int64_t end, auto at) {
+                for (int64_t k = begin; k < end; ++k) {
+                  T& a = advantages[at(k)];
+                  a = static_cast<T>((static_cast<double>(a) - mean) * scale);
+                }
+              });
 }
 
 }  // namespace
@@ -153,33 +167,39 @@ void step_gae(int dtype, const void* rewards, const void* values, bool rewards_p
     const T* bootstrap = static_cast<const T*>(bootstrap_values);
     T* a = static_cast<T*>(advantages);
     T* r = static_cast<T*>(returns);
-    if (num_members < num_steps) {
-      fill(a, 0, num_steps, zero);
-      fill(r, 0, num_steps, zero);
-    }
-    Buffer<double> sums(rewards_per_token ? num_steps : 0);
+    if (num_members < num_steps) fill(a, 0, num_steps, zero);
+    const T* step_rewards = static_cast<const T*>(rewards);
     if (rewards_per_token) {
-      sum_rewards(static_cast<const T*>(rewards), step_ids, row_offsets, num_tokens, num_rows,
-                  num_steps, sums.get(), threads);
+      sum_rewards(step_rewards, step_ids, row_offsets, num_tokens, num_rows, num_steps, r, threads);
+      step_rewards = r;
     }
     // Short trajectories share a task.
     const int64_t group = num_trajectories * kSteps / (num_members + 1) + 1;
-    parallel_blocks(num_trajectories, group, threads, [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t tasks = ceil_div(num_trajectories, group);
+    Buffer<double> sums(tasks);
+    parallel_blocks(num_trajectories, group, threads, [&](int64_t b, int64_t begin, int64_t end) {
+      double sum = 0;
       for (int64_t g = begin; g < end; ++g) {
-        const double after = bootstrap == nullptr ? 0 : static_cast<double>(bootstrap[g]);
-        const auto run = [&](const auto* step_rewards) {
-          scan(step_rewards, static_cast<const T*>(values),
-               values_per_token ? state_index : nullptr, trajectory_steps, trajectory_offsets[g],
-               trajectory_offsets[g + 1], after, gamma, lam, a, r);
-        };
-        if (rewards_per_token) {
-          run(sums.get());
-        } else {
-          run(static_cast<const T*>(rewards));
-        }
+        sum += scan(step_rewards, static_cast<const T*>(values),
+                    values_per_token ? state_index : nullptr, trajectory_steps,
+                    trajectory_offsets[g], trajectory_offsets[g + 1],
+                    bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), gamma, lam, a,
+                    r);
       }
+      sums[b] = sum;
     });
-    if (whiten) whiten_members(a, trajectory_steps, num_members, threads);
+    if (num_members < num_steps) {
+      // Rewards of steps without a trajectory may be left there.
+      Buffer<bool> member(num_steps);
+      fill(member.get(), 0, num_steps, false);
+      for (int64_t k = 0; k < num_members; ++k) member[trajectory_steps[k]] = true;
+      for (int64_t s = 0; s < num_steps; ++s) r[s] = member[s] ? r[s] : zero;
+    }
+    if (whiten && num_members > 0) {
+      double sum = 0;
+      for (int64_t b = 0; b < tasks; ++b) sum += sums[b];
+      whiten_members(a, sum, trajectory_steps, num_members, num_steps, threads);
+    }
   });
 }
 

@@ -23,6 +23,32 @@ double mean_log_ratio(const T* now, const T* old, const int64_t* token_index, in
   return total / static_cast<double>(num_actions);
 }
 
+// The denominator of the reduction. Known before the loss, it makes the gradients final.
+double normalizer_of(Reduction reduction, const int64_t* step_offsets,
+                     const int32_t* trajectory_counts, int64_t num_steps, int threads) {
+  constexpr int64_t kSteps = 16384;
+  const int64_t blocks = ceil_div(num_steps, kSteps);
+  Buffer<double> steps(blocks), trajectories(blocks);
+  parallel_blocks(num_steps, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    double sum = 0;
+    for (int64_t s = begin; s < end; ++s) count += step_offsets[s + 1] > step_offsets[s];
+    if (reduction == kTrajectoryMean) {
+      for (int64_t s = begin; s < end; ++s) {
+        if (step_offsets[s + 1] > step_offsets[s]) sum += 1.0 / trajectory_counts[s];
+      }
+    }
+    steps[b] = static_cast<double>(count);
+    trajectories[b] = sum;
+  });
+  double count = 0, sum = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    count += steps[b];
+    sum += trajectories[b];
+  }
+  return reduction_total(reduction, count, sum, static_cast<double>(step_offsets[num_steps]));
+}
+
 }  // namespace
 
 void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
@@ -49,7 +75,12 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                        {static_cast<Ratio>(ratio), clip_low, clip_high, dual_clip, log_ratio_max,
                         static_cast<Reduction>(reduction), kl_coef,
                         static_cast<KLEstimator>(kl_estimator), entropy_coef},
-                       0.0};
+                       0.0,
+                       1.0};
+    call.total = normalizer != nullptr
+                     ? *normalizer
+                     : normalizer_of(call.config.reduction, step_offsets, trajectory_counts,
+                                     num_steps, threads);
     const T* weights = static_cast<const T*>(step_weights);
     T* log_ratios = static_cast<T*>(step_log_ratio);
     const int64_t num_actions = step_offsets[num_steps];
@@ -89,7 +120,6 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
             weights != nullptr
                 ? static_cast<double>(weights[s])
                 : step_weight(call.config.reduction, static_cast<double>(length), trajectory_counts[s]);
-        sums.trajectories += 1.0 / trajectory_counts[s];
         const bool contiguous = index[length - 1] - index[0] == length - 1;
         const double log_ratio =
             contiguous
@@ -101,7 +131,7 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
     });
     PolicySums sums;
     for (int64_t b = 0; b < tasks; ++b) sums.add(partial[b]);
-    finish<T>(sums, call.config, normalizer, loss, metrics, grad_scale);
+    finish<T>(sums, call.config, call.total, loss, metrics, grad_scale);
   });
 }
 

@@ -23,6 +23,7 @@ struct PolicyCall {
   T* grad_entropy;
   PolicyConfig config;
   double center;  // mu of the centered ratio, else 0
+  double total;   // the normalizer
 };
 
 // Sums over the steps of a task, later over those of the call.
@@ -33,7 +34,7 @@ struct PolicySums {
   double ratio_max = -std::numeric_limits<double>::infinity();
   double clipped_low = 0, clipped_high = 0, clipped_tokens = 0;
   double z = 0, k3 = 0, dead = 0;
-  double steps = 0, trajectories = 0, tokens = 0;
+  double steps = 0, tokens = 0;
 
   void add(const PolicySums& other) {
     policy += other.policy;
@@ -50,7 +51,6 @@ struct PolicySums {
     k3 += other.k3;
     dead += other.dead;
     steps += other.steps;
-    trajectories += other.trajectories;
     tokens += other.tokens;
   }
 };
@@ -103,8 +103,8 @@ static inline void differentiate(const PolicyCall<T>& call, At at, int64_t lengt
   *zero_count = zeros;
 }
 
-// Adds one non-empty step to `sums` and writes the gradients of its tokens, not yet divided by the
-// normalizer. `step` indexes per-step weights. Returns log rho.
+// Adds one non-empty step to `sums` and writes the gradients of its tokens. `step` indexes per-step
+// weights. Returns log rho.
 template <class T, class At>
 static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, int64_t step, double advantage,
                 double weight, PolicySums& sums) {
@@ -139,8 +139,9 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   const bool has_kl = call.ref_log_probs != nullptr;
   const bool weigh_tokens =
       call.is_weights != nullptr && call.is_weights_per_token && loss.slope != 0;
-  const T same = static_cast<T>(weight * loss.slope * scale * (weigh_tokens ? 1.0 : is_weight));
-  const T kl_coefficient = static_cast<T>(config.kl_coef * weight / n);
+  const double share = weight / call.total;
+  const T same = static_cast<T>(share * loss.slope * scale * (weigh_tokens ? 1.0 : is_weight));
+  const T kl_coefficient = static_cast<T>(config.kl_coef * share / n);
   double kl = 0;
   int64_t zeros = 0;
   if (!has_kl && !weigh_tokens) {
@@ -157,7 +158,7 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
     run(call, at, length, same, weigh_tokens, kl_coefficient, &kl, &zeros);
   }
   sums.kl += weight * kl / n;
-  const double entropy_slope = -config.entropy_coef * weight / n;
+  const double entropy_slope = -config.entropy_coef * share / n;
   if (call.entropy != nullptr) {
     sums.entropy += weight * sum_tokens(call.entropy, at, length) / n;
     if (entropy_slope != 0) zeros = 0;
@@ -169,14 +170,10 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   return log_ratio;
 }
 
-// Turns the sums of a call into its loss, metrics and gradient scale.
+// Turns the sums of a call into its loss and metrics. The gradients are final: their scale is 1.
 template <class T>
-static inline void finish(const PolicySums& sums, const PolicyConfig& config, const double* normalizer, void* loss,
-            double* metrics, void* grad_scale) {
-  const double total =
-      normalizer != nullptr
-          ? *normalizer
-          : reduction_total(config.reduction, sums.steps, sums.trajectories, sums.tokens);
+static inline void finish(const PolicySums& sums, const PolicyConfig& config, double total,
+                          void* loss, double* metrics, void* grad_scale) {
   const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
   const bool empty = sums.steps == 0;
   metrics[kPolicyLoss] = sums.policy / total;
@@ -197,7 +194,7 @@ static inline void finish(const PolicySums& sums, const PolicyConfig& config, co
   *static_cast<T*>(loss) =
       static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
                      config.entropy_coef * metrics[kEntropy]);
-  *static_cast<T*>(grad_scale) = static_cast<T>(1.0 / total);
+  *static_cast<T*>(grad_scale) = T(1);
 }
 
 }  // namespace steppo::cpu::STEPPO_ISA

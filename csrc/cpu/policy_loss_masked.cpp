@@ -50,7 +50,8 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
                        {static_cast<Ratio>(ratio), clip_low, clip_high, dual_clip, log_ratio_max,
                         static_cast<Reduction>(reduction), kl_coef,
                         static_cast<KLEstimator>(kl_estimator), entropy_coef},
-                       0.0};
+                       0.0,
+                       1.0};
     const int64_t blocks = ceil_div(num_tokens, kBlock);
     const auto ignore_gap = [](int64_t, int64_t) {};
 
@@ -81,20 +82,33 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
       }
     }
 
-    // A step's weight in its trajectory takes the number of steps of its row.
+    // Counted first: a step's weight in its trajectory takes the steps of its row, and with the
+    // denominator known the gradients are final.
     const bool by_row = call.config.reduction == kTrajectoryMean;
-    const int64_t rows = by_row && row_length > 0 ? num_tokens / row_length : 0;
-    Buffer<int64_t> row_steps(rows);
-    parallel_blocks(rows, kBlock / (row_length + 1) + 1, threads,
-                    [&](int64_t, int64_t begin, int64_t end) {
-                      for (int64_t row = begin; row < end; ++row) {
-                        int64_t steps = 0;
-                        for_runs(
-                            mask, row_length, num_tokens, row * row_length,
-                            (row + 1) * row_length, [&](Run) { ++steps; }, ignore_gap);
-                        row_steps[row] = steps;
-                      }
-                    });
+    const int64_t rows = row_length > 0 ? num_tokens / row_length : 0;
+    Buffer<int64_t> row_steps(rows), row_tokens(rows);
+    if (by_row || (normalizer == nullptr && call.config.reduction != kSum)) {
+      parallel_blocks(rows, kBlock / (row_length + 1) + 1, threads,
+                      [&](int64_t, int64_t begin, int64_t end) {
+                        for (int64_t row = begin; row < end; ++row) {
+                          row_steps[row] = row_tokens[row] = 0;
+                          const auto count = [&](Run run) {
+                            ++row_steps[row];
+                            row_tokens[row] += run.end - run.begin;
+                          };
+                          for_runs(mask, row_length, num_tokens, row * row_length,
+                                   (row + 1) * row_length, count, ignore_gap);
+                        }
+                      });
+      double steps = 0, trajectories = 0, tokens = 0;
+      for (int64_t row = 0; row < rows; ++row) {
+        steps += static_cast<double>(row_steps[row]);
+        trajectories += row_steps[row] > 0;
+        tokens += static_cast<double>(row_tokens[row]);
+      }
+      call.total = reduction_total(call.config.reduction, steps, trajectories, tokens);
+    }
+    if (normalizer != nullptr) call.total = *normalizer;
 
     Buffer<PolicySums> partial(blocks);
     parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
@@ -103,7 +117,6 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
         const int64_t length = run.end - run.begin;
         const double count = by_row ? static_cast<double>(row_steps[run.begin / row_length]) : 1.0;
         const double weight = step_weight(call.config.reduction, static_cast<double>(length), count);
-        sums.trajectories += 1.0 / count;
         add_step(call, Contiguous{run.begin}, length, 0, call.advantages[run.begin], weight, sums);
       };
       const auto clear = [&](int64_t first, int64_t last) {
@@ -115,7 +128,7 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
     });
     PolicySums sums;
     for (int64_t b = 0; b < blocks; ++b) sums.add(partial[b]);
-    finish<T>(sums, call.config, normalizer, loss, metrics, grad_scale);
+    finish<T>(sums, call.config, call.total, loss, metrics, grad_scale);
   });
 }
 

@@ -57,6 +57,16 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
         fill(grad, begin, end, zero);
       });
     }
+    const Sums counts = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
+      if (step_lengths[s] == 0) return;
+      sum.steps += 1;
+      sum.tokens += step_lengths[s];
+      sum.trajectories += 1.0 / trajectory_counts[s];
+    });
+    const double total =
+        normalizer != nullptr
+            ? *normalizer
+            : reduction_total(kind, counts.steps, counts.trajectories, counts.tokens);
     const auto at = [&](bool per_token, int64_t s) { return per_token ? state_index[s] : s; };
     const Sums sums = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
       if (step_lengths[s] == 0) return;
@@ -68,12 +78,11 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
       sum.clipped += step.is_clipped;
       sum.value += value;
       sum.target += target[s];
-      sum.steps += 1;
-      sum.tokens += step_lengths[s];
-      sum.trajectories += 1.0 / trajectory_counts[s];
-      if (grad != nullptr) grad[at(values_per_token, s)] = static_cast<T>(weight * step.slope);
+      if (grad != nullptr) {
+        grad[at(values_per_token, s)] = static_cast<T>(weight / total * step.slope);
+      }
     });
-    const double steps = sums.steps > 0 ? sums.steps : 1;
+    const double steps = counts.steps > 0 ? counts.steps : 1;
     const double target_mean = sums.target / steps;
     const double residual_mean = (sums.target - sums.value) / steps;
     const Sums spread = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
@@ -82,18 +91,15 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
       sum.target_squares += (target[s] - target_mean) * (target[s] - target_mean);
       sum.residual_squares += (residual - residual_mean) * (residual - residual_mean);
     });
-    const double total = normalizer != nullptr
-                             ? *normalizer
-                             : reduction_total(kind, sums.steps, sums.trajectories, sums.tokens);
     *static_cast<T*>(loss) = static_cast<T>(sums.loss / total);
-    *static_cast<T*>(grad_scale) = static_cast<T>(1 / total);
+    *static_cast<T*>(grad_scale) = T(1);
     metrics[kValueLoss] = sums.loss / total;
     metrics[kValueClipFraction] = sums.clipped / steps;
     metrics[kValueMean] = sums.value / steps;
     metrics[kReturnMean] = target_mean;
     metrics[kExplainedVariance] =
         spread.target_squares > 0 ? 1 - spread.residual_squares / spread.target_squares : 0.0;
-    metrics[kValueNumSteps] = sums.steps;
+    metrics[kValueNumSteps] = counts.steps;
   });
 }
 

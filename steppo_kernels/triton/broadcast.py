@@ -1,5 +1,8 @@
 """Steps to tokens, x_i = y_{s(i)}, and its transpose, y_s = sum of x_i over the tokens of s."""
 
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

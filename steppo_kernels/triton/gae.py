@@ -6,6 +6,9 @@ The recurrence is a scan of affine maps x -> a x + b over a trajectory read from
 rewards are first added up by step; advantages are whitened last.
 """
 
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

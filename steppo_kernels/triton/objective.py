@@ -6,6 +6,9 @@
 Selections are `tl.where`, as minimum and maximum may drop a NaN.
 """
 
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -34,8 +37,8 @@ def step_terms(
 ):  # fmt: skip
     """Return what a step of `b_len` tokens with `b_sum` = sum z gives, all in fp64.
 
-    `b_inverse` is 1 / `b_len`, or 1 for no token. Returned are log-ratio, ratio, loss, d loss / d log pi of each token, and whether the clipped
-    branch is strictly larger.
+    `b_inverse` is 1 / `b_len`, or 1 for no token. Returned are log-ratio, ratio, loss, d loss /
+    d log pi of each token, and whether the clipped branch is strictly larger.
     """
     if RATIO == GEOMETRIC:
         b_scale = b_inverse

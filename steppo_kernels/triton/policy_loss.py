@@ -7,6 +7,9 @@ The l_s, rho_s and their slope are in `objective.py`. The normalizer is known la
 written without it, and the finishing kernel returns 1 / normalizer next to the loss.
 """
 
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

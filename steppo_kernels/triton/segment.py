@@ -4,6 +4,9 @@ Two walks over the rows, one that counts and one that numbers; between them a ru
 (or blocks) makes first numbers of counts. All of it is integer arithmetic.
 """
 
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
@@ -131,7 +134,7 @@ def mark_actions_kernel(
             m_before = (b_before >= i_begin) & (b_pos < i_end)
             m_opens = m_before & (b_before - i_begin >= num_start - 1)
             m_complete = m_opens
-            for k in range(0, num_start):
+            for k in range(num_start):
                 b_id = tl.load(p_ids + b_before - k, mask=m_complete, other=0)
                 m_opens = m_opens & (b_id == tl.load(p_start + num_start - 1 - k))
             m_closes = m_before & (tl.load(p_ids + b_before, mask=m_before, other=0) == end)

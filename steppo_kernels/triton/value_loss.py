@@ -7,6 +7,9 @@ one writes the gradient at the states, and its first program finishes the sums: 
 deviations from them, which are combined as sum n_p (m_p - m)^2 + sum of those within a program.
 """
 
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch

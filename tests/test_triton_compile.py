@@ -1,0 +1,91 @@
+"""Every Triton kernel compiles for every GPU, without one, and is what it should be."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+MODULES = ("segment", "broadcast", "gae", "value_loss", "policy_loss")
+# These walk along rows; the others gather, or write what nothing is read for.
+WIDE = {
+    "segment_kernel",
+    "segment_rows_kernel",
+    "compact_kernel",
+    "broadcast_kernel",
+    "log_ratio_sum_kernel",
+    "policy_loss_kernel",
+    "policy_loss_masked_kernel",
+    "finish_policy_loss_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Compile in processes of their own, as this one may interpret Triton."""
+    here = Path(__file__).parent
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(here.parent)
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(here / "triton_compile.py"), *part],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for part in (ARCHITECTURES[::2], ARCHITECTURES[1::2])
+    ]  # fmt: skip
+    found = []
+    for process in running:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        found.append(json.loads(out))
+    reports = [report for part in found for report in part["reports"]]
+    print("\n" + _table(reports))
+    return {"reports": reports, "keys": found[0]["keys"]}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(compiled: dict[str, Any], arch: str) -> None:
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    kernels = {
+        name
+        for module in MODULES
+        for name in vars(importlib.import_module(f"steppo_kernels.triton.{module}"))
+        if name.endswith("_kernel")
+    }
+    assert {report["kernel"] for report in reports} == kernels
+    assert [report for report in reports if report["spills"]] == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_are_loaded_128_bits_at_a_time(compiled: dict[str, Any], arch: str) -> None:
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    walks = [report for report in reports if report["kernel"] in WIDE]
+    assert {report["kernel"] for report in walks} == WIDE
+    assert [report for report in walks if not report["wide_loads"]] == []
+
+
+def test_a_new_length_compiles_nothing(compiled: dict[str, Any]) -> None:
+    aligned, other_aligned, ragged, other_ragged = compiled["keys"]
+    assert aligned == other_aligned
+    assert ragged == other_ragged
+
+
+def _table(reports: list[dict[str, Any]]) -> str:
+    columns = ("arch", "kernel", "threads", "registers", "spills", "shared", "wide_loads")
+    rows = [[str(report[column]) for column in columns] for report in reports]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (columns, *rows)
+    ]
+    return "\n".join(lines)
