@@ -8,6 +8,7 @@ reference.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import math
@@ -16,7 +17,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,13 +30,14 @@ from torch import Tensor
 import steppo_kernels as sk
 from steppo_kernels import backends
 
-TURNS = 5
+TURNS, GROWTH_TURNS = 5, 3
 # The default is read before anything changes it.
 DEFAULT_THREADS = torch.get_num_threads()
 THREADS = tuple(dict.fromkeys((DEFAULT_THREADS, 1)))
 
-# Of one variant in one turn.
-_SECONDS, _MIN_ROUNDS, _MAX_ROUNDS = 0.12, 3, 200
+# Of one variant in one turn. A slow call is its own warm-up, and one round a turn has to do.
+_SECONDS, _MAX_ROUNDS = 0.12, 200
+_SLOW = 0.05
 # Well beyond any last-level cache: tensors of 256 MB, read and written.
 _COPY_BYTES = 512 * 2**20
 _COPY_ROUNDS = 5
@@ -188,7 +191,7 @@ def policy_step(
 
 
 def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Raise unless the root mean square of the error is below `tolerance` times the expected one."""
+    """Raise unless the error is below `tolerance` times `expected`, as root mean squares."""
     got, expected = got.detach().double(), expected.detach().double()
     if got.shape != expected.shape:
         raise AssertionError(f"{name}: got shape {tuple(got.shape)}, not {tuple(expected.shape)}")
@@ -228,18 +231,18 @@ def measure(
             setup()
 
     with threads(run.threads):
-        copy = copy_bandwidth(_COPY_BYTES, run.threads, run.case, run.turn)
-        # The first call warms up, the second says how many rounds fit.
         for _ in range(2):
             prepare()
             start = time.perf_counter()
             call()
             once = time.perf_counter() - start
-        rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, math.ceil(_SECONDS / once)))
-        if once > 10 * _SECONDS:
-            rounds = 1
+            if once > _SLOW:
+                break
+        rounds = min(_MAX_ROUNDS, math.ceil(_SECONDS / once))
         benchmark.group = f"{run.case}, {run.threads} threads"
-        benchmark.pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=min(3, rounds))
+        benchmark.pedantic(
+            call, setup=prepare, rounds=rounds, warmup_rounds=3 if once < _SLOW else 0
+        )
         seconds = benchmark.stats.stats.median
         noted = {
             "case": run.case,
@@ -248,37 +251,35 @@ def measure(
             "turn": run.turn,
             "tokens": tokens,
             "ns_per_token": seconds * 1e9 / tokens,
-            "copy_gbps": copy / 1e9,
             **(info or {}),
         }
         if bytes_to_touch:
+            copy = copy_bandwidth(_COPY_BYTES, run.threads, run.case, run.turn)
             same_size = copy_bandwidth(bytes_to_touch, run.threads, run.case, run.turn)
             noted |= {
                 "bytes": bytes_to_touch,
                 "gbps": bytes_to_touch / seconds / 1e9,
+                "copy_gbps": copy / 1e9,
                 "copy_fraction": bytes_to_touch / seconds / copy,
                 "copy_gbps_same_size": same_size / 1e9,
             }
         benchmark.extra_info.update(noted)
 
 
-class threads:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
     """Set torch's number of threads for a while."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache
 def copy_bandwidth(num_bytes: int, num_threads: int, case: str, turn: int) -> float:
-    """Return the bytes a second of a `torch.Tensor.copy_` that moves `num_bytes`, half of them read.
+    """Return the bytes a second of a `torch.Tensor.copy_` that reads and writes `num_bytes`.
 
     Measured by the process that is measured, once for each turn of each case, so that it is as
     slow as the machine is then. Working sets that stay in a cache move faster than the 512 MB that
@@ -318,14 +319,16 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def peak_resident_bytes(call: Callable[[], object]) -> int | None:
-    """Return by how much the peak of resident memory grew, or None where Linux does not say.
+    """Return by how much the peak of resident memory grows, or None where it cannot be told.
 
-    This sees every allocation, also those of compiled code that torch does not count.
+    This sees every allocation, also those of compiled code that torch does not count. For large
+    inputs only: it counts pages, and the allocator must not hold some from before.
     """
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         reset.write_text("5")
-    except OSError:
+    except (AttributeError, OSError):
         return None
 
     def kilobytes(field: str) -> int:

@@ -13,7 +13,16 @@ import torch
 import steppo_kernels as sk
 from steppo_kernels.backends import Backend
 
-from ._common import DEFAULT_THREADS, Run, fused_backend, measure, policy_case, runs, threads
+from ._common import (
+    DEFAULT_THREADS,
+    GROWTH_TURNS,
+    Run,
+    fused_backend,
+    measure,
+    policy_case,
+    runs,
+    threads,
+)
 from .bench_gae import row_case
 
 MASK, ROWS = "turns 64x8192", "rows 2688x512"
@@ -53,7 +62,7 @@ def bench_segment(benchmark: Any, run: Run) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    [r for case in GROWTH for r in runs(case, ("fused",), (DEFAULT_THREADS,), turns=1)],
+    [r for case in GROWTH for r in runs(case, ("fused",), (DEFAULT_THREADS,), GROWTH_TURNS)],
     ids=str,
 )
 def bench_segment_growth(benchmark: Any, run: Run) -> None:
@@ -77,6 +86,6 @@ def _run(benchmark: Any, run: Run, info: dict[str, Any]) -> None:
         run,
         call,
         tokens=tokens,
-        bytes_to_touch=element * tokens + written,
+        bytes_to_touch=0 if "growth" in info else element * tokens + written,
         info={"suite": "segment", "steps": layout.num_steps, **info},
     )

@@ -57,9 +57,10 @@ def gate(variant: str, num_threads: int) -> None:
 
 @pytest.mark.parametrize("run", runs(CASE, VARIANTS), ids=str)
 def bench_value_loss(benchmark: Any, run: Run) -> None:
-    """What it has to move at least: per step two values, where they stand, the return and the length.
+    """Speed.
 
-    And the gradient of every token, written.
+    What it has to move at least: per step two values, where they stand, the return and the length;
+    and the gradient of every token, written.
     """
     gate(run.variant, run.threads)
     values, _, _ = inputs()

@@ -24,6 +24,13 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     }
     for entry in output_json["benchmarks"]:
         stats = entry["stats"]
-        entry["stats"] = {key: stats[key] for key in ("median", "min", "iqr", "rounds")}
-        for key in ("params", "param", "options", "fullname"):
-            entry.pop(key, None)
+        kept = {key: _short(stats[key]) for key in ("median", "min", "iqr", "rounds")}
+        info = {key: _short(value) for key, value in entry["extra_info"].items()}
+        name = entry["name"]
+        entry.clear()
+        entry.update(name=name, stats=kept, extra_info=info)
+
+
+def _short(value: Any) -> Any:
+    """Return a float with the digits that a timing has."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value

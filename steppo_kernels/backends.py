@@ -66,6 +66,7 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return why_not_cuda()
 
 
+@torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device) -> str:
     """Return the backend that runs a call on `device`.
 

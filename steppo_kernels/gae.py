@@ -60,6 +60,9 @@ def step_gae(
         values, values_per_token = checks.steps_or_tokens(
             "values", values, num_steps, shape, device, dtype
         )
+        if values_per_token and values.numel() == 0:
+            # Rows of length 0 may be steps, but have no position to hold a value.
+            values, values_per_token = values.new_zeros(num_steps), False
         if bootstrap_values is not None:
             bootstrap_values = checks.vector(
                 "bootstrap_values", bootstrap_values, layout.num_trajectories, "trajectory",

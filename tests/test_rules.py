@@ -453,6 +453,24 @@ def test_gradients_accumulate_and_do_not_share_memory(target):
             assert torch.equal(grad, value)
 
 
+def test_gradients_may_be_clipped_between_backward_passes(target):
+    """What is done to .grad in place stays there: it is no part of the graph."""
+    batch = random_batch(10, 6, 30, device=target.device)
+    for loss, inputs in losses(batch, target):
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        loss.backward(retain_graph=True)
+        for value in inputs:
+            value.grad.mul_(0.5)
+        loss.backward(retain_graph=True)
+        for value, grad in zip(inputs, first, strict=True):
+            assert torch.equal(value.grad, 0.5 * grad + grad)
+            value.grad.zero_()
+        for _ in range(3):
+            loss.backward(retain_graph=True)
+        for value, grad in zip(inputs, first, strict=True):
+            assert torch.equal(value.grad, grad + grad + grad)
+
+
 def test_loss_modified_in_place(target):
     """As trainers do: they add the losses of micro-batches, and divide."""
     batch = random_batch(11, 6, 30, dtype=torch.float64, device=target.device)

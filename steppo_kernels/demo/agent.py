@@ -27,7 +27,7 @@ class Agent(nn.Module):
         self,
         vocab_size: int,
         *,
-        hidden_size: int = 96,
+        hidden_size: int = 64,
         layers: int = 2,
         heads: int = 4,
         pad_id: int = 0,
@@ -47,6 +47,8 @@ class Agent(nn.Module):
             initializer_range=0.5 * hidden_size**-0.5,
             tie_word_embeddings=False,
             pad_token_id=pad_id,
+            # Rows are a few hundred tokens long; the default of a million makes most of the dimensions constant here.
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             attn_implementation="sdpa",
         )
         self.language_model = Qwen3ForCausalLM(config)

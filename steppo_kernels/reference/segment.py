@@ -89,8 +89,9 @@ def _largest_before(ids: Tensor, row_offsets: Tensor) -> Tensor:
     key = row * (len(values) + 1) + rank
     before = torch.full_like(key, -1)
     before[1:] = key.cummax(0).values[:-1]
-    same_row = before >= row * (len(values) + 1)
-    return torch.where(same_row, values[before % (len(values) + 1)].clamp_min(-1), -1)
+    # The rank 0 before the first token of a row stands for no id.
+    found = before - row * (len(values) + 1)
+    return torch.where(found >= 0, values[found.clamp_min(0)].clamp_min(-1), -1)
 
 
 def _last_before(event: Tensor, position: Tensor, in_row: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ _ROW_BLOCKS = (16, 128, 1024)
 # Blocks of steps: mean number of tokens up to which, steps, tokens. A thread then holds one or two
 # steps, of each of which it keeps a dozen sums.
 _STEP_TILES = ((2, 256, 1), (32, 32, 16), (256, 4, 128))
-_LONG_STEP_TILE = (1, 1024)
+_LONG_STEP_TILE = (1, 512)
 STEP_THREADS = 256
 # Threads of a warp: 32 on NVIDIA, 64 on the AMD GPUs that torch supports best (gfx9).
 warp_size = 64 if torch.version.hip else 32
@@ -58,6 +58,11 @@ def threads(block: int, elements: int = 4) -> dict[str, int]:
     """
     count = max(1, min(256, block // elements) // warp_size)
     return {"num_warps": count, "enable_fp_fusion": True}
+
+
+def all_registers() -> dict[str, int]:
+    """Return the launch option that stops ptxas from spilling to fit one more block."""
+    return {} if warp_size == 64 else {"maxnreg": 255}
 
 
 def aligned(length: int) -> bool:

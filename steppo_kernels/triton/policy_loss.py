@@ -23,6 +23,7 @@ from .launch import (
     MAX_PROGRAMS,
     STEP_THREADS,
     aligned,
+    all_registers,
     cdiv,
     device_guard,
     programs,
@@ -50,7 +51,10 @@ _RATIO_MAX = tl.constexpr(5)
 # Programs of the kernel that computes mu: every program of the next one adds up all of them.
 _CENTER_PROGRAMS = 256
 
-_LENGTHS = ["num_steps", "num_tokens", "num_rows", "row_length", "max_runs", "step_programs"]
+_LENGTHS = [
+    "num_steps", "num_actions", "num_tokens", "num_rows", "row_length", "max_runs",
+    "step_programs",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -146,7 +150,7 @@ def policy_loss_kernel(
     p_new, p_old, p_adv, p_ref, p_entropy, p_is, p_weights,
     p_step_ids, p_index, p_offsets, p_counts, p_center,
     p_log_ratio, p_grad, p_grad_entropy, p_partials,
-    num_steps, num_tokens, step_programs,
+    num_steps, num_actions, num_tokens, step_programs,
     center: tl.float64, low: tl.float64, high: tl.float64, dual_clip: tl.float64,
     log_ratio_max: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
     NUM_CENTERS: tl.constexpr, RATIO: tl.constexpr, REDUCTION: tl.constexpr, KL: tl.constexpr,
@@ -175,7 +179,6 @@ def policy_loss_kernel(
         b_k3_all = tl.zeros([BS], tl.float64)
         b_dead = tl.zeros([BS], tl.int64)
         b_steps = tl.zeros([BS], tl.int32)
-        b_tokens = tl.zeros([BS], tl.int64)
         b_trajectories = tl.zeros([BS], tl.float64)
         b_lane = tl.arange(0, BT)[None, :]
 
@@ -211,6 +214,17 @@ def policy_loss_kernel(
                 b_sum, b_len, b_inverse, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO
             )
             tl.store(p_log_ratio + b_s, b_log_ratio, mask=m_s)
+            m_clipped = m_clipped & m_step
+            b_ratios += tl.where(m_step, b_ratio, 0.0)
+            m_seen = m_step & (b_ratio == b_ratio)
+            b_min = tl.where(m_seen & (b_ratio < b_min), b_ratio, b_min)
+            b_max = tl.where(m_seen & (b_ratio > b_max), b_ratio, b_max)
+            b_low += (m_clipped & (b_adv < 0)).to(tl.int32)
+            b_high += (m_clipped & (b_adv > 0)).to(tl.int32)
+            b_clipped_tokens += tl.where(m_clipped, b_len, 0)
+            b_z_all += b_sum
+            b_k3_all += tl.sum(b_k3_sum, 1)
+            b_steps += m_step.to(tl.int32)
 
             b_share = tl.where(m_step, 1.0, 0.0).to(tl.float64)
             if REDUCTION == TRAJECTORY_MEAN:
@@ -273,26 +287,15 @@ def policy_loss_kernel(
             else:
                 b_dead += tl.where(b_slope == 0, b_len, 0)
 
-            m_clipped = m_clipped & m_step
             b_policy += tl.where(m_step, b_w * b_loss, 0.0)
-            b_ratios += tl.where(m_step, b_ratio, 0.0)
-            m_seen = m_step & (b_ratio == b_ratio)
-            b_min = tl.where(m_seen & (b_ratio < b_min), b_ratio, b_min)
-            b_max = tl.where(m_seen & (b_ratio > b_max), b_ratio, b_max)
-            b_low += (m_clipped & (b_adv < 0)).to(tl.int32)
-            b_high += (m_clipped & (b_adv > 0)).to(tl.int32)
-            b_clipped_tokens += tl.where(m_clipped, b_len, 0)
-            b_z_all += b_sum
-            b_k3_all += tl.sum(b_k3_sum, 1)
-            b_steps += m_step.to(tl.int32)
-            b_tokens += b_len
 
         _store_partials(
             p_partials + i_p * _FIELDS,
             tl.sum(b_policy, 0), tl.sum(b_kl, 0), tl.sum(b_entropy, 0), tl.sum(b_ratios, 0),
             tl.min(b_min, 0), tl.max(b_max, 0), tl.sum(b_low, 0), tl.sum(b_high, 0),
             tl.sum(b_clipped_tokens, 0), tl.sum(b_z_all, 0), tl.sum(b_k3_all, 0),
-            tl.sum(b_dead, 0), tl.sum(b_steps, 0), tl.sum(b_tokens, 0), tl.sum(b_trajectories, 0),
+            tl.sum(b_dead, 0), tl.sum(b_steps, 0), tl.where(i_p == 0, num_actions, 0),
+            tl.sum(b_trajectories, 0),
         )  # fmt: skip
 
 
@@ -557,7 +560,7 @@ def policy_loss(
             log_probs, old_log_probs, advantages, ref_log_probs, entropy, is_weights, step_weights,
             step_ids, token_index, step_offsets, trajectory_counts, p_center,
             step_log_ratio, grad, grad_entropy, partials,
-            num_steps, num_tokens, step_programs,
+            num_steps, num_actions, num_tokens, step_programs,
             center, 1.0 - clip_low, 1.0 + clip_high, dual_clip, log_ratio_max, kl_coef,
             entropy_coef,
             NUM_CENTERS=num_centers, RATIO=ratio, REDUCTION=reduction, KL=kl_estimator,
@@ -567,7 +570,7 @@ def policy_loss(
                 is_weights if is_weights_per_token else None,
             ),
             ALIGNED=aligned(num_tokens), BS=block_steps, BT=block_tokens, BZ=FLAT_BLOCK,
-            **threads(STEP_THREADS, 1),
+            **threads(STEP_THREADS, 1), **all_registers(),
         )  # fmt: skip
         loss, metrics, scale = _finish(
             log_probs, partials, normalizer, reduction, kl_coef, entropy_coef
@@ -652,7 +655,7 @@ def _centers(
     partials = log_probs.new_empty((_CENTER_PROGRAMS, 2), dtype=torch.float64)
     log_ratio_sum_kernel[(_CENTER_PROGRAMS,)](
         log_probs, old_log_probs, index, mask, partials, num_tokens,
-        ALIGNED=aligned(num_tokens), BT=FLAT_BLOCK, **threads(FLAT_BLOCK),
+        ALIGNED=index is None and aligned(num_tokens), BT=FLAT_BLOCK, **threads(FLAT_BLOCK),
     )  # fmt: skip
     return partials, 0.0, _CENTER_PROGRAMS
 
