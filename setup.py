@@ -49,6 +49,7 @@ class BuildWithNinja(build_ext):
     """Builds the one extension from a build.ninja of our own: flags differ by object."""
 
     def build_extension(self, ext):
+        """Build the module, or leave a note that says why it is not there."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         missing = (PACKAGE if self.inplace else target.parent) / "_C_cpu.missing"
         missing.unlink(missing_ok=True)

@@ -10,8 +10,6 @@ from .outputs import Metrics, StepAdvantages, StepPOOutput
 from .policy_loss import steppo_loss
 from .value_loss import step_value_loss
 
-
-
 __all__ = [
     "Metrics",
     "StepAdvantages",
@@ -20,8 +18,8 @@ __all__ = [
     "StepPOLoss",
     "StepPOOutput",
     "StepValueLoss",
-    "broadcast_to_tokens",
     "__version__",
+    "broadcast_to_tokens",
     "step_gae",
     "step_value_loss",
     "steppo_loss",

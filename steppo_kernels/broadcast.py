@@ -34,7 +34,7 @@ def broadcast_to_tokens(
     chosen = resolve(backend, layout.device)
     step_ids = layout.step_ids.view(-1)
     if per_step.requires_grad and torch.is_grad_enabled():
-        flat = _Broadcast.apply(
+        flat: Tensor = _Broadcast.apply(
             per_step, step_ids, layout.token_index, layout.step_offsets, chosen
         )
     else:

@@ -108,7 +108,9 @@ def flags(
     ones = checked == 1
     known = ones | (checked == 0)
     if not bool(known.all()):
-        raise ValueError(f"{name}: got the value {checked[~known][0].item()}, expected only 0 and 1")
+        raise ValueError(
+            f"{name}: got the value {checked[~known][0].item()}, expected only 0 and 1"
+        )
     return ones
 
 

@@ -37,7 +37,8 @@ def step_gae(
         values: per step ``[S]``, or of the token shape with position i the value of the state
             before token i.
         layout: the steps.
-        gamma, lam: discount and GAE factor per step, in [0, 1].
+        gamma: discount factor per step, in [0, 1].
+        lam: GAE factor per step, in [0, 1].
         bootstrap_values: ``[G]``, the value after the last step of each trajectory: 0 (the
             default) where it terminated, V where it was truncated.
         whiten: shift and scale the advantages to mean 0 and unbiased standard deviation 1 over all
@@ -75,4 +76,3 @@ def step_gae(
             checks.fraction("gamma", gamma), checks.fraction("lam", lam), bool(whiten),
         )  # fmt: skip
     return StepAdvantages(advantages, returns)
-

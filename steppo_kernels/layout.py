@@ -201,7 +201,7 @@ class StepLayout:
         cu_seqlens: Tensor | None = None,
         backend: Backend = "auto",
     ) -> StepLayout:
-        """Find the actions by the tokens around them, as a chat template writes them.
+        r"""Find the actions by the tokens around them, as a chat template writes them.
 
         An action starts after each occurrence of `start` and ends with the first following `end`,
         inclusive; an unfinished last action runs to the end of the row. While an action is open,
@@ -209,7 +209,7 @@ class StepLayout:
 
         Args:
             token_ids: int ``[B, T]`` or packed ``[N]``.
-            start: int ``[K]``, e.g. the tokens of ``<|im_start|>assistant\\n``.
+            start: int ``[K]``, e.g. the tokens of ``<|im_start|>assistant\n``.
             end: e.g. the token of ``<|im_end|>``.
             cu_seqlens: as in `from_mask`; a match never crosses a row.
             backend: implementation of the segmentation.
@@ -294,9 +294,7 @@ class StepLayout:
     ) -> StepLayout:
         """Finish a layout whose trajectories are its rows."""
         # One copy to the host for both sizes and the error.
-        num_tokens, decreasing, num_steps = torch.cat(
-            (found.counts, found.row_steps[-1:])
-        ).tolist()
+        num_tokens, decreasing, num_steps = torch.cat((found.counts, found.row_steps[-1:])).tolist()
         if decreasing >= 0:
             raise ValueError(
                 f"step_ids: got an id at flat position {decreasing} smaller than one before it in "

@@ -42,6 +42,7 @@ class StepPOLoss(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
+        """Name the hyper-parameters in ``repr``."""
         return f"{self.config}, backend={self.backend!r}"
 
 
@@ -72,4 +73,5 @@ class StepValueLoss(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
+        """Name the hyper-parameters in ``repr``."""
         return f"clip={self.clip}, reduction={self.reduction!r}, backend={self.backend!r}"

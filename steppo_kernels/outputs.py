@@ -82,4 +82,3 @@ class StepAdvantages:
 
     advantages: Tensor
     returns: Tensor
-

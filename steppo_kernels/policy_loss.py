@@ -81,13 +81,14 @@ def steppo_loss(
     """
     if not isinstance(config, StepPOConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a StepPOConfig")
-    mask = None
+    mask: Tensor | None = None
+    steps: StepLayout | None = None
     if isinstance(layout, Tensor):
         mask = checks.flags("layout", layout, (1, 2), wait=False)
         num_steps, shape, device = None, mask.shape, mask.device
     else:
-        layout = require_layout(layout)
-        num_steps, shape, device = layout.num_steps, layout.shape, layout.device
+        steps = require_layout(layout)
+        num_steps, shape, device = steps.num_steps, steps.shape, steps.device
     dtype = checks.compute_dtype(checks.floating("log_probs", log_probs, device))
     chosen = resolve(backend, device)
 
@@ -111,20 +112,21 @@ def steppo_loss(
     if step_weights is not None:
         if num_steps is None:
             raise ValueError("step_weights: got it with a mask, expected a StepLayout with it")
-        step_weights = checks.vector(
-            "step_weights", step_weights, num_steps, "step", device, dtype
-        )
+        step_weights = checks.vector("step_weights", step_weights, num_steps, "step", device, dtype)
     if config.kl_coef != 0 and ref is None:
         raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
     if config.entropy_coef != 0 and entropy is None:
         raise ValueError("entropy: got None, expected a tensor, as config.entropy_coef is not 0")
     center = checks.scalar("ratio_center", ratio_center, device)
     total = checks.scalar("normalizer", normalizer, device, positive=True)
-    tokens = new, _constant(old), advantages.detach(), _constant(ref), entropy, _constant(is_weights)
+    tokens = (
+        new, _constant(old), advantages.detach(), _constant(ref), entropy, _constant(is_weights)
+    )  # fmt: skip
     flags = _constant(step_weights), by_token, weights_by_token
 
     if chosen == "reference":
-        steps = layout if mask is None else StepLayout.from_mask(mask, backend="reference")
+        if mask is not None:
+            steps = StepLayout.from_mask(mask, backend="reference")
         loss, metrics, step_log_ratio = reference.policy_loss(
             *tokens, *flags, *_step_tensors(steps), center, total, config
         )
@@ -142,15 +144,15 @@ def steppo_loss(
         run = _PolicyLoss.apply if need_grad or need_entropy_grad else _run
         if mask is None:
             loss, metrics, step_log_ratio = run(
-                "policy_loss", chosen, *tokens, *flags, *_step_tensors(layout), *scalars
+                "policy_loss", chosen, *tokens, *flags, *_step_tensors(steps), *scalars
             )[:3]
         else:
             loss, metrics = run(
                 "policy_loss_masked", chosen, *tokens, mask.reshape(-1), shape[-1], *scalars
             )[:2]
-    if mask is not None:
-        step_log_ratio = None
-    return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS), step_log_ratio)
+    return StepPOOutput(
+        loss, Metrics(metrics, POLICY_METRICS), step_log_ratio if mask is None else None
+    )
 
 
 def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
@@ -171,7 +173,8 @@ def _constant(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach()
 
 
-def _step_tensors(layout: StepLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _step_tensors(layout: StepLayout | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert layout is not None
     return (
         layout.step_ids.view(-1), layout.token_index, layout.step_offsets,
         layout.trajectory_counts,

@@ -20,8 +20,7 @@ bool any_stray(const T* rewards, const int32_t* step_ids, int64_t count) {
 // Adds the rewards of a row that lie outside of actions to the latest step before them, else to
 // the first one. Looking back stops where the search before it started, so the work is linear.
 template <class T>
-void add_strays(const T* rewards, const int32_t* step_ids, int64_t row, int64_t row_end,
-                T* total) {
+void add_strays(const T* rewards, const int32_t* step_ids, int64_t row, int64_t row_end, T* total) {
   constexpr int64_t kProbe = 64;
   int64_t searched = row - 1, latest = -1, first = -1;
   for (int64_t probe = row; probe < row_end; probe += kProbe) {
@@ -144,13 +143,12 @@ void whiten_members(T* advantages, double sum, const int64_t* steps, int64_t cou
     for (int64_t b = 0; b < blocks; ++b) squares += partial[b];
     scale = 1 / (std::sqrt(squares / (n - 1)) + 1e-8);
   }
-  for_members(steps, count, num_steps, threads,
-              [&](int64_t, int64_t begin, int64_t end, auto at) {
-                for (int64_t k = begin; k < end; ++k) {
-                  T& a = advantages[at(k)];
-                  a = static_cast<T>((static_cast<double>(a) - mean) * scale);
-                }
-              });
+  for_members(steps, count, num_steps, threads, [&](int64_t, int64_t begin, int64_t end, auto at) {
+    for (int64_t k = begin; k < end; ++k) {
+      T& a = advantages[at(k)];
+      a = static_cast<T>((static_cast<double>(a) - mean) * scale);
+    }
+  });
 }
 
 }  // namespace
@@ -180,11 +178,10 @@ void step_gae(int dtype, const void* rewards, const void* values, bool rewards_p
     parallel_blocks(num_trajectories, group, threads, [&](int64_t b, int64_t begin, int64_t end) {
       double sum = 0;
       for (int64_t g = begin; g < end; ++g) {
-        sum += scan(step_rewards, static_cast<const T*>(values),
-                    values_per_token ? state_index : nullptr, trajectory_steps,
-                    trajectory_offsets[g], trajectory_offsets[g + 1],
-                    bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), gamma, lam, a,
-                    r);
+        sum += scan(
+            step_rewards, static_cast<const T*>(values), values_per_token ? state_index : nullptr,
+            trajectory_steps, trajectory_offsets[g], trajectory_offsets[g + 1],
+            bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), gamma, lam, a, r);
       }
       sums[b] = sum;
     });

@@ -54,13 +54,13 @@ double normalizer_of(Reduction reduction, const int64_t* step_offsets,
 void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                  const void* advantages, const void* ref_log_probs, const void* entropy,
                  const void* is_weights, const void* step_weights, bool advantages_per_token,
-                 bool is_weights_per_token, const int64_t* token_index,
-                 const int64_t* step_offsets, const int32_t* trajectory_counts,
-                 const double* ratio_center, const double* normalizer, int ratio, double clip_low,
-                 double clip_high, double dual_clip, double log_ratio_max, int reduction,
-                 double kl_coef, int kl_estimator, double entropy_coef, int64_t num_tokens,
-                 int64_t num_steps, void* loss, double* metrics, void* step_log_ratio,
-                 void* grad_log_probs, void* grad_entropy, void* grad_scale, int threads) {
+                 bool is_weights_per_token, const int64_t* token_index, const int64_t* step_offsets,
+                 const int32_t* trajectory_counts, const double* ratio_center,
+                 const double* normalizer, int ratio, double clip_low, double clip_high,
+                 double dual_clip, double log_ratio_max, int reduction, double kl_coef,
+                 int kl_estimator, double entropy_coef, int64_t num_tokens, int64_t num_steps,
+                 void* loss, double* metrics, void* step_log_ratio, void* grad_log_probs,
+                 void* grad_entropy, void* grad_scale, int threads) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     PolicyCall<T> call{static_cast<const T*>(log_probs),
@@ -77,18 +77,16 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                         static_cast<KLEstimator>(kl_estimator), entropy_coef},
                        0.0,
                        1.0};
-    call.total = normalizer != nullptr
-                     ? *normalizer
-                     : normalizer_of(call.config.reduction, step_offsets, trajectory_counts,
-                                     num_steps, threads);
+    call.total = normalizer != nullptr ? *normalizer
+                                       : normalizer_of(call.config.reduction, step_offsets,
+                                                       trajectory_counts, num_steps, threads);
     const T* weights = static_cast<const T*>(step_weights);
     T* log_ratios = static_cast<T*>(step_log_ratio);
     const int64_t num_actions = step_offsets[num_steps];
     if (call.config.ratio == kCentered) {
-      call.center = ratio_center != nullptr
-                        ? *ratio_center
-                        : mean_log_ratio(call.log_probs, call.old_log_probs, token_index,
-                                         num_actions, threads);
+      call.center = ratio_center != nullptr ? *ratio_center
+                                            : mean_log_ratio(call.log_probs, call.old_log_probs,
+                                                             token_index, num_actions, threads);
     }
 
     if (num_actions < num_tokens) {
@@ -116,15 +114,14 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
           continue;
         }
         const double advantage = call.advantages[advantages_per_token ? index[0] : s];
-        const double weight =
-            weights != nullptr
-                ? static_cast<double>(weights[s])
-                : step_weight(call.config.reduction, static_cast<double>(length), trajectory_counts[s]);
+        const double weight = weights != nullptr
+                                  ? static_cast<double>(weights[s])
+                                  : step_weight(call.config.reduction, static_cast<double>(length),
+                                                trajectory_counts[s]);
         const bool contiguous = index[length - 1] - index[0] == length - 1;
         const double log_ratio =
-            contiguous
-                ? add_step(call, Contiguous{index[0]}, length, s, advantage, weight, sums)
-                : add_step(call, Gathered{index}, length, s, advantage, weight, sums);
+            contiguous ? add_step(call, Contiguous{index[0]}, length, s, advantage, weight, sums)
+                       : add_step(call, Gathered{index}, length, s, advantage, weight, sums);
         log_ratios[s] = static_cast<T>(log_ratio);
       }
       partial[b] = sums;

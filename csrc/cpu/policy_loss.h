@@ -106,8 +106,8 @@ static inline void differentiate(const PolicyCall<T>& call, At at, int64_t lengt
 // Adds one non-empty step to `sums` and writes the gradients of its tokens. `step` indexes per-step
 // weights. Returns log rho.
 template <class T, class At>
-static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, int64_t step, double advantage,
-                double weight, PolicySums& sums) {
+static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, int64_t step,
+                              double advantage, double weight, PolicySums& sums) {
   const PolicyConfig& config = call.config;
   const double n = static_cast<double>(length);
   const double scale = ratio_scale(config.ratio, n);
@@ -191,9 +191,8 @@ static inline void finish(const PolicySums& sums, const PolicyConfig& config, do
   metrics[kDeadTokenFraction] = sums.dead / tokens;
   metrics[kNumSteps] = sums.steps;
   metrics[kNumTokens] = sums.tokens;
-  *static_cast<T*>(loss) =
-      static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
-                     config.entropy_coef * metrics[kEntropy]);
+  *static_cast<T*>(loss) = static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
+                                          config.entropy_coef * metrics[kEntropy]);
   *static_cast<T*>(grad_scale) = T(1);
 }
 

@@ -64,8 +64,8 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
           double z_sum = 0, count = 0;
           const auto add = [&](Run run) {
             for (int64_t t = run.begin; t < run.end; ++t) {
-              z_sum +=
-                  static_cast<double>(call.log_probs[t]) - static_cast<double>(call.old_log_probs[t]);
+              z_sum += static_cast<double>(call.log_probs[t]) -
+                       static_cast<double>(call.old_log_probs[t]);
             }
             count += static_cast<double>(run.end - run.begin);
           };
@@ -116,7 +116,8 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
       const auto add = [&](Run run) {
         const int64_t length = run.end - run.begin;
         const double count = by_row ? static_cast<double>(row_steps[run.begin / row_length]) : 1.0;
-        const double weight = step_weight(call.config.reduction, static_cast<double>(length), count);
+        const double weight =
+            step_weight(call.config.reduction, static_cast<double>(length), count);
         add_step(call, Contiguous{run.begin}, length, 0, call.advantages[run.begin], weight, sums);
       };
       const auto clear = [&](int64_t first, int64_t last) {

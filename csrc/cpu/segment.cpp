@@ -8,8 +8,7 @@ namespace {
 // Calls body(first, last) with the parts of [begin, end) that lie in one row.
 template <class F>
 void for_rows(const int64_t* row_offsets, int64_t num_rows, int64_t begin, int64_t end, F&& body) {
-  int64_t row =
-      first_not_below(num_rows, begin + 1, [&](int64_t r) { return row_offsets[r + 1]; });
+  int64_t row = first_not_below(num_rows, begin + 1, [&](int64_t r) { return row_offsets[r + 1]; });
   for (; row < num_rows && row_offsets[row] < end; ++row) {
     const int64_t first = row_offsets[row] > begin ? row_offsets[row] : begin;
     const int64_t last = row_offsets[row + 1] < end ? row_offsets[row + 1] : end;
@@ -20,8 +19,8 @@ void for_rows(const int64_t* row_offsets, int64_t num_rows, int64_t begin, int64
 // Numbers the steps of [begin, end) from `number` on; writes ids and row_steps unless they are
 // null. Returns the number after the last one; adds the action tokens to `actions`.
 int64_t number_runs(const bool* mask, const bool* boundaries, const int64_t* row_offsets,
-                    int64_t num_rows, int64_t begin, int64_t end, int64_t number,
-                    int32_t* step_ids, int64_t* actions) {
+                    int64_t num_rows, int64_t begin, int64_t end, int64_t number, int32_t* step_ids,
+                    int64_t* actions) {
   for_rows(row_offsets, num_rows, begin, end, [&](int64_t row, int64_t first, int64_t last) {
     for (int64_t at = first; at < last;) {
       const Run run = next_run(mask, at, last);
@@ -80,7 +79,8 @@ void segment_mask(const bool* mask, const bool* boundaries, const int64_t* row_o
   Buffer<int64_t> numbers(blocks), actions(blocks);
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t found = 0;
-    numbers[b] = number_runs(mask, boundaries, row_offsets, num_rows, begin, end, 0, nullptr, &found);
+    numbers[b] =
+        number_runs(mask, boundaries, row_offsets, num_rows, begin, end, 0, nullptr, &found);
     actions[b] = found;
   });
   const int64_t num_steps = prefix(numbers, blocks);

@@ -43,8 +43,8 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
                 bool values_per_token, bool old_values_per_token, const int64_t* state_index,
                 const int32_t* step_lengths, const int32_t* trajectory_counts,
                 const double* normalizer, double clip, int reduction, int64_t num_values,
-                int64_t num_steps, void* loss, double* metrics, void* grad_values,
-                void* grad_scale, int threads) {
+                int64_t num_steps, void* loss, double* metrics, void* grad_values, void* grad_scale,
+                int threads) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* v = static_cast<const T*>(values);
@@ -53,9 +53,8 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
     T* grad = static_cast<T*>(grad_values);
     const auto kind = static_cast<Reduction>(reduction);
     if (grad != nullptr) {
-      parallel_blocks(num_values, kBlock, threads, [&](int64_t, int64_t begin, int64_t end) {
-        fill(grad, begin, end, zero);
-      });
+      parallel_blocks(num_values, kBlock, threads,
+                      [&](int64_t, int64_t begin, int64_t end) { fill(grad, begin, end, zero); });
     }
     const Sums counts = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
       if (step_lengths[s] == 0) return;

@@ -51,9 +51,7 @@ def at_states(values: Tensor, state_index: Tensor) -> Tensor:
     return values[state_index]
 
 
-def step_rewards(
-    rewards: Tensor, step_ids: Tensor, row_offsets: Tensor, num_steps: int
-) -> Tensor:
+def step_rewards(rewards: Tensor, step_ids: Tensor, row_offsets: Tensor, num_steps: int) -> Tensor:
     """Add up ``[N]`` token rewards by step, ``[S]``.
 
     A reward on a non-action token goes to the latest step before it in its row, else to the first

@@ -62,9 +62,7 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
     return token_index, step_offsets, step_offsets.diff().to(torch.int32)
 
 
-def _number(
-    action: Tensor, start: Tensor, row_offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _number(action: Tensor, start: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     number = start.cumsum(0)
     step_ids = torch.where(action, number - 1, -1).to(torch.int32)
     row_steps = torch.cat((number.new_zeros(1), number))[row_offsets]

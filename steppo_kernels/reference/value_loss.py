@@ -30,7 +30,8 @@ def value_loss(
         old = torch.where(kept, old, zero)
         # Within the clip range the clipped value is the value itself, to the last bit.
         is_moved = (v - old).abs() > clip
-        clipped = (torch.where(is_moved, old + (v - old).detach().clamp(-clip, clip), v) - target) ** 2
+        held = torch.where(is_moved, old + (v - old).detach().clamp(-clip, clip), v)
+        clipped = (held - target) ** 2
         is_clipped = is_moved & (clipped > loss)
         loss = torch.where(is_clipped, clipped, loss)
     loss = 0.5 * loss
@@ -48,13 +49,13 @@ def value_loss(
         spread = mean((target - mean(target)) ** 2)
         unexplained = mean((residual - mean(residual)) ** 2)
         explained = torch.where(spread > 0, 1 - unexplained / spread, 0.0)
-        metrics = torch.stack(
-            [
-                m.to(torch.float64)
-                for m in (
-                    objective, mean(is_clipped.to(v.dtype)), mean(v), mean(target), explained,
-                    num_steps,
-                )  # fmt: skip
-            ]
+        rows = (
+            objective,
+            mean(is_clipped.to(v.dtype)),
+            mean(v),
+            mean(target),
+            explained,
+            num_steps,
         )
+        metrics = torch.stack([value.to(torch.float64) for value in rows])
     return objective, metrics

@@ -108,8 +108,8 @@ Bytes run(const Batch& batch, int threads) {
   std::vector<int32_t> trajectory_counts(steps, 3);
   std::vector<float> grad(kTokens), log_ratios(steps);
   value_loss(kFloat32, batch.log_probs.data(), returns.data(), batch.old_log_probs.data(), true,
-             true, states.data(), lengths.data(), trajectory_counts.data(), nullptr, 0.5,
-             kStepMean, kTokens, steps, &loss, metrics.data(), grad.data(), &scale, threads);
+             true, states.data(), lengths.data(), trajectory_counts.data(), nullptr, 0.5, kStepMean,
+             kTokens, steps, &loss, metrics.data(), grad.data(), &scale, threads);
   keep(bytes, metrics);
   keep(bytes, grad);
   for (const int ratio : {kGeometric, kProduct, kCentered}) {

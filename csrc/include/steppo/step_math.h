@@ -38,10 +38,11 @@ STEPPO_FN ExpParts<T> exp_parts_fp32(T d) {
   // |r| <= ln(2) / 2, with ln(2) in two pieces.
   const T r = (d - n * 0.693359375f) + n * 2.12194440e-4f;
   parts.r = r;
-  parts.tail = r * r *
-               (0.5f + r * (1.6666667e-1f +
-                            r * (4.1666668e-2f +
-                                 r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f)))));
+  parts.tail =
+      r * r *
+      (0.5f +
+       r * (1.6666667e-1f +
+            r * (4.1666668e-2f + r * (8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f)))));
   return parts;
 }
 
@@ -108,15 +109,14 @@ STEPPO_FN KL<T> kl_penalty(T d) {
 
 // L^-p of log rho = mu + L^-p sum(z - mu).
 STEPPO_FN double ratio_scale(Ratio ratio, double length) {
-  return ratio == kGeometric ? 1.0 / length
-                             : (ratio == kCentered ? 1.0 / std::sqrt(length) : 1.0);
+  return ratio == kGeometric ? 1.0 / length : (ratio == kCentered ? 1.0 / std::sqrt(length) : 1.0);
 }
 
 struct StepLoss {
-  double ratio;      // rho, clamped
-  double loss;       // l_s
-  double slope;      // d l_s / d log rho
-  bool is_clipped;   // the clipped branch is strictly larger
+  double ratio;     // rho, clamped
+  double loss;      // l_s
+  double slope;     // d l_s / d log rho
+  bool is_clipped;  // the clipped branch is strictly larger
 };
 
 STEPPO_FN StepLoss step_loss(double log_ratio, double advantage, const PolicyConfig& c) {
@@ -141,7 +141,7 @@ STEPPO_FN double step_weight(Reduction reduction, double length, double count) {
 
 // The denominator of a reduction, at least 1. `trajectories` may be a sum of 1 / count.
 STEPPO_FN double reduction_total(Reduction reduction, double steps, double trajectories,
-                                        double tokens) {
+                                 double tokens) {
   const double total = reduction == kStepMean         ? steps
                        : reduction == kTrajectoryMean ? std::nearbyint(trajectories)
                        : reduction == kTokenMean      ? tokens
@@ -156,7 +156,7 @@ struct ValueLoss {
 };
 
 STEPPO_FN ValueLoss value_step_loss(double value, double target, bool has_old, double old,
-                                           double clip) {
+                                    double clip) {
   const double error = value - target;
   const double moved = value - old;
   // Within the range the clipped value is the value itself, to the last bit.
