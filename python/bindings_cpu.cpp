@@ -6,6 +6,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   using steppo::binding::def;
   m.doc() = "CPU kernels of steppo_kernels on raw pointers; see csrc/include/steppo/cpu_ops.inc";
   m.def("isa", &steppo::cpu::isa);
+  m.def("isas", &steppo::cpu::isas);
   m.def("compiler", [] { return STEPPO_COMPILER; });
   def(m, "segment_mask", steppo::cpu::segment_mask);
   def(m, "segment_ids", steppo::cpu::segment_ids);

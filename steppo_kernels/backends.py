@@ -66,7 +66,6 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return why_not_cuda()
 
 
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device) -> str:
     """Return the backend that runs a call on `device`.
 
@@ -85,6 +84,11 @@ def resolve(backend: str, device: torch.device) -> str:
     if why := unavailable(backend, device):
         raise RuntimeError(f"backend: {backend!r} cannot run on {device.type} tensors here: {why}")
     return backend
+
+
+# What `torch.compiler.assume_constant_result` sets, without its import of all of dynamo: a compiled
+# graph takes the answer as a constant instead of tracing the imports behind it.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -16,6 +16,9 @@ from .reference import policy_loss as reference
 
 _DEFAULT_CONFIG = StepPOConfig()
 
+# Whether the running backward was called with retain_graph; a torch without the answer says yes.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 
 def steppo_loss(
     log_probs: Tensor,
@@ -156,17 +159,15 @@ def steppo_loss(
 
 
 def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
-    """Return a saved gradient times a 0-dim scale; itself where that is known to be 1.
+    """Return a saved gradient times a 0-dim scale; itself where that changes nothing.
 
     On the CPU the scale can be looked at without waiting, and it is 1 in a plain
-    ``loss.backward()``. Autograd copies a gradient that something else still holds before it
-    changes it, so the saved one stays as it is for a second backward.
+    ``loss.backward()``. The saved tensor itself may only be given away if this is its last use.
     """
     if grad is None:
         return None
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and scale.item() == 1.0:
-        return grad
-    return grad * scale
+    is_last = not torch.compiler.is_compiling() and not _keeps_graph()
+    return grad if is_last and scale.device.type == "cpu" and scale.item() == 1.0 else grad * scale
 
 
 def _constant(value: Tensor | None) -> Tensor | None:

@@ -43,6 +43,14 @@ const char* isa() {
   return chosen() == Isa::kAvx512 ? "avx512" : chosen() == Isa::kAvx2 ? "avx2" : "baseline";
 }
 
+const char* isas() {
+#if defined(STEPPO_X86)
+  return "baseline, avx2, avx512";
+#else
+  return "baseline";
+#endif
+}
+
 #if defined(STEPPO_X86)
 #define STEPPO_OP(name) \
   decltype(&baseline::name) const name = select(&baseline::name, &avx2::name, &avx512::name);

@@ -101,8 +101,10 @@ double scan(const T* rewards, const T* values, const int64_t* state_index, const
     const double delta = static_cast<double>(rewards[step]) + gamma * next_value - value;
     advantage = delta + decay * advantage;
     next_value = value;
-    sum += advantage;
-    advantages[step] = static_cast<T>(advantage);
+    const T rounded = static_cast<T>(advantage);
+    // What is whitened later is the rounded one: less its own mean it must come out as 0.
+    sum += static_cast<double>(rounded);
+    advantages[step] = rounded;
     returns[step] = static_cast<T>(advantage + value);
   }
   return sum;

@@ -16,7 +16,6 @@ from rich.table import Table
 from .. import __version__, backends
 
 # The copies of each kernel that setup.py compiles, by machine; csrc/cpu/dispatch.cpp takes one.
-_COMPILED_FOR = {name: ["baseline", "avx2", "avx512"] for name in ("x86_64", "amd64")}
 
 
 def collect() -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _backend(name: str) -> dict[str, Any]:
         module: Any = importlib.import_module("steppo_kernels._C_cpu")
         details = {
             "instruction_set": module.isa(),
-            "compiled_for": _COMPILED_FOR.get(platform.machine().lower(), ["baseline"]),
+            "compiled_for": module.isas().split(", "),
             "compiler": module.compiler(),
         }
     elif runs_on and name == "triton":

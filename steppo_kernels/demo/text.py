@@ -18,7 +18,6 @@ from steppo_kernels.demo.environment import (
     SYSTEM_PROMPT,
     TIME_TEXT,
     TextFrozenLake,
-    make_lakes,
     random_action,
 )
 
@@ -45,7 +44,7 @@ CHATML = (
 def corpus(*, episodes: int = 400, seed: int = 0) -> Iterator[str]:
     """Sentences of the task under uniformly random actions: what the tokenizer is trained on."""
     rng = np.random.default_rng(seed)
-    env = TextFrozenLake(make_lakes(32, seed=seed))
+    env = TextFrozenLake()
     yield from (GOAL_TEXT, HOLE_TEXT, TIME_TEXT)
     for episode in range(episodes):
         yield from ("system", SYSTEM_PROMPT, MISUNDERSTOOD)

@@ -20,7 +20,7 @@ from steppo_kernels import (
 )
 from steppo_kernels.backends import Backend
 from steppo_kernels.demo.agent import Agent
-from steppo_kernels.demo.environment import Lake, TextFrozenLake
+from steppo_kernels.demo.environment import TextFrozenLake
 from steppo_kernels.demo.rollout import Rollouts, collect
 from steppo_kernels.demo.text import ChatText
 
@@ -52,9 +52,9 @@ class TrainConfig:
         max_grad_norm: gradients are scaled down to this norm.
     """
 
-    iterations: int = 40
-    episodes: int = 128
-    epochs: int = 2
+    iterations: int = 30
+    episodes: int = 64
+    epochs: int = 4
     minibatches: int = 4
     learning_rate: float = 2e-3
     gamma: float = 0.95
@@ -62,7 +62,7 @@ class TrainConfig:
     clip: float = 0.1
     value_clip: float = 0.5
     value_coef: float = 0.5
-    kl_coef: float = 0.02
+    kl_coef: float = 0.05
     max_grad_norm: float = 1.0
 
 
@@ -101,7 +101,7 @@ class TrajectoryTrace:
 
     Attributes:
         iteration: the round it was played in.
-        lake: the map, rows of ``F`` and ``H``.
+        lake: rows of the map.
         goal: the goal's cell.
         path: the cells walked, the start first.
         actions: the agent's sentences, one a step.
@@ -113,7 +113,7 @@ class TrajectoryTrace:
     """
 
     iteration: int
-    lake: Lake
+    lake: list[str]
     goal: tuple[int, int]
     path: list[tuple[int, int]]
     actions: list[str]
@@ -144,7 +144,6 @@ class Trainer:
     Args:
         agent: trained in place.
         text: tokenizer and template.
-        lakes: lakes to train on.
         method: a name in ``LEVELS``.
         config: hyper-parameters.
         seed: seed of the episodes, the sampled tokens and the order of the minibatches.
@@ -155,7 +154,6 @@ class Trainer:
         self,
         agent: Agent,
         text: ChatText,
-        lakes: list[Lake],
         *,
         method: str = "StepPO",
         config: TrainConfig | None = None,
@@ -170,7 +168,7 @@ class Trainer:
         self.method = method
         self.config = config or TrainConfig()
         self.backend = backend
-        self.envs = [TextFrozenLake(lakes) for _ in range(self.config.episodes)]
+        self.envs = [TextFrozenLake() for _ in range(self.config.episodes)]
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.AdamW(
@@ -344,7 +342,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Success on lakes the agent was not trained on.
+    """Success of an agent that is not learning meanwhile.
 
     Attributes:
         sampled: share of the episodes won with sampled actions, the way the agent trains.
@@ -362,10 +360,10 @@ class Evaluation:
 
 
 def evaluate(
-    agent: Agent, text: ChatText, lakes: list[Lake], *, episodes: int, seed: int
+    agent: Agent, text: ChatText, *, episodes: int, seed: int
 ) -> Evaluation:
     """Plays the same drawn episodes with sampled and with greedy actions."""
-    envs = [TextFrozenLake(lakes) for _ in range(episodes)]
+    envs = [TextFrozenLake() for _ in range(episodes)]
     seeds = np.random.default_rng(seed).integers(2**31, size=episodes).tolist()
     generator = torch.Generator().manual_seed(seed)
     sampled = collect(agent, text, envs, seeds=seeds, generator=generator)

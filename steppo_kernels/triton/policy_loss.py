@@ -97,7 +97,7 @@ def _center(p_center, center, num_partials: tl.constexpr):
     elif p_center is not None:
         mu = tl.load(p_center)
     else:
-        mu = center
+        mu = tl.full((), 0.0, tl.float64) + center
     return mu
 
 

@@ -24,6 +24,9 @@ namespace avx512 {
 // STEPPO_ISA lowers it.
 const char* isa();
 
+// The instruction sets that were compiled.
+const char* isas();
+
 #define STEPPO_OP(name) extern decltype(&baseline::name) const name;
 #include "steppo/cpu_op_names.inc"
 #undef STEPPO_OP

@@ -137,7 +137,12 @@ class _Tally:
             if over > most:
                 most, output, error, plain, bound = over, name, own, expected, allowed
         if not note and error > bound:
-            note = "differs" if case.exact else f"error {error / bound:.3g} x bound"
+            if case.exact:
+                note = "differs"
+            elif error == torch.inf:
+                note = "not 0, though the exact result is all 0"
+            else:
+                note = f"error {error / bound:.3g} x bound"
         return Row(
             operation=case.operation,
             variant=case.variant,
