@@ -21,9 +21,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-# Below this the constant cost of a call flattens the curve.
-_LINEAR_FROM = 10**5
-
 ROWS, TURNS = "rows 512x512", "turns 64x8192"
 _NAMES = {
     "policy_loss": "steppo_loss, forward + backward",
@@ -121,11 +118,13 @@ class Results:
         return statistics.median(ratios) if ratios else None
 
     def slope(self, suite: str, variant: str) -> float | None:
-        """Return d log seconds / d log tokens, least squares from `_LINEAR_FROM` tokens on."""
+        """Return d log seconds / d log tokens by least squares.
+
+        The constant cost of a call lowers it, leaving the caches raises it.
+        """
         points = [
             (math.log(tokens), math.log(line.median))
             for tokens, line in self.growth.get((suite, variant), {}).items()
-            if tokens >= _LINEAR_FROM
         ]
         if len(points) < 3:
             return None
@@ -155,13 +154,15 @@ def targets(results: Results) -> list[Target]:
             faster("policy_loss", case, "verl gspo", 10, "fused, layout", label)
         for variant in ("fused, layout", "fused, mask"):
             line = results.get("policy_loss", case, variant)
-            add(
-                f"{label}, {variant}: share of copy bandwidth",
-                ">= 40 %",
-                None if line is None else 100 * (line.over_turns("copy_fraction") or 0.0),
-                lambda value: value >= 40,
-                " %",
-            )
+            # The mask form has to touch less: its share stands in the table.
+            if variant == "fused, layout":
+                add(
+                    f"{label}: share of copy bandwidth",
+                    ">= 40 %",
+                    None if line is None else 100 * (line.over_turns("copy_fraction") or 0.0),
+                    lambda value: value >= 40,
+                    " %",
+                )
             memory = None if line is None else line.over_turns("extra_bytes_per_token")
             add(
                 f"{label}, {variant}: peak extra memory",
@@ -189,9 +190,9 @@ def targets(results: Results) -> list[Target]:
     ):
         add(
             f"{_NAMES[suite].split(',')[0]}, {variant}: exponent of the growth with tokens",
-            "<= 1.2",
+            "<= 1.1",
             results.slope(suite, variant),
-            lambda value: value <= 1.2,
+            lambda value: value <= 1.1,
             "",
         )
     return found
@@ -445,8 +446,7 @@ def plot_growth(results: Results, path: Path) -> None:
             axis.grid(color="#e5e5e5")
         total.legend(frameon=False, fontsize=9)
         figure.suptitle(
-            f"Exponents from 10$^5$ tokens on. {_caption(results)}",
-            fontsize=8.5, color="#555555", x=0.01, ha="left",
+            _caption(results), fontsize=8.5, color="#555555", x=0.01, ha="left",
         )  # fmt: skip
         figure.savefig(path, dpi=150)
 
