@@ -63,8 +63,6 @@ def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU")
-    config.addinivalue_line("markers", "unpoisoned: allocations stay as torch makes them")
     # Tests run side by side; the tensors are small.
     torch.set_num_threads(1)
 

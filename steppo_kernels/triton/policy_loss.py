@@ -351,9 +351,7 @@ def policy_loss_masked_kernel(
             i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
             m_token = tl.load(p_mask + i_flat + b_lane, mask=m_row, other=0) != 0
             m_next = t + 1 + b_lane < length
-            m_last = m_token & (
-                tl.load(p_mask + i_flat + 1 + b_lane, mask=m_next, other=0) == 0
-            )
+            m_last = m_token & (tl.load(p_mask + i_flat + 1 + b_lane, mask=m_next, other=0) == 0)
             b_new = tl.load(p_new + i_flat + b_lane, mask=m_row, other=0.0)
             b_new = tl.where(m_token, b_new, 0.0)
             b_old = b_new
@@ -451,9 +449,7 @@ def policy_loss_masked_kernel(
                 if p_grad is not None:
                     tl.store(p_grad + i_flat + b_lane, b_grad, mask=m_row)
                 if p_grad_entropy is not None:
-                    tl.store(
-                        p_grad_entropy + i_flat + b_lane, -b_unit * entropy_coef, mask=m_row
-                    )
+                    tl.store(p_grad_entropy + i_flat + b_lane, -b_unit * entropy_coef, mask=m_row)
             # The next row overwrites the scratch.
             tl.debug_barrier()
 

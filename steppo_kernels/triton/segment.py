@@ -219,17 +219,13 @@ def _segment(
     grid = (programs(num_rows),)
     inputs = (mask, boundaries, ids, row_offsets, row_steps)
     with device_guard(tokens):
-        segment_kernel[grid](
-            *inputs, None, *by_row.unbind(), num_rows, BT=block, **options
-        )
+        segment_kernel[grid](*inputs, None, *by_row.unbind(), num_rows, BT=block, **options)
         torch.cumsum(by_row[0], 0, out=row_steps[1:])
         counts[0] = by_row[1].sum()
         if ids is not None:
             decreasing = by_row[2].min()
             counts[1] = torch.where(decreasing == _NONE.value, -1, decreasing)
-        segment_kernel[grid](
-            *inputs, step_ids, None, None, None, num_rows, BT=block, **options
-        )
+        segment_kernel[grid](*inputs, step_ids, None, None, None, num_rows, BT=block, **options)
     return step_ids, row_steps, counts
 
 
