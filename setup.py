@@ -51,7 +51,7 @@ class BuildWithNinja(build_ext):
     def build_extension(self, ext):
         """Build the module, or leave a note that says why it is not there."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        missing = (PACKAGE if self.inplace else target.parent) / "_C_cpu.missing"
+        missing = target.parent / "_C_cpu.missing"
         missing.unlink(missing_ok=True)
         compiler = find_compiler()
         if compiler is None:
@@ -66,6 +66,16 @@ class BuildWithNinja(build_ext):
         (build / "build.ninja").write_text(self.ninja_file(compiler, target))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.check_call([find_ninja(), "-C", str(build), *jobs])
+
+    def copy_extensions_to_source(self):
+        """Put the module, or the note in its place, into the package (editable installs)."""
+        note = PACKAGE / "_C_cpu.missing"
+        built = Path(self.build_lib) / "steppo_kernels" / note.name
+        if built.exists():
+            note.write_text(built.read_text())
+        else:
+            note.unlink(missing_ok=True)
+            super().copy_extensions_to_source()
 
     def ninja_file(self, compiler, target):
         """Return the text of build.ninja."""

@@ -43,20 +43,37 @@ def broadcast_to_tokens(
 
 
 class _Broadcast(torch.autograd.Function):
+    """Linear: its backward is `_Sum`, whose backward it is in turn."""
+
     @staticmethod
     def forward(
         ctx: Any, per_step: Tensor, step_ids: Tensor, token_index: Tensor, step_offsets: Tensor,
         backend: str,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(token_index, step_offsets)
+        ctx.save_for_backward(step_ids, token_index, step_offsets)
         ctx.backend = backend
         per_token: Tensor = ops.call("broadcast_to_tokens", backend, per_step, step_ids)
         return per_token
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        token_index, step_offsets = ctx.saved_tensors
-        per_step = ops.call(
-            "sum_over_steps", ctx.backend, grad.contiguous(), token_index, step_offsets
+        return _Sum.apply(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, per_token: Tensor, step_ids: Tensor, token_index: Tensor, step_offsets: Tensor,
+        backend: str,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(step_ids, token_index, step_offsets)
+        ctx.backend = backend
+        per_step: Tensor = ops.call(
+            "sum_over_steps", backend, per_token.contiguous(), token_index, step_offsets
         )
-        return per_step, None, None, None, None
+        return per_step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        spread = _Broadcast.apply(grad.contiguous(), *ctx.saved_tensors, ctx.backend)
+        return spread, None, None, None, None

@@ -6,6 +6,7 @@ one; only `flags`, while a layout is built, does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -142,14 +143,13 @@ def scalar(
             raise TypeError(f"{name}: got {value.dtype}, expected a real number")
         if value.device.type != "cpu":
             on_device(name, value, device)
+        elif not torch.compiler.is_compiling():
+            _finite(name, value.item(), positive)
         return value.detach().to(torch.float64)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number or 0-dim tensor")
-    number = float(value)
-    if number != number or abs(number) == float("inf") or (positive and number <= 0.0):
-        expected = "a finite number above 0" if positive else "a finite number"
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-    return torch.tensor(number, dtype=torch.float64)
+    _finite(name, value, positive)
+    return torch.tensor(float(value), dtype=torch.float64)
 
 
 def fraction(name: str, value: object) -> float:
@@ -173,6 +173,12 @@ def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.dim() != 1:
         value = value.reshape(-1)
     return value.contiguous()
+
+
+def _finite(name: str, value: float, positive: bool) -> None:
+    if not math.isfinite(value) or (positive and value <= 0):
+        expected = "a finite number above 0" if positive else "a finite number"
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _or(allowed: Iterable[int]) -> str:

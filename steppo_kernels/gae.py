@@ -61,6 +61,11 @@ def step_gae(
         values, values_per_token = checks.steps_or_tokens(
             "values", values, num_steps, shape, device, dtype
         )
+        if rewards_per_token and layout.rows_are_steps:
+            # Then a row's rewards are its step's, also of one without action tokens.
+            counts = (layout.step_ids.view(-1) >= 0) | rewards.isfinite()
+            rewards = torch.where(counts, rewards, 0.0).view(layout.shape).sum(1)
+            rewards_per_token = False
         if values_per_token and values.numel() == 0:
             # Rows of length 0 may be steps, but have no position to hold a value.
             values, values_per_token = values.new_zeros(num_steps), False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from . import checks, segment
 from .backends import Backend, resolve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepLayout:
     """The steps of a batch, in the forms that the kernels read. Built once, never changed.
 
@@ -34,6 +36,7 @@ class StepLayout:
             step's first token.
         row_offsets: int64 ``[R + 1]``: flat positions where rows begin; rewards that fall outside
             of actions stay in their row.
+        rows_are_steps: whether row r is step r, empty or not (`from_rows`).
     """
 
     step_ids: Tensor
@@ -45,6 +48,7 @@ class StepLayout:
     trajectory_counts: Tensor
     state_index: Tensor
     row_offsets: Tensor
+    rows_are_steps: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -73,7 +77,10 @@ class StepLayout:
 
     def to(self, device: torch.device | str) -> StepLayout:
         """Return the layout with every tensor on `device`."""
-        return StepLayout(*(getattr(self, field.name).to(device) for field in fields(self)))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+        )
 
     def __repr__(self) -> str:
         return (
@@ -173,6 +180,7 @@ class StepLayout:
         if valid is not None:
             valid = checks.flags("valid", valid, (1,), device)
             _same_shape("valid", valid, torch.Size((num_rows,)))
+            valid = valid.contiguous()
         chosen = resolve(backend, device)
         found = segment.segment_rows(flags.contiguous(), valid, chosen)
         keep = torch.arange(num_rows) if valid is None else valid.cpu().nonzero().squeeze(1)
@@ -189,6 +197,7 @@ class StepLayout:
             trajectory_steps=steps.to(device),
             trajectory_offsets=offsets.to(device),
             state_index=starts,
+            rows_are_steps=True,
         )
 
     @classmethod
@@ -225,9 +234,15 @@ class StepLayout:
             raise ValueError("start: got an empty sequence, expected at least one token id")
         if isinstance(end, bool) or not isinstance(end, int):
             raise TypeError(f"end: got {type(end).__name__}, expected one token id (int)")
+        if not -(2**63) <= end < 2**63:
+            raise ValueError(f"end: got {end}, expected a token id (int64)")
         chosen = resolve(backend, ids.device)
         mask = segment.mark_actions(
-            ids.reshape(-1).to(torch.int64).contiguous(), rows, marker.to(torch.int64), end, chosen
+            ids.reshape(-1).to(torch.int64).contiguous(),
+            rows,
+            marker.to(torch.int64).contiguous(),
+            end,
+            chosen,
         )
         found = segment.segment_mask(mask, None, rows, chosen)
         return cls._from_segments(found, rows, ids.shape, chosen)
@@ -325,6 +340,7 @@ class StepLayout:
         trajectory_steps: Tensor,
         trajectory_offsets: Tensor,
         state_index: Tensor | None,
+        rows_are_steps: bool = False,
     ) -> StepLayout:
         index, offsets, lengths = segment.compact(found.step_ids, num_steps, num_tokens, backend)
         return cls(
@@ -340,6 +356,7 @@ class StepLayout:
             # Without empty steps, the first token of a step is where its state is valued.
             state_index=index[offsets[:-1]] if state_index is None else state_index,
             row_offsets=row_offsets,
+            rows_are_steps=rows_are_steps,
         )
 
 
@@ -414,7 +431,12 @@ def _trajectory_codes(
     ids: Tensor | Sequence[int] | Sequence[str], num_rows: int, keep: Tensor
 ) -> Tensor:
     """Return the trajectories of rows `keep` as 0, 1, ... in the order of first appearance."""
-    values = (
+    if not isinstance(ids, Iterable) or isinstance(ids, str):
+        raise TypeError(
+            f"trajectory_ids: got {type(ids).__name__}, expected a tensor or a sequence of "
+            "integers or strings"
+        )
+    values: list[Any] = (
         checks.integer("trajectory_ids", ids).tolist() if isinstance(ids, Tensor) else list(ids)
     )
     shape = tuple(ids.shape) if isinstance(ids, Tensor) else (len(values),)
@@ -427,7 +449,8 @@ def _trajectory_codes(
                 "or strings"
             )
     numbers: dict[object, int] = {}
-    kept = [numbers.setdefault(values[row], len(numbers)) for row in keep.tolist()]
+    keys = [value if isinstance(value, str) else operator.index(value) for value in values]
+    kept = [numbers.setdefault(keys[row], len(numbers)) for row in keep.tolist()]
     return torch.tensor(kept, dtype=torch.int64)
 
 

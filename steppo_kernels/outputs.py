@@ -34,7 +34,7 @@ VALUE_METRICS: tuple[str, ...] = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metrics:
     """Named scalars that stay on the device until they are asked for.
 
@@ -55,7 +55,7 @@ class Metrics:
         return self.values[self.names.index(name)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepPOOutput:
     """A loss and what it was made of.
 
@@ -71,7 +71,7 @@ class StepPOOutput:
     step_log_ratio: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepAdvantages:
     """Step-level GAE.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, ops
 from .backends import Backend, resolve
@@ -59,8 +60,8 @@ def steppo_loss(
             action token counts. No gradient.
         layout: the steps; or a mask, bool or 0/1, ``[B, T]`` or ``[N]`` (one row) whose runs of
             ones are the steps. With a mask, segmentation is part of the loss, and everything is
-            given per token. On a GPU the mask's values are not checked, as that would wait for
-            the device: what is not 0 is 1.
+            given per token. On a GPU, and in a compiled graph, the mask's values are not
+            checked, as that would wait for the device: what is not 0 is 1.
         config: hyper-parameters.
         ref_log_probs: reference policy for the KL penalty, of the token shape. No gradient.
         entropy: per-token entropies, of the token shape; gradients flow back to it.
@@ -70,7 +71,7 @@ def steppo_loss(
         normalizer: replaces the denominator of the reduction; a number, or a 0-dim tensor (no
             host sync). Micro-batches and data-parallel ranks pass the global count.
         ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
-            of this call.
+            of this call. On-policy (no `old_log_probs`) it plays no part.
         backend: implementation; one named explicitly never falls back.
 
     Returns:
@@ -120,7 +121,14 @@ def steppo_loss(
         raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
     if config.entropy_coef != 0 and entropy is None:
         raise ValueError("entropy: got None, expected a tensor, as config.entropy_coef is not 0")
+    if ratio_center is not None and config.ratio != "centered":
+        raise ValueError(
+            f"ratio_center: got it with config.ratio={config.ratio!r}, expected 'centered' with it"
+        )
     center = checks.scalar("ratio_center", ratio_center, device)
+    if old is None:
+        # On-policy every ratio is 1, whatever the center of an earlier batch was.
+        center = None
     total = checks.scalar("normalizer", normalizer, device, positive=True)
     tokens = (
         new, _constant(old), advantages.detach(), _constant(ref), entropy, _constant(is_weights)
@@ -151,7 +159,12 @@ def steppo_loss(
             )[:3]
         else:
             loss, metrics = run(
-                "policy_loss_masked", chosen, *tokens, mask.reshape(-1), shape[-1], *scalars
+                "policy_loss_masked",
+                chosen,
+                *tokens,
+                mask.reshape(-1).contiguous(),
+                shape[-1],
+                *scalars,
             )[:2]
     return StepPOOutput(
         loss, Metrics(metrics, POLICY_METRICS), step_log_ratio if mask is None else None
@@ -202,6 +215,7 @@ class _PolicyLoss(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_entropy, grad_scale = ctx.saved_tensors
         scale = grad_loss * grad_scale

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, ops
 from .backends import Backend, resolve
@@ -97,6 +98,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_scale = ctx.saved_tensors
         return None, scaled(grad, grad_loss * grad_scale), *(None,) * ctx.num_rest

@@ -24,6 +24,7 @@ _LAYOUT = StepLayout.from_mask(_MASK, backend="reference")
 _TOKENS = torch.linspace(-1.0, -0.1, 12).reshape(2, 6)
 _STEPS = torch.linspace(-1.0, 1.0, 4)
 _IDS = torch.arange(12).reshape(2, 6)
+_CENTERED = StepPOConfig(ratio="centered")
 _NAN = float("nan")
 
 
@@ -133,8 +134,9 @@ _CALLS = [
     (ValueError, "normalizer: got shape (1,)", loss(normalizer=torch.ones(1))),
     (TypeError, "normalizer: got torch.bool", loss(normalizer=torch.tensor(True))),
     (ValueError, "normalizer: got a tensor", loss(normalizer=torch.ones((), device="meta"))),
-    (ValueError, "ratio_center: got nan", loss(ratio_center=_NAN)),
-    (ValueError, "ratio_center: got shape", loss(ratio_center=_STEPS)),
+    (ValueError, "ratio_center: got it with", loss(ratio_center=0.1)),
+    (ValueError, "ratio_center: got nan", loss(ratio_center=_NAN, config=_CENTERED)),
+    (ValueError, "ratio_center: got shape", loss(ratio_center=_STEPS, config=_CENTERED)),
     (ValueError, "backend: got 'numpy'", loss(backend="numpy")),
     (ValueError, "backend: got None", loss(backend=None)),
     (RuntimeError, "backend: 'cuda' cannot run on cpu", loss(backend="cuda")),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties import examples
 
-from steppo_kernels import StepLayout
+from steppo_kernels import StepLayout, backends
 
 _MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float64]
 
@@ -242,14 +242,17 @@ def test_to_moves_every_tensor():
     layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1]]), backend="reference")
     moved = layout.to("meta")
     for field in dataclasses.fields(StepLayout):
-        assert getattr(moved, field.name).device.type == "meta", field.name
+        if field.name != "rows_are_steps":
+            assert getattr(moved, field.name).device.type == "meta", field.name
     assert moved.device.type == "meta"
     assert moved.shape == layout.shape
     again = layout.to("cpu")
     assert all(
         torch.equal(getattr(again, field.name), getattr(layout, field.name))
         for field in dataclasses.fields(StepLayout)
+        if field.name != "rows_are_steps"
     )
+    assert again.rows_are_steps == layout.rows_are_steps
 
 
 def test_layouts_are_immutable_and_say_what_they_hold():
@@ -258,3 +261,37 @@ def test_layouts_are_immutable_and_say_what_they_hold():
         layout.step_ids = layout.token_index
     text = repr(layout)
     assert "shape=(1, 4), num_steps=2, num_tokens=3, num_trajectories=1, device='cpu'" in text
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_strided_inputs(backend):
+    """Views of every kind give the layout of their contiguous copies."""
+    if why := backends.unavailable(backend, torch.device("cpu")):
+        pytest.skip(f"{backend}: {why}")
+    wide = torch.rand(4, 8, 2, generator=torch.Generator().manual_seed(0)) > 0.5
+    for mask in (wide[..., 0], wide[..., 0].t(), wide[:, ::2, 1], wide[:1, :1, 0].expand(4, 8)):
+        found = StepLayout.from_mask(mask, backend=backend)
+        wanted = StepLayout.from_mask(mask.contiguous(), backend="reference")
+        for field in dataclasses.fields(StepLayout):
+            if field.name != "rows_are_steps":
+                assert torch.equal(getattr(found, field.name), getattr(wanted, field.name))
+    valid = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.bool)[:, 0]
+    rows = torch.ones(4, 3, dtype=torch.bool)
+    found = StepLayout.from_rows(rows, [0] * 4, range(4), valid=valid, backend=backend)
+    assert found.step_lengths.tolist() == [3, 0, 3, 3]
+    start = torch.tensor([5, 0, 7, 0])[::2]
+    found = StepLayout.from_markers(torch.tensor([5, 7, 1, 1, 9]), start, 9, backend=backend)
+    assert found.token_index.tolist() == [2, 3, 4]
+
+
+def test_from_rows_reads_ids_of_any_integer_type():
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    for ids in (torch.tensor([0, 0, 1, 1]), list(torch.tensor([0, 0, 1, 1])), range(4)):
+        layout = StepLayout.from_rows(mask, ids, [0, 1, 0, 1])
+        assert layout.num_trajectories == len({int(one) for one in ids})
+
+
+def test_layouts_compare_by_identity():
+    layout = StepLayout.from_mask(torch.ones(2, 2, dtype=torch.bool))
+    assert layout != StepLayout.from_mask(torch.ones(2, 2, dtype=torch.bool))
+    assert layout in [layout]

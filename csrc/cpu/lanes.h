@@ -34,20 +34,20 @@ struct Arithmetic<cpu::STEPPO_ISA::FloatLanes> {
   using Lanes = cpu::STEPPO_ISA::FloatLanes;
   using Mask = cpu::STEPPO_ISA::FloatMask;
   using Bits = cpu::STEPPO_ISA::BitLanes;
-  static Lanes select(Mask mask, Lanes yes, Lanes no) {
+  STEPPO_FN Lanes select(Mask mask, Lanes yes, Lanes no) {
     return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
   }
-  static ExpParts<Lanes> exp_parts(Lanes d) { return exp_parts_fp32(d); }
+  STEPPO_FN ExpParts<Lanes> exp_parts(Lanes d) { return exp_parts_fp32(d); }
 };
 
 template <>
 struct Arithmetic<cpu::STEPPO_ISA::DoubleLanes> {
   using Lanes = cpu::STEPPO_ISA::DoubleLanes;
   using Mask = cpu::STEPPO_ISA::DoubleMask;
-  static Lanes select(Mask mask, Lanes yes, Lanes no) {
+  STEPPO_FN Lanes select(Mask mask, Lanes yes, Lanes no) {
     return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
   }
-  static ExpParts<Lanes> exp_parts(Lanes d) {
+  STEPPO_FN ExpParts<Lanes> exp_parts(Lanes d) {
     ExpParts<Lanes> parts{};
     for (int k = 0; k < cpu::STEPPO_ISA::kLanes<double>; ++k) {
       const ExpParts<double> one = exp_parts_fp64(d[k]);

@@ -140,7 +140,9 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   const bool weigh_tokens =
       call.is_weights != nullptr && call.is_weights_per_token && loss.slope != 0;
   const double share = weight / call.total;
-  const T same = static_cast<T>(share * loss.slope * scale * (weigh_tokens ? 1.0 : is_weight));
+  // A step without a gradient keeps none, whatever its weight is.
+  const double own_weight = weigh_tokens || loss.slope == 0 ? 1.0 : is_weight;
+  const T same = static_cast<T>(share * loss.slope * scale * own_weight);
   const T kl_coefficient = static_cast<T>(config.kl_coef * share / n);
   double kl = 0;
   int64_t zeros = 0;

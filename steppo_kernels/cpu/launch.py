@@ -14,7 +14,11 @@ threads = torch.get_num_threads
 
 def pointer(value: Tensor | None) -> int:
     """Return the address of a tensor's data, 0 for None."""
-    return 0 if value is None else value.data_ptr()
+    if value is None:
+        return 0
+    if not value.is_contiguous():
+        raise RuntimeError("a kernel got a tensor that is not contiguous")
+    return value.data_ptr()
 
 
 def dtype_code(value: Tensor) -> int:

@@ -10,9 +10,9 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 class Agent(nn.Module):
     """A Qwen3 language model and a linear value head on the same hidden states.
 
-    Everything is aligned to the token that follows: entry i of ``states`` is what the model knows *before* token i,
-    so the head's value at i is the value of the state before token i, and the language head's distribution at i is
-    the one token i was drawn from.
+    Everything is aligned to the token that follows: entry i of `states` is what the model knows
+    *before* token i, so the value at i is that of the state before token i, and the distribution
+    at i is the one that token i was drawn from.
 
     Args:
         vocab_size: size of the tokenizer's vocabulary.
@@ -43,29 +43,31 @@ class Agent(nn.Module):
             num_key_value_heads=heads,
             head_dim=hidden_size // heads,
             max_position_embeddings=max_length,
-            # The default 0.02 is made for widths in the thousands; narrow models need larger weights to start moving.
+            # The default 0.02 is made for widths in the thousands; a narrow model hardly learns
+            # from it at first.
             initializer_range=0.5 * hidden_size**-0.5,
             tie_word_embeddings=False,
             pad_token_id=pad_id,
-            # Rows are a few hundred tokens long; the default of a million makes most of the dimensions constant here.
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+            # Rows have a few hundred tokens: the default base of millions would leave most
+            # dimensions of the rotary embedding constant.
+            rope_theta=100.0,
             attn_implementation="sdpa",
         )
         self.language_model = Qwen3ForCausalLM(config)
         self.value_head = nn.Linear(hidden_size, 1)
-        # Before training no state is better than another: every first advantage is the reward itself.
+        # Before training no state is better than another.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def states(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden state before each token.
+        """Return the hidden state before each token.
 
         Args:
             token_ids: [B, T]; rows may be padded on either side.
             attention_mask: [B, T], 1 at real tokens.
 
         Returns:
-            [B, T, d]; entry i of a row has seen the tokens before i only. A row's first entry is zero.
+            [B, T, d]; entry i has seen the tokens before i only, the first entry is zero.
         """
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         hidden = self.language_model.model(
@@ -77,19 +79,20 @@ class Agent(nn.Module):
         return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
 
     def values(self, states: Tensor) -> Tensor:
-        """State values [B, T] of ``states`` [B, T, d]: position i holds the value before token i."""
-        return self.value_head(states).squeeze(-1)
+        """Return the values [B, T] of `states` [B, T, d]; position i is before token i."""
+        values: Tensor = self.value_head(states)
+        return values.squeeze(-1)
 
     def log_probs(self, states: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """Log-probability of each token given the tokens before it.
+        """Return the log-probability of each token given the tokens before it.
 
         Args:
-            states: [B, T, d] of ``states``.
+            states: [B, T, d] of `states`.
             token_ids: [B, T].
             mask: bool [B, T]; only these positions are computed.
 
         Returns:
-            [B, T]; 0 where ``mask`` is False.
+            [B, T]; 0 where `mask` is False.
         """
         logits = self.language_model.lm_head(states[mask])
         chosen = -nn.functional.cross_entropy(logits, token_ids[mask], reduction="none")
@@ -103,11 +106,11 @@ class Agent(nn.Module):
         last: Tensor,
         cache: DynamicCache,
     ) -> Tensor:
-        """Logits of the next token of each row, with the rows' past in a cache.
+        """Return the logits of each row's next token, with the rows' past in a cache.
 
         Args:
             token_ids: [A, Q] tokens to append, padded on the right.
-            attention_mask: [A, C + Q], 1 at the real tokens among the cached columns and the new ones.
+            attention_mask: [A, C + Q], 1 at the real tokens of the cached columns and the new.
             positions: [A, Q] position of each new token in its own row.
             last: [A] index into Q of each row's last real token.
             cache: keys and values of the C columns before; grows by Q.
@@ -123,4 +126,5 @@ class Agent(nn.Module):
             use_cache=True,
         ).last_hidden_state
         rows = torch.arange(len(last), device=last.device)
-        return self.language_model.lm_head(hidden[rows, last])
+        logits: Tensor = self.language_model.lm_head(hidden[rows, last])
+        return logits

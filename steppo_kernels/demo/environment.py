@@ -1,7 +1,8 @@
 """FrozenLake told in words: a multi-turn text task whose only reward comes at the end.
 
-The lake is gymnasium's 4x4 map without slipping. Every episode starts on a random cell. The agent is told where the
-goal lies and which of the four cells next to it are holes, and answers with a short sentence that names a direction.
+The lake is gymnasium's 4x4 map without slipping. Every episode starts on a random cell. The agent
+is told where the goal lies and which of the four cells next to it are holes, and answers with a
+short sentence that names a direction.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ _ACTION = re.compile(rf"(?:{'|'.join(ACTION_OPENINGS)}) ({'|'.join(DIRECTIONS)})
 
 
 def parse_action(text: str) -> str | None:
-    """Reads the direction out of an action sentence.
+    """Return the direction that an action sentence names.
 
     Args:
         text: what the agent said, without the chat template's end token.
 
     Returns:
-        One of ``DIRECTIONS``, or None where ``text`` is not exactly one of the known sentences.
+        One of `DIRECTIONS`, or None where `text` is not exactly one of the known sentences.
     """
     match = _ACTION.fullmatch(text)
     return None if match is None else match.group(1)
 
 
 def random_action(rng: np.random.Generator) -> str:
-    """Returns a well-formed action sentence with a uniformly random opening and direction."""
+    """Return a well-formed action sentence with a uniformly random opening and direction."""
     opening = ACTION_OPENINGS[rng.integers(len(ACTION_OPENINGS))]
     return f"{opening} {DIRECTIONS[rng.integers(len(DIRECTIONS))]}."
 
@@ -57,12 +58,13 @@ def random_action(rng: np.random.Generator) -> str:
 class TextFrozenLake(gymnasium.Env[str, str]):
     """A frozen lake whose observations and actions are sentences.
 
-    Reaching the goal pays 1 and ends the episode, a hole ends it with 0, and after ``max_turns`` turns it ends with
-    0 as well. A sentence that ``parse_action`` does not know uses up a turn, moves nobody and is answered with
-    "I did not understand.". Walking against the shore uses up a turn too.
+    Reaching the goal pays 1 and ends the episode, a hole ends it with 0, and after `max_turns`
+    turns it ends with 0 as well. A sentence that `parse_action` does not know uses up a turn, moves
+    nobody and is answered with "I did not understand.". Walking against the shore uses one up too.
 
     Args:
-        lake: rows over ``S``, ``F`` (ice), ``H`` (hole) and one ``G`` (goal). Episodes start on any cell of ice.
+        lake: rows over ``S`` and ``F`` (both ice), ``H`` (hole) and one ``G`` (goal). Episodes
+            start on any ice.
         max_turns: turns an episode may take.
     """
 
@@ -82,14 +84,14 @@ class TextFrozenLake(gymnasium.Env[str, str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode on a random cell.
+        """Start an episode on a random cell.
 
         Args:
             seed: seed of the draw.
             options: ``start``, a (row, column) on ice, replaces the draw.
 
         Returns:
-            The first observation and an info dict like that of ``step``.
+            The first observation and an info dict like that of `step`.
         """
         super().reset(seed=seed)
         state, _ = self._frozen_lake.reset(seed=seed)
@@ -104,14 +106,15 @@ class TextFrozenLake(gymnasium.Env[str, str]):
         return self._describe(), {"outcome": None, "malformed": False}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Plays one turn.
+        """Play one turn.
 
         Args:
             action: the agent's sentence.
 
         Returns:
-            Observation, reward, terminated, truncated and info. ``info["outcome"]`` is None, ``"goal"``,
-            ``"hole"`` or ``"time"``; ``info["malformed"]`` tells that the sentence was not understood.
+            Observation, reward, terminated, truncated and info. ``info["outcome"]`` is None,
+            ``"goal"``, ``"hole"`` or ``"time"``; ``info["malformed"]`` tells that the sentence was
+            not understood.
         """
         self._turns += 1
         direction = parse_action(action)

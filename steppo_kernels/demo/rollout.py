@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from steppo_kernels.demo.agent import Agent
-from steppo_kernels.demo.environment import TextFrozenLake
-from steppo_kernels.demo.text import ChatText
+from .agent import Agent
+from .environment import TextFrozenLake
+from .text import ChatText
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,19 @@ class _Conversation:
 
 
 class _Decoder:
-    """Generates for several rows at once over one key-value cache.
+    """Generation for several rows at once over one key-value cache.
 
-    Rows share the cache's columns: where a row has nothing to say its column is masked out, and its positions count
-    its own tokens only. Prompts are padded on the right, so that every query has a real token to attend to.
+    Rows share the cache's columns: where a row has nothing to say its column is masked out, and its
+    positions count its own tokens only. Prompts are padded on the right, so that every query has a
+    real token to attend to.
     """
 
     def __init__(
-        self, agent: Agent, text: ChatText, generator: torch.Generator | None, max_action_tokens: int
+        self,
+        agent: Agent,
+        text: ChatText,
+        generator: torch.Generator | None,
+        max_action_tokens: int,
     ) -> None:
         self.agent = agent
         self.text = text
@@ -87,15 +92,16 @@ class _Decoder:
         self.lengths: Tensor | None = None
 
     def keep(self, rows: list[int]) -> None:
-        """Drops every row but ``rows``."""
-        assert self.mask is not None and self.lengths is not None
+        """Drop every row but `rows`."""
+        assert self.mask is not None
+        assert self.lengths is not None
         index = torch.tensor(rows)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
         self.lengths = self.lengths[index]
 
     def _append(self, token_ids: Tensor, real: Tensor) -> Tensor:
-        """Feeds [A, Q] tokens, of which ``real`` [A, Q] are not padding; returns the next logits [A, V]."""
+        """Feed tokens [A, Q], padding where `real` [A, Q] is False; return next logits [A, V]."""
         if self.mask is None or self.lengths is None:
             self.mask = real[:, :0].long()
             self.lengths = torch.zeros(len(real), dtype=torch.long)
@@ -107,7 +113,7 @@ class _Decoder:
         return self.agent.next_logits(token_ids, self.mask, positions, last, self.cache)
 
     def act(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
-        """Appends a prompt to each row and generates an action; returns the actions' ids and log-probabilities.
+        """Append a prompt to each row and generate an action: its ids and their log-probabilities.
 
         The last token of an action stays outside the cache: it must open the next prompt.
         """
@@ -149,7 +155,7 @@ def collect(
     generator: torch.Generator | None = None,
     max_action_tokens: int = 12,
 ) -> Rollouts:
-    """Plays one episode in every environment.
+    """Play one episode in every environment.
 
     Args:
         agent: the model.
@@ -157,10 +163,10 @@ def collect(
         envs: one environment a row.
         seeds: one reset seed a row.
         generator: source of the sampled tokens; None takes the likeliest token instead.
-        max_action_tokens: an action that has not ended by then is cut off, which makes it malformed.
+        max_action_tokens: an action that has not ended by then is cut off and malformed.
 
     Returns:
-        The finished conversations, in the order of ``envs``.
+        The finished conversations, in the order of `envs`.
     """
     if len(seeds) != len(envs):
         raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {len(envs)} envs")

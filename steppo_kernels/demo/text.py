@@ -1,4 +1,4 @@
-"""The tokenizer of the demo: a byte-level BPE trained on the task's own sentences, with a ChatML template."""
+"""The demo's tokenizer: a byte-level BPE of the task's own sentences, with a ChatML template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from steppo_kernels.demo.environment import (
+from .environment import (
     DIRECTIONS,
     GOAL_TEXT,
     HOLE,
@@ -23,9 +23,9 @@ from steppo_kernels.demo.environment import (
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
-# Words are split at spaces, but a direction stays together with the hole it names ("east hole"), as superword
-# tokenizers do: otherwise most of a two-layer model's training goes into binding neighbouring tokens to each other
-# before it can read the scene.
+# Words are split at spaces, but a direction stays together with the hole that lies there ("east
+# hole"), as in superword tokenizers: otherwise a two-layer model spends most of its training on
+# binding neighbouring tokens to each other before it can read the scene.
 _PRE_TOKENS = rf" ?(?i:{'|'.join(DIRECTIONS)}) {HOLE}| ?\w+|[^\w\s]|\s"
 
 # `generation` blocks let transformers return the mask of the assistant's tokens.
@@ -42,7 +42,7 @@ CHATML = (
 
 
 def corpus(*, episodes: int = 400, seed: int = 0) -> Iterator[str]:
-    """Sentences of the task under uniformly random actions: what the tokenizer is trained on."""
+    """Yield the sentences of episodes with uniformly random actions."""
     rng = np.random.default_rng(seed)
     env = TextFrozenLake()
     yield from (GOAL_TEXT, HOLE_TEXT, TIME_TEXT)
@@ -58,7 +58,7 @@ def corpus(*, episodes: int = 400, seed: int = 0) -> Iterator[str]:
 
 
 def build_tokenizer(*, vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizerFast:
-    """Trains the byte-level BPE tokenizer and gives it the ChatML template.
+    """Train the byte-level BPE tokenizer and gives it the ChatML template.
 
     Args:
         vocab_size: size of the vocabulary; 256 of it are bytes, so that any text can be encoded.
@@ -111,21 +111,22 @@ class ChatText:
         self._render = lru_cache(maxsize=4096)(self._render_uncached)
 
     def opening(self, observation: str) -> list[int]:
-        """Tokens of the system prompt and the first observation, up to where the first action starts."""
+        """Return the tokens of system prompt and first observation, up to the first action."""
         return list(self._render(observation, True))
 
     def turn(self, observation: str, *, closed: bool = True) -> list[int]:
-        """Tokens between the end of one action and the start of the next.
+        """Return the tokens between the end of one action and the start of the next.
 
         Args:
             observation: what the environment said.
-            closed: whether the action before ended in ``<|im_end|>``; if not, the prompt supplies it.
+            closed: whether the action before ended in ``<|im_end|>``; if not, it is supplied.
         """
-        between = self.tokenizer.encode("\n" if closed else f"{END}\n", add_special_tokens=False)
-        return between + list(self._render(observation, False))
+        between = "\n" if closed else f"{END}\n"
+        prefix: list[int] = self.tokenizer.encode(between, add_special_tokens=False)
+        return prefix + list(self._render(observation, False))
 
     def sentence(self, action_ids: list[int]) -> str:
-        """The sentence an action's tokens spell, without a closing ``<|im_end|>``."""
+        """Return the sentence that an action's tokens spell, without a closing ``<|im_end|>``."""
         spoken = action_ids[:-1] if action_ids and action_ids[-1] == self.end_id else action_ids
         return str(self.tokenizer.decode(spoken, skip_special_tokens=False))
 

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steppo_kernels import (
+from .. import (
     StepLayout,
     StepPOConfig,
     step_gae,
     step_value_loss,
     steppo_loss,
 )
-from steppo_kernels.backends import Backend
-from steppo_kernels.demo.agent import Agent
-from steppo_kernels.demo.environment import TextFrozenLake
-from steppo_kernels.demo.rollout import Rollouts, collect
-from steppo_kernels.demo.text import ChatText
+from ..backends import Backend
+from .agent import Agent
+from .environment import TextFrozenLake, parse_action
+from .rollout import Rollouts, collect
+from .text import ChatText
 
 # What one action of the MDP is. Nothing else differs between the methods.
 LEVELS: dict[str, Callable[[StepLayout], StepLayout]] = {
@@ -47,8 +47,8 @@ class TrainConfig:
         clip: half-width of the ratio's trust region.
         value_clip: largest move of a value away from its rollout's value that still pays.
         value_coef: weight of the value loss.
-        kl_coef: weight of the KL penalty against the agent as it came out of the warm-up, which keeps up the
-            action format and the exploration.
+        kl_coef: weight of the KL penalty against the agent as it came out of the warm-up; it keeps
+            up the action format and the exploration. Decays to zero over the second half.
         max_grad_norm: gradients are scaled down to this norm.
     """
 
@@ -91,7 +91,7 @@ class IterationReport:
 
     @property
     def tokens_per_second(self) -> float:
-        """Conversation tokens a second of rollout and update together."""
+        """Return the conversation tokens a second of rollout and update together."""
         return self.tokens / (self.rollout_seconds + self.update_seconds)
 
 
@@ -104,7 +104,7 @@ class TrajectoryTrace:
         lake: rows of the map.
         goal: the goal's cell.
         path: the cells walked, the start first.
-        actions: the agent's sentences, one a step.
+        actions: the agent's sentences, one a step; a note where one was not understood.
         outcome: ``"goal"``, ``"hole"`` or ``"time"``.
         values: [S'] value before each step, from the rollout's value head.
         advantages: [S'] whitened step advantages.
@@ -126,7 +126,7 @@ class TrajectoryTrace:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A round with everything its updates need; ``steps`` are the method's actions, not always turns."""
+    """A round with everything its updates need. Steps are the method's actions."""
 
     rollouts: Rollouts
     layout: StepLayout
@@ -139,12 +139,12 @@ class _Batch:
 
 
 class Trainer:
-    """Trains one agent with one method.
+    """Training of one agent with one method.
 
     Args:
         agent: trained in place.
         text: tokenizer and template.
-        method: a name in ``LEVELS``.
+        method: a name in `LEVELS`.
         config: hyper-parameters.
         seed: seed of the episodes, the sampled tokens and the order of the minibatches.
         backend: backend of the kernels.
@@ -177,20 +177,26 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LinearLR(
             self.optimizer, 1.0, 0.1, total_iters=self.config.iterations
         )
-        self.loss_config = StepPOConfig(
-            clip_low=self.config.clip,
-            clip_high=self.config.clip,
-            kl_coef=self.config.kl_coef,
-        )
         self.iteration = 0
 
+    @property
+    def loss_config(self) -> StepPOConfig:
+        """Return the loss of the coming round."""
+        config = self.config
+        remaining = 1 - self.iteration / config.iterations
+        return StepPOConfig(
+            clip_low=config.clip,
+            clip_high=config.clip,
+            kl_coef=config.kl_coef * min(1.0, 2 * remaining),
+        )
+
     def run(self) -> Iterator[IterationReport]:
-        """Runs every round, one report each."""
+        """Run every round and yield its report."""
         for _ in range(self.config.iterations):
             yield self.train_iteration()
 
     def train_iteration(self) -> IterationReport:
-        """Plays one round and learns from it."""
+        """Play one round and learn from it."""
         started = time.perf_counter()
         rollouts = self._play()
         played = time.perf_counter()
@@ -216,7 +222,7 @@ class Trainer:
 
     @torch.no_grad()
     def _assess(self, rollouts: Rollouts) -> _Batch:
-        """Values, log-probabilities and advantages under the policy that played the round."""
+        """Compute values, log-probabilities and advantages under the policy that played."""
         layout = LEVELS[self.method](
             StepLayout.from_mask(rollouts.action_mask, backend=self.backend)
         )
@@ -227,8 +233,8 @@ class Trainer:
         ref_log_probs = self.reference.log_probs(
             ref_states, rollouts.token_ids, rollouts.action_mask
         )
-        # The whole conversation is in the row, the number of turns with it: running out of time is an outcome that
-        # the agent can see coming, and nothing follows it.
+        # The row shows how many turns are gone: running out of time is an outcome that the agent
+        # sees coming, not a cut through an episode that goes on. So nothing is bootstrapped.
         estimate = step_gae(
             rollouts.rewards,
             old_values,
@@ -255,7 +261,7 @@ class Trainer:
         for _ in range(config.epochs):
             order = torch.from_numpy(self.rng.permutation(len(lengths)))
             for part in order.chunk(config.minibatches):
-                # In ascending order the minibatch's steps come in the order of the whole batch's steps.
+                # Ascending, so that the minibatch's steps come in the order of the batch's.
                 rows = part.sort().values
                 columns = int(lengths[rows].max())
                 steps = torch.isin(batch.step_rows, rows)
@@ -301,9 +307,9 @@ class Trainer:
 
     @torch.no_grad()
     def trace(self) -> TrajectoryTrace:
-        """The longest successful trajectory of the last round, or the longest one where none succeeded.
+        """Return the last round's longest successful trajectory, or else its longest one.
 
-        Only meaningful for a method whose steps are the turns.
+        For a method whose steps are the turns.
         """
         batch, rollouts = self.last_batch, self.last_batch.rollouts
         row = max(
@@ -331,7 +337,10 @@ class Trainer:
             lake=env.lake,
             goal=env.goal,
             path=list(env.path),
-            actions=[self.text.sentence(flat_ids[span].tolist()) for span in spans],
+            actions=[
+                action if parse_action(action) else "(not understood)"
+                for action in (self.text.sentence(flat_ids[span].tolist()) for span in spans)
+            ],
             outcome=rollouts.outcomes[row],
             values=batch.old_values.flatten()[batch.layout.state_index[steps]].tolist(),
             advantages=batch.advantages[steps].tolist(),
@@ -359,10 +368,8 @@ class Evaluation:
     episodes: int
 
 
-def evaluate(
-    agent: Agent, text: ChatText, *, episodes: int, seed: int
-) -> Evaluation:
-    """Plays the same drawn episodes with sampled and with greedy actions."""
+def evaluate(agent: Agent, text: ChatText, *, episodes: int, seed: int) -> Evaluation:
+    """Play the same drawn episodes with sampled and with greedy actions."""
     envs = [TextFrozenLake() for _ in range(episodes)]
     seeds = np.random.default_rng(seed).integers(2**31, size=episodes).tolist()
     generator = torch.Generator().manual_seed(seed)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from steppo_kernels.demo.agent import Agent
-from steppo_kernels.demo.environment import SYSTEM_PROMPT, TextFrozenLake, random_action
-from steppo_kernels.demo.text import ChatText
+from .agent import Agent
+from .environment import SYSTEM_PROMPT, TextFrozenLake, random_action
+from .text import ChatText
 
 
 def random_conversation(env: TextFrozenLake, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Messages of one episode played with uniformly random, well-formed actions."""
+    """Return the messages of one episode played with uniformly random, well-formed actions."""
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     messages = [{"role": "system", "content": SYSTEM_PROMPT}]
     done = False
@@ -31,11 +31,11 @@ def random_conversation(env: TextFrozenLake, rng: np.random.Generator) -> list[d
 def encode_conversations(
     text: ChatText, conversations: Sequence[list[dict[str, str]]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes conversations with the chat template.
+    """Encode conversations with the chat template.
 
     Returns:
-        Token ids, attention mask and action mask, each [B, T], padded on the right. The action mask marks the
-        assistants' sentences with their ``<|im_end|>``.
+        Token ids, attention mask and action mask, each [B, T], padded on the right. The action mask
+        marks the assistant's sentences with their ``<|im_end|>``.
     """
     encoded = [
         text.tokenizer.apply_chat_template(
@@ -61,7 +61,7 @@ def warm_up(
     seed: int = 0,
     on_step: Callable[[float], None] | None = None,
 ) -> float:
-    """Trains the agent to imitate uniformly random actions.
+    """Train the agent to imitate uniformly random actions.
 
     Args:
         agent: trained in place.

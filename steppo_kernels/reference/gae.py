@@ -74,8 +74,13 @@ def step_rewards(rewards: Tensor, step_ids: Tensor, row_offsets: Tensor, num_ste
 
 
 def whitened(values: Tensor) -> Tensor:
-    """Return (x - mean) / (std + 1e-8) with the unbiased std, x - mean of fewer than 2."""
+    """Return (x - mean) / (std + 1e-8) with the unbiased std, x - mean of fewer than 2.
+
+    In fp64: an fp32 mean of equal values is off by about as much as the 1e-8.
+    """
     if values.numel() == 0:
         return values
-    centered = values - values.mean()
-    return centered if values.numel() < 2 else centered / (values.std() + 1e-8)
+    centered = values.double() - values.double().mean()
+    if values.numel() > 1:
+        centered = centered / (centered.square().sum() / (values.numel() - 1)).sqrt().add(1e-8)
+    return centered.to(values.dtype)

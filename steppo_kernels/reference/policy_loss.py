@@ -30,7 +30,7 @@ def kl_penalty(d: Tensor, estimator: str) -> Tensor:
 def kl_slope(d: Tensor, estimator: str) -> Tensor:
     """Return the derivative of `kl_penalty` with respect to log pi = log pi_ref - d."""
     slope = {"k1": torch.ones_like(d), "k2": -d, "k3": -torch.expm1(d)}[estimator]
-    unclamped = (d.abs() <= 20.0) & (kl_penalty(d, estimator).abs() < 10.0)
+    unclamped = (d.abs() <= 20.0) & (kl_penalty(d, estimator).abs() <= 10.0)
     return torch.where(unclamped, slope, 0.0)
 
 
@@ -101,18 +101,18 @@ def policy_loss(
         step_log_ratio = torch.where(nonempty, mu + scale * per_step(z - mu), 0.0)
     else:
         step_log_ratio = scale * per_step(z)
-    ratio = step_log_ratio.clamp(max=config.log_ratio_max).exp()
+    ratio = _ratio(step_log_ratio, config.log_ratio_max)
 
     loss, is_clipped, active = clipped_loss(ratio, advantages, config)
     if is_weights is not None and is_weights_per_token:
         # The token form: each token carries the step's ratio, but a gradient of its own.
         step_part = step_log_ratio.detach()[step_of]
         own_part = (scale * divisor)[step_of] * (z - z.detach())
-        token_ratio = (step_part + own_part).clamp(max=config.log_ratio_max).exp()
-        token_loss, _, _ = clipped_loss(token_ratio, advantages[step_of], config)
-        loss = per_step_mean(is_weights[token_index] * token_loss)
+        token_ratio = _ratio(step_part + own_part, config.log_ratio_max)
+        token_loss, _, moving = clipped_loss(token_ratio, advantages[step_of], config)
+        loss = per_step_mean(_weighted(token_loss, is_weights[token_index], moving))
     elif is_weights is not None:
-        loss = loss * is_weights
+        loss = _weighted(loss, is_weights, active)
 
     kl = entropy_mean = torch.zeros_like(divisor)
     if ref_log_probs is not None:
@@ -130,24 +130,34 @@ def policy_loss(
     )
     objective = policy_term + config.kl_coef * kl_term - config.entropy_coef * entropy_term
     # Without action tokens the graph must still reach the inputs.
-    objective = objective + 0.0 * new.sum()
+    objective = objective + log_probs[:0].sum()
     with torch.no_grad():
-        policy_slope = torch.where(
-            active & (step_log_ratio <= config.log_ratio_max), ratio * weights, 0.0
-        )[step_of]
+        # A token is dead if its whole coefficient is 0: policy and KL together, and entropy.
+        moving = active & ~(step_log_ratio > config.log_ratio_max)
+        coefficient = torch.where(moving, -advantages * ratio * weights * scale, 0.0)[step_of]
         if is_weights is not None:
             by_token = is_weights[token_index] if is_weights_per_token else is_weights[step_of]
-            policy_slope = policy_slope * by_token
-        dead = policy_slope == 0
+            coefficient = torch.where(coefficient == 0, 0.0, coefficient * by_token)
         if ref_log_probs is not None and config.kl_coef != 0:
             slope = kl_slope(ref_log_probs[token_index] - new, config.kl_estimator)
-            dead &= slope * weights[step_of] == 0
+            coefficient = coefficient + config.kl_coef * (weights / divisor)[step_of] * slope
+        dead = coefficient == 0
         if entropy is not None and config.entropy_coef != 0:
             dead &= weights[step_of] == 0
         metrics = _metrics(
             (policy_term, kl_term, entropy_term), ratio, is_clipped, advantages, lengths, z, dead
         )
     return objective, metrics, step_log_ratio.detach()
+
+
+def _weighted(loss: Tensor, weights: Tensor, moving: Tensor) -> Tensor:
+    """Return loss times weights; what is not `moving` has no gradient, whatever its weight is."""
+    return torch.where(moving, loss * weights.where(moving, 1.0), loss.detach() * weights)
+
+
+def _ratio(log_ratio: Tensor, log_ratio_max: float) -> Tensor:
+    """Return e^x with x clamped above, without gradient beyond; a NaN stays one, gradient too."""
+    return torch.where(log_ratio > log_ratio_max, log_ratio_max, log_ratio).exp()
 
 
 def reduction_weights(

@@ -29,15 +29,16 @@ def value_loss(
         old = at_states(old_values, state_index) if old_values_per_token else old_values
         old = torch.where(kept, old, zero)
         # Within the clip range the clipped value is the value itself, to the last bit.
-        is_moved = (v - old).abs() > clip
+        # Written so that a NaN reaches the loss.
+        is_moved = ~((v - old).abs() <= clip)
         held = torch.where(is_moved, old + (v - old).detach().clamp(-clip, clip), v)
         clipped = (held - target) ** 2
-        is_clipped = is_moved & (clipped > loss)
+        is_clipped = is_moved & ~(clipped <= loss)
         loss = torch.where(is_clipped, clipped, loss)
     loss = 0.5 * loss
     weights, count = reduction_weights(step_lengths, trajectory_counts, reduction, v.dtype)
     total = count if normalizer is None else normalizer.to(device=count.device, dtype=v.dtype)
-    objective = (weights * loss).sum() / total + 0.0 * v.sum()
+    objective = (weights * loss).sum() / total + values[:0].sum()
 
     with torch.no_grad():
         num_steps = kept.sum()

@@ -58,7 +58,7 @@ def step_terms(
     b_bound = -b_adv * dual_clip
     b_worst = tl.where(m_clipped, b_clipped, b_loss)
     m_bounded = (b_bound > 0) & (b_worst > b_bound)
-    m_active = (b_log_ratio <= log_ratio_max) & (b_adv != 0) & ~m_clipped & ~m_bounded
+    m_active = ~(b_log_ratio > log_ratio_max) & (b_adv != 0) & ~m_clipped & ~m_bounded
     b_slope = tl.where(m_active, b_loss * b_scale, 0.0)
     return b_log_ratio, b_ratio, tl.where(m_bounded, b_bound, b_worst), b_slope, m_clipped
 
@@ -130,5 +130,5 @@ def kl_terms(b_d, KL: tl.constexpr):
     else:
         b_value = expm1_minus(b_within)
         b_slope = -(b_value + b_within)
-    m_inside = (tl.abs(b_d) <= 20.0) & (tl.abs(b_value) < 10.0)
+    m_inside = (tl.abs(b_d) <= 20.0) & (tl.abs(b_value) <= 10.0)
     return clamp(b_value, -10.0, 10.0), tl.where(m_inside, b_slope, 0.0)

@@ -265,8 +265,8 @@ def policy_loss_kernel(
                         b_value, b_kl_slope = kl_terms(b_ref - b_new, KL)
                         b_kl_sum += b_value.to(tl.float64)
                         b_kl_grad = b_unit[:, None] * kl_coef * b_kl_slope.to(tl.float64)
-                        m_dead = m_dead & (b_kl_grad == 0)
                         b_grad += b_kl_grad
+                        m_dead = m_token & (b_grad == 0)
                     if p_entropy is not None:
                         b_h = tl.load(p_entropy + b_pos, mask=m_token, other=0.0)
                         b_entropy_sum += b_h.to(tl.float64)
@@ -439,8 +439,8 @@ def policy_loss_masked_kernel(
                     b_value, b_kl_slope = kl_terms(b_d, KL)
                     b_kl += b_unit * b_value.to(tl.float64)
                     b_kl_grad = b_unit * kl_coef * b_kl_slope.to(tl.float64)
-                    m_dead = m_dead & (b_kl_grad == 0)
                     b_grad += b_kl_grad
+                    m_dead = m_token & (b_grad == 0)
                 if p_entropy is not None:
                     b_h = tl.load(p_entropy + i_flat + b_lane, mask=m_row, other=0.0)
                     b_entropy += b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64)

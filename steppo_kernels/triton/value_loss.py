@@ -53,7 +53,8 @@ def _step_values(
         b_old = tl.load(p_old + b_old_at, mask=m_kept, other=0.0).to(tl.float64)
         b_moved = b_v - b_old
         b_other = b_old + clamp(b_moved, -clip, clip) - b_return
-        m_clipped = (tl.abs(b_moved) > clip) & (b_other * b_other > b_loss)
+        # Written so that a NaN reaches the loss.
+        m_clipped = ~(tl.abs(b_moved) <= clip) & ~(b_other * b_other <= b_loss) & m_kept
         b_loss = tl.where(m_clipped, b_other * b_other, b_loss)
     b_w = tl.where(m_kept, 1.0, 0.0).to(tl.float64)
     if REDUCTION == TRAJECTORY_MEAN:

@@ -160,9 +160,9 @@ STEPPO_FN ValueLoss value_step_loss(double value, double target, bool has_old, d
   const double error = value - target;
   const double moved = value - old;
   // Within the range the clipped value is the value itself, to the last bit.
-  if (has_old && (moved > clip || moved < -clip)) {
+  if (has_old && !(moved <= clip && moved >= -clip)) {
     const double clipped = old + (moved > 0 ? clip : -clip) - target;
-    if (clipped * clipped > error * error) return {0.5 * clipped * clipped, 0.0, true};
+    if (!(clipped * clipped <= error * error)) return {0.5 * clipped * clipped, 0.0, true};
   }
   return {0.5 * error * error, error, false};
 }

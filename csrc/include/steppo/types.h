@@ -9,7 +9,7 @@
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define STEPPO_FN __host__ __device__ static inline
 #else
-#define STEPPO_FN static inline
+#define STEPPO_FN __attribute__((always_inline)) static inline
 #endif
 
 namespace steppo {

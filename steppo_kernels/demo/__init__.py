@@ -1,0 +1,15 @@
+"""The demo: a small agent learns to cross a frozen lake, on the CPU, in a minute or two."""
+
+from __future__ import annotations
+
+try:
+    from .run import DemoResult, Run, run_demo
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] == "steppo_kernels":
+        raise
+    raise ModuleNotFoundError(
+        f'The demo needs the package {error.name}: pip install "steppo-kernels[demo]"',
+        name=error.name,
+    ) from error
+
+__all__ = ["DemoResult", "Run", "run_demo"]
