@@ -34,6 +34,8 @@ TURNS, GROWTH_TURNS = 5, 3
 # The default is read before anything changes it.
 DEFAULT_THREADS = torch.get_num_threads()
 THREADS = tuple(dict.fromkeys((DEFAULT_THREADS, 1)))
+# What else runs shows here; the timings want an idle machine.
+LOAD_BEFORE = os.getloadavg()[0]
 
 # Of one variant in one turn. A slow call is its own warm-up, and one round a turn has to do.
 _SECONDS, _MAX_ROUNDS = 0.12, 200
@@ -355,5 +357,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "steppo_kernels": sk.__version__,
+        "load": round(LOAD_BEFORE, 1),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }

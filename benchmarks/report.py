@@ -74,7 +74,7 @@ class Target:
     @property
     def text(self) -> str:
         """What was measured."""
-        return "-" if self.measured is None else f"{self.measured:.3g}{self.unit}"
+        return "-" if self.measured is None else f"{digits(self.measured)}{self.unit}"
 
 
 class Results:
@@ -217,9 +217,14 @@ def headline(results: Results) -> str:
     ]
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; torch {machine['torch']}, "
-        f"steppo_kernels {machine['steppo_kernels']}{peer}; {machine['date']}; "
-        f"copy of 256 MB: {', '.join(copies)}"
+        f"steppo_kernels {machine['steppo_kernels']}{peer}; {machine['date']}, load before "
+        f"{machine['load']}; copy of 256 MB: {', '.join(copies)}"
     )
+
+
+def digits(value: float) -> str:
+    """Return a number with three digits, or all before the point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def time_text(seconds: float) -> str:
@@ -247,8 +252,8 @@ def sections(results: Results) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Return a title and rows in the order of `COLUMNS` for each suite and case."""
     tables: dict[str, list[tuple[str, ...]]] = {}
 
-    def number(value: float | None, digits: int = 3) -> str:
-        return "" if value is None else f"{value:.{digits}g}"
+    def number(value: float | None) -> str:
+        return "" if value is None else digits(value)
 
     for line in results.lines.values():
         ours = results.get(line.suite, line.case, _OURS.get(line.suite, "fused"), line.threads)
@@ -262,7 +267,7 @@ def sections(results: Results) -> list[tuple[str, list[tuple[str, ...]]]]:
                 str(line.threads),
                 time_text(line.median),
                 number(line.over_turns("ns_per_token")),
-                "" if ratio is None else f"{ratio:.3g}x",
+                "" if ratio is None else f"{digits(ratio)}x",
                 number(gbps),
                 "" if fraction is None else f"{100 * fraction:.0f} %",
                 "" if not (gbps and same_size) else f"{100 * gbps / same_size:.0f} %",
@@ -281,7 +286,10 @@ def growth_rows(results: Results) -> list[tuple[str, ...]]:
             (
                 f"{_NAMES[suite].split(',')[0]}, {variant}",
                 "" if slope is None else f"{slope:.2f}",
-                *(f"{line.over_turns('ns_per_token'):.3g}" for _, line in sorted(curve.items())),
+                *(
+                    digits(line.over_turns("ns_per_token") or math.nan)
+                    for _, line in sorted(curve.items())
+                ),
             )
         )
     return rows
@@ -327,7 +335,7 @@ def markdown(results: Results, verdicts: list[Target], name: str) -> str:
         lines += ["## Growth: ns/token by number of tokens", ""]
         table(("curve", "exponent", *(f"{size:.0e}" for size in sizes)), growth_rows(results))
         lines += [resident(results), "", f"![Cost against tokens]({name}_growth.png)", ""]
-    return "\n".join(lines) + f"{_NOTE}\n"
+    return "\n".join(lines) + f"\n{_NOTE}\n"
 
 
 def show(results: Results, verdicts: list[Target], name: str) -> None:
@@ -404,7 +412,7 @@ def plot_speed(results: Results, path: Path) -> None:
             axis.barh(names, seconds, color=[_COLORS.get(n, "#888888") for n in names], height=0.7)
             for k, line in enumerate(lines):
                 ratio = results.ratio(line, ours)
-                factor = "" if ratio is None or line is ours else f"   {ratio:.3g}x"
+                factor = "" if ratio is None or line is ours else f"   {digits(ratio)}x"
                 axis.text(line.median * 1.08, k, time_text(line.median) + factor, va="center")
             axis.set_xscale("log")
             if seconds:
@@ -425,7 +433,7 @@ def plot_speed(results: Results, path: Path) -> None:
 def plot_growth(results: Results, path: Path) -> None:
     """Draw time and time per token against tokens."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
         total, each = figure.subplots(1, 2)
         for key, (label, color, marker) in _CURVES.items():
             curve = sorted(results.growth.get(key, {}).items())
@@ -444,7 +452,8 @@ def plot_growth(results: Results, path: Path) -> None:
             axis.set_xlabel("tokens")
             axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
             axis.grid(color="#e5e5e5")
-        total.legend(frameon=False, fontsize=9)
+        if total.get_lines():
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
         figure.suptitle(
             _caption(results), fontsize=8.5, color="#555555", x=0.01, ha="left",
         )  # fmt: skip

@@ -77,10 +77,12 @@ class StepLayout:
 
     def to(self, device: torch.device | str) -> StepLayout:
         """Return the layout with every tensor on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
-        )
+        moved: dict[str, Any] = {
+            field.name: getattr(self, field.name).to(device)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
     def __repr__(self) -> str:
         return (

@@ -52,9 +52,9 @@ class TrainConfig:
         max_grad_norm: gradients are scaled down to this norm.
     """
 
-    iterations: int = 30
-    episodes: int = 64
-    epochs: int = 4
+    iterations: int = 40
+    episodes: int = 96
+    epochs: int = 3
     minibatches: int = 4
     learning_rate: float = 2e-3
     gamma: float = 0.95
@@ -62,7 +62,7 @@ class TrainConfig:
     clip: float = 0.1
     value_clip: float = 0.5
     value_coef: float = 0.5
-    kl_coef: float = 0.05
+    kl_coef: float = 0.2
     max_grad_norm: float = 1.0
 
 
