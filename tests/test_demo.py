@@ -95,7 +95,7 @@ def test_malformed_action_uses_up_the_turn(said: str) -> None:
     observation, reward, terminated, truncated, info = env.step(said)
     assert observation.startswith(MISUNDERSTOOD)
     assert (reward, terminated, truncated, info["malformed"]) == (0.0, False, False, True)
-    assert env.path == [(3, 2)]
+    assert env.path == [(3, 2), (3, 2)]
     observation, _, terminated, truncated, info = env.step(said)
     assert (observation, terminated, truncated) == (TIME_TEXT, False, True)
     assert info["outcome"] == "time"

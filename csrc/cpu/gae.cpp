@@ -9,54 +9,79 @@ namespace {
 
 constexpr int64_t kSteps = 4096;
 
-// Whether any of `count` tokens has a reward that is not on an action.
-template <class T>
-bool any_stray(const T* rewards, const int32_t* step_ids, int64_t count) {
-  int found = 0;
-  for (int64_t i = 0; i < count; ++i) found |= (rewards[i] != T(0)) & (step_ids[i] < 0);
-  return found != 0;
-}
+// Tokens that are looked at together.
+constexpr int kBatch = 32;
 
 // Adds the rewards of a row that lie outside of actions to the latest step before them, else to
 // the first one. Looking back stops where the search before it started, so the work is linear.
 template <class T>
 void add_strays(const T* rewards, const int32_t* step_ids, int64_t row, int64_t row_end, T* total) {
-  constexpr int64_t kProbe = 64;
   int64_t searched = row - 1, latest = -1, first = -1;
-  for (int64_t probe = row; probe < row_end; probe += kProbe) {
-    const int64_t stop = probe + kProbe < row_end ? probe + kProbe : row_end;
-    if (!any_stray(rewards + probe, step_ids + probe, stop - probe)) continue;
-    for (int64_t i = probe; i < stop; ++i) {
-      if (step_ids[i] >= 0 || rewards[i] == T(0) || !std::isfinite(rewards[i])) continue;
-      for (int64_t back = i - 1; back > searched; --back) {
-        if (step_ids[back] >= 0) {
-          latest = step_ids[back];
-          break;
-        }
+  for (int64_t i = row; i < row_end; ++i) {
+    if (step_ids[i] >= 0 || rewards[i] == T(0) || !std::isfinite(rewards[i])) continue;
+    for (int64_t back = i - 1; back > searched; --back) {
+      if (step_ids[back] >= 0) {
+        latest = step_ids[back];
+        break;
       }
-      searched = i;
-      if (latest < 0 && first < 0) {
-        for (int64_t ahead = i + 1; ahead < row_end && first < 0; ++ahead) first = step_ids[ahead];
-        if (first < 0) return;
-      }
-      total[latest >= 0 ? latest : first] += rewards[i];
     }
+    searched = i;
+    if (latest < 0 && first < 0) {
+      for (int64_t ahead = i + 1; ahead < row_end && first < 0; ++ahead) first = step_ids[ahead];
+      if (first < 0) return;
+    }
+    total[latest >= 0 ? latest : first] += rewards[i];
   }
 }
 
+// Adds the rewards of a row by step. Most batches lie within one step or outside of all, and under
+// a layout of single tokens they are steps in sequence: loops without a branch a token.
 template <class T>
 void add_row(const T* rewards, const int32_t* step_ids, int64_t row, int64_t row_end, T* total) {
-  for (int64_t i = row; i < row_end;) {
-    const int32_t step = step_ids[i];
-    if (step < 0) {
-      ++i;
-      continue;
+  int32_t step = -1;
+  double sum = 0;
+  int stray = 0;
+  const auto enter = [&](int32_t next) {
+    if (next == step) return;
+    if (step >= 0) total[step] += static_cast<T>(sum);
+    step = next;
+    sum = 0;
+  };
+  int64_t i = row;
+  while (i < row_end) {
+    const int32_t* id = step_ids + i;
+    const T* r = rewards + i;
+    const int count = row_end - i < kBatch ? static_cast<int>(row_end - i) : kBatch;
+    i += count;
+    int same = count == kBatch, sequence = same;
+    if (same) {
+      for (int k = 0; k < kBatch; ++k) same &= id[k] == id[0];
+      for (int k = 0; k < kBatch; ++k) sequence &= id[k] == id[0] + k;
     }
-    double sum = static_cast<double>(rewards[i++]);
-    for (; i < row_end && step_ids[i] == step; ++i) sum += static_cast<double>(rewards[i]);
-    total[step] += static_cast<T>(sum);
+    if (same && id[0] < 0) {
+      for (int k = 0; k < kBatch; ++k) stray |= r[k] != T(0);
+    } else if (same) {
+      enter(id[0]);
+      double part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int k = 0; k < kBatch; ++k) part += static_cast<double>(r[k]);
+      sum += part;
+    } else if (sequence && id[0] >= 0) {
+      enter(-1);
+      for (int k = 0; k < kBatch; ++k) total[id[0] + k] += r[k];
+    } else {
+      for (int k = 0; k < count; ++k) {
+        if (id[k] < 0) {
+          stray |= r[k] != T(0);
+        } else {
+          enter(id[k]);
+          sum += static_cast<double>(r[k]);
+        }
+      }
+    }
   }
-  add_strays(rewards, step_ids, row, row_end, total);
+  enter(-1);
+  if (stray) add_strays(rewards, step_ids, row, row_end, total);
 }
 
 // Whether every row has steps of its own. Ids do not decrease along a row, so its ends tell.
@@ -87,14 +112,29 @@ void sum_rewards(const T* rewards, const int32_t* step_ids, const int64_t* row_o
   });
 }
 
-// The backward recursion over one trajectory; returns the sum of its advantages. `rewards` may be
-// `returns` itself: an entry is read before it is written.
+// Count, mean and sum of squared deviations of some advantages.
+struct Spread {
+  double count = 0, mean = 0, squares = 0;
+
+  void merge(const Spread& other) {
+    if (other.count == 0) return;
+    const double apart = other.mean - mean, all = count + other.count;
+    squares += other.squares + apart * apart * (count * other.count / all);
+    mean += apart * (other.count / all);
+    count = all;
+  }
+};
+
+// The backward recursion over one trajectory; returns the spread of its advantages, taken from the
+// first of them, so that equal ones have none. `rewards` may be `returns` itself: an entry is read
+// before it is written.
 template <class T>
-double scan(const T* rewards, const T* values, const int64_t* state_index, const int64_t* steps,
+Spread scan(const T* rewards, const T* values, const int64_t* state_index, const int64_t* steps,
             int64_t begin, int64_t end, double bootstrap, double gamma, double lam, T* advantages,
             T* returns) {
+  if (begin == end) return {};
   const double decay = gamma * lam;
-  double advantage = 0, next_value = bootstrap, sum = 0;
+  double advantage = 0, next_value = bootstrap, origin = 0, sum = 0, squares = 0;
   for (int64_t k = end; k-- > begin;) {
     const int64_t step = steps[k];
     const double value = values[state_index == nullptr ? step : state_index[step]];
@@ -103,11 +143,15 @@ double scan(const T* rewards, const T* values, const int64_t* state_index, const
     next_value = value;
     const T rounded = static_cast<T>(advantage);
     // What is whitened later is the rounded one: less its own mean it must come out as 0.
-    sum += static_cast<double>(rounded);
+    if (k == end - 1) origin = static_cast<double>(rounded);
+    const double off = static_cast<double>(rounded) - origin;
+    sum += off;
+    squares += off * off;
     advantages[step] = rounded;
     returns[step] = static_cast<T>(advantage + value);
   }
-  return sum;
+  const double count = static_cast<double>(end - begin);
+  return {count, origin + sum / count, squares - sum * (sum / count)};
 }
 
 // Calls body(block, begin, end, at) over all trajectory members; at(k) is the k-th one's step. If
@@ -124,27 +168,10 @@ void for_members(const int64_t* steps, int64_t count, int64_t num_steps, int thr
 }
 
 template <class T>
-void whiten_members(T* advantages, double sum, const int64_t* steps, int64_t count,
+void whiten_members(T* advantages, const Spread& spread, const int64_t* steps, int64_t count,
                     int64_t num_steps, int threads) {
-  const double n = static_cast<double>(count), mean = sum / n;
-  double scale = 1;
-  if (count > 1) {
-    const int64_t blocks = ceil_div(count, kSteps);
-    Buffer<double> partial(blocks);
-    for_members(steps, count, num_steps, threads,
-                [&](int64_t b, int64_t begin, int64_t end, auto at) {
-                  double squares = 0;
-#pragma omp simd reduction(+ : squares)
-                  for (int64_t k = begin; k < end; ++k) {
-                    const double off = static_cast<double>(advantages[at(k)]) - mean;
-                    squares += off * off;
-                  }
-                  partial[b] = squares;
-                });
-    double squares = 0;
-    for (int64_t b = 0; b < blocks; ++b) squares += partial[b];
-    scale = 1 / (std::sqrt(squares / (n - 1)) + 1e-8);
-  }
+  const double squares = spread.squares < 0 ? 0 : spread.squares, mean = spread.mean;
+  const double scale = count > 1 ? 1 / (std::sqrt(squares / (spread.count - 1)) + 1e-8) : 1;
   for_members(steps, count, num_steps, threads, [&](int64_t, int64_t begin, int64_t end, auto at) {
     for (int64_t k = begin; k < end; ++k) {
       T& a = advantages[at(k)];
@@ -176,16 +203,16 @@ void step_gae(int dtype, const void* rewards, const void* values, bool rewards_p
     // Short trajectories share a task.
     const int64_t group = num_trajectories * kSteps / (num_members + 1) + 1;
     const int64_t tasks = ceil_div(num_trajectories, group);
-    Buffer<double> sums(tasks);
+    Buffer<Spread> spreads(tasks);
     parallel_blocks(num_trajectories, group, threads, [&](int64_t b, int64_t begin, int64_t end) {
-      double sum = 0;
+      Spread spread;
       for (int64_t g = begin; g < end; ++g) {
-        sum += scan(
+        spread.merge(scan(
             step_rewards, static_cast<const T*>(values), values_per_token ? state_index : nullptr,
             trajectory_steps, trajectory_offsets[g], trajectory_offsets[g + 1],
-            bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), gamma, lam, a, r);
+            bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), gamma, lam, a, r));
       }
-      sums[b] = sum;
+      spreads[b] = spread;
     });
     if (num_members < num_steps) {
       // Rewards of steps without a trajectory may be left there.
@@ -195,9 +222,9 @@ void step_gae(int dtype, const void* rewards, const void* values, bool rewards_p
       for (int64_t s = 0; s < num_steps; ++s) r[s] = member[s] ? r[s] : zero;
     }
     if (whiten && num_members > 0) {
-      double sum = 0;
-      for (int64_t b = 0; b < tasks; ++b) sum += sums[b];
-      whiten_members(a, sum, trajectory_steps, num_members, num_steps, threads);
+      Spread all;
+      for (int64_t b = 0; b < tasks; ++b) all.merge(spreads[b]);
+      whiten_members(a, all, trajectory_steps, num_members, num_steps, threads);
     }
   });
 }

@@ -3,6 +3,10 @@
 // of a vectorised loop would be much of the work: here the last vector is filled up instead.
 #pragma once
 
+#if defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
 #include "kernel.h"
 #include "steppo/step_math.h"
 
@@ -112,6 +116,12 @@ static inline Lanes<T> load(const T* values, Contiguous at, int64_t i, int64_t l
   if (length - i >= kLanes<T>) {
     std::memcpy(&lanes, values + at(i), sizeof lanes);
   } else {
+#if defined(__AVX512VL__)
+    if constexpr (sizeof(T) == 4 && sizeof(lanes) == 32) {
+      const auto mask = static_cast<unsigned char>((1u << (length - i)) - 1);
+      return (Lanes<T>)_mm256_maskz_loadu_ps(mask, values + at(i));
+    }
+#endif
     std::memcpy(&lanes, values + at(i), sizeof(T) * static_cast<size_t>(length - i));
   }
   return lanes;

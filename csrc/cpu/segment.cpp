@@ -196,10 +196,25 @@ void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int
   }
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t rank = ranks[b], id = last_ids[b];
-    for (int64_t i = begin; i < end; ++i) {
-      if (step_ids[i] < 0) continue;
-      while (id < step_ids[i]) step_offsets[++id] = rank;
-      token_index[rank++] = i;
+    // Most batches of tokens lie within a step or outside of all.
+    constexpr int64_t kBatch = 32;
+    for (int64_t i = begin; i < end;) {
+      const int64_t stop = i + kBatch < end ? i + kBatch : end;
+      int same = stop - i == kBatch;
+      if (same) {
+        for (int k = 0; k < kBatch; ++k) same &= step_ids[i + k] == step_ids[i];
+      }
+      if (same && step_ids[i] >= 0) {
+        while (id < step_ids[i]) step_offsets[++id] = rank;
+        for (int k = 0; k < kBatch; ++k) token_index[rank + k] = i + k;
+        rank += kBatch;
+      }
+      for (; !same && i < stop; ++i) {
+        if (step_ids[i] < 0) continue;
+        while (id < step_ids[i]) step_offsets[++id] = rank;
+        token_index[rank++] = i;
+      }
+      i = stop;
     }
   });
   for (int64_t s = last + 1; s <= num_steps; ++s) step_offsets[s] = num_actions;

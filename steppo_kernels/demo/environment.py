@@ -66,6 +66,9 @@ class TextFrozenLake(gymnasium.Env[str, str]):
         lake: rows over ``S`` and ``F`` (both ice), ``H`` (hole) and one ``G`` (goal). Episodes
             start on any ice.
         max_turns: turns an episode may take.
+
+    Attributes:
+        path: the start, then the cell after each turn.
     """
 
     def __init__(self, lake: Sequence[str] = tuple(MAPS["4x4"]), *, max_turns: int = 8) -> None:
@@ -119,10 +122,11 @@ class TextFrozenLake(gymnasium.Env[str, str]):
         self._turns += 1
         direction = parse_action(action)
         reward, terminated = 0.0, False
+        cell = self.path[-1]
         if direction is not None:
             state, pay, terminated, _, _ = self._frozen_lake.step(DIRECTIONS.index(direction))
-            reward = float(pay)
-            self.path.append(divmod(int(state), self._frozen_lake.ncol))
+            reward, cell = float(pay), divmod(int(state), self._frozen_lake.ncol)
+        self.path.append(cell)
         truncated = not terminated and self._turns >= self.max_turns
         outcome = None
         if terminated:

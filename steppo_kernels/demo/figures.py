@@ -73,19 +73,11 @@ def learning_curve(path: Path, run: Run) -> None:
         markersize=8,
         label=f"evaluation, {run.after.episodes} episodes",
     )
-    for x, value, align in (
-        (rounds[0] - 1, run.before.sampled, "left"),
-        (rounds[-1] + 1, run.after.sampled, "right"),
-    ):
-        top.annotate(
-            f"{value:.1%}",
-            (x, value),
-            xytext=(8 if align == "left" else -8, 10 if align == "left" else -18),
-            textcoords="offset points",
-            ha=align,
-            color=RED,
-            fontweight="bold",
-        )
+    note = {"textcoords": "offset points", "color": RED, "fontweight": "bold"}
+    top.annotate(f"{run.before.sampled:.1%}", (rounds[0] - 1, run.before.sampled),
+                 xytext=(8, -13), **note)  # fmt: skip
+    top.annotate(f"{run.after.sampled:.1%}", (rounds[-1] + 1, run.after.sampled),
+                 xytext=(4, -36), ha="right", **note)  # fmt: skip
     _percent(top)
     top.legend(loc="center right", frameon=False)
 
@@ -104,6 +96,9 @@ def learning_curve(path: Path, run: Run) -> None:
                label="share of clipped steps")  # fmt: skip
     moves.plot(rounds, _metric(run.reports, "approx_kl"), color=RED, linewidth=1.8,
                label="approximate KL")  # fmt: skip
+    # The first updates may be a hundred times as large as the last.
+    moves.set_yscale("log")
+    moves.set_ylim(bottom=1e-3)
     moves.legend(frameon=False)
     figure.savefig(path, dpi=DPI)
 
@@ -140,14 +135,16 @@ def trajectory(path: Path, trace: TrajectoryTrace) -> None:
     ratios.axhline(1, color=INK, linewidth=0.8)
     ratios.plot(steps, trace.ratios, "D", color=ORANGE, markersize=8)
     ratios.set_ylim(min(low, *trace.ratios) - trace.clip, max(high, *trace.ratios) + trace.clip)
-    ratios.text(0.995, low, "not clipped ", transform=ratios.get_yaxis_transform(), ha="right",
-                va="bottom", fontsize=8, color=INK)  # fmt: skip
+    ratios.text(0.005, high, "not clipped", transform=ratios.get_yaxis_transform(), va="top",
+                fontsize=8, color=INK)  # fmt: skip
     _label(ratios, steps, trace.ratios, "{:.2f}")
 
     for axes in (values, advantages, ratios):
         axes.set_xlim(0.4, len(steps) + 0.6)
         axes.set_xticks(steps, [] if axes is not ratios else trace.actions)
-    ratios.tick_params(axis="x", labelsize=8, rotation=0 if len(steps) < 6 else 20)
+    ratios.tick_params(axis="x", labelsize=8)
+    for tick in ratios.get_xticklabels():
+        tick.set(rotation=20, ha="right")
     ratios.set_xlabel("")
     figure.savefig(path, dpi=DPI)
 
@@ -169,31 +166,35 @@ def _draw_lake(axes: Any, trace: TrajectoryTrace) -> None:
             name = {"H": "hole", "G": "goal"}.get(tile, "")
             axes.text(column + 0.5, row + 0.88, name, ha="center", va="center", fontsize=9,
                       color="white" if tile == "H" else INK)  # fmt: skip
-    # Steps that cross the same cell again are drawn beside each other.
-    visits: dict[tuple[int, int], int] = {}
-    points = []
-    for row, column in trace.path:
-        shift = 0.1 * visits.get((row, column), 0)
-        visits[row, column] = visits.get((row, column), 0) + 1
-        points.append((column + 0.5 + shift, row + 0.5 + shift))
-    for number, (start, end) in enumerate(itertools.pairwise(points), start=1):
-        arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 2.2, "shrinkA": 4, "shrinkB": 4}
-        axes.annotate("", end, start, arrowprops=arrow)
-        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
-        badge = {"boxstyle": "circle,pad=0.25", "facecolor": BLUE, "edgecolor": "white"}
-        axes.text(*middle, str(number), ha="center", va="center", fontsize=8, color="white",
+    badge = {"boxstyle": "circle,pad=0.25", "facecolor": BLUE, "edgecolor": "white"}
+    stays: dict[tuple[int, int], int] = {}
+    for number, (start, end) in enumerate(itertools.pairwise(trace.path), start=1):
+        south, east = end[0] - start[0], end[1] - start[1]
+        if start == end:
+            # Against the shore, or not understood: the numbers stand in the cell's corner.
+            x = start[1] + 0.14 + 0.19 * stays.get(start, 0)
+            y = start[0] + 0.14
+            stays[start] = stays.get(start, 0) + 1
+        else:
+            # Every arrow keeps to its right, so that there and back lie side by side.
+            x, y = start[1] + 0.5 - 0.1 * south, start[0] + 0.5 + 0.1 * east
+            arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 2.2, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (x + 0.88 * east, y + 0.88 * south),
+                          (x + 0.12 * east, y + 0.12 * south), arrowprops=arrow)  # fmt: skip
+            x, y = x + 0.46 * east, y + 0.46 * south
+        axes.text(x, y, str(number), ha="center", va="center", fontsize=8, color="white",
                   bbox=badge)  # fmt: skip
-    axes.plot(*points[0], "o", color=BLUE, markersize=13, markeredgecolor="white", mew=2)
+    row, column = trace.path[0]
+    axes.plot(column + 0.5, row + 0.5, "o", color=RED, markersize=11, markeredgecolor="white",
+              mew=2)  # fmt: skip
+    axes.text(column + 0.5, row + 0.88, "start", ha="center", va="center", fontsize=9, color=INK)
     axes.set_xlim(0, len(trace.lake[0]))
     axes.set_ylim(len(trace.lake), 0)
     axes.set_aspect("equal")
     axes.axis("off")
-    ends = {"goal": "reaches the goal", "hole": "ends in a hole", "time": "runs out of time"}
-    axes.set_title(
-        f"A trajectory of round {trace.iteration}: {len(trace.actions)} steps, "
-        f"{ends[trace.outcome]}",
-        loc="left", fontsize=11, fontweight="bold", color=INK,
-    )  # fmt: skip
+    ends = {"goal": "goal reached", "hole": "ends in a hole", "time": "out of time"}
+    axes.set_title(f"Round {trace.iteration}: {len(trace.actions)} steps, {ends[trace.outcome]}",
+                   loc="left", fontsize=11, fontweight="bold", color=INK)  # fmt: skip
 
 
 def comparison(path: Path, runs: Sequence[Run]) -> None:
@@ -219,9 +220,10 @@ def comparison(path: Path, runs: Sequence[Run]) -> None:
         ends.plot(places, after, "o", color=colour, markersize=7)
     before = float(np.mean([run.before.sampled for run in runs]))
     ends.axhline(before, color=INK, linewidth=1, linestyle="--")
-    ends.annotate(f"before: {before:.1%}", (len(methods) - 0.55, before), xytext=(0, 4),
+    ends.annotate(f"before: {before:.1%}", (len(methods) - 0.52, before), xytext=(0, 4),
                   textcoords="offset points", ha="right", fontsize=9, color=INK)  # fmt: skip
     ends.set_xticks(range(len(methods)), methods)
+    ends.set_xlim(-0.5, len(methods) - 0.5)
     _percent(curves)
     _percent(ends)
     curves.legend(loc="upper left", frameon=False)

@@ -53,6 +53,9 @@ class Live:
     ) -> None:
         """Leave the bar as it is."""
         self._screen.stop()
+        if not self._screen.console.is_terminal:
+            # Into a file, only the last state is written, without its line break.
+            self._screen.console.line()
 
     def begin(self, phase: str) -> None:
         """Name what runs from now on."""

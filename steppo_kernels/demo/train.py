@@ -103,7 +103,7 @@ class TrajectoryTrace:
         iteration: the round it was played in.
         lake: rows of the map.
         goal: the goal's cell.
-        path: the cells walked, the start first.
+        path: the start, then the cell after each step.
         actions: the agent's sentences, one a step; a note where one was not understood.
         outcome: ``"goal"``, ``"hole"`` or ``"time"``.
         values: [S'] value before each step, from the rollout's value head.
