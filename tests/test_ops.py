@@ -50,7 +50,7 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
     full = (flat["log_probs"], flat["old_log_probs"])
     marks = torch.tensor([1, 2], device=mask.device)
     tokens = (torch.arange(mask.numel(), device=mask.device) * 7) % 5
-    per_step = torch.rand(layout.num_steps, device=mask.device)
+    per_step = torch.rand(layout.num_steps, device=mask.device, dtype=batch.log_probs.dtype)
     states = (layout.state_index, layout.step_lengths, layout.trajectory_counts)
     trajectories = (layout.trajectory_steps, layout.trajectory_offsets)
     return {

@@ -22,6 +22,8 @@ BLUE, ORANGE, GREEN, RED = "#2166ac", "#d9730d", "#2e8b57", "#b2333a"
 COLOURS = {"StepPO": BLUE, "PPO": ORANGE, "GSPO": GREEN}
 TILES = {"S": "#e4f1fa", "H": "#31475e", "G": "#cfead6"}
 DPI = 150
+# What is smaller, or negative, is drawn as this.
+SMALLEST_MOVE = 1e-3
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -37,7 +39,7 @@ def _style(axes: Any, title: str, *, x: str = "", y: str = "") -> None:
     axes.set_ylabel(y, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
+    axes.tick_params(which="both", colors=INK, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
@@ -73,7 +75,7 @@ def learning_curve(path: Path, run: Run) -> None:
         markersize=8,
         label=f"evaluation, {run.after.episodes} episodes",
     )
-    note = {"textcoords": "offset points", "color": RED, "fontweight": "bold"}
+    note: dict[str, Any] = {"textcoords": "offset points", "color": RED, "fontweight": "bold"}
     top.annotate(f"{run.before.sampled:.1%}", (rounds[0] - 1, run.before.sampled),
                  xytext=(8, -13), **note)  # fmt: skip
     top.annotate(f"{run.after.sampled:.1%}", (rounds[-1] + 1, run.after.sampled),
@@ -92,13 +94,15 @@ def learning_curve(path: Path, run: Run) -> None:
 
     moves = figure.add_subplot(grid[1, 1])
     _style(moves, "Size of the updates", x="round")
-    moves.plot(rounds, _metric(run.reports, "clip_fraction"), color=GREEN, linewidth=1.8,
-               label="share of clipped steps")  # fmt: skip
-    moves.plot(rounds, _metric(run.reports, "approx_kl"), color=RED, linewidth=1.8,
-               label="approximate KL")  # fmt: skip
     # The first updates may be a hundred times as large as the last.
     moves.set_yscale("log")
-    moves.set_ylim(bottom=1e-3)
+    for name, label, colour in (
+        ("clip_fraction", "share of clipped steps", GREEN),
+        ("approx_kl", "approximate KL", RED),
+    ):
+        heights = np.maximum(_metric(run.reports, name), SMALLEST_MOVE)
+        moves.plot(rounds, heights, color=colour, linewidth=1.8, label=label)
+    moves.set_ylim(bottom=SMALLEST_MOVE)
     moves.legend(frameon=False)
     figure.savefig(path, dpi=DPI)
 
@@ -187,7 +191,7 @@ def _draw_lake(axes: Any, trace: TrajectoryTrace) -> None:
     row, column = trace.path[0]
     axes.plot(column + 0.5, row + 0.5, "o", color=RED, markersize=11, markeredgecolor="white",
               mew=2)  # fmt: skip
-    axes.text(column + 0.5, row + 0.88, "start", ha="center", va="center", fontsize=9, color=INK)
+    axes.text(column + 0.07, row + 0.88, "start", va="center", fontsize=9, color=INK)
     axes.set_xlim(0, len(trace.lake[0]))
     axes.set_ylim(len(trace.lake), 0)
     axes.set_aspect("equal")
