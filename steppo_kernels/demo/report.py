@@ -108,13 +108,17 @@ def comparison_markdown(runs: Sequence[Run], config: TrainConfig) -> str:
         "",
         f"Seeds {', '.join(map(str, seeds))}. For each seed the three methods start from the same "
         "warmed-up agent and get",
-        f"the same budget ({config.iterations} rounds of {config.episodes} episodes, "
-        f"{episodes} episodes, {config.epochs} epochs of {config.minibatches} minibatches)",
-        f"and the same untuned hyper-parameters: learning rate {config.learning_rate:g}, gamma "
-        f"{config.gamma:g}, lambda {config.lam:g},",
-        f"clip {config.clip:g}, KL coefficient {config.kl_coef:g}. Only the layout differs, for "
-        "the advantages as for the losses.",
-        "GSPO here is its sequence-level ratio with a critic's baseline, not with groups.",
+        f"the same budget: {config.iterations} rounds of {config.episodes} episodes, each with "
+        f"{config.epochs} x {config.minibatches} optimizer steps. Only the layout",
+        "differs, for the advantages as for the loss. GSPO here is its sequence-level ratio with a "
+        "critic's baseline, not with groups.",
+        "",
+        f"The hyper-parameters are the same too: learning rate {config.learning_rate:g}, gamma "
+        f"{config.gamma:g}, lambda {config.lam:g}, clip {config.clip:g}, KL",
+        f"coefficient {config.kl_coef:g}. They were chosen on runs of StepPO, seeds 0 to 4, and not "
+        "tuned for the other two. Gamma and lambda",
+        "count actions, so token by token they discount and forget faster, and the same clip means "
+        "less for longer actions.",
         "",
         f"Success is measured on {runs[0].after.episodes} episodes with sampled actions. "
         '"Training" is the mean success of all rounds,',

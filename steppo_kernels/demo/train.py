@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -189,11 +189,6 @@ class Trainer:
             clip_high=config.clip,
             kl_coef=config.kl_coef * min(1.0, 2 * remaining),
         )
-
-    def run(self) -> Iterator[IterationReport]:
-        """Run every round and yield its report."""
-        for _ in range(self.config.iterations):
-            yield self.train_iteration()
 
     def train_iteration(self) -> IterationReport:
         """Play one round and learn from it."""
