@@ -16,10 +16,11 @@ from .train import IterationReport, TrainConfig
 if TYPE_CHECKING:
     from .run import Run
 
-METHOD_NOTES = {
-    "StepPO": "an action is a turn",
-    "PPO": "an action is a token",
-    "GSPO": "an action is the whole trajectory",
+# What an action of the MDP is.
+ACTIONS = {
+    "StepPO": "a turn",
+    "PPO": "a token",
+    "GSPO": "the whole trajectory",
 }
 
 
@@ -102,7 +103,6 @@ def comparison_markdown(runs: Sequence[Run], config: TrainConfig) -> str:
         config: hyper-parameters they shared.
     """
     seeds = sorted({run.seed for run in runs})
-    episodes = config.iterations * config.episodes
     lines = [
         "# StepPO, PPO and GSPO on FrozenLake told in words",
         "",
@@ -115,10 +115,10 @@ def comparison_markdown(runs: Sequence[Run], config: TrainConfig) -> str:
         "",
         f"The hyper-parameters are the same too: learning rate {config.learning_rate:g}, gamma "
         f"{config.gamma:g}, lambda {config.lam:g}, clip {config.clip:g}, KL",
-        f"coefficient {config.kl_coef:g}. They were chosen on runs of StepPO, seeds 0 to 4, and not "
-        "tuned for the other two. Gamma and lambda",
-        "count actions, so token by token they discount and forget faster, and the same clip means "
-        "less for longer actions.",
+        f"coefficient {config.kl_coef:g}. The defaults were chosen on runs of StepPO with seeds 0 to "
+        "4 and not tuned for the other two.",
+        "Gamma and lambda count actions, so token by token they discount and forget faster; the "
+        "clip bounds a mean log-ratio over one action.",
         "",
         f"Success is measured on {runs[0].after.episodes} episodes with sampled actions. "
         '"Training" is the mean success of all rounds,',
@@ -132,7 +132,7 @@ def comparison_markdown(runs: Sequence[Run], config: TrainConfig) -> str:
         curve = [mean(report.success for report in run.reports) for run in chosen]
         cells = [
             method,
-            METHOD_NOTES[method].removeprefix("an action is "),
+            ACTIONS[method],
             _spread([run.before.sampled for run in chosen]),
             _spread([run.after.sampled for run in chosen]),
             ", ".join(f"{run.after.sampled:.1%}" for run in chosen),
