@@ -50,7 +50,8 @@ def gate(case: str, variant: str, num_threads: int) -> None:
     with threads(num_threads):
         got = build(case, variant)()
     for field in fields(sk.StepLayout):
-        if not torch.equal(getattr(got, field.name), getattr(wanted, field.name)):
+        found, expected = (torch.as_tensor(getattr(one, field.name)) for one in (got, wanted))
+        if not torch.equal(found, expected):
             raise AssertionError(f"{case}, {variant}: {field.name} differs; nothing is timed")
 
 
@@ -77,7 +78,7 @@ def _run(benchmark: Any, run: Run, info: dict[str, Any]) -> None:
     element = row_case()["mask"].element_size() if run.case == ROWS else 1
     tokens = layout.step_ids.numel()
     written = sum(
-        getattr(layout, field.name).nbytes
+        torch.as_tensor(getattr(layout, field.name)).nbytes
         for field in fields(sk.StepLayout)
         if not (run.case == ROWS and field.name == "row_offsets")
     )

@@ -71,7 +71,8 @@ def steppo_loss(
         normalizer: replaces the denominator of the reduction; a number, or a 0-dim tensor (no
             host sync). Micro-batches and data-parallel ranks pass the global count.
         ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
-            of this call. On-policy (no `old_log_probs`) it plays no part.
+            of this call. It plays no part in the other ratios, nor on-policy (no
+            `old_log_probs`).
         backend: implementation; one named explicitly never falls back.
 
     Returns:
@@ -121,10 +122,6 @@ def steppo_loss(
         raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
     if config.entropy_coef != 0 and entropy is None:
         raise ValueError("entropy: got None, expected a tensor, as config.entropy_coef is not 0")
-    if ratio_center is not None and config.ratio != "centered":
-        raise ValueError(
-            f"ratio_center: got it with config.ratio={config.ratio!r}, expected 'centered' with it"
-        )
     center = checks.scalar("ratio_center", ratio_center, device)
     if old is None:
         # On-policy every ratio is 1, whatever the center of an earlier batch was.

@@ -96,7 +96,9 @@ def test_info_says_why_a_backend_is_missing(monkeypatch):
 
 
 def test_info_names_the_instruction_set(monkeypatch):
-    module = types.SimpleNamespace(isa=lambda: "abacus", compiler=lambda: "hand 1.0")
+    module = types.SimpleNamespace(
+        isa=lambda: "abacus", isas=lambda: "baseline, abacus", compiler=lambda: "hand 1.0"
+    )
     monkeypatch.setitem(sys.modules, "steppo_kernels._C_cpu", module)
     monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
     found = json.loads(run("info", "--json").output)["backends"]["cpu"]["details"]

@@ -115,8 +115,8 @@ def comparison_markdown(runs: Sequence[Run], config: TrainConfig) -> str:
         "",
         f"The hyper-parameters are the same too: learning rate {config.learning_rate:g}, gamma "
         f"{config.gamma:g}, lambda {config.lam:g}, clip {config.clip:g}, KL",
-        f"coefficient {config.kl_coef:g}. The defaults were chosen on runs of StepPO with seeds 0 to "
-        "4 and not tuned for the other two.",
+        f"coefficient {config.kl_coef:g}. The defaults were chosen on runs of StepPO with seeds 0 "
+        "to 4 and not tuned for the other two.",
         "Gamma and lambda count actions, so token by token they discount and forget faster; the "
         "clip bounds a mean log-ratio over one action.",
         "",

@@ -131,7 +131,9 @@ def _case(operation: str, variant: str, arguments: Callable[[Draw], Build]) -> C
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             layout = build(backend)
-            return {field.name: getattr(layout, field.name) for field in fields(layout)}
+            return {
+                field.name: torch.as_tensor(getattr(layout, field.name)) for field in fields(layout)
+            }
 
         return Problem(run)
 
