@@ -17,21 +17,20 @@ def kl_penalty(d: Tensor, estimator: str) -> Tensor:
 
     d is clamped to +-20 and the value to +-10, the bounds of verl's ``low_var_kl``.
     """
-    d = d.clamp(-20.0, 20.0)
-    if estimator == "k1":
-        value = -d
-    elif estimator == "k2":
-        value = 0.5 * d * d
-    else:
-        value = torch.expm1(d) - d
-    return value.clamp(-10.0, 10.0)
+    return _kl_value(d.clamp(-20.0, 20.0), estimator).clamp(-10.0, 10.0)
 
 
 def kl_slope(d: Tensor, estimator: str) -> Tensor:
     """Return the derivative of `kl_penalty` with respect to log pi = log pi_ref - d."""
     slope = {"k1": torch.ones_like(d), "k2": -d, "k3": -torch.expm1(d)}[estimator]
-    unclamped = (d.abs() <= 20.0) & (kl_penalty(d, estimator).abs() <= 10.0)
+    unclamped = (d.abs() <= 20.0) & (_kl_value(d, estimator).abs() <= 10.0)
     return torch.where(unclamped, slope, 0.0)
+
+
+def _kl_value(d: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return -d
+    return 0.5 * d * d if estimator == "k2" else torch.expm1(d) - d
 
 
 def clipped_loss(
