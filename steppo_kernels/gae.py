@@ -61,8 +61,8 @@ def step_gae(
         values, values_per_token = checks.steps_or_tokens(
             "values", values, num_steps, shape, device, dtype
         )
-        if rewards_per_token and layout.rows_are_steps:
-            # Then a row's rewards are its step's, also of one without action tokens.
+        if rewards_per_token and layout.has_empty_rows:
+            # Rows are steps: then a row's rewards are its step's, action tokens or not.
             counts = (layout.step_ids.view(-1) >= 0) | rewards.isfinite()
             rewards = torch.where(counts, rewards, 0.0).view(layout.shape).sum(1)
             rewards_per_token = False

@@ -36,7 +36,8 @@ class StepLayout:
             step's first token.
         row_offsets: int64 ``[R + 1]``: flat positions where rows begin; rewards that fall outside
             of actions stay in their row.
-        rows_are_steps: whether row r is step r, empty or not (`from_rows`).
+        has_empty_rows: whether rows are steps (`from_rows`) and one of a trajectory is empty: its
+            rewards then are no action token's.
     """
 
     step_ids: Tensor
@@ -48,7 +49,7 @@ class StepLayout:
     trajectory_counts: Tensor
     state_index: Tensor
     row_offsets: Tensor
-    rows_are_steps: bool = False
+    has_empty_rows: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -189,7 +190,7 @@ class StepLayout:
         codes = _trajectory_codes(trajectory_ids, num_rows, keep)
         steps, offsets = _order_rows(codes, _step_indices(step_indices, num_rows)[keep], keep)
         starts = torch.arange(num_rows, device=device) * row_length
-        return cls._assemble(
+        layout = cls._assemble(
             found,
             flags.shape,
             chosen,
@@ -199,8 +200,9 @@ class StepLayout:
             trajectory_steps=steps.to(device),
             trajectory_offsets=offsets.to(device),
             state_index=starts,
-            rows_are_steps=True,
         )
+        is_empty = layout.step_lengths[layout.trajectory_steps] == 0
+        return replace(layout, has_empty_rows=bool(is_empty.any()))
 
     @classmethod
     def from_markers(
@@ -342,7 +344,6 @@ class StepLayout:
         trajectory_steps: Tensor,
         trajectory_offsets: Tensor,
         state_index: Tensor | None,
-        rows_are_steps: bool = False,
     ) -> StepLayout:
         index, offsets, lengths = segment.compact(found.step_ids, num_steps, num_tokens, backend)
         return cls(
@@ -358,7 +359,6 @@ class StepLayout:
             # Without empty steps, the first token of a step is where its state is valued.
             state_index=index[offsets[:-1]] if state_index is None else state_index,
             row_offsets=row_offsets,
-            rows_are_steps=rows_are_steps,
         )
 
 

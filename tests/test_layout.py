@@ -242,7 +242,7 @@ def test_to_moves_every_tensor():
     layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1]]), backend="reference")
     moved = layout.to("meta")
     for field in dataclasses.fields(StepLayout):
-        if field.name != "rows_are_steps":
+        if field.name != "has_empty_rows":
             assert getattr(moved, field.name).device.type == "meta", field.name
     assert moved.device.type == "meta"
     assert moved.shape == layout.shape
@@ -250,9 +250,9 @@ def test_to_moves_every_tensor():
     assert all(
         torch.equal(getattr(again, field.name), getattr(layout, field.name))
         for field in dataclasses.fields(StepLayout)
-        if field.name != "rows_are_steps"
+        if field.name != "has_empty_rows"
     )
-    assert again.rows_are_steps == layout.rows_are_steps
+    assert again.has_empty_rows == layout.has_empty_rows
 
 
 def test_layouts_are_immutable_and_say_what_they_hold():
@@ -273,7 +273,7 @@ def test_strided_inputs(backend):
         found = StepLayout.from_mask(mask, backend=backend)
         wanted = StepLayout.from_mask(mask.contiguous(), backend="reference")
         for field in dataclasses.fields(StepLayout):
-            if field.name != "rows_are_steps":
+            if field.name != "has_empty_rows":
                 assert torch.equal(getattr(found, field.name), getattr(wanted, field.name))
     valid = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.bool)[:, 0]
     rows = torch.ones(4, 3, dtype=torch.bool)
