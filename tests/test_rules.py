@@ -199,7 +199,7 @@ def test_any_number_of_threads_gives_the_same_bits(target, threads_restored):
     if target.backend != "cpu":
         pytest.skip("only the C++ backend divides work over threads of its own")
     # Large enough to be divided.
-    batch = random_batch(3, 64, 3000, mean_step=40.0)
+    batch = random_batch(3, 256, 6200, mean_step=40.0)
     torch.set_num_threads(1)
     expected = everything(batch, target.backend)
     for threads in (2, 3, 7):

@@ -61,6 +61,7 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                  int kl_estimator, double entropy_coef, int64_t num_tokens, int64_t num_steps,
                  void* loss, double* metrics, void* step_log_ratio, void* grad_log_probs,
                  void* grad_entropy, void* grad_scale, int threads) {
+  threads = worthwhile_threads(num_tokens, threads);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     PolicyCall<T> call{static_cast<const T*>(log_probs),

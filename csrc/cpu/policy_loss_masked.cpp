@@ -36,6 +36,7 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
                         int reduction, double kl_coef, int kl_estimator, double entropy_coef,
                         int64_t num_tokens, void* loss, double* metrics, void* grad_log_probs,
                         void* grad_entropy, void* grad_scale, int threads) {
+  threads = worthwhile_threads(num_tokens, threads);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     PolicyCall<T> call{static_cast<const T*>(log_probs),

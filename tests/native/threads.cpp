@@ -13,7 +13,7 @@ namespace {
 using namespace steppo;
 using namespace steppo::cpu;
 
-constexpr int64_t kRows = 12, kLength = 9000, kTokens = kRows * kLength;
+constexpr int64_t kRows = 240, kLength = 9000, kTokens = kRows * kLength;
 
 uint32_t state = 1;
 double uniform() {
