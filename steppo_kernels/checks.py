@@ -55,17 +55,22 @@ def dims(name: str, value: Tensor, allowed: Iterable[int]) -> Tensor:
     return value
 
 
-def tokens(
-    name: str, value: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Return a floating tensor with as many elements as `shape`, flat, contiguous, in `dtype`."""
+def token_count(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """Return a floating tensor if it has as many elements as `shape`."""
     checked = floating(name, value, device)
     if checked.shape != shape and checked.numel() != shape.numel():
         raise ValueError(
             f"{name}: got shape {tuple(checked.shape)}, expected the token shape {tuple(shape)} "
             "or a view of it"
         )
-    return flat(checked, dtype)
+    return checked
+
+
+def tokens(
+    name: str, value: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return a floating tensor with as many elements as `shape`, flat, contiguous, in `dtype`."""
+    return flat(token_count(name, value, shape, device), dtype)
 
 
 def steps_or_tokens(

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, ops
-from .backends import Backend, resolve
+from .backends import Backend
 from .config import KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
-from .layout import StepLayout, require_layout
+from .layout import StepLayout
+from .objective import Objective, check_entropy, check_objective
 from .outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .reference import policy_loss as reference
 
@@ -84,139 +85,126 @@ def steppo_loss(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    if not isinstance(config, StepPOConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected a StepPOConfig")
-    mask: Tensor | None = None
-    steps: StepLayout | None = None
-    if isinstance(layout, Tensor):
-        mask = checks.flags("layout", layout, (1, 2), wait=False)
-        num_steps, shape, device = None, mask.shape, mask.device
-    else:
-        steps = require_layout(layout)
-        num_steps, shape, device = steps.num_steps, steps.shape, steps.device
-    dtype = checks.compute_dtype(checks.floating("log_probs", log_probs, device))
-    chosen = resolve(backend, device)
-
-    new = checks.tokens("log_probs", log_probs, shape, device, dtype)
-    old, ref, entropy = (
-        None if value is None else checks.tokens(name, value, shape, device, dtype)
-        for name, value in (
-            ("old_log_probs", old_log_probs),
-            ("ref_log_probs", ref_log_probs),
-            ("entropy", entropy),
-        )
-    )
-    advantages, by_token = checks.steps_or_tokens(
-        "advantages", advantages, num_steps, shape, device, dtype
-    )
-    weights_by_token = False
-    if is_weights is not None:
-        is_weights, weights_by_token = checks.steps_or_tokens(
-            "is_weights", is_weights, num_steps, shape, device, dtype
-        )
-    if step_weights is not None:
-        if num_steps is None:
-            raise ValueError("step_weights: got it with a mask, expected a StepLayout with it")
-        step_weights = checks.vector("step_weights", step_weights, num_steps, "step", device, dtype)
-    if config.kl_coef != 0 and ref is None:
-        raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
-    if config.entropy_coef != 0 and entropy is None:
-        raise ValueError("entropy: got None, expected a tensor, as config.entropy_coef is not 0")
-    center = checks.scalar("ratio_center", ratio_center, device)
-    if old is None:
-        # On-policy every ratio is 1, whatever the center of an earlier batch was.
-        center = None
-    total = checks.scalar("normalizer", normalizer, device, positive=True)
-    tokens = (
-        new, _constant(old), advantages.detach(), _constant(ref), entropy, _constant(is_weights)
+    inputs = check_objective(
+        "log_probs", log_probs, old_log_probs, advantages, layout, config, ref_log_probs,
+        is_weights, step_weights, normalizer, ratio_center, backend,
     )  # fmt: skip
-    flags = _constant(step_weights), by_token, weights_by_token
+    checks.token_count("log_probs", log_probs, inputs.shape, inputs.device)
+    entropy = check_entropy(entropy, inputs)
+    return evaluate(inputs, log_probs, entropy)
 
-    if chosen == "reference":
-        if mask is not None:
-            steps = StepLayout.from_mask(mask, backend="reference")
+
+def evaluate(inputs: Objective, log_probs: Tensor, entropy: Tensor | None) -> StepPOOutput:
+    """Return the loss of checked arguments: `log_probs` and `entropy` carry the gradients."""
+    layout, config = inputs.layout, inputs.config
+    if inputs.backend == "reference":
+        if layout is None:
+            assert inputs.mask is not None
+            layout = StepLayout.from_mask(inputs.mask, backend="reference")
         loss, metrics, step_log_ratio = reference.policy_loss(
-            *tokens, *flags, *_step_tensors(steps), center, total, config
-        )
-    else:
-        need_grad, need_entropy_grad = (
-            torch.is_grad_enabled() and t is not None and t.requires_grad for t in (new, entropy)
-        )
-        scalars = (
-            center, total, RATIOS.index(config.ratio), float(config.clip_low),
-            float(config.clip_high), float(config.dual_clip or 0.0), float(config.log_ratio_max),
-            REDUCTIONS.index(config.reduction), float(config.kl_coef),
-            KL_ESTIMATORS.index(config.kl_estimator), float(config.entropy_coef),
-            need_grad, need_entropy_grad,
+            checks.flat(log_probs, inputs.dtype), inputs.old_log_probs, inputs.advantages,
+            inputs.ref_log_probs, None if entropy is None else checks.flat(entropy, inputs.dtype),
+            inputs.is_weights, inputs.step_weights, inputs.advantages_per_token,
+            inputs.is_weights_per_token, *_step_tensors(layout), inputs.ratio_center,
+            inputs.normalizer, config,
         )  # fmt: skip
-        run = _PolicyLoss.apply if need_grad or need_entropy_grad else _run
-        if mask is None:
-            loss, metrics, step_log_ratio = run(
-                "policy_loss", chosen, *tokens, *flags, *_step_tensors(steps), *scalars
-            )[:3]
-        else:
-            loss, metrics = run(
-                "policy_loss_masked",
-                chosen,
-                *tokens,
-                mask.reshape(-1).contiguous(),
-                shape[-1],
-                *scalars,
-            )[:2]
+    elif torch.is_grad_enabled() and (
+        log_probs.requires_grad or (entropy is not None and entropy.requires_grad)
+    ):
+        loss, metrics, step_log_ratio = _PolicyLoss.apply(log_probs, entropy, inputs)
+    else:
+        loss, metrics, step_log_ratio = run(inputs, log_probs, entropy, False, False)[:3]
     return StepPOOutput(
-        loss, Metrics(metrics, POLICY_METRICS), step_log_ratio if mask is None else None
+        loss, Metrics(metrics, POLICY_METRICS), None if inputs.layout is None else step_log_ratio
     )
 
 
-def scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
-    """Return a saved gradient times a 0-dim scale; itself where that changes nothing.
+def run(
+    inputs: Objective, log_probs: Tensor, entropy: Tensor | None, need_grad: bool,
+    need_entropy_grad: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Run the operator that fits; a mask has no step log-ratios: None."""
+    config = inputs.config
+    log_probs = checks.flat(log_probs.detach(), inputs.dtype)
+    if entropy is not None:
+        entropy = checks.flat(entropy.detach(), inputs.dtype)
+    scalars = (
+        inputs.ratio_center, inputs.normalizer, RATIOS.index(config.ratio),
+        float(config.clip_low), float(config.clip_high), float(config.dual_clip or 0.0),
+        float(config.log_ratio_max), REDUCTIONS.index(config.reduction), float(config.kl_coef),
+        KL_ESTIMATORS.index(config.kl_estimator), float(config.entropy_coef), need_grad,
+        need_entropy_grad,
+    )  # fmt: skip
+    tokens = (
+        log_probs, inputs.old_log_probs, inputs.advantages, inputs.ref_log_probs, entropy,
+        inputs.is_weights,
+    )  # fmt: skip
+    if inputs.mask is None:
+        assert inputs.layout is not None
+        outputs: tuple[Tensor, ...] = ops.call(
+            "policy_loss", inputs.backend, *tokens, inputs.step_weights,
+            inputs.advantages_per_token, inputs.is_weights_per_token,
+            *_step_tensors(inputs.layout), *scalars,
+        )  # fmt: skip
+        return outputs
+    mask = inputs.mask
+    loss, metrics, *grads = ops.call(
+        "policy_loss_masked", inputs.backend, *tokens, mask.reshape(-1).contiguous(),
+        mask.shape[-1], *scalars,
+    )  # fmt: skip
+    return loss, metrics, None, *grads
 
-    On the CPU the scale can be looked at without waiting, and it is 1 in a plain
-    ``loss.backward()``. The saved tensor itself may only be given away if this is its last use.
+
+def scaled(
+    grad: Tensor, grad_scale: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """Return a saved gradient times two 0-dim factors, in the shape and dtype of its input.
+
+    On the CPU the factors can be looked at without waiting, and in a plain ``loss.backward()``
+    they are 1: then the product is the gradient itself. The saved tensor may only be given away if
+    this is its last use.
     """
-    if grad is None:
-        return None
     is_last = not torch.compiler.is_compiling() and not _keeps_graph()
-    return grad if is_last and scale.device.type == "cpu" and scale.item() == 1.0 else grad * scale
+    if not (is_last and grad.device.type == "cpu" and upstream.item() == grad_scale.item() == 1.0):
+        grad = grad * (upstream * grad_scale)
+    return grad.view(shape).to(dtype)
 
 
-def _constant(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()
-
-
-def _step_tensors(layout: StepLayout | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert layout is not None
+def _step_tensors(layout: StepLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         layout.step_ids.view(-1), layout.token_index, layout.step_offsets,
         layout.trajectory_counts,
     )  # fmt: skip
 
 
-def _run(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = ops.call(name, backend, *args)
-    return outputs
-
-
 class _PolicyLoss(torch.autograd.Function):
-    """Both operators: outputs before the last three have no gradient but the first, the loss."""
+    """The loss is differentiable; the metrics and the step log-ratios are not."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
-        *outputs, grad, grad_entropy, grad_scale = _run(name, backend, *args)
-        need_grad, need_entropy_grad = args[-2:]
+    def forward(
+        ctx: Any, log_probs: Tensor, entropy: Tensor | None, inputs: Objective
+    ) -> tuple[Tensor, ...]:
+        need_grad, need_entropy_grad, _ = ctx.needs_input_grad
+        loss, metrics, step_log_ratio, grad, grad_entropy, grad_scale = run(
+            inputs, log_probs, entropy, need_grad, need_entropy_grad
+        )
         ctx.save_for_backward(
             grad if need_grad else None, grad_entropy if need_entropy_grad else None, grad_scale
         )
-        ctx.num_rest = len(args) - 5
-        ctx.mark_non_differentiable(*outputs[1:])
-        return tuple(outputs)
+        ctx.log_probs = log_probs.shape, log_probs.dtype
+        ctx.entropy = None if entropy is None else (entropy.shape, entropy.dtype)
+        fixed = (metrics,) if step_log_ratio is None else (metrics, step_log_ratio)
+        ctx.mark_non_differentiable(*fixed)
+        return loss, metrics, step_log_ratio
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_entropy, grad_scale = ctx.saved_tensors
-        scale = grad_loss * grad_scale
         return (
-            None, None, scaled(grad, scale), None, None, None, scaled(grad_entropy, scale),
-            *(None,) * ctx.num_rest,
-        )  # fmt: skip
+            None if grad is None else scaled(grad, grad_scale, grad_loss, *ctx.log_probs),
+            None
+            if grad_entropy is None
+            else scaled(grad_entropy, grad_scale, grad_loss, *ctx.entropy),
+            None,
+        )

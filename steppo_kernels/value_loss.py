@@ -82,7 +82,7 @@ def step_value_loss(
     else:
         number = REDUCTIONS.index(reduction)
         if torch.is_grad_enabled() and new.requires_grad:
-            loss, metrics = _ValueLoss.apply(chosen, *args, number)
+            loss, metrics = _ValueLoss.apply(values, chosen, (*args[1:], number))
         else:
             loss, metrics, *_ = ops.call("value_loss", chosen, *args, number, False)
     return StepPOOutput(loss, Metrics(metrics, VALUE_METRICS))
@@ -90,10 +90,15 @@ def step_value_loss(
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, metrics, grad, grad_scale = ops.call("value_loss", backend, *args, True)
+    def forward(
+        ctx: Any, values: Tensor, backend: str, rest: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        dtype = checks.compute_dtype(values)
+        loss, metrics, grad, grad_scale = ops.call(
+            "value_loss", backend, checks.flat(values, dtype), *rest, True
+        )
         ctx.save_for_backward(grad, grad_scale)
-        ctx.num_rest = len(args) - 1
+        ctx.values = values.shape, values.dtype
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
@@ -101,4 +106,4 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_scale = ctx.saved_tensors
-        return None, scaled(grad, grad_loss * grad_scale), *(None,) * ctx.num_rest
+        return scaled(grad, grad_scale, grad_loss, *ctx.values), None, None

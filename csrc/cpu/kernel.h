@@ -63,22 +63,6 @@ static inline void with_dtype(int dtype, F&& body) {
   }
 }
 
-// A run of ones in [begin, limit) of a mask; begin == end == limit if there is none.
-struct Run {
-  int64_t begin, end;
-};
-
-static inline int64_t find_byte(const bool* mask, int wanted, int64_t begin, int64_t limit) {
-  if (begin >= limit) return limit;
-  const void* found = std::memchr(mask + begin, wanted, static_cast<size_t>(limit - begin));
-  return found == nullptr ? limit : static_cast<const bool*>(found) - mask;
-}
-
-static inline Run next_run(const bool* mask, int64_t begin, int64_t limit) {
-  const int64_t first = find_byte(mask, 1, begin, limit);
-  return {first, find_byte(mask, 0, first, limit)};
-}
-
 template <class T>
 static inline void fill(T* data, int64_t begin, int64_t end, T value) {
   for (int64_t i = begin; i < end; ++i) data[i] = value;

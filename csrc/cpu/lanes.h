@@ -85,8 +85,6 @@ template <class T>
 class Sum {
  public:
   void add(Lanes<T> x) { sum_ += widen(x); }
-  // Adds a - b without rounding the difference to T.
-  void add_difference(Lanes<T> a, Lanes<T> b) { sum_ += widen(a) - widen(b); }
   double total() const {
     double total = 0;
     for (int k = 0; k < kLanes<T>; ++k) total += sum_[k];

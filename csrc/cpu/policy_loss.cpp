@@ -62,6 +62,15 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                  void* loss, double* metrics, void* step_log_ratio, void* grad_log_probs,
                  void* grad_entropy, void* grad_scale, int threads) {
   threads = worthwhile_threads(num_tokens, threads);
+  const PolicyConfig config{static_cast<Ratio>(ratio),
+                            clip_low,
+                            clip_high,
+                            dual_clip,
+                            log_ratio_max,
+                            static_cast<Reduction>(reduction),
+                            kl_coef,
+                            static_cast<KLEstimator>(kl_estimator),
+                            entropy_coef};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     PolicyCall<T> call{static_cast<const T*>(log_probs),
@@ -73,18 +82,14 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                        is_weights_per_token,
                        static_cast<T*>(grad_log_probs),
                        static_cast<T*>(grad_entropy),
-                       {static_cast<Ratio>(ratio), clip_low, clip_high, dual_clip, log_ratio_max,
-                        static_cast<Reduction>(reduction), kl_coef,
-                        static_cast<KLEstimator>(kl_estimator), entropy_coef},
-                       0.0,
-                       1.0};
+                       config};
     call.total = normalizer != nullptr ? *normalizer
-                                       : normalizer_of(call.config.reduction, step_offsets,
+                                       : normalizer_of(config.reduction, step_offsets,
                                                        trajectory_counts, num_steps, threads);
     const T* weights = static_cast<const T*>(step_weights);
     T* log_ratios = static_cast<T*>(step_log_ratio);
     const int64_t num_actions = step_offsets[num_steps];
-    if (call.config.ratio == kCentered) {
+    if (config.ratio == kCentered) {
       call.center = ratio_center != nullptr ? *ratio_center
                                             : mean_log_ratio(call.log_probs, call.old_log_probs,
                                                              token_index, num_actions, threads);
@@ -115,10 +120,10 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
           continue;
         }
         const double advantage = call.advantages[advantages_per_token ? index[0] : s];
-        const double weight = weights != nullptr
-                                  ? static_cast<double>(weights[s])
-                                  : step_weight(call.config.reduction, static_cast<double>(length),
-                                                trajectory_counts[s]);
+        const double weight =
+            weights != nullptr
+                ? static_cast<double>(weights[s])
+                : step_weight(config.reduction, static_cast<double>(length), trajectory_counts[s]);
         const bool contiguous = index[length - 1] - index[0] == length - 1;
         const double log_ratio =
             contiguous ? add_step(call, Contiguous{index[0]}, length, s, advantage, weight, sums)
@@ -129,7 +134,7 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
     });
     PolicySums sums;
     for (int64_t b = 0; b < tasks; ++b) sums.add(partial[b]);
-    finish<T>(sums, call.config, call.total, loss, metrics, grad_scale);
+    finish<T>(sums, config, call.total, loss, metrics, grad_scale);
   });
 }
 

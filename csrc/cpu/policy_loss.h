@@ -22,8 +22,8 @@ struct PolicyCall {
   T* grad_log_probs;
   T* grad_entropy;
   PolicyConfig config;
-  double center;  // mu of the centered ratio, else 0
-  double total;   // the normalizer
+  double center = 0;  // mu of the centered ratio
+  double total = 1;   // the normalizer
 };
 
 // Sums over the steps of a task, later over those of the call.
@@ -62,27 +62,42 @@ static inline double sum_tokens(const T* values, At at, int64_t length) {
   return sum.total();
 }
 
-// e^d - 1 - d. Policies move little between updates: then a short series is enough.
-static inline FloatLanes small_k3(FloatLanes d) {
-  const FloatMask large = (d > 0.0625f) | (d < -0.0625f) | (d != d);
-  std::int64_t words[sizeof large / 8], any = 0;
-  std::memcpy(words, &large, sizeof large);
+// Whether any lane is not within +-1/16: a NaN is not.
+template <class L>
+static inline bool any_beyond(L largest_square) {
+  const auto beyond = ~(largest_square <= 0.00390625f);
+  std::int64_t words[sizeof beyond / 8], any = 0;
+  std::memcpy(words, &beyond, sizeof beyond);
   for (const std::int64_t word : words) any |= word;
-  if (any != 0) return kl_penalty<kK3>(d).value;
-  return d * d * (0.5f + d * (1.6666667e-1f + d * (4.1666668e-2f + d * 8.3333338e-3f)));
+  return any != 0;
 }
-static inline DoubleLanes small_k3(DoubleLanes d) { return kl_penalty<kK3>(d).value; }
 
-// Sums z and, for approx_kl_k3, e^z - 1 - z. With z in fp64 the first sum is exact up to the
-// rounding of the inputs. Lanes without a token hold z = 0, which adds nothing to either.
+// Sums z and, for approx_kl_k3, e^z - 1 - z. Policies move little between updates, and then a
+// short series is enough for the second; a block of tokens where one moved far is summed again.
+// Lanes without a token hold z = 0, which adds nothing to either.
 template <class T, class At>
 static inline void sum_log_ratios(const T* now, const T* old, At at, int64_t length, double* z_sum,
                                   double* k3_sum) {
+  constexpr int64_t kTokens = 256;
   Sum<T> z, k3;
-  for (int64_t i = 0; i < length; i += kLanes<T>) {
-    const Lanes<T> a = load(now, at, i, length), b = load(old, at, i, length);
-    z.add_difference(a, b);
-    k3.add(small_k3(a - b));
+  for (int64_t begin = 0; begin < length; begin += kTokens) {
+    const int64_t end = begin + kTokens < length ? begin + kTokens : length;
+    Lanes<T> series{}, largest{};
+    for (int64_t i = begin; i < end; i += kLanes<T>) {
+      const Lanes<T> d = load(now, at, i, length) - load(old, at, i, length);
+      const Lanes<T> square = d * d;
+      z.add(d);
+      series += square * (0.5f + d * (1.6666667e-1f + d * (4.1666668e-2f + d * 8.3333338e-3f)));
+      // Written so that a NaN stays.
+      largest = Arithmetic<Lanes<T>>::select(square <= largest, largest, square);
+    }
+    if (any_beyond(largest)) {
+      for (int64_t i = begin; i < end; i += kLanes<T>) {
+        k3.add(kl_penalty<kK3>(load(now, at, i, length) - load(old, at, i, length)).value);
+      }
+    } else {
+      k3.add(series);
+    }
   }
   *z_sum = z.total();
   *k3_sum = k3.total();
@@ -154,29 +169,28 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   // A step without a gradient keeps none, whatever its weight is.
   const double own_weight = weigh_tokens || loss.slope == 0 ? 1.0 : is_weight;
   const T same = static_cast<T>(share * loss.slope * scale * own_weight);
-  const T kl_coefficient = static_cast<T>(config.kl_coef * share / n);
-  double kl = 0;
   int64_t zeros = 0;
   if (!has_kl && !weigh_tokens) {
     zeros = same == T(0) ? length : 0;
     if (call.grad_log_probs != nullptr) {
       for (int64_t i = 0; i < length; ++i) call.grad_log_probs[at(i)] = same;
     }
-  } else if (!has_kl) {
-    differentiate<false, kK1>(call, at, length, same, weigh_tokens, T(0), &kl, &zeros);
   } else {
-    const auto run = config.kl_estimator == kK1   ? &differentiate<true, kK1, T, At>
+    double kl = 0;
+    const auto run = !has_kl                      ? &differentiate<false, kK1, T, At>
+                     : config.kl_estimator == kK1 ? &differentiate<true, kK1, T, At>
                      : config.kl_estimator == kK2 ? &differentiate<true, kK2, T, At>
                                                   : &differentiate<true, kK3, T, At>;
+    const T kl_coefficient = static_cast<T>(config.kl_coef * share / n);
     run(call, at, length, same, weigh_tokens, kl_coefficient, &kl, &zeros);
+    sums.kl += weight * kl / n;
   }
-  sums.kl += weight * kl / n;
-  const double entropy_slope = -config.entropy_coef * share / n;
   if (call.entropy != nullptr) {
+    const double slope = -config.entropy_coef * share / n;
     sums.entropy += weight * sum_tokens(call.entropy, at, length) / n;
-    if (entropy_slope != 0) zeros = 0;
+    if (slope != 0) zeros = 0;
     if (call.grad_entropy != nullptr) {
-      for (int64_t i = 0; i < length; ++i) call.grad_entropy[at(i)] = static_cast<T>(entropy_slope);
+      for (int64_t i = 0; i < length; ++i) call.grad_entropy[at(i)] = static_cast<T>(slope);
     }
   }
   sums.dead += static_cast<double>(zeros);

@@ -1,6 +1,6 @@
 // Step segmentation: see steppo_kernels/segment.py. Every operator first counts by block, then
 // numbers each block from the counts before it, so that blocks are independent.
-#include "kernel.h"
+#include "runs.h"
 
 namespace steppo::cpu::STEPPO_ISA {
 namespace {
@@ -16,18 +16,23 @@ void for_rows(const int64_t* row_offsets, int64_t num_rows, int64_t begin, int64
   }
 }
 
-// Numbers the steps of [begin, end) from `number` on; writes ids and row_steps unless they are
-// null. Returns the number after the last one; adds the action tokens to `actions`.
+// Numbers the steps of [begin, end) from `number` on; writes ids unless they are null. Returns the
+// number after the last one; adds the action tokens to `actions`.
 int64_t number_runs(const bool* mask, const bool* boundaries, const int64_t* row_offsets,
                     int64_t num_rows, int64_t begin, int64_t end, int64_t number, int32_t* step_ids,
                     int64_t* actions) {
   for_rows(row_offsets, num_rows, begin, end, [&](int64_t row, int64_t first, int64_t last) {
-    for (int64_t at = first; at < last;) {
-      const Run run = next_run(mask, at, last);
-      if (step_ids != nullptr) fill(step_ids, at, run.begin, int32_t{-1});
+    const bool open = first > row && mask[first - 1];
+    if (step_ids == nullptr && boundaries == nullptr) {
+      const RunCounts counts = count_runs(mask, first, last, open);
+      number += counts.runs;
+      *actions += counts.tokens;
+      return;
+    }
+    const auto on_run = [&](Run run) {
       *actions += run.end - run.begin;
       // A run that began in the block before goes on with the number given there.
-      const bool goes_on = run.begin == first && first > row && mask[first - 1];
+      const bool goes_on = open && run.begin == first;
       for (int64_t part = run.begin; part < run.end;) {
         if (!(goes_on && part == first) || (boundaries != nullptr && boundaries[part])) ++number;
         const int64_t next =
@@ -35,8 +40,10 @@ int64_t number_runs(const bool* mask, const bool* boundaries, const int64_t* row
         if (step_ids != nullptr) fill(step_ids, part, next, static_cast<int32_t>(number - 1));
         part = next;
       }
-      at = run.end;
-    }
+    };
+    for_runs(mask, first, last, open, on_run, [&](int64_t from, int64_t to) {
+      if (step_ids != nullptr) fill(step_ids, from, to, int32_t{-1});
+    });
   });
   return number;
 }
