@@ -111,12 +111,10 @@ def flags(
         raise TypeError(f"{name}: got {checked.dtype}, expected bool, or int or float of 0/1")
     if torch.compiler.is_compiling() or not (wait or checked.device.type == "cpu"):
         return checked != 0
-    ones = checked == 1
-    known = ones | (checked == 0)
-    if not bool(known.all()):
-        raise ValueError(
-            f"{name}: got the value {checked[~known][0].item()}, expected only 0 and 1"
-        )
+    ones = checked.to(torch.bool)
+    if not torch.equal(ones.to(checked.dtype), checked):
+        bad = checked[ones.to(checked.dtype) != checked][0].item()
+        raise ValueError(f"{name}: got the value {bad}, expected only 0 and 1")
     return ones
 
 

@@ -438,17 +438,22 @@ def _trajectory_codes(
             f"trajectory_ids: got {type(ids).__name__}, expected a tensor or a sequence of "
             "integers or strings"
         )
-    values: list[Any] = (
-        checks.integer("trajectory_ids", ids).tolist() if isinstance(ids, Tensor) else list(ids)
+    values: Tensor | list[Any] = (
+        checks.integer("trajectory_ids", ids) if isinstance(ids, Tensor) else list(ids)
     )
-    shape = tuple(ids.shape) if isinstance(ids, Tensor) else (len(values),)
+    shape = tuple(values.shape) if isinstance(values, Tensor) else (len(values),)
     if shape != (num_rows,):
         raise ValueError(f"trajectory_ids: got shape {shape}, expected {(num_rows,)}")
-    for value in values:
-        if isinstance(value, bool) or not (isinstance(value, str) or hasattr(value, "__index__")):
+    if isinstance(values, Tensor):
+        distinct, codes = torch.unique(values.cpu()[keep], return_inverse=True)
+        first = torch.full_like(distinct, num_rows, dtype=torch.int64)
+        first.scatter_reduce_(0, codes, torch.arange(len(codes)), "amin")
+        return first.argsort().argsort()[codes]
+    for kind in set(map(type, values)):
+        if kind is bool or not (issubclass(kind, str) or hasattr(kind, "__index__")):
             raise TypeError(
-                f"trajectory_ids: got an entry of type {type(value).__name__}, expected integers "
-                "or strings"
+                f"trajectory_ids: got an entry of type {kind.__name__}, expected integers or "
+                "strings"
             )
     numbers: dict[object, int] = {}
     keys = [value if isinstance(value, str) else operator.index(value) for value in values]

@@ -30,10 +30,10 @@ class Buffer {
 // Tokens that one task takes: small enough to balance, large enough to hide the start of a task.
 constexpr int64_t kBlock = 16384;
 
-// Threads that pay for work of so many tokens: waking one takes about as long as half a million
-// tokens of a loss.
+// Threads that pay for work of so many tokens: waking one takes about as long as a quarter of a
+// million tokens of a loss.
 static inline int worthwhile_threads(int64_t tokens, int threads) {
-  constexpr int64_t kTokensPerThread = int64_t{1} << 19;
+  constexpr int64_t kTokensPerThread = int64_t{1} << 18;
   const int64_t most = tokens / kTokensPerThread;
   return most < 1 ? 1 : most < threads ? static_cast<int>(most) : threads;
 }

@@ -111,6 +111,7 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
     };
     parallel_blocks(work, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
       PolicySums sums;
+      Sum<T> k3;
       const int64_t last = end == work ? num_steps : border(end);
       for (int64_t s = border(begin); s < last; ++s) {
         const int64_t* index = token_index + step_offsets[s];
@@ -126,10 +127,12 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                 : step_weight(config.reduction, static_cast<double>(length), trajectory_counts[s]);
         const bool contiguous = index[length - 1] - index[0] == length - 1;
         const double log_ratio =
-            contiguous ? add_step(call, Contiguous{index[0]}, length, s, advantage, weight, sums)
-                       : add_step(call, Gathered{index}, length, s, advantage, weight, sums);
+            contiguous
+                ? add_step(call, Contiguous{index[0]}, length, s, advantage, weight, sums, k3)
+                : add_step(call, Gathered{index}, length, s, advantage, weight, sums, k3);
         log_ratios[s] = static_cast<T>(log_ratio);
       }
+      sums.k3 = k3.total();
       partial[b] = sums;
     });
     PolicySums sums;

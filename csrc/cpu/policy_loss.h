@@ -72,14 +72,13 @@ static inline bool any_beyond(L largest_square) {
   return any != 0;
 }
 
-// Sums z and, for approx_kl_k3, e^z - 1 - z. Policies move little between updates, and then a
-// short series is enough for the second; a block of tokens where one moved far is summed again.
-// Lanes without a token hold z = 0, which adds nothing to either.
+// Returns the sum of z and adds e^z - 1 - z, for approx_kl_k3, to `k3`. Policies move little
+// between updates, and then a short series is enough for the second; a block of tokens where one
+// moved far is summed again. Lanes without a token hold z = 0, which adds nothing to either.
 template <class T, class At>
-static inline void sum_log_ratios(const T* now, const T* old, At at, int64_t length, double* z_sum,
-                                  double* k3_sum) {
+static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t length, Sum<T>& k3) {
   constexpr int64_t kTokens = 256;
-  Sum<T> z, k3;
+  Sum<T> z;
   for (int64_t begin = 0; begin < length; begin += kTokens) {
     const int64_t end = begin + kTokens < length ? begin + kTokens : length;
     Lanes<T> series{}, largest{};
@@ -99,8 +98,7 @@ static inline void sum_log_ratios(const T* now, const T* old, At at, int64_t len
       k3.add(series);
     }
   }
-  *z_sum = z.total();
-  *k3_sum = k3.total();
+  return z.total();
 }
 
 // Writes the gradient of every token: `same` times its own weight plus the KL part. Adds up the KL
@@ -129,17 +127,17 @@ static inline void differentiate(const PolicyCall<T>& call, At at, int64_t lengt
   *zero_count = zeros;
 }
 
-// Adds one non-empty step to `sums` and writes the gradients of its tokens. `step` indexes per-step
-// weights. Returns log rho.
+// Adds one non-empty step to `sums` and `k3`, the sum of a task that is added to its `sums` last,
+// and writes the gradients of its tokens. `step` indexes per-step weights. Returns log rho.
 template <class T, class At>
 static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, int64_t step,
-                              double advantage, double weight, PolicySums& sums) {
+                              double advantage, double weight, PolicySums& sums, Sum<T>& k3) {
   const PolicyConfig& config = call.config;
   const double n = static_cast<double>(length);
   const double scale = ratio_scale(config.ratio, n);
-  double z = 0, k3 = 0;
+  double z = 0;
   if (call.old_log_probs != nullptr) {
-    sum_log_ratios(call.log_probs, call.old_log_probs, at, length, &z, &k3);
+    z = sum_log_ratios(call.log_probs, call.old_log_probs, at, length, k3);
   }
   const double log_ratio = call.center + scale * (z - call.center * n);
   const StepLoss loss = step_loss(log_ratio, advantage, config);
@@ -157,7 +155,6 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   sums.clipped_high += loss.is_clipped && advantage > 0;
   sums.clipped_tokens += loss.is_clipped ? n : 0;
   sums.z += z;
-  sums.k3 += k3;
   sums.steps += 1;
   sums.tokens += n;
 

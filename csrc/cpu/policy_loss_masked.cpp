@@ -111,18 +111,21 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
     Buffer<PolicySums> partial(blocks);
     parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
       PolicySums sums;
+      Sum<T> k3;
       const auto add = [&](Run run) {
         const int64_t length = run.end - run.begin;
         const double count =
             by_row ? static_cast<double>(counts[run.begin / row_length].runs) : 1.0;
         const double weight = step_weight(config.reduction, static_cast<double>(length), count);
-        add_step(call, Contiguous{run.begin}, length, 0, call.advantages[run.begin], weight, sums);
+        add_step(call, Contiguous{run.begin}, length, 0, call.advantages[run.begin], weight, sums,
+                 k3);
       };
       const auto clear = [&](int64_t first, int64_t last) {
         if (call.grad_log_probs != nullptr) fill(call.grad_log_probs, first, last, zero);
         if (call.grad_entropy != nullptr) fill(call.grad_entropy, first, last, zero);
       };
       for_steps(mask, row_length, begin, end, add, clear);
+      sums.k3 = k3.total();
       partial[b] = sums;
     });
     PolicySums sums;

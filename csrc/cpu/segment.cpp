@@ -148,14 +148,16 @@ void segment_rows(const bool* mask, const bool* valid, int64_t num_rows, int64_t
                   int32_t* step_ids, int64_t* row_steps, int64_t* counts, int threads) {
   Buffer<int64_t> actions(num_rows);
   parallel_for(num_rows, threads, [&](int64_t row) {
-    const bool kept = valid == nullptr || valid[row];
-    const bool* in = mask + row * row_length;
     int32_t* out = step_ids + row * row_length;
     int64_t found = 0;
-    for (int64_t t = 0; t < row_length; ++t) {
-      const bool action = kept && in[t];
-      out[t] = action ? static_cast<int32_t>(row) : -1;
-      found += action;
+    if (valid == nullptr || valid[row]) {
+      // Without a branch: masks may be anything.
+      const bool* in = mask + row * row_length;
+      const int32_t above = static_cast<int32_t>(row) + 1;
+      for (int64_t t = 0; t < row_length; ++t) out[t] = above * in[t] - 1;
+      found = count_runs(mask, row * row_length, (row + 1) * row_length, false).tokens;
+    } else {
+      fill(out, 0, row_length, int32_t{-1});
     }
     actions[row] = found;
     row_steps[row] = row;
@@ -184,7 +186,7 @@ void mark_actions(const int64_t* token_ids, const int64_t* row_offsets, const in
 void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int64_t num_actions,
              int64_t* token_index, int64_t* step_offsets, int32_t* step_lengths, int threads) {
   const int64_t blocks = ceil_div(num_tokens, kBlock);
-  Buffer<int64_t> ranks(blocks), last_ids(blocks);
+  Buffer<int64_t> ranks(blocks + 1), last_ids(blocks);
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t found = 0, last = -1;
     for (int64_t i = begin; i < end; ++i) {
@@ -194,7 +196,7 @@ void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int
     ranks[b] = found;
     last_ids[b] = last;
   });
-  prefix(ranks, blocks);
+  ranks[blocks] = prefix(ranks, blocks);
   int64_t last = -1;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t here = last_ids[b];
@@ -203,6 +205,7 @@ void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int
   }
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t rank = ranks[b], id = last_ids[b];
+    const int64_t last_rank = ranks[b + 1];
     // Most batches of tokens lie within a step or outside of all.
     constexpr int64_t kBatch = 32;
     for (int64_t i = begin; i < end;) {
@@ -216,10 +219,11 @@ void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int
         for (int k = 0; k < kBatch; ++k) token_index[rank + k] = i + k;
         rank += kBatch;
       }
-      for (; !same && i < stop; ++i) {
-        if (step_ids[i] < 0) continue;
+      // Each token is written and kept only if it is an action's: a branch would be a gamble.
+      for (; !same && i < stop && rank < last_rank; ++i) {
+        token_index[rank] = i;
         while (id < step_ids[i]) step_offsets[++id] = rank;
-        token_index[rank++] = i;
+        rank += step_ids[i] >= 0;
       }
       i = stop;
     }
