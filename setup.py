@@ -23,7 +23,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Chosen at run time (csrc/cpu/dispatch.cpp); never -march=native.
 ISAS = {"baseline": []}
 if X86:
-    ISAS["avx2"] = ["-mavx2", "-mfma", "-mbmi2"]
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
     ISAS["avx512"] = [
         *ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
         "-mprefer-vector-width=512",
@@ -37,11 +37,17 @@ ONCE = [ROOT / "csrc/cpu/dispatch.cpp", ROOT / "csrc/cpu/parallel.cpp"]
 BINDINGS = ROOT / "python/bindings_cpu.cpp"
 
 
+def compilers():
+    """Return the C++ compilers to look for: that of CXX, or those that machines have."""
+    named = os.environ.get("CXX", "").strip()
+    return [named] if named else ["c++", "g++", "clang++"]
+
+
 def find_compiler():
     """Return the C++ compiler as a list of words, or None."""
-    for words in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        if words and shutil.which(shlex.split(words)[0]):
-            return shlex.split(words)
+    for words in map(shlex.split, compilers()):
+        if shutil.which(words[0]):
+            return words
     return None
 
 
@@ -55,7 +61,7 @@ class BuildWithNinja(build_ext):
         missing.unlink(missing_ok=True)
         compiler = find_compiler()
         if compiler is None:
-            note = "not built: no C++ compiler (CXX, c++, g++, clang++) when it was installed"
+            note = f"not built: no C++ compiler ({', '.join(compilers())}) when it was installed"
             missing.parent.mkdir(parents=True, exist_ok=True)
             missing.write_text(note + "\n")
             print(f"steppo_kernels: the C++ backend is {note}", file=sys.stderr)

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.doc() = "CPU kernels of steppo_kernels on raw pointers; see csrc/include/steppo/cpu_ops.inc";
   m.def("isa", &steppo::cpu::isa);
   m.def("isas", &steppo::cpu::isas);
+  m.def("multiplies_bf16", &steppo::cpu::multiplies_bf16);
   m.def("compiler", [] { return STEPPO_COMPILER; });
   def(m, "segment_mask", steppo::cpu::segment_mask);
   def(m, "segment_ids", steppo::cpu::segment_ids);
@@ -19,4 +20,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   def(m, "value_loss", steppo::cpu::value_loss);
   def(m, "policy_loss", steppo::cpu::policy_loss);
   def(m, "policy_loss_masked", steppo::cpu::policy_loss_masked);
+  def(m, "token_log_probs", steppo::cpu::token_log_probs);
+  def(m, "token_log_probs_backward", steppo::cpu::token_log_probs_backward);
+  def(m, "head_logits", steppo::cpu::head_logits);
 }

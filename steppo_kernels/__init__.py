@@ -5,9 +5,13 @@ from .broadcast import broadcast_to_tokens
 from .config import StepPOConfig
 from .gae import step_gae
 from .layout import StepLayout
+from .linear_steppo_loss import linear_steppo_loss
+from .linear_token_log_probs import linear_token_log_probs
+from .logits_loss import steppo_loss_from_logits
 from .modules import StepPOLoss, StepValueLoss
 from .outputs import Metrics, StepAdvantages, StepPOOutput
 from .policy_loss import steppo_loss
+from .token_log_probs import token_log_probs
 from .value_loss import step_value_loss
 
 __all__ = [
@@ -20,7 +24,11 @@ __all__ = [
     "StepValueLoss",
     "__version__",
     "broadcast_to_tokens",
+    "linear_steppo_loss",
+    "linear_token_log_probs",
     "step_gae",
     "step_value_loss",
     "steppo_loss",
+    "steppo_loss_from_logits",
+    "token_log_probs",
 ]

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,12 +20,17 @@ _PACKAGE = Path(__file__).parent
 
 @functools.cache
 def why_not_cpu() -> str | None:
-    """Return why the C++ backend cannot run here, or None if it can."""
+    """Return why the C++ backend cannot run here, or None if it can.
+
+    Raises:
+        ValueError: the environment variable STEPPO_ISA asks for what this CPU does not run.
+    """
     try:
-        importlib.import_module("steppo_kernels._C_cpu")
+        module: Any = importlib.import_module("steppo_kernels._C_cpu")
     except ImportError as error:
         note = _PACKAGE / "_C_cpu.missing"
         return note.read_text().strip() if note.exists() else f"not built: {error}"
+    module.isa()
     return None
 
 

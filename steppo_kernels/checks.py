@@ -7,7 +7,7 @@ one; only `flags`, while a layout is built, does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ def integer(name: str, value: object, device: torch.device | None = None) -> Ten
     return checked if device is None else on_device(name, checked, device)
 
 
+def integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
+    """Return an integer tensor, or a sequence of integers as one."""
+    if isinstance(value, Tensor):
+        return integer(name, value)
+    try:
+        made = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected integers") from error
+    return integer(name, made) if made.numel() else made.to(torch.int64)
+
+
 def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:
     """Return `value` if it lies on `device`."""
     if value.device != device:
@@ -52,6 +63,13 @@ def dims(name: str, value: Tensor, allowed: Iterable[int]) -> Tensor:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, expected {_or(allowed)} dimensions"
         )
+    return value
+
+
+def same_shape(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """Return `value` if it has this shape."""
+    if value.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}")
     return value
 
 
@@ -95,7 +113,7 @@ def steps_or_tokens(
 
 
 def flags(
-    name: str, value: object, allowed: tuple[int, ...], device: torch.device | None = None, *,
+    name: str, value: object, allowed: Iterable[int], device: torch.device | None = None, *,
     wait: bool = True,
 ) -> Tensor:  # fmt: skip
     """Return a bool, or int or float 0/1, tensor as bool.
@@ -116,6 +134,52 @@ def flags(
         bad = checked[ones.to(checked.dtype) != checked][0].item()
         raise ValueError(f"{name}: got the value {bad}, expected only 0 and 1")
     return ones
+
+
+def row_mask(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """Return a bool or 0/1 tensor with as many elements as `shape` as flat bool."""
+    checked = flags(name, value, range(65), device, wait=False)
+    if checked.numel() != shape.numel():
+        raise ValueError(
+            f"{name}: got shape {tuple(checked.shape)}, expected the token shape {tuple(shape)} "
+            "or a view of it"
+        )
+    return checked.reshape(-1).contiguous()
+
+
+def token_ids(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """Return an integer tensor with as many elements as `shape`, flat and int64."""
+    checked = integer(name, value, device)
+    if checked.numel() != shape.numel():
+        raise ValueError(
+            f"{name}: got shape {tuple(checked.shape)}, expected the token shape {tuple(shape)} "
+            "or a view of it"
+        )
+    return checked.reshape(-1).to(torch.int64).contiguous()
+
+
+def temperature(
+    name: str, value: object, shape: torch.Size, device: torch.device, mask: Tensor | None = None
+) -> tuple[Tensor | None, float]:
+    """Return temperatures above 0 as (fp64 ``[N]``, 1) if they are by token, else (None, number).
+
+    Where `mask` (bool ``[N]``) is False, they may be anything. Values on a GPU are not looked at.
+    """
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number or tensor")
+        _finite(name, value, positive=True)
+        return None, float(value)
+    checked = tokens(name, value, shape, device, torch.float64).detach()
+    if checked.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~((checked > 0) & checked.isfinite())
+        if mask is not None:
+            bad &= mask
+        if bool(bad.any()):
+            raise ValueError(
+                f"{name}: got {checked[bad][0].item()}, expected finite numbers above 0"
+            )
+    return checked, 1.0
 
 
 def vector(

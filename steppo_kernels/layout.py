@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, segment
+from . import _csr, _rows, checks, segment
 from .backends import Backend, resolve
 
 
@@ -115,10 +114,10 @@ class StepLayout:
             ValueError, TypeError: naming the argument.
         """
         flags = checks.flags("mask", mask, (1, 2))
-        rows = _row_offsets("mask", flags, cu_seqlens)
+        rows = _rows.row_offsets("mask", flags, cu_seqlens)
         if boundaries is not None:
             boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
-            _same_shape("boundaries", boundaries, flags.shape)
+            boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
             boundaries = boundaries.reshape(-1).contiguous()
         chosen = resolve(backend, flags.device)
         found = segment.segment_mask(flags.reshape(-1).contiguous(), boundaries, rows, chosen)
@@ -143,7 +142,7 @@ class StepLayout:
             ValueError, TypeError: naming the argument; also for an id that decreases.
         """
         ids = checks.dims("step_ids", checks.integer("step_ids", step_ids), (1, 2))
-        rows = _row_offsets("step_ids", ids, cu_seqlens)
+        rows = _rows.row_offsets("step_ids", ids, cu_seqlens)
         if ids.numel() and int(ids.min()) < -1:
             raise ValueError(f"step_ids: got {int(ids.min())}, expected ids >= 0, or -1 for none")
         chosen = resolve(backend, ids.device)
@@ -182,13 +181,11 @@ class StepLayout:
         device = flags.device
         if valid is not None:
             valid = checks.flags("valid", valid, (1,), device)
-            _same_shape("valid", valid, torch.Size((num_rows,)))
-            valid = valid.contiguous()
+            valid = checks.same_shape("valid", valid, torch.Size((num_rows,))).contiguous()
         chosen = resolve(backend, device)
         found = segment.segment_rows(flags.contiguous(), valid, chosen)
         keep = torch.arange(num_rows) if valid is None else valid.cpu().nonzero().squeeze(1)
-        codes = _trajectory_codes(trajectory_ids, num_rows, keep)
-        steps, offsets = _order_rows(codes, _step_indices(step_indices, num_rows)[keep], keep)
+        steps, offsets = _rows.in_time_order(trajectory_ids, step_indices, keep, num_rows)
         starts = torch.arange(num_rows, device=device) * row_length
         layout = cls._assemble(
             found,
@@ -196,7 +193,7 @@ class StepLayout:
             chosen,
             num_steps=num_rows,
             num_tokens=int(found.counts[0]),
-            row_offsets=_uniform_offsets(num_rows, row_length, device),
+            row_offsets=_rows.uniform_offsets(num_rows, row_length, device),
             trajectory_steps=steps.to(device),
             trajectory_offsets=offsets.to(device),
             state_index=starts,
@@ -231,9 +228,8 @@ class StepLayout:
             ValueError, TypeError: naming the argument.
         """
         ids = checks.dims("token_ids", checks.integer("token_ids", token_ids), (1, 2))
-        rows = _row_offsets("token_ids", ids, cu_seqlens)
-        marker = start if isinstance(start, Tensor) else _int_tensor("start", start)
-        marker = checks.dims("start", checks.integer("start", marker), (1,)).to(ids.device)
+        rows = _rows.row_offsets("token_ids", ids, cu_seqlens)
+        marker = checks.dims("start", checks.integers("start", start), (1,)).to(ids.device)
         if marker.numel() == 0:
             raise ValueError("start: got an empty sequence, expected at least one token id")
         if isinstance(end, bool) or not isinstance(end, int):
@@ -259,8 +255,8 @@ class StepLayout:
         step_ids = torch.full_like(self.step_ids, -1)
         step_ids.view(-1)[self.token_index] = ranks.to(torch.int32)
         lengths = self.step_lengths.to(torch.int64)[self.trajectory_steps]
-        steps = _ranges(self.step_offsets[self.trajectory_steps], lengths)
-        offsets = _prefix(lengths)[self.trajectory_offsets]
+        steps = _csr.ranges(self.step_offsets[self.trajectory_steps], lengths)
+        offsets = _csr.prefix(lengths)[self.trajectory_offsets]
         ones = torch.ones(num_tokens, dtype=torch.int32, device=device)
         return StepLayout(
             step_ids=step_ids,
@@ -269,7 +265,7 @@ class StepLayout:
             step_lengths=ones,
             trajectory_steps=steps,
             trajectory_offsets=offsets,
-            trajectory_counts=_count_nonempty(ones, steps, offsets, num_tokens),
+            trajectory_counts=_csr.count_nonempty(ones, steps, offsets, num_tokens),
             state_index=self.token_index,
             row_offsets=self.row_offsets,
         )
@@ -283,11 +279,11 @@ class StepLayout:
         device = self.device
         steps, groups = self.trajectory_steps, self.num_trajectories
         lengths = self.step_lengths.to(torch.int64)[steps]
-        offsets = _prefix(lengths)[self.trajectory_offsets]
+        offsets = _csr.prefix(lengths)[self.trajectory_offsets]
         owner = torch.repeat_interleave(
             torch.arange(groups, device=device, dtype=torch.int32), offsets.diff()
         )
-        index = self.token_index[_ranges(self.step_offsets[steps], lengths)]
+        index = self.token_index[_csr.ranges(self.step_offsets[steps], lengths)]
         step_ids = torch.full_like(self.step_ids, -1)
         step_ids.view(-1)[index] = owner
         state_index = torch.zeros(groups, dtype=torch.int64, device=device)
@@ -301,7 +297,7 @@ class StepLayout:
             step_offsets=offsets,
             step_lengths=step_lengths,
             trajectory_steps=kept,
-            trajectory_offsets=_prefix(has_steps.to(torch.int64)),
+            trajectory_offsets=_csr.prefix(has_steps.to(torch.int64)),
             trajectory_counts=(step_lengths > 0).to(torch.int32),
             state_index=state_index,
             row_offsets=self.row_offsets,
@@ -353,7 +349,7 @@ class StepLayout:
             step_lengths=lengths,
             trajectory_steps=trajectory_steps,
             trajectory_offsets=trajectory_offsets,
-            trajectory_counts=_count_nonempty(
+            trajectory_counts=_csr.count_nonempty(
                 lengths, trajectory_steps, trajectory_offsets, num_steps
             ),
             # Without empty steps, the first token of a step is where its state is valued.
@@ -367,141 +363,3 @@ def require_layout(value: object) -> StepLayout:
     if not isinstance(value, StepLayout):
         raise TypeError(f"layout: got {type(value).__name__}, expected a StepLayout")
     return value
-
-
-def _same_shape(name: str, value: Tensor, shape: torch.Size) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(shape)}")
-
-
-def _uniform_offsets(num_rows: int, row_length: int, device: torch.device) -> Tensor:
-    return torch.arange(num_rows + 1, device=device) * row_length
-
-
-def _row_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    if cu_seqlens is None:
-        if values.dim() == 2:
-            return _uniform_offsets(values.shape[0], values.shape[1], values.device)
-        return _uniform_offsets(1, values.shape[0], values.device)
-    offsets = checks.dims("cu_seqlens", checks.integer("cu_seqlens", cu_seqlens), (1,))
-    checks.on_device("cu_seqlens", offsets, values.device)
-    if values.dim() != 1:
-        raise ValueError(
-            f"cu_seqlens: got it with {name} of shape {tuple(values.shape)}, expected a packed "
-            "1-D input"
-        )
-    numel = values.numel()
-    ends = (0, numel)
-    if offsets.numel() < 1 or (int(offsets[0]), int(offsets[-1])) != ends:
-        raise ValueError(
-            f"cu_seqlens: got {_ends(offsets)}, expected offsets from 0 to {numel}, the number of "
-            "tokens"
-        )
-    if bool((offsets.diff() < 0).any()):
-        where = int((offsets.diff() < 0).nonzero()[0])
-        raise ValueError(
-            f"cu_seqlens: got {int(offsets[where + 1])} after {int(offsets[where])} at position "
-            f"{where + 1}, expected offsets that do not decrease"
-        )
-    return offsets.to(torch.int64).contiguous()
-
-
-def _ends(offsets: Tensor) -> str:
-    if offsets.numel() == 0:
-        return "an empty tensor"
-    return f"offsets from {int(offsets[0])} to {int(offsets[-1])}"
-
-
-def _int_tensor(name: str, values: Sequence[int]) -> Tensor:
-    try:
-        made = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: got {type(values).__name__}, expected integers") from error
-    if made.numel() == 0:
-        return made.to(torch.int64)
-    return checks.integer(name, made)
-
-
-def _step_indices(values: Tensor | Sequence[int], num_rows: int) -> Tensor:
-    made = values if isinstance(values, Tensor) else _int_tensor("step_indices", values)
-    indices = checks.integer("step_indices", made).cpu()
-    _same_shape("step_indices", indices, torch.Size((num_rows,)))
-    return indices.to(torch.int64)
-
-
-def _trajectory_codes(
-    ids: Tensor | Sequence[int] | Sequence[str], num_rows: int, keep: Tensor
-) -> Tensor:
-    """Return the trajectories of rows `keep` as 0, 1, ... in the order of first appearance."""
-    if not isinstance(ids, Iterable) or isinstance(ids, str):
-        raise TypeError(
-            f"trajectory_ids: got {type(ids).__name__}, expected a tensor or a sequence of "
-            "integers or strings"
-        )
-    values: Tensor | list[Any] = (
-        checks.integer("trajectory_ids", ids) if isinstance(ids, Tensor) else list(ids)
-    )
-    shape = tuple(values.shape) if isinstance(values, Tensor) else (len(values),)
-    if shape != (num_rows,):
-        raise ValueError(f"trajectory_ids: got shape {shape}, expected {(num_rows,)}")
-    if isinstance(values, Tensor):
-        distinct, codes = torch.unique(values.cpu()[keep], return_inverse=True)
-        first = torch.full_like(distinct, num_rows, dtype=torch.int64)
-        first.scatter_reduce_(0, codes, torch.arange(len(codes)), "amin")
-        return first.argsort().argsort()[codes]
-    for kind in set(map(type, values)):
-        if kind is bool or not (issubclass(kind, str) or hasattr(kind, "__index__")):
-            raise TypeError(
-                f"trajectory_ids: got an entry of type {kind.__name__}, expected integers or "
-                "strings"
-            )
-    numbers: dict[object, int] = {}
-    keys = [value if isinstance(value, str) else operator.index(value) for value in values]
-    kept = [numbers.setdefault(keys[row], len(numbers)) for row in keep.tolist()]
-    return torch.tensor(kept, dtype=torch.int64)
-
-
-def _order_rows(codes: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `rows` sorted by (trajectory code, step index), and the CSR offsets of the codes."""
-    by_index = torch.argsort(indices, stable=True)
-    order = by_index[torch.argsort(codes[by_index], stable=True)]
-    codes, indices, rows = codes[order], indices[order], rows[order]
-    same = (codes.diff() == 0) & (indices.diff() == 0)
-    if bool(same.any()):
-        where = int(same.nonzero()[0])
-        raise ValueError(
-            f"step_indices: got step {int(indices[where])} of one trajectory in rows "
-            f"{int(rows[where])} and {int(rows[where + 1])}, expected distinct steps"
-        )
-    starts = torch.ones(len(codes), dtype=torch.bool)
-    starts[1:] = codes.diff() != 0
-    return rows, torch.cat((starts.nonzero().squeeze(1), torch.tensor([len(codes)])))
-
-
-def _count_nonempty(
-    lengths: Tensor, steps: Tensor, trajectory_offsets: Tensor, num_steps: int
-) -> Tensor:
-    """Return for each step the number of non-empty steps in its trajectory, int32 ``[S]``.
-
-    `lengths` is indexed by `steps`.
-    """
-    nonempty = _prefix((lengths[steps] > 0).to(torch.int64))
-    per_trajectory = nonempty[trajectory_offsets].diff()
-    counts = torch.zeros(num_steps, dtype=torch.int32, device=steps.device)
-    counts[steps] = torch.repeat_interleave(
-        per_trajectory, trajectory_offsets.diff(), output_size=steps.numel()
-    ).to(torch.int32)
-    return counts
-
-
-def _prefix(counts: Tensor) -> Tensor:
-    """Return the CSR offsets of `counts`: 0, then the running sums."""
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-
-
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Return starts[0], starts[0] + 1, ..., `lengths[0]` of them, then those of starts[1], ..."""
-    offsets = _prefix(lengths)
-    total = int(offsets[-1])
-    shift = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=total)
-    return torch.arange(total, device=starts.device) + shift

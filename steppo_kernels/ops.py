@@ -237,6 +237,79 @@ def policy_loss_masked(
     return _loss_outputs(log_probs, need_grad, need_entropy_grad)
 
 
+_HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"
+
+
+@_operator(
+    "token_log_probs",
+    f"(Tensor logits, Tensor token_ids, {_HEAD}, bool need_entropy, str backend) "
+    "-> (Tensor log_probs, Tensor entropy, Tensor log_sum_exp)",
+)
+def token_log_probs(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperatures: Tensor | None,
+    temperature: float, softcap: float, need_entropy: bool, backend: str,
+) -> Any:  # fmt: skip
+    """Fake: see `steppo_kernels.token_log_probs`.
+
+    `logits` ``[B, T, V]`` of any floating dtype may be strided, but for its last dimension;
+    `token_ids` (int64), `mask` (bool) and `temperatures` are ``[B * T]``. With z the logits, capped
+    (`softcap` 0 is off) and divided by `temperatures` or, without them, by `temperature`, the row
+    has the log-prob z_y - log_sum_exp and the entropy log_sum_exp - sum p z. The outputs are
+    ``[B * T]`` in the dtype of the computation (fp64 for fp64 logits, else fp32), 0 where `mask` is
+    False, and `entropy` is empty where not needed. `log_sum_exp` is fp64: with logits around 1000
+    its fp32 rounding would be that of the probabilities. An id out of range is an error where the
+    backend can raise one, else NaN.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = token_ids.shape[0]
+    return (
+        logits.new_empty((rows,), dtype=dtype),
+        logits.new_empty((rows if need_entropy else 0,), dtype=dtype),
+        logits.new_empty((rows,), dtype=torch.float64),
+    )
+
+
+@_operator(
+    "token_log_probs",
+    f"(Tensor(a!) grad_logits, Tensor logits, Tensor token_ids, {_HEAD}, Tensor log_sum_exp, "
+    "Tensor? entropy, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? rows, str backend) "
+    "-> ()",
+)
+def token_log_probs_backward(
+    grad_logits: Tensor, logits: Tensor, token_ids: Tensor, mask: Tensor | None,
+    temperatures: Tensor | None, temperature: float, softcap: float, log_sum_exp: Tensor,
+    entropy: Tensor | None, grad_log_probs: Tensor, grad_entropy: Tensor | None,
+    rows: Tensor | None, backend: str,
+) -> Any:  # fmt: skip
+    """Fake: write the gradient of the logits into `grad_logits`, which may be `logits` itself.
+
+    With c and e the gradients of a row's log-prob and entropy H, p its probabilities and z as
+    above, d/dz_v = c [v = y] - p_v (c + e (z_v - log_sum_exp + H)); the rules of temperature and
+    softcap follow. Rows that are masked, or whose c and e are 0, are zeroed without being read.
+    `grad_logits` has the shape of `logits`, strides of its own, and its dtype or, on the CPU and of
+    fp32 logits, a half precision; where the two share memory, their rows begin at the same places.
+    With `rows` (int64 ``[n]``, n <= B * T), only rows 0 to n - 1 of `grad_logits` are written, row
+    j with the gradient of row ``rows[j]``; in shared memory ``rows[j]`` is j or at least n, and no
+    two are the same. `entropy` goes with `grad_entropy`.
+    """
+
+
+@_operator(
+    "lm_head",
+    "(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, str backend) -> ()",
+)
+def head_logits(
+    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> Any:
+    """Fake: write ``hidden @ weight.T + bias`` into `logits`.
+
+    `hidden` ``[n, d]`` and `logits` ``[n, V]`` are contiguous, `weight` ``[V, d]`` may be strided.
+    `logits` has the dtype of the others, or is fp32 and theirs a half precision: then products are
+    summed in fp32 and not rounded (`steppo_kernels.lm_head.logits_dtype` is what a backend does
+    well).
+    """
+
+
 def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         row_offsets.new_empty((num_tokens,), dtype=torch.int32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .objective import Objective, check_entropy, check_objective
 from .outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .reference import policy_loss as reference
 
-_DEFAULT_CONFIG = StepPOConfig()
+DEFAULT_CONFIG = StepPOConfig()
 
 # Whether the running backward was called with retain_graph; a torch without the answer says yes.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -28,7 +29,7 @@ def steppo_loss(
     advantages: Tensor,
     layout: StepLayout | Tensor,
     *,
-    config: StepPOConfig = _DEFAULT_CONFIG,
+    config: StepPOConfig = DEFAULT_CONFIG,
     ref_log_probs: Tensor | None = None,
     entropy: Tensor | None = None,
     is_weights: Tensor | None = None,
@@ -156,17 +157,19 @@ def run(
 
 
 def scaled(
-    grad: Tensor, grad_scale: Tensor, upstream: Tensor, shape: torch.Size, dtype: torch.dtype
+    grad: Tensor, upstream: Tensor, grad_scale: Tensor | None, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:
-    """Return a saved gradient times two 0-dim factors, in the shape and dtype of its input.
+    """Return a saved gradient times one or two 0-dim factors, in the shape and dtype of its input.
 
-    On the CPU the factors can be looked at without waiting, and in a plain ``loss.backward()``
-    they are 1: then the product is the gradient itself. The saved tensor may only be given away if
-    this is its last use.
+    If this is the last use of the saved tensor, it is multiplied in place and given away. On the
+    CPU the factors can be looked at without waiting, and in a plain ``loss.backward()`` they are 1:
+    then there is nothing to do.
     """
     is_last = not torch.compiler.is_compiling() and not _keeps_graph()
-    if not (is_last and grad.device.type == "cpu" and upstream.item() == grad_scale.item() == 1.0):
-        grad = grad * (upstream * grad_scale)
+    factors = [upstream] if grad_scale is None else [upstream, grad_scale]
+    if not (is_last and grad.device.type == "cpu" and all(f.item() == 1.0 for f in factors)):
+        factor = functools.reduce(torch.mul, factors)
+        grad = grad.mul_(factor) if is_last else grad * factor
     return grad.view(shape).to(dtype)
 
 
@@ -202,9 +205,9 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_entropy, grad_scale = ctx.saved_tensors
         return (
-            None if grad is None else scaled(grad, grad_scale, grad_loss, *ctx.log_probs),
+            None if grad is None else scaled(grad, grad_loss, grad_scale, *ctx.log_probs),
             None
             if grad_entropy is None
-            else scaled(grad_entropy, grad_scale, grad_loss, *ctx.entropy),
+            else scaled(grad_entropy, grad_loss, grad_scale, *ctx.entropy),
             None,
         )

@@ -106,4 +106,4 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_scale = ctx.saved_tensors
-        return scaled(grad, grad_scale, grad_loss, *ctx.values), None, None
+        return scaled(grad, grad_loss, grad_scale, *ctx.values), None, None

@@ -19,7 +19,7 @@ from steppo_kernels.cli.validate.draw import Draw, border
 from steppo_kernels.cli.validate.run import relative_error
 from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
 from steppo_kernels.outputs import POLICY_METRICS
-from steppo_kernels.reference import policy_loss, value_loss
+from steppo_kernels.reference import policy_loss, token_log_probs, value_loss
 
 CPU = torch.device("cpu")
 Spoil = Callable[..., Any]
@@ -68,6 +68,53 @@ def _value_loss(*args: Any) -> tuple[Tensor, ...]:
     return loss.detach(), metrics, grad.detach(), loss.new_ones(()).detach()
 
 
+def _token_log_probs(
+    logits, token_ids, mask, temperatures, temperature, softcap, need_entropy
+) -> tuple[Tensor, ...]:
+    z = _scaled(logits, temperatures, temperature)
+    rows = _rows(mask, token_ids)
+    found = token_log_probs.token_log_probs(z, token_ids, rows, 1.0, softcap, z.dtype)
+    log_sum_exp = torch.logsumexp(z.double(), -1)
+    return found[0], found[1] if need_entropy else found[1][:0], log_sum_exp
+
+
+def _token_log_probs_backward(
+    out, logits, token_ids, mask, temperatures, temperature, softcap, log_sum_exp, entropy, grad,
+    grad_entropy, rows,
+) -> None:  # fmt: skip
+    leaf = logits.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        z = _scaled(leaf, temperatures, temperature)
+        used = _rows(mask, token_ids)
+        one, other = token_log_probs.token_log_probs(z, token_ids, used, 1.0, softcap, z.dtype)
+        total = (
+            (one * grad).sum()
+            if grad_entropy is None
+            else ((one * grad + other * grad_entropy).sum())
+        )
+        (found,) = torch.autograd.grad(total, leaf)
+    found = found.reshape(-1, found.shape[-1]).to(out.dtype)
+    if rows is None:
+        out.copy_(found.view(out.shape))
+    else:
+        out[0, : len(rows)] = found[rows]
+
+
+def _scaled(logits, temperatures, temperature) -> Tensor:
+    z = logits.reshape(-1, logits.shape[-1])
+    z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return z / (temperature if temperatures is None else temperatures[:, None].to(z.dtype))
+
+
+def _rows(mask, token_ids) -> Tensor:
+    return torch.arange(len(token_ids)) if mask is None else mask.nonzero().squeeze(1)
+
+
+def _head_logits(logits, hidden, weight, bias) -> None:
+    found = hidden.to(logits.dtype) @ weight.to(logits.dtype).t()
+    logits.copy_(found if bias is None else found + bias)
+
+
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Stand the reference in for the CPU backend, with one operator spoiled."""
@@ -76,6 +123,9 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         "policy_loss": _policy_loss,
         "policy_loss_masked": _policy_loss_masked,
         "value_loss": _value_loss,
+        "token_log_probs": _token_log_probs,
+        "token_log_probs_backward": _token_log_probs_backward,
+        "head_logits": _head_logits,
     }
 
     def set_wrong(wrong: str = "", spoil: Spoil = lambda *outputs: outputs) -> None:
@@ -88,6 +138,10 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             def spoiled(*args: Any) -> Any:
                 outputs = run(*args)
+                if outputs is None:
+                    # What it computes is written into its first argument.
+                    spoil(args[0])
+                    return None
                 return spoil(*outputs) if isinstance(outputs, tuple) else spoil(outputs)
 
             return spoiled
@@ -190,6 +244,14 @@ WRONG = [
     ("steppo_loss (mask)", "policy_loss_masked", _entry(1, _off)),
     ("steppo_loss (mask)", "policy_loss_masked", _entry(2, _off)),
     ("steppo_loss (mask)", "policy_loss_masked", _entry(3, _off)),
+    ("token_log_probs", "token_log_probs", _entry(0, _off)),
+    ("token_log_probs", "token_log_probs", _entry(1, _off)),
+    ("token_log_probs", "token_log_probs_backward", lambda out: out.mul_(1 + 1e-4)),
+    ("token_log_probs", "token_log_probs_backward", lambda out: out.add_(1e-30)),
+    ("steppo_loss_from_logits", "token_log_probs_backward", lambda out: out.mul_(1 + 1e-4)),
+    ("linear_token_log_probs", "head_logits", lambda out: out.mul_(1 + 1e-4)),
+    ("linear_steppo_loss", "token_log_probs_backward", lambda out: out.mul_(1 + 1e-3)),
+    ("linear_steppo_loss", "head_logits", lambda out: out.mul_(1 + 1e-3)),
 ]
 
 

@@ -54,7 +54,11 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    try:
+        backends.why_not_cpu()
+    except ValueError as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
 
 
 @main.command()

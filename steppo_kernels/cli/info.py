@@ -15,8 +15,6 @@ from rich.table import Table
 
 from .. import __version__, backends
 
-# The copies of each kernel that setup.py compiles, by machine; csrc/cpu/dispatch.cpp takes one.
-
 
 def collect() -> dict[str, Any]:
     """Return versions, backends and devices, as JSON can hold them."""

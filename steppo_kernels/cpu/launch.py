@@ -21,6 +21,9 @@ def pointer(value: Tensor | None) -> int:
     return value.data_ptr()
 
 
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
 def dtype_code(value: Tensor) -> int:
     """Return the number of a dtype in csrc/include/steppo/types.h."""
-    return 1 if value.dtype == torch.float64 else 0
+    return _DTYPES[value.dtype]

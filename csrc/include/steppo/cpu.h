@@ -21,11 +21,14 @@ namespace avx512 {
 #endif
 
 // The instruction set that runs: "avx512", "avx2" or "baseline". The environment variable
-// STEPPO_ISA lowers it.
+// STEPPO_ISA lowers it; std::invalid_argument says so if it asks for what this CPU does not run.
 const char* isa();
 
 // The instruction sets that were compiled.
 const char* isas();
+
+// Whether head_logits runs here: it takes AVX512_BF16, and there is no other form of it.
+bool multiplies_bf16();
 
 #define STEPPO_OP(name) extern decltype(&baseline::name) const name;
 #include "steppo/cpu_op_names.inc"

@@ -14,7 +14,8 @@
 
 namespace steppo {
 
-enum DType : int { kFloat32 = 0, kFloat64 = 1 };
+// The last two are dtypes of logits only.
+enum DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
 enum Ratio : int { kGeometric = 0, kProduct = 1, kCentered = 2 };
 

@@ -1,0 +1,281 @@
+// Long rows of any floating dtype, read and written as pairs of vectors as wide as the machine's.
+#pragma once
+
+#include <limits>
+
+#include "lanes.h"
+#include "steppo/token_math.h"
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace steppo {
+
+namespace cpu::STEPPO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kRowBytes = 64;
+#else
+constexpr int kRowBytes = kVectorBytes;
+#endif
+typedef float RowLanes __attribute__((vector_size(kRowBytes)));
+typedef std::uint32_t RowBits __attribute__((vector_size(kRowBytes)));
+typedef std::int32_t RowMask __attribute__((vector_size(kRowBytes)));
+#if defined(__AVX512F__)
+// Masked forms of intrinsics: GCC 12 warns of the others that they use what is not initialised.
+constexpr __mmask16 kAll = 0xFFFF;
+#endif
+
+}  // namespace cpu::STEPPO_ISA
+
+#if defined(__AVX512F__)
+template <>
+struct Arithmetic<cpu::STEPPO_ISA::RowLanes> {
+  using Lanes = cpu::STEPPO_ISA::RowLanes;
+  using Mask = cpu::STEPPO_ISA::RowMask;
+  using Bits = cpu::STEPPO_ISA::RowBits;
+  STEPPO_FN Lanes select(Mask mask, Lanes yes, Lanes no) {
+    return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
+  }
+  STEPPO_FN ExpParts<Lanes> exp_parts(Lanes d) { return exp_parts_fp32(d); }
+};
+#endif
+
+namespace cpu::STEPPO_ISA {
+
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// What the logits of a dtype are computed in: one number, and as many as the machine takes at once.
+template <class In>
+struct RowType {
+  using Value = float;
+  using Lanes = RowLanes;
+};
+template <>
+struct RowType<double> {
+  using Value = double;
+  using Lanes = double;
+};
+template <class In>
+using RowValue = typename RowType<In>::Value;
+
+// Two vectors are read and written at once. Those of bf16 are the even and the odd elements: then
+// no element changes its place in its word.
+template <class L>
+struct Two {
+  L a, b;
+};
+template <class In>
+using RowTwo = Two<typename RowType<In>::Lanes>;
+template <class In>
+constexpr int kRowTwo =
+    2 * static_cast<int>(sizeof(typename RowType<In>::Lanes) / sizeof(typename RowType<In>::Value));
+
+// The larger one, for finite or infinite `low`; x if that is NaN.
+static inline RowLanes larger(RowLanes x, RowLanes low) {
+#if defined(__AVX512F__)
+  return (RowLanes)_mm512_maskz_max_ps(kAll, (__m512)low, (__m512)x);
+#elif defined(__AVX__)
+  return (RowLanes)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return Arithmetic<RowLanes>::select(x < low, low, x);
+#endif
+}
+static inline double larger(double x, double low) { return x < low ? low : x; }
+
+static inline double total(RowLanes x) {
+  double total = 0;
+  for (int k = 0; k < kRowTwo<float> / 2; ++k) total += x[k];
+  return total;
+}
+static inline double total(double x) { return x; }
+
+static inline double largest_of(RowLanes x) {
+  double largest = x[0];
+  for (int k = 1; k < kRowTwo<float> / 2; ++k) largest = x[k] > largest ? x[k] : largest;
+  return largest;
+}
+static inline double largest_of(double x) { return x; }
+
+// fp16, in the low half of a word, to fp32 and back (to nearest, ties to even), without branches.
+template <class T, class Bits>
+STEPPO_FN T half_to_float(Bits half) {
+  const Bits size = (half & 0x7FFFu) << 13;
+  T value;
+  std::memcpy(&value, &size, sizeof value);
+  value *= 5.192296858534828e33f;  // 2^112 moves the exponent to its place.
+  Bits bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const Bits is_special = (size + 0x00800000u) >> 28;  // inf or NaN
+  bits = bits | ((0u - is_special) & 0x7F800000u) | ((half & 0x8000u) << 16);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class Bits, class T>
+STEPPO_FN Bits half_bits(T x) {
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Bits size = bits & 0x7FFFFFFFu;
+  // All ones where the left number is less than the right one.
+  const auto less = [](Bits left, Bits right) { return 0u - ((left - right) >> 31); };
+  const Bits normal = (size - 0x38000000u + 0xFFFu + ((size >> 13) & 1u)) >> 13;
+  T above;
+  std::memcpy(&above, &size, sizeof above);
+  above += 0.5f;  // Its last bit is that of a subnormal.
+  Bits small;
+  std::memcpy(&small, &above, sizeof small);
+  small = small - 0x3F000000u;
+  const Bits is_small = less(size, Bits{} + 0x38800000u);
+  const Bits is_inf = less(Bits{} + 0x477FEFFFu, size), is_nan = less(Bits{} + 0x7F800000u, size);
+  Bits half = (small & is_small) | (normal & ~is_small);
+  half = (half & ~is_inf) | (0x7C00u & is_inf) | (0x0200u & is_nan);
+  return half | ((bits >> 16) & 0x8000u);
+}
+
+// To the upper half of a word, to nearest. Its lower half is arbitrary, and of a NaN the upper half
+// may only be that of a bf16.
+template <class Bits, class T>
+STEPPO_FN Bits bfloat_bits(T x) {
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits + 0x8000u;
+}
+
+static inline float number(const float& x) { return x; }
+static inline double number(const double& x) { return x; }
+static inline float number(const Half& x) {
+  return half_to_float<float>(static_cast<std::uint32_t>(x.bits));
+}
+static inline float number(const BFloat16& x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline void put(float* to, double x) { *to = static_cast<float>(x); }
+static inline void put(double* to, double x) { *to = x; }
+static inline void put(Half* to, double x) {
+  to->bits = static_cast<std::uint16_t>(half_bits<std::uint32_t>(static_cast<float>(x)));
+}
+static inline void put(BFloat16* to, double x) {
+  const auto bits = bfloat_bits<std::uint32_t>(static_cast<float>(x));
+  to->bits = static_cast<std::uint16_t>(bits >> 16);
+}
+
+template <class L, class In>
+static inline Two<L> load_plain(const In* from) {
+  Two<L> x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+static inline RowTwo<float> load(const float* from) { return load_plain<RowLanes>(from); }
+static inline RowTwo<double> load(const double* from) { return load_plain<double>(from); }
+static inline RowTwo<BFloat16> load(const BFloat16* from) {
+  RowBits words;
+  std::memcpy(&words, from, sizeof words);
+  return {(RowLanes)(words << 16), (RowLanes)(words & 0xFFFF0000u)};
+}
+
+static inline void store(float* to, const RowTwo<float>& x) { std::memcpy(to, &x, sizeof x); }
+static inline void store(double* to, const RowTwo<double>& x) { std::memcpy(to, &x, sizeof x); }
+static inline void store(BFloat16* to, const RowTwo<BFloat16>& x) {
+  const RowBits words =
+      (bfloat_bits<RowBits>(x.a) >> 16) | (bfloat_bits<RowBits>(x.b) & 0xFFFF0000u);
+  std::memcpy(to, &words, sizeof words);
+}
+
+#if defined(__AVX512F__)
+static inline RowTwo<Half> load(const Half* from) {
+  const auto* at = reinterpret_cast<const __m256i*>(from);
+  return {(RowLanes)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(at)),
+          (RowLanes)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(at + 1))};
+}
+static inline void store(Half* to, const RowTwo<Half>& x) {
+  auto* at = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(at, _mm512_maskz_cvtps_ph(kAll, (__m512)x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(at + 1, _mm512_maskz_cvtps_ph(kAll, (__m512)x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+static inline RowTwo<Half> load(const Half* from) {
+  const auto* at = reinterpret_cast<const __m128i*>(from);
+  return {(RowLanes)_mm256_cvtph_ps(_mm_loadu_si128(at)),
+          (RowLanes)_mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
+}
+static inline void store(Half* to, const RowTwo<Half>& x) {
+  auto* at = reinterpret_cast<__m128i*>(to);
+  _mm_storeu_si128(at, _mm256_cvtps_ph((__m256)x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(at + 1, _mm256_cvtps_ph((__m256)x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static inline RowTwo<Half> load(const Half* from) {
+  RowBits words;
+  std::memcpy(&words, from, sizeof words);
+  return {half_to_float<RowLanes>(RowBits(words & 0xFFFFu)),
+          half_to_float<RowLanes>(RowBits(words >> 16))};
+}
+static inline void store(Half* to, const RowTwo<Half>& x) {
+  const RowBits words = half_bits<RowBits>(x.a) | (half_bits<RowBits>(x.b) << 16);
+  std::memcpy(to, &words, sizeof words);
+}
+#endif
+
+// From fp32 to a half precision: the elements of `x` lie side by side, as those of fp32 do.
+typedef std::uint16_t NarrowBits __attribute__((vector_size(kRowBytes / 2)));
+static inline void store_rounded(BFloat16* to, const RowTwo<float>& x) {
+  const NarrowBits halves[2] = {
+      __builtin_convertvector(bfloat_bits<RowBits>(x.a) >> 16, NarrowBits),
+      __builtin_convertvector(bfloat_bits<RowBits>(x.b) >> 16, NarrowBits)};
+  std::memcpy(to, halves, sizeof halves);
+}
+static inline void store_rounded(Half* to, const RowTwo<float>& x) {
+  const NarrowBits halves[2] = {__builtin_convertvector(half_bits<RowBits>(x.a), NarrowBits),
+                                __builtin_convertvector(half_bits<RowBits>(x.b), NarrowBits)};
+  std::memcpy(to, halves, sizeof halves);
+}
+
+// Writes what was computed from logits of type In as Out, which is In or, of fp32, a half
+// precision.
+template <class In, class Out>
+static inline void store_from(Out* to, const RowTwo<In>& x) {
+  if constexpr (sizeof(In) == sizeof(Out)) {
+    store(to, x);
+  } else {
+    store_rounded(to, x);
+  }
+}
+
+// Fewer than a pair holds: the rest is 0, and nothing is read or written beyond.
+template <class In>
+static inline RowTwo<In> load(const In* from, int64_t count) {
+  In all[kRowTwo<In>] = {};
+  std::memcpy(all, from, sizeof(In) * static_cast<size_t>(count));
+  return load(all);
+}
+template <class In, class Out>
+static inline void store_from(Out* to, const RowTwo<In>& x, int64_t count) {
+  Out all[kRowTwo<In>];
+  store_from<In>(all, x);
+  std::memcpy(to, all, sizeof(Out) * static_cast<size_t>(count));
+}
+
+// The first `count` elements of a pair, the others (which are finite) -inf.
+template <class In>
+static inline RowTwo<In> first(const RowTwo<In>& x, int64_t count) {
+  In added[kRowTwo<In>];
+  for (int k = 0; k < kRowTwo<In>; ++k) {
+    put(&added[k], k < count ? 0.0 : -std::numeric_limits<double>::infinity());
+  }
+  const RowTwo<In> more = load(added);
+  return {x.a + more.a, x.b + more.b};
+}
+
+}  // namespace cpu::STEPPO_ISA
+}  // namespace steppo

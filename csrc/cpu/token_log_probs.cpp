@@ -1,0 +1,314 @@
+// Log-probs and entropies of tokens from their logits: see steppo_kernels/token_log_probs.py.
+#include <cmath>
+#include <limits>
+
+#include "pages.h"
+#include "row_lanes.h"
+
+namespace steppo::cpu::STEPPO_ISA {
+namespace {
+
+// The inputs of both passes; optional ones are null.
+template <class In>
+struct Rows {
+  const In* logits;
+  int64_t outer_stride, inner_stride, length;
+  int64_t vocabulary;
+  const int64_t* token_ids;
+  const bool* mask;
+  const double* temperatures;
+  double temperature, softcap;
+
+  bool is_masked(int64_t row) const { return mask != nullptr && !mask[row]; }
+  double temperature_of(int64_t row) const {
+    return temperatures != nullptr ? temperatures[row] : temperature;
+  }
+  int64_t offset(int64_t row) const {
+    return row / length * outer_stride + row % length * inner_stride;
+  }
+};
+
+// Softcap of a row, or none.
+template <class In>
+struct Cap {
+  RowValue<In> cap, inverse;
+  explicit Cap(double softcap)
+      : cap(static_cast<RowValue<In>>(softcap)),
+        inverse(static_cast<RowValue<In>>(softcap > 0 ? 1 / softcap : 0)) {}
+  template <class T>
+  __attribute__((always_inline)) Capped<T> operator()(T x) const {
+    return soft_cap(x, cap, inverse);
+  }
+};
+
+// Adds up a block of logits around `top`, and finds its largest; what is above `top` may overflow.
+template <bool is_capped, bool need_moment, class In>
+RowSums sum_block(const In* x, int64_t count, double top, const ExpScale<RowValue<In>>& scale,
+                  const Cap<In>& cap) {
+  using Lanes = typename RowType<In>::Lanes;
+  constexpr int64_t kStep = kRowTwo<In>;
+  const Lanes lowest = Lanes{} + scale.lowest;
+  const RowValue<In> around = static_cast<RowValue<In>>(top);
+  const Lanes none = Lanes{} - std::numeric_limits<RowValue<In>>::infinity();
+  Lanes largest[4] = {none, none, none, none}, sum[4] = {}, moment[4] = {};
+  const auto add = [&](int k, Lanes z) {
+    largest[k] = larger(z, largest[k]);
+    const Lanes d = larger(z - around, lowest);
+    const Lanes e = scaled_exp(d, scale);
+    sum[k] += e;
+    if constexpr (need_moment) moment[k] += e * d;
+  };
+  const auto capped = [&](RowTwo<In> z) {
+    if constexpr (is_capped) z = {cap(z.a).value, cap(z.b).value};
+    return z;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kStep <= count; i += 2 * kStep) {
+    const RowTwo<In> one = capped(load(x + i)), other = capped(load(x + i + kStep));
+    add(0, one.a);
+    add(1, one.b);
+    add(2, other.a);
+    add(3, other.b);
+  }
+  for (; i < count; i += kStep) {
+    const RowTwo<In> one = count - i >= kStep
+                               ? capped(load(x + i))
+                               : first<In>(capped(load(x + i, count - i)), count - i);
+    add(0, one.a);
+    add(1, one.b);
+  }
+  const Lanes high = larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+  RowSums sums{largest_of(high), 0, 0};
+  for (int k = 0; k < 4; ++k) {
+    sums.sum += total(sum[k]);
+    if constexpr (need_moment) sums.moment += total(moment[k]);
+  }
+  return sums;
+}
+
+// Adds logits to the sums of a row.
+template <bool is_capped, bool need_moment, class In>
+void add_logits(const In* x, int64_t count, double temperature, const ExpScale<RowValue<In>>& scale,
+                const Cap<In>& cap, RowSums& sums) {
+  constexpr int64_t kCount = 4096;
+  for (int64_t begin = 0; begin < count; begin += kCount) {
+    const int64_t size = begin + kCount < count ? kCount : count - begin;
+    RowSums block = sum_block<is_capped, need_moment>(x + begin, size, sums.top, scale, cap);
+    if (block.top > sums.top) {
+      if (sums.sum > 0) {
+        const double d = sums.top - block.top, e = std::exp(d / temperature);
+        sums.moment = e * (sums.moment + (e > 0 ? d : 0.0) * sums.sum);
+        sums.sum *= e;
+      }
+      sums.top = block.top;
+      block = sum_block<is_capped, need_moment>(x + begin, size, sums.top, scale, cap);
+    }
+    sums.sum += block.sum;
+    sums.moment += block.moment;
+  }
+}
+
+template <bool is_capped, bool need_moment, class In>
+RowResult read_row(const Rows<In>& rows, int64_t row) {
+  using Value = RowValue<In>;
+  const double temperature = rows.temperature_of(row);
+  const ExpScale<Value> scale = exp_scale<Value>(temperature);
+  const Cap<In> cap(rows.softcap);
+  const In* x = rows.logits + rows.offset(row);
+  const int64_t id = rows.token_ids[row];
+  Value target = number(x[id]);
+  if constexpr (is_capped) target = cap(target).value;
+  // Policies take likely tokens: few blocks hold more than that.
+  constexpr Value kLowest = std::numeric_limits<Value>::lowest();
+  RowSums sums{target > kLowest ? target : kLowest, 0, 0};
+  add_logits<is_capped, need_moment>(x, id, temperature, scale, cap, sums);
+  add_logits<is_capped, need_moment>(x + id + 1, rows.vocabulary - id - 1, temperature, scale, cap,
+                                     sums);
+  return row_result(target, sums, temperature);
+}
+
+template <bool is_capped, bool has_rise, class In, class Out>
+void write_gradient(const Rows<In>& rows, const In* x, Out* out, double temperature, int64_t id,
+                    double log_sum_exp, double entropy, double grad, double grad_entropy) {
+  using Value = RowValue<In>;
+  using Lanes = typename RowType<In>::Lanes;
+  constexpr int64_t kStep = kRowTwo<In>;
+  const Cap<In> cap(rows.softcap);
+  Capped<Value> target{number(x[id]), 1};
+  if constexpr (is_capped) target = cap(target.value);
+  const RowGradient row = row_gradient(target.value, log_sum_exp, entropy, grad, grad_entropy,
+                                       temperature, sizeof(Value) == 4);
+  const Value shift = static_cast<Value>(row.shift), base = static_cast<Value>(row.base),
+              rise = static_cast<Value>(row.rise);
+  if (!(shift - shift == 0 && base - base == 0 && rise - rise == 0)) {  // inf or NaN
+    for (int64_t i = 0; i < rows.vocabulary; ++i) {
+      put(out + i, std::numeric_limits<double>::quiet_NaN());
+    }
+    return;
+  }
+  const ExpScale<Value> scale = exp_scale<Value>(temperature);
+  const Lanes lowest = Lanes{} + scale.lowest;
+  const auto slope = [&](Lanes z) {
+    Lanes last = Lanes{} + Value(1);
+    if constexpr (is_capped) {
+      const Capped<Lanes> c = cap(z);
+      z = c.value;
+      last = c.slope;
+    }
+    const Lanes d = larger(z - shift, lowest);
+    const Lanes p = scaled_exp(d, scale);
+    Lanes result;
+    if constexpr (has_rise) {
+      result = p * (d * rise + base);
+    } else {
+      result = p * base;
+    }
+    if constexpr (is_capped) result *= last;
+    return result;
+  };
+  int64_t i = 0;
+  for (; i + kStep <= rows.vocabulary; i += kStep) {
+    const RowTwo<In> z = load(x + i);
+    store_from<In>(out + i, RowTwo<In>{slope(z.a), slope(z.b)});
+  }
+  if (const int64_t left = rows.vocabulary - i; left > 0) {
+    const RowTwo<In> z = load(x + i, left);
+    store_from<In>(out + i, RowTwo<In>{slope(z.a), slope(z.b)}, left);
+  }
+  put(out + id, row.target * target.slope);
+}
+
+// The first row with an id that is not in the vocabulary, or -1.
+int64_t first_bad_row(const int64_t* token_ids, const bool* mask, const int64_t* source,
+                      int64_t count, int64_t vocabulary) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = source != nullptr ? source[i] : i;
+    const bool is_good = token_ids[row] >= 0 && token_ids[row] < vocabulary;
+    if (!is_good && (mask == nullptr || mask[row])) return row;
+  }
+  return -1;
+}
+
+// Calls body(In{}) with the type of logits that `dtype` names.
+template <class F>
+void with_logits(int dtype, F&& body) {
+  if (dtype == kFloat16) {
+    body(Half{});
+  } else if (dtype == kBFloat16) {
+    body(BFloat16{});
+  } else {
+    with_dtype(dtype, body);
+  }
+}
+
+// Calls body(In{}, Out{}) with the types of logits and of their gradient: the same, or of fp32
+// logits a half precision.
+template <class F>
+void with_gradient(int dtype, int grad_dtype, F&& body) {
+  with_logits(dtype, [&](auto in) {
+    if constexpr (sizeof in == sizeof(float)) {
+      if (grad_dtype == kFloat16) return body(in, Half{});
+      if (grad_dtype == kBFloat16) return body(in, BFloat16{});
+    }
+    body(in, in);
+  });
+}
+
+// Tasks of about a block of logits each.
+template <class F>
+void for_rows(int64_t count, int64_t vocabulary, int threads, F&& body) {
+  const int64_t size = vocabulary < kBlock ? kBlock / vocabulary : 1;
+  parallel_blocks(count, size, worthwhile_threads(count * vocabulary, threads),
+                  [&](int64_t, int64_t begin, int64_t end) {
+                    for (int64_t row = begin; row < end; ++row) body(row);
+                  });
+}
+
+}  // namespace
+
+void token_log_probs(int dtype, const void* logits, int64_t outer_stride, int64_t inner_stride,
+                     int64_t length, int64_t num_rows, int64_t vocabulary, const int64_t* token_ids,
+                     const bool* mask, const double* temperatures, double temperature,
+                     double softcap, void* log_probs, void* entropy, double* log_sum_exp,
+                     int64_t* bad_row, int threads) {
+  *bad_row = first_bad_row(token_ids, mask, nullptr, num_rows, vocabulary);
+  if (*bad_row >= 0) return;
+  with_logits(dtype, [&](auto zero) {
+    using In = decltype(zero);
+    using Value = RowValue<In>;
+    const Rows<In> rows{static_cast<const In*>(logits),
+                        outer_stride,
+                        inner_stride,
+                        length,
+                        vocabulary,
+                        token_ids,
+                        mask,
+                        temperatures,
+                        temperature,
+                        softcap};
+    const auto read =
+        softcap > 0
+            ? (entropy != nullptr ? &read_row<true, true, In> : &read_row<true, false, In>)
+            : (entropy != nullptr ? &read_row<false, true, In> : &read_row<false, false, In>);
+    for_rows(num_rows, vocabulary, threads, [&](int64_t row) {
+      const RowResult result = rows.is_masked(row) ? RowResult{0, 0, 0} : read(rows, row);
+      static_cast<Value*>(log_probs)[row] = static_cast<Value>(result.log_prob);
+      log_sum_exp[row] = result.log_sum_exp;
+      if (entropy != nullptr)
+        static_cast<Value*>(entropy)[row] = static_cast<Value>(result.entropy);
+    });
+  });
+}
+
+void token_log_probs_backward(int grad_dtype, void* grad_logits, int64_t grad_outer_stride,
+                              int64_t grad_inner_stride, int dtype, const void* logits,
+                              int64_t outer_stride, int64_t inner_stride, int64_t length,
+                              int64_t vocabulary, const int64_t* token_ids, const bool* mask,
+                              const double* temperatures, double temperature, double softcap,
+                              const double* log_sum_exp, const void* entropy,
+                              const void* grad_log_probs, const void* grad_entropy,
+                              const int64_t* source, int64_t num_rows, int64_t* bad_row,
+                              int threads) {
+  *bad_row = first_bad_row(token_ids, mask, source, num_rows, vocabulary);
+  if (*bad_row >= 0) return;
+  with_gradient(dtype, grad_dtype, [&](auto zero, auto grad_zero) {
+    using In = decltype(zero);
+    using Out = decltype(grad_zero);
+    if (grad_logits != logits && grad_inner_stride == vocabulary &&
+        grad_outer_stride == length * vocabulary) {
+      prefer_huge_pages(grad_logits, num_rows * vocabulary * static_cast<int64_t>(sizeof(Out)));
+    }
+    using Value = RowValue<In>;
+    const Rows<In> rows{static_cast<const In*>(logits),
+                        outer_stride,
+                        inner_stride,
+                        length,
+                        vocabulary,
+                        token_ids,
+                        mask,
+                        temperatures,
+                        temperature,
+                        softcap};
+    const auto write = softcap > 0
+                           ? (grad_entropy != nullptr ? &write_gradient<true, true, In, Out>
+                                                      : &write_gradient<true, false, In, Out>)
+                           : (grad_entropy != nullptr ? &write_gradient<false, true, In, Out>
+                                                      : &write_gradient<false, false, In, Out>);
+    for_rows(num_rows, vocabulary, threads, [&](int64_t i) {
+      Out* out = static_cast<Out*>(grad_logits) + i / length * grad_outer_stride +
+                 i % length * grad_inner_stride;
+      const int64_t row = source != nullptr ? source[i] : i;
+      const double c = static_cast<const Value*>(grad_log_probs)[row];
+      const double e = grad_entropy != nullptr ? static_cast<const Value*>(grad_entropy)[row] : 0.0;
+      if (rows.is_masked(row) || (c == 0 && e == 0)) {
+        std::memset(static_cast<void*>(out), 0, sizeof(Out) * static_cast<size_t>(vocabulary));
+        return;
+      }
+      const double h = grad_entropy != nullptr ? static_cast<const Value*>(entropy)[row] : 0.0;
+      write(rows, rows.logits + rows.offset(row), out, rows.temperature_of(row), token_ids[row],
+            log_sum_exp[row], h, c, e);
+    });
+  });
+}
+
+}  // namespace steppo::cpu::STEPPO_ISA

@@ -1,0 +1,128 @@
+// The mathematics of a row of logits, for any device.
+//
+// Logits x are capped (optionally) and then divided by a temperature to be z. Exponents are taken
+// of differences of x: for logits of any size they are exact where e^z is not small.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "steppo/step_math.h"
+
+namespace steppo {
+
+// e^(d / temperature) is 2^(d * scale) in fp32 and e^(d * scale) in fp64. Where d is below
+// `lowest`, that is 0: d is raised to it first, so that even of an infinite d the product with the
+// 0 is 0.
+template <class T>
+struct ExpScale {
+  T scale, lowest;
+};
+
+template <class T>
+STEPPO_FN ExpScale<T> exp_scale(double temperature) {
+  if constexpr (sizeof(T) == 8) {
+    return {1.0 / temperature, -800.0 * temperature};
+  } else {
+    const double scale = 1.4426950408889634 / temperature;
+    return {static_cast<T>(scale), static_cast<T>(-127.0 / scale)};
+  }
+}
+
+// For d from s.lowest to about 0; a float, or a vector of them.
+template <class T>
+STEPPO_FN T scaled_exp(T d, const ExpScale<float>& s) {
+  // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves the exponent of the result in the low
+  // bits. At -127 that is 0, the exponent of the number 0.
+  const T shifted = d * s.scale + 12583039.0f;
+  const T r = d * s.scale - (shifted - 12583039.0f);
+  typename Arithmetic<T>::Bits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = bits << 23;
+  T power;
+  std::memcpy(&power, &bits, sizeof power);
+  // 2^r for |r| <= 1/2, to 1e-7.
+  return power *
+         (1.0f + r * (6.93147004e-1f +
+                      r * (2.40222469e-1f +
+                           r * (5.55071086e-2f + r * (9.67129134e-3f + r * 1.32695213e-3f)))));
+}
+
+STEPPO_FN double scaled_exp(double d, const ExpScale<double>& s) { return std::exp(d * s.scale); }
+
+// cap * tanh(x / cap) and its derivative.
+template <class T>
+struct Capped {
+  T value, slope;
+};
+
+template <class T>
+STEPPO_FN Capped<T> soft_cap(T x, float cap, float inverse_cap) {
+  typename Arithmetic<T>::Bits bits, sign;
+  std::memcpy(&bits, &x, sizeof bits);
+  sign = bits & 0x80000000u;
+  bits = bits ^ sign;
+  T size;
+  std::memcpy(&size, &bits, sizeof size);
+  const T twice = size * (2.0f * inverse_cap);
+  const ExpParts<T> e =
+      Arithmetic<T>::exp_parts(Arithmetic<T>::select(twice > 20.0f, T{} + 20.0f, twice));
+  // tanh(u) = m / (m + 2) with m = e^(2 u) - 1.
+  const T m = (e.scale - 1.0f) + e.scale * (e.r + e.tail);
+  const T inverse = 1.0f / (m + 2.0f);
+  T value = cap * (m * inverse);
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = bits | sign;
+  std::memcpy(&value, &bits, sizeof value);
+  return {value, 4.0f * (m + 1.0f) * (inverse * inverse)};
+}
+
+STEPPO_FN Capped<double> soft_cap(double x, double cap, double inverse_cap) {
+  const double t = std::tanh(x * inverse_cap), inverse_cosh = 1.0 / std::cosh(x * inverse_cap);
+  return {cap * t, inverse_cosh * inverse_cosh};
+}
+
+// Sums over the logits of a row without its target: of e^(z - z_top), and of that times x - top.
+// `top` is at least each of these logits and the target.
+struct RowSums {
+  double top, sum, moment;
+};
+
+struct RowResult {
+  double log_prob, log_sum_exp, entropy;
+};
+
+// Without the target in the sum, log p of a confident token, -log(1 + sum), keeps its precision.
+STEPPO_FN RowResult row_result(double target, const RowSums& s, double temperature) {
+  const double d = (target - s.top) / temperature;
+  const double e = std::exp(d);
+  const double sum = s.sum + e;
+  const double log_sum = d == 0 ? std::log1p(s.sum) : std::log(sum);
+  // p log p tends to 0 with p.
+  const double own = e > 0 ? e * d : 0.0;
+  return {d - log_sum, s.top / temperature + log_sum,
+          log_sum - (s.moment / temperature + own) / sum};
+}
+
+// The gradient of the logits of a row, dL/dx = (c [x is the target] - p (c + e (log p + H))) slope
+// / temperature with log p = z - log_sum_exp and slope that of the cap, is e^((x - shift) /
+// temperature) (base + rise (x - shift)) slope, but for the target.
+struct RowGradient {
+  double shift, base, rise, target;
+};
+
+STEPPO_FN RowGradient row_gradient(double target, double log_sum_exp, double entropy, double grad,
+                                   double grad_entropy, double temperature, bool is_fp32) {
+  const double log_p = target / temperature - log_sum_exp;
+  const double p = std::exp(log_p);
+  const double own = p > 0 ? p * grad_entropy * (log_p + entropy) : 0.0;
+  // What fp32 cannot say of the shift goes into the factor.
+  double shift = log_sum_exp * temperature;
+  if (is_fp32) shift = static_cast<float>(shift);
+  const double left = log_sum_exp - shift / temperature;
+  const double factor = -std::exp(-left) / temperature;
+  return {shift, factor * (grad + grad_entropy * (entropy - left)),
+          factor * grad_entropy / temperature, (-grad * std::expm1(log_p) - own) / temperature};
+}
+
+}  // namespace steppo

@@ -1,0 +1,139 @@
+"""Cases of `linear_token_log_probs` and `linear_steppo_loss`.
+
+In half precision the yardstick forms its logits in that dtype, as models do: the reference
+backend would compute in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend
+from ...config import StepPOConfig
+from ...layout import StepLayout
+from ...linear_steppo_loss import linear_steppo_loss
+from ...linear_token_log_probs import linear_token_log_probs
+from ...logits_loss import steppo_loss_from_logits
+from ...token_log_probs import token_log_probs
+from .case import Case, Inputs, Outputs, Problem
+from .draw import Draw
+from .token_log_probs import WIDE
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _draw_head(draw: Draw, bias: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return hidden states, weight and bias, a mask, and ids that may be anything outside it."""
+    mask = draw.mask()[:, :200]
+    size, vocabulary = draw.integer(1, 40), draw.integer(2, 200)
+    inputs = {
+        "hidden": draw.rounded(draw.normal(*mask.shape, size)),
+        "weight": draw.rounded(
+            draw.choice((1.0, 4.0)) * size**-0.5 * draw.normal(vocabulary, size)
+        ),
+    }
+    if bias:
+        inputs["bias"] = draw.rounded(draw.normal(vocabulary))
+    ids = draw.integers(0, vocabulary - 1, *mask.shape)
+    return inputs, mask, torch.where(mask, ids, draw.integers(-5, 2**40, *mask.shape))
+
+
+def _leaves(inputs: Inputs) -> dict[str, Tensor]:
+    names = [name for name in ("hidden", "weight", "bias") if name in inputs]
+    return {name: inputs[name].detach().clone().requires_grad_() for name in names}
+
+
+def _plain_logits(leaves: dict[str, Tensor], mask: Tensor) -> Tensor:
+    hidden = torch.where(mask[..., None], leaves["hidden"], 0.0)
+    return torch.nn.functional.linear(hidden, leaves["weight"], leaves.get("bias"))
+
+
+def _gradients(total: Tensor, leaves: dict[str, Tensor], upstream: float = 1.0) -> Outputs:
+    grads = torch.autograd.grad(total, list(leaves.values()), torch.full_like(total, upstream))
+    return {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = False) -> Case:
+    def draw_problem(draw: Draw) -> Problem:
+        inputs, mask, ids = _draw_head(draw, bias)
+        for name in ("upstream", "upstream_entropy"):
+            inputs[name] = draw.rounded(draw.normal(*mask.shape))
+        by_token = torch.where(mask, draw.uniform(0.5, 2.0, *mask.shape), 1.0)
+        heat: Any = by_token if temperature else draw.choice((1.0, 0.6))
+        chunk = draw.choice((None, 1, 7, 64))
+
+        def run(inputs: Inputs, backend: Backend) -> Outputs:
+            leaves = _leaves(inputs)
+            options: dict[str, Any] = {
+                "temperature": heat, "mask": mask, "return_entropy": True, "backend": backend
+            }  # fmt: skip
+            if backend == "reference" and leaves["weight"].dtype in _HALVES:
+                found = token_log_probs(_plain_logits(leaves, mask), ids, **options)
+            else:
+                found = linear_token_log_probs(
+                    leaves["hidden"], leaves["weight"], ids, bias=leaves.get("bias"),
+                    chunk_tokens=chunk, **options,
+                )  # fmt: skip
+            log_probs, entropy = found
+            total = (log_probs * inputs["upstream"]).sum()
+            total = total + (entropy * inputs["upstream_entropy"]).sum()
+            return {
+                "log_probs": log_probs.detach(), "entropy": entropy.detach(),
+                **_gradients(total, leaves),
+            }  # fmt: skip
+
+        return Problem(run, inputs, {"hidden": (~mask)[..., None].expand_as(inputs["hidden"])})
+
+    return Case("linear_token_log_probs", variant, draw_problem)
+
+
+def _loss_case(variant: str, *, bias: bool = False, **chosen: Any) -> Case:
+    def draw_problem(draw: Draw) -> Problem:
+        inputs, mask, ids = _draw_head(draw, bias)
+        layout = StepLayout.from_mask(mask, backend="reference")
+        config = StepPOConfig(**{**WIDE, **chosen})
+        hidden = torch.where(mask[..., None], inputs["hidden"].double(), 0.0)
+        exact = torch.nn.functional.linear(hidden, inputs["weight"].double())
+        log_probs = token_log_probs(exact, ids, mask=mask, backend="reference")
+        assert isinstance(log_probs, Tensor)
+        inputs["old_log_probs"] = draw.rounded(log_probs + 0.1 * draw.normal(*mask.shape))
+        # Some steps are dead.
+        advantages = draw.normal(layout.num_steps)
+        dead = draw.flags(0.4, layout.num_steps)
+        inputs["advantages"] = draw.rounded(torch.where(dead, 0.0, advantages))
+        chunk, upstream = draw.choice((None, 1, 7, 64)), draw.upstream()
+
+        def run(inputs: Inputs, backend: Backend) -> Outputs:
+            leaves = _leaves(inputs)
+            rest = (ids, inputs["old_log_probs"], inputs["advantages"], layout)
+            if backend == "reference" and leaves["weight"].dtype in _HALVES:
+                found = steppo_loss_from_logits(
+                    _plain_logits(leaves, mask), *rest, config=config, backend=backend
+                )
+            else:
+                found = linear_steppo_loss(
+                    leaves["hidden"], leaves["weight"], *rest, bias=leaves.get("bias"),
+                    config=config, chunk_tokens=chunk, backend=backend,
+                )  # fmt: skip
+            return {"loss": found.loss.detach(), **_gradients(found.loss, leaves, upstream)}
+
+        unread = {
+            "hidden": (~mask)[..., None].expand_as(inputs["hidden"]), "old_log_probs": ~mask
+        }  # fmt: skip
+        return Problem(run, inputs, unread)
+
+    return Case("linear_steppo_loss", variant, draw_problem)
+
+
+CASES: tuple[Case, ...] = (
+    _log_probs_case("one temperature"),
+    _log_probs_case("bias, temperature per token", bias=True, temperature=True),
+    _loss_case("geometric"),
+    _loss_case("bias", bias=True),
+    _loss_case("centered", ratio="centered"),
+    _loss_case("trajectory_mean", reduction="trajectory_mean"),
+    _loss_case("entropy", entropy_coef=0.1),
+)

@@ -1,0 +1,108 @@
+"""Cases of `token_log_probs` and of `steppo_loss_from_logits`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend
+from ...config import StepPOConfig
+from ...layout import StepLayout
+from ...logits_loss import steppo_loss_from_logits
+from ...token_log_probs import token_log_probs
+from .case import Case, Inputs, Outputs, Problem
+from .draw import Draw
+
+# Nothing is clipped: a step at its bound could go either way by rounding.
+WIDE: dict[str, Any] = {"clip_low": 1.0, "clip_high": 1e6, "log_ratio_max": 80.0}
+
+
+def draw_logits(draw: Draw, *shape: int) -> Tensor:
+    """Return fp64 logits: flat, peaked, or far from 0."""
+    sharp, shift = draw.choice((1.0, 10.0)), draw.choice((0.0, 0.0, -300.0, 300.0))
+    return sharp * draw.normal(*shape) + shift
+
+
+def _log_probs_case(
+    variant: str, *, temperature: bool = False, strided: bool = False, inplace: bool = False
+) -> Case:
+    def draw_problem(draw: Draw) -> Problem:
+        mask = draw.mask()[:, :200]
+        vocabulary = draw.integer(1, 300)
+        rows, length = mask.shape
+        wide = vocabulary + 3 if strided else vocabulary
+        inputs = {
+            "logits": draw.rounded(draw_logits(draw, rows, length + strided, wide)),
+            "upstream": draw.rounded(draw.normal(rows, length)),
+            "upstream_entropy": draw.rounded(draw.normal(rows, length)),
+        }
+        ids = draw.integers(0, vocabulary - 1, rows, length)
+        ids = torch.where(mask, ids, draw.integers(-5, 2**40, rows, length))
+        unread = torch.ones((rows, length + strided, wide), dtype=torch.bool, device=mask.device)
+        unread[:, :length, :vocabulary] = ~mask[..., None]
+        by_token = draw.uniform(0.5, 2.0, rows, length)
+        temperatures = torch.where(mask, by_token, 1.0) if temperature else draw.choice((1.0, 0.6))
+
+        def run(inputs: Inputs, backend: Backend) -> Outputs:
+            leaf = inputs["logits"].detach().clone().requires_grad_()
+            logits = leaf[:, :length, :vocabulary] if strided else leaf * 1
+            log_probs, entropy = token_log_probs(
+                logits, ids, temperature=temperatures, mask=mask, return_entropy=True,
+                inplace_backward=inplace, backend=backend,
+            )  # fmt: skip
+            total = (log_probs * inputs["upstream"]).sum()
+            total = total + (entropy * inputs["upstream_entropy"]).sum()
+            (grad,) = torch.autograd.grad(total, leaf)
+            return {
+                "log_probs": log_probs.detach(), "entropy": entropy.detach(), "grad_logits": grad
+            }  # fmt: skip
+
+        return Problem(run, inputs, {"logits": unread})
+
+    return Case("token_log_probs", variant, draw_problem)
+
+
+def _loss_case(variant: str, *, masked: bool = False, entropy_coef: float = 0.0) -> Case:
+    def draw_problem(draw: Draw) -> Problem:
+        mask = draw.mask()[:, :200]
+        rows, length = mask.shape
+        vocabulary = draw.integer(2, 200)
+        config = StepPOConfig(**WIDE, entropy_coef=entropy_coef)
+        layout = StepLayout.from_mask(mask, backend="reference")
+        logits = draw.rounded(draw_logits(draw, rows, length, vocabulary))
+        ids = draw.integers(0, vocabulary - 1, rows, length)
+        exact = token_log_probs(logits.double(), ids, backend="reference")
+        assert isinstance(exact, Tensor)
+        inputs = {
+            "logits": logits,
+            "old_log_probs": draw.rounded(exact + 0.1 * draw.normal(rows, length)),
+            "advantages": draw.rounded(draw.normal(rows, length)),
+        }
+        unread = {"logits": (~mask)[..., None].expand_as(logits), "old_log_probs": ~mask}
+        upstream = draw.upstream()
+
+        def run(inputs: Inputs, backend: Backend) -> Outputs:
+            leaf = inputs["logits"].detach().clone().requires_grad_()
+            found = steppo_loss_from_logits(
+                leaf, ids, inputs["old_log_probs"], inputs["advantages"],
+                mask if masked else layout, config=config, backend=backend,
+            )  # fmt: skip
+            (grad,) = torch.autograd.grad(found.loss, leaf, torch.full_like(found.loss, upstream))
+            return {"loss": found.loss.detach(), "grad_logits": grad}
+
+        return Problem(run, inputs, unread)
+
+    return Case("steppo_loss_from_logits", variant, draw_problem)
+
+
+CASES: tuple[Case, ...] = (
+    _log_probs_case("one temperature"),
+    _log_probs_case("temperature per token", temperature=True),
+    _log_probs_case("strided", strided=True),
+    _log_probs_case("in place", inplace=True),
+    _loss_case("layout"),
+    _loss_case("mask", masked=True),
+    _loss_case("entropy", entropy_coef=0.1),
+)

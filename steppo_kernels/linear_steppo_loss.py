@@ -1,0 +1,338 @@
+"""The StepPO objective from hidden states and the output head, in one pass over its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import checks
+from .backends import Backend
+from .config import StepPOConfig
+from .layout import StepLayout
+from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows, packed
+from .objective import Objective, check_objective
+from .outputs import POLICY_METRICS, Metrics, StepPOOutput
+from .policy_loss import DEFAULT_CONFIG, evaluate, run, scaled
+from .reference import lm_head as reference
+from .reference.policy_loss import reduction_weights
+
+
+def linear_steppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    layout: StepLayout | Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+    config: StepPOConfig = DEFAULT_CONFIG,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    ratio_center: float | Tensor | None = None,
+    backend: Backend = "auto",
+) -> StepPOOutput:
+    """Return `steppo_loss` of ``hidden @ weight.T + bias``, and form its gradients in one pass.
+
+    Only action tokens enter a product. Whole steps are packed into chunks; within a chunk the
+    log-probs give the step ratios, these the gradient of every token, and the logits are
+    overwritten by it, for live rows only (a clipped step has none): 2 + 4f times M d V operations
+    for M action tokens of which f are live, and no tensor of the size of all logits. A step longer
+    than a chunk takes its logits twice, as all steps do with the ratio ``"centered"`` if
+    `ratio_center` is not given. Gradients are formed in the forward pass; backward scales them.
+
+    Args:
+        hidden: ``[*shape, d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``,
+            whose place in `layout` is i.
+        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast); may be strided
+            or tied. If it needs no gradient, none is formed; the same holds for `hidden`.
+        token_ids: int, of the token shape or a view of it; may hold anything at masked tokens.
+        old_log_probs: as in `steppo_loss`.
+        advantages: as in `steppo_loss`.
+        layout: as in `steppo_loss`; of a mask, a layout is made first.
+        bias: ``[V]``.
+        temperature: above 0, what logits are divided by; a number or one for each token.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first.
+        chunk_tokens: action tokens of a chunk. None takes as many as have 256 MiB of logits on a
+            CPU or 1 GiB on a GPU, and at least 128: the weight's gradient, summed in fp32, is read
+            and written once per chunk, which costs about a tenth of the chunk's products at 400
+            tokens on a CPU and at 4000 on a GPU.
+        config: as in `steppo_loss`.
+        ref_log_probs: as in `steppo_loss`.
+        is_weights: as in `steppo_loss`.
+        step_weights: as in `steppo_loss`.
+        normalizer: as in `steppo_loss`.
+        ratio_center: as in `steppo_loss`.
+        backend: implementation of what is not a matrix product.
+
+    Returns:
+        As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    inputs = check_objective(
+        "hidden", hidden, old_log_probs, advantages, layout, config, ref_log_probs, is_weights,
+        step_weights, normalizer, ratio_center, backend,
+    )  # fmt: skip
+    if hidden.dim() < 1 or hidden.shape[:-1].numel() != inputs.shape.numel():
+        raise ValueError(
+            f"hidden: got shape {tuple(hidden.shape)}, expected the token shape "
+            f"{tuple(inputs.shape)} or a view of it, and the hidden size"
+        )
+    if inputs.mask is not None:
+        steps = StepLayout.from_mask(inputs.mask, backend=backend)
+        inputs = inputs._replace(layout=steps, mask=None)
+    assert inputs.layout is not None
+    rows, head = check_head(hidden, weight, bias, temperature, softcap, inputs.backend)
+    ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
+    chunk = check_chunk(chunk_tokens, inputs.layout.num_tokens, head)
+    index = inputs.layout.token_index
+    if head.backend == "reference":
+        log_probs, entropy = reference.linear_token_log_probs(
+            rows, head.weight, head.bias, ids, index,
+            head.temperature if head.temperatures is None else head.temperatures, head.softcap,
+            inputs.dtype,
+        )  # fmt: skip
+        return evaluate(inputs, log_probs, entropy if config.entropy_coef != 0 else None)
+    loss, metrics, step_log_ratio = _LinearStepPO.apply(
+        rows, head.weight, head.bias, head, _Steps(inputs), ids, chunk, torch.is_grad_enabled()
+    )
+    return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS), step_log_ratio)
+
+
+class _Steps:
+    """The objective on action tokens alone, step by step: any range of steps is a range of rows."""
+
+    def __init__(self, inputs: Objective) -> None:
+        """Gather what is given per token."""
+        layout = inputs.layout
+        assert layout is not None
+        self.index = index = layout.token_index
+        self.offsets = layout.step_offsets
+        self.counts = layout.trajectory_counts
+        # The only copy to the host that does not depend on the loss.
+        self.borders: list[int] = self.offsets.tolist()
+        advantages = inputs.advantages
+        if inputs.advantages_per_token:
+            first = self.offsets[:-1].clamp_max(max(len(index) - 1, 0))
+            advantages = (
+                advantages[index[first]] if len(index) else advantages.new_zeros(len(self.counts))
+            )
+        weights = inputs.is_weights
+        if weights is not None and inputs.is_weights_per_token:
+            weights = weights[index]
+        center = inputs.ratio_center
+        total = inputs.normalizer
+        if total is None:
+            total = reduction_weights(
+                layout.step_lengths, self.counts, inputs.config.reduction, torch.float64
+            )[1]
+        old, ref = inputs.old_log_probs, inputs.ref_log_probs
+        self.needs_center = inputs.config.ratio == "centered" and center is None and old is not None
+        self.inputs = inputs._replace(
+            shape=index.shape, layout=None, advantages=advantages, advantages_per_token=False,
+            old_log_probs=None if old is None else old[index],
+            ref_log_probs=None if ref is None else ref[index], is_weights=weights,
+            normalizer=total,
+        )  # fmt: skip
+
+    def groups(self, chunk: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges of steps of at most `chunk` tokens, or of one step that is longer."""
+        begin, borders = 0, self.borders
+        for step in range(1, len(borders)):
+            if borders[step] - borders[begin] > chunk and step - 1 > begin:
+                yield begin, step - 1
+                begin = step - 1
+        if len(borders) - 1 > begin:
+            yield begin, len(borders) - 1
+
+    def objective(self, begin: int, end: int) -> Objective:
+        """Return the objective of steps `begin` to `end`, with rows as positions."""
+        first, last = self.borders[begin], self.borders[end]
+        inputs = self.inputs
+
+        def tokens(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[first:last]
+
+        def steps(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[begin:end]
+
+        offsets = self.offsets[begin : end + 1] - first
+        lengths = offsets.diff()
+        device = offsets.device
+        every = torch.arange(last - first, device=device)
+        number = torch.arange(end - begin, device=device, dtype=torch.int32)
+        layout = StepLayout(
+            step_ids=torch.repeat_interleave(number, lengths, output_size=last - first),
+            token_index=every,
+            step_offsets=offsets,
+            step_lengths=lengths.to(torch.int32),
+            # Trajectories take part through their counts alone.
+            trajectory_steps=offsets[:0],
+            trajectory_offsets=offsets[:1],
+            trajectory_counts=self.counts[begin:end],
+            state_index=offsets[:0],
+            row_offsets=offsets[:0],
+        )
+        by_token = inputs.is_weights_per_token
+        return inputs._replace(
+            shape=every.shape, layout=layout, advantages=inputs.advantages[begin:end],
+            old_log_probs=tokens(inputs.old_log_probs), ref_log_probs=tokens(inputs.ref_log_probs),
+            is_weights=tokens(inputs.is_weights) if by_token else steps(inputs.is_weights),
+            step_weights=steps(inputs.step_weights),
+        )  # fmt: skip
+
+
+class _Found(NamedTuple):
+    """What rows of logits gave, of all action tokens."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    log_sum_exp: Tensor
+
+
+class _Pass:
+    """One evaluation of the loss and its gradients."""
+
+    def __init__(
+        self, hidden: Tensor, head: Head, steps: _Steps, token_ids: Tensor, chunk: int,
+        needed: tuple[bool, bool, bool],
+    ) -> None:  # fmt: skip
+        """Allocate the logits of one chunk and what is kept of all of them."""
+        num_rows = len(steps.index)
+        self.hidden, self.head, self.steps, self.token_ids = hidden, head, steps, token_ids
+        self.chunk = chunk
+        self.need_entropy = steps.inputs.config.entropy_coef != 0
+        dtype = steps.inputs.dtype
+        self.found = _Found(
+            hidden.new_empty(num_rows, dtype=dtype),
+            hidden.new_empty(num_rows if self.need_entropy else 0, dtype=dtype),
+            hidden.new_empty(num_rows, dtype=torch.float64),
+        )
+        self.logits = head.buffer(min(chunk, num_rows))
+        groups = [(0, len(steps.counts))] if steps.needs_center else list(steps.groups(chunk))
+        self.groups = groups if num_rows else []
+        products = sum(
+            -(-(steps.borders[end] - steps.borders[begin]) // chunk) for begin, end in self.groups
+        )
+        self.gradients = HeadGradients(head, hidden, needed, products, scaled_later=True)
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, metrics and step log-ratios; the gradients add up in `gradients`."""
+        for begin, end in self.groups:
+            first, last = self.steps.borders[begin], self.steps.borders[end]
+            if last - first <= self.chunk:
+                self._one_pass(begin, end)
+            else:
+                self._two_passes(begin, end)
+        every = self.steps.objective(0, len(self.steps.counts))
+        entropy = self.found.entropy if self.need_entropy else None
+        loss, metrics, step_log_ratio, *_ = run(every, self.found.log_probs, entropy, False, False)
+        return loss, metrics, step_log_ratio
+
+    def _one_pass(self, begin: int, end: int) -> None:
+        """Handle steps whose logits fit into a chunk."""
+        first, last = self.steps.borders[begin], self.steps.borders[end]
+        if first == last:
+            return
+        logits, inputs = self._forward(first, last)
+        if not self.gradients.any:
+            return
+        grad, grad_entropy, unit = self._coefficients(begin, end)
+        live = live_rows(grad, grad_entropy)
+        if len(live) == 0:
+            return
+        order = packed(live, last - first)
+        index = self.steps.index[first:last]
+        grad_logits = self.head.differentiate(
+            logits, self.head.targets(self.token_ids, index), self.found.log_sum_exp[first:last],
+            self.found.entropy[first:last], grad, grad_entropy, order,
+        )  # fmt: skip
+        self.gradients.add(grad_logits, inputs[order], index[order], unit)
+
+    def _two_passes(self, begin: int, end: int) -> None:
+        """Handle steps whose logits do not fit: once for the log-probs, once for the gradients."""
+        first, last = self.steps.borders[begin], self.steps.borders[end]
+        for at in range(first, last, self.chunk):
+            self._forward(at, min(at + self.chunk, last))
+        if not self.gradients.any:
+            return
+        grad, grad_entropy, unit = self._coefficients(begin, end)
+        for rows in live_rows(grad, grad_entropy).split(self.chunk):
+            if len(rows) == 0:
+                continue
+            index = self.steps.index[first + rows]
+            inputs = self.hidden[index]
+            grad_logits = self.head.differentiate(
+                self.head.logits(inputs, self.logits), self.head.targets(self.token_ids, index),
+                self.found.log_sum_exp[first + rows],
+                self.found.entropy[first + rows] if self.need_entropy else self.found.entropy,
+                grad[rows], None if grad_entropy is None else grad_entropy[rows], None,
+            )  # fmt: skip
+            self.gradients.add(grad_logits, inputs, index, unit)
+
+    def _forward(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Return the logits and hidden states of rows `first` to `last`, and keep the log-probs."""
+        index = self.steps.index[first:last]
+        inputs = self.hidden[index]
+        logits = self.head.logits(inputs, self.logits)
+        found = self.head.log_probs(
+            logits, self.head.targets(self.token_ids, index), self.need_entropy
+        )
+        for kept, values in zip(self.found, found, strict=True):
+            kept[first:last] = values
+        return logits, inputs
+
+    def _coefficients(self, begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients of the loss by log-probs and entropies of steps, and their unit.
+
+        The unit brings them near 1 where gradients of logits would leave the range of fp16.
+        """
+        first, last = self.steps.borders[begin], self.steps.borders[end]
+        entropy = self.found.entropy[first:last] if self.need_entropy else None
+        *_, grad, grad_entropy, scale = run(
+            self.steps.objective(begin, end), self.found.log_probs[first:last], entropy, True,
+            self.need_entropy,
+        )  # fmt: skip
+        unit = None
+        if self.gradients.keeps_fp32:
+            unit = torch.cat((grad, grad_entropy)).abs().amax()
+            # Without a gradient there is nothing to divide.
+            scale, unit = 1.0 / torch.where(unit > 0, unit, 1.0), unit * scale
+        return grad * scale, grad_entropy * scale if self.need_entropy else None, unit
+
+
+class _LinearStepPO(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, steps: _Steps,
+        token_ids: Tensor, chunk: int, grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        for_hidden, for_weight, for_bias = (grad_enabled and n for n in ctx.needs_input_grad[:3])
+        needed = (for_hidden, for_weight, for_bias)
+        one = _Pass(hidden, head, steps, token_ids, chunk, needed)
+        loss, metrics, step_log_ratio = one.run()
+        gradients = one.gradients.finish()
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(metrics, step_log_ratio)
+        return loss, metrics, step_log_ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        gradients = (
+            None if grad is None else scaled(grad, grad_loss, None, grad.shape, ctx.dtype)
+            for grad in ctx.saved_tensors
+        )
+        return *gradients, None, None, None, None, None

@@ -1,0 +1,132 @@
+"""Log-probs and entropies of tokens from hidden states and the output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import checks
+from .backends import Backend, resolve
+from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
+from .reference import lm_head as reference
+
+
+def linear_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    chunk_tokens: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Return `token_log_probs` of ``hidden @ weight.T + bias`` without ever having those logits.
+
+    Rows are taken in chunks; of their logits, only log-sum-exps (and entropies) are kept. Backward
+    forms them again, for the rows whose upstream gradient is not 0: 2 + 6f times M d V operations,
+    with f the share of those among the M rows of `mask`. Without gradients (``torch.no_grad()``,
+    for the old and the reference policy) it is 2.
+
+    Args:
+        hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
+        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast); may be strided,
+            tied to an embedding or frozen.
+        token_ids: int ``[...]``, or a view with as many elements.
+        bias: ``[V]``.
+        temperature: above 0, what logits are divided by; a number, or one for each token.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first.
+        mask: bool or 0/1 ``[...]``; other rows cost nothing, and their results and gradients are 0.
+            Their number is copied to the host.
+        return_entropy: also return the entropies, differentiable as the log-probs are.
+        chunk_tokens: rows of a chunk. None takes as many as have 256 MiB of logits on a CPU or
+            1 GiB on a GPU, and at least 128: the weight's gradient is read and written once per
+            chunk, which costs about a tenth of the chunk's products at 400 rows on a CPU and at
+            4000 on a GPU.
+        backend: implementation of what is not a matrix product.
+
+    Returns:
+        fp32 (fp64 for fp64 inputs) of the shape of `token_ids`; with `return_entropy` a pair.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    shape, device = hidden.shape[:-1], checks.floating("hidden", hidden).device
+    rows, head = check_head(hidden, weight, bias, temperature, softcap, resolve(backend, device))
+    ids = checks.token_ids("token_ids", token_ids, shape, device)
+    if mask is None:
+        index = torch.arange(len(rows), device=device)
+    else:
+        index = checks.row_mask("mask", mask, shape, device).nonzero().squeeze(1)
+    chunk = check_chunk(chunk_tokens, len(index), head)
+    if head.backend == "reference":
+        log_probs, entropy = reference.linear_token_log_probs(
+            rows, head.weight, head.bias, ids, index,
+            head.temperature if head.temperatures is None else head.temperatures, head.softcap,
+            checks.compute_dtype(rows),
+        )  # fmt: skip
+    else:
+        log_probs, entropy = _LinearTokenLogProbs.apply(
+            rows, head.weight, head.bias, head, ids, index, chunk, return_entropy
+        )
+    log_probs = log_probs.view(token_ids.shape)
+    return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
+
+
+class _LinearTokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head,
+        token_ids: Tensor, index: Tensor, chunk: int, need_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        dtype = checks.compute_dtype(hidden)
+        log_probs = torch.zeros(len(token_ids), dtype=dtype, device=hidden.device)
+        entropy = log_probs.new_zeros(len(token_ids) if need_entropy else 0)
+        log_sum_exp = log_probs.new_empty(len(index), dtype=torch.float64)
+        logits = head.buffer(min(chunk, len(index)))
+        for begin in range(0, len(index), chunk):
+            part = index[begin : begin + chunk]
+            z = head.logits(hidden[part], logits)
+            found = head.log_probs(z, head.targets(token_ids, part), need_entropy)
+            log_probs[part] = found[0]
+            if need_entropy:
+                entropy[part] = found[1]
+            log_sum_exp[begin : begin + chunk] = found[2]
+        ctx.save_for_backward(hidden, weight, bias, token_ids, index, log_sum_exp, entropy)
+        ctx.head, ctx.chunk, ctx.need_entropy = head, chunk, need_entropy
+        ctx.set_materialize_grads(False)
+        if not need_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        hidden, weight, bias, token_ids, index, log_sum_exp, entropy = ctx.saved_tensors
+        # The head of the forward pass, with the tensors that autograd has watched since.
+        head: Head = ctx.head._replace(weight=weight, bias=bias)
+        zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
+        c = zeros if grad is None else grad[index]
+        e = None if grad_entropy is None else grad_entropy[index]
+        live = live_rows(c, e)
+        gradients = HeadGradients(
+            head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk)
+        )
+        logits = head.buffer(min(ctx.chunk, len(live)))
+        for rows in live.split(ctx.chunk) if len(live) else ():
+            part = index[rows]
+            inputs = hidden[part]
+            z = head.logits(inputs, logits)
+            z = head.differentiate(
+                z, head.targets(token_ids, part), log_sum_exp[rows],
+                entropy[part] if e is not None else entropy, c[rows],
+                None if e is None else e[rows], None,
+            )  # fmt: skip
+            gradients.add(z, inputs, part)
+        return *gradients.finish(), None, None, None, None, None

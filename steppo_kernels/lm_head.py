@@ -1,0 +1,253 @@
+"""The output head, a chunk of rows at a time: its logits, their log-probs, and its gradients.
+
+Only the rows of a chunk ever have logits. Matrix products are torch's; what stands between them,
+from logits to log-probs and from gradients of log-probs to gradients of logits, is one kernel each
+(`steppo_kernels.token_log_probs`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .token_log_probs import Targets
+
+# Logits of a chunk: few enough to leave memory to the model, enough rows for fast products.
+_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_MIN_ROWS = 128
+# Rows of the weight whose gradient is formed at a time: their product stays in a cache until it is
+# added, and fresh memory is not needed for it.
+_SLICE = 4096
+
+
+class Head(NamedTuple):
+    """A linear output head, checked.
+
+    Attributes:
+        weight: ``[V, d]``.
+        bias: ``[V]`` or None.
+        temperatures: fp64 ``[N]``, or None: then `temperature` is that of all rows.
+        softcap: logits are capped to +- this before they are divided; 0 is off.
+        backend: what runs the row kernels.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    softcap: float
+    backend: str
+
+    def buffer(self, rows: int) -> Tensor:
+        """Return uninitialised memory for the logits of `rows` rows."""
+        dtype = logits_dtype(self.backend, self.weight.dtype)
+        return torch.empty((rows, len(self.weight)), dtype=dtype, device=self.weight.device)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Return the logits of ``[n, d]`` hidden states, the first n rows of `out`."""
+        out = out[: len(hidden)]
+        ops.call("head_logits", self.backend, out, hidden, self.weight, self.bias)
+        return out
+
+    def targets(self, token_ids: Tensor, index: Tensor) -> Targets:
+        """Return what to take from the logits of the flat positions `index`."""
+        temperatures = None if self.temperatures is None else self.temperatures[index]
+        return Targets(token_ids[index], None, temperatures, self.temperature, self.softcap)
+
+    def log_probs(
+        self, logits: Tensor, targets: Targets, need_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probs, entropies (empty where not needed) and log-sum-exps of the rows."""
+        found: tuple[Tensor, Tensor, Tensor] = ops.call(
+            "token_log_probs", self.backend, logits.unsqueeze(0), *targets, need_entropy
+        )
+        return found
+
+    def differentiate(
+        self, logits: Tensor, targets: Targets, log_sum_exp: Tensor, entropy: Tensor,
+        grad_log_probs: Tensor, grad_entropy: Tensor | None, rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Overwrite logits with their gradients: of all rows, or the first n with those of `rows`.
+
+        `rows` ``[n]`` are in the order of `packed`. The gradients have the dtype of the weight;
+        where that is narrower, they take the first half of each row's memory.
+        """
+        grad_logits = logits
+        if logits.dtype != self.weight.dtype:
+            grad_logits = logits.view(self.weight.dtype)[:, : logits.shape[1]]
+        ops.call(
+            "token_log_probs_backward", self.backend, grad_logits.unsqueeze(0),
+            logits.unsqueeze(0), *targets, log_sum_exp, None if grad_entropy is None else entropy,
+            grad_log_probs, grad_entropy, rows,
+        )  # fmt: skip
+        return grad_logits if rows is None else grad_logits[: len(rows)]
+
+
+class HeadGradients:
+    """Gradients of a loss through the head, summed over chunks.
+
+    The gradient of the weight is summed in fp32 where there is more than one chunk; a product alone
+    is rounded once, to the dtype of the weight.
+    """
+
+    def __init__(
+        self, head: Head, hidden: Tensor, needed: tuple[bool, bool, bool], num_chunks: int, *,
+        scaled_later: bool = False,
+    ) -> None:  # fmt: skip
+        """Start with zeros; `needed` says which of hidden, weight and bias want a gradient.
+
+        With `scaled_later` the upstream gradient is not known yet: then sums stay in fp32 where the
+        dtype is fp16, whose range asks for that gradient first.
+        """
+        self.head = head
+        need_hidden, need_weight, need_bias = needed
+        weight = head.weight
+        self.keeps_fp32 = scaled_later and weight.dtype == torch.float16
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self._single, self._empty = num_chunks <= 1 and not self.keeps_fp32, True
+        self.hidden = self.weight = self.bias = None
+        if need_hidden:
+            self.hidden = torch.zeros_like(hidden, dtype=wide if self.keeps_fp32 else hidden.dtype)
+        if need_weight:
+            # The product of a single chunk is written where others are added.
+            make, dtype = (torch.empty, weight.dtype) if self._single else (torch.zeros, wide)
+            self.weight = make(weight.shape, dtype=dtype, device=weight.device)
+        if need_bias:
+            self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device)
+
+    @property
+    def any(self) -> bool:
+        """Whether a gradient is wanted at all."""
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def add(
+        self, grad_logits: Tensor, hidden: Tensor, index: Tensor, unit: Tensor | None = None
+    ) -> None:
+        """Add the products of ``[n, V]`` gradients, given in `unit`s; rows are those at `index`."""
+        self._empty = False
+
+        def in_full(product: Tensor) -> Tensor:
+            return product if unit is None else product.to(torch.float32) * unit
+
+        if self.hidden is not None:
+            product = torch.mm(grad_logits, self.head.weight)
+            self.hidden.index_copy_(0, index, in_full(product))
+        if self.bias is not None:
+            self.bias += in_full(grad_logits.sum(0, dtype=self.bias.dtype))
+        if self.weight is None:
+            return
+        for part, columns in zip(
+            self.weight.split(_SLICE), grad_logits.split(_SLICE, dim=1), strict=True
+        ):
+            if self._single:
+                torch.mm(columns.t(), hidden, out=part)
+            elif part.dtype == hidden.dtype:
+                part.addmm_(columns.t(), hidden)
+            else:
+                part += in_full(torch.mm(columns.t(), hidden))
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden states, weight and bias.
+
+        They have the dtypes of the inputs, or are fp32 (`keeps_fp32`).
+        """
+        weight, bias = self.weight, self.bias
+        if weight is not None and self._single and self._empty:
+            weight.zero_()
+        if not self.keeps_fp32:
+            weight = None if weight is None else weight.to(self.head.weight.dtype)
+            bias = None if bias is None else bias.to(self.head.weight.dtype)
+        return self.hidden, weight, bias
+
+
+def logits_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a backend forms the logits of a head of `dtype`.
+
+    On the CPU, products of half precisions are kept in the fp32 that they are summed in.
+    """
+    return torch.promote_types(dtype, torch.float32) if backend == "cpu" else dtype
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor,
+    softcap: float | None, backend: str,
+) -> tuple[Tensor, Head]:  # fmt: skip
+    """Return hidden states ``[N, d]`` and the head; under autocast, both in its dtype."""
+    checks.floating("hidden", hidden)
+    device = hidden.device
+    checks.floating("weight", weight, device)
+    checks.dims("weight", weight, (2,))
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)} with hidden of shape {tuple(hidden.shape)}, "
+            "expected [V, d] with [..., d], V and d above 0"
+        )
+    if bias is not None:
+        checks.floating("bias", bias, device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"bias: got shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
+            )
+    if softcap is None:
+        softcap = 0.0
+    elif isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap: got {type(softcap).__name__}, expected a number or None")
+    elif not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap: got {softcap!r}, expected a finite number above 0 or None")
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: got {value.dtype}, expected {hidden.dtype}, the dtype of hidden"
+            )
+    temperatures, number = checks.temperature("temperature", temperature, hidden.shape[:-1], device)
+    return (
+        hidden.reshape(-1, hidden.shape[-1]),
+        Head(weight, bias, temperatures, number, float(softcap), backend),
+    )
+
+
+def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:
+    """Return the rows of a chunk: as given, or as many as fit into a fixed amount of memory."""
+    if chunk_tokens is None:
+        budget = _CHUNK_BYTES.get(head.weight.device.type, _CHUNK_BYTES["cuda"])
+        row = len(head.weight) * logits_dtype(head.backend, head.weight.dtype).itemsize
+        rows = budget // row
+        chunk_tokens = max(_MIN_ROWS, rows - rows % 64)
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int):
+        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, expected an int or None")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected at least 1")
+    return max(1, min(chunk_tokens, num_rows))
+
+
+def live_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """Return the positions of rows with a gradient. Their number is copied to the host."""
+    live = grad_log_probs != 0
+    if grad_entropy is not None:
+        live |= grad_entropy != 0
+    return live.nonzero().squeeze(1)
+
+
+def packed(live: Tensor, num_rows: int) -> Tensor:
+    """Return the n ascending positions `live`, ordered so that entry j is j or at least n.
+
+    The gradient of row ``order[j]`` can then be written to row j while others are read: the rows
+    that make room are dead.
+    """
+    count = len(live)
+    if count in (0, num_rows):
+        return live
+    order = torch.arange(num_rows, device=live.device)
+    is_dead = torch.ones(num_rows, dtype=torch.bool, device=live.device)
+    is_dead[live] = False
+    order = order[:count]
+    order[is_dead[:count]] = live[live >= count]
+    return order

@@ -1,0 +1,14 @@
+"""Logits of the output head on a GPU: torch's product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Run the operator `head_logits` of `steppo_kernels.ops`, in one dtype."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=logits)

@@ -1,0 +1,171 @@
+"""linear_token_log_probs: against plain PyTorch, its work and its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from head_cases import head_case, new_tensors, plain_log_probs, products
+
+from steppo_kernels import linear_token_log_probs
+from steppo_kernels.testing import Error
+
+
+def fused(case, backend, *, upstream=None, upstream_entropy=None, **options):
+    """Log-probs, entropies and the gradients of hidden states, weight and bias."""
+    log_probs, entropy = linear_token_log_probs(
+        case.hidden, case.weight, case.token_ids, mask=case.mask, return_entropy=True,
+        backend=backend, **options,
+    )  # fmt: skip
+    return collect(case, log_probs, entropy, upstream, upstream_entropy)
+
+
+def plain(case, *, upstream=None, upstream_entropy=None, **options):
+    return collect(case, *plain_log_probs(case, **options), upstream, upstream_entropy)
+
+
+def collect(case, log_probs, entropy, upstream, upstream_entropy):
+    total = 0.0
+    if upstream is not None:
+        total = total + (log_probs * upstream).sum()
+    if upstream_entropy is not None:
+        total = total + (entropy * upstream_entropy).sum()
+    return {
+        "log_probs": log_probs.detach(), "entropy": entropy.detach(), **case.gradients(total)
+    }  # fmt: skip
+
+
+def assert_same(found, expected, bound):
+    for name, value in expected.items():
+        assert Error.between(found[name], value).largest <= bound, name
+
+
+def ramp(case, start=1.0):
+    """Upstream gradients that differ from token to token."""
+    return torch.linspace(
+        start, -1.0, case.mask.numel(), dtype=torch.float64, device=case.mask.device
+    ).view(case.mask.shape)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+@pytest.mark.parametrize("which", ["both", "log_probs", "entropy"])
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_plain_pytorch(target, seed, which, chunk):
+    target.thin(seed, len(which), every=5)
+    case = head_case(seed).to(torch.float64, target.device)
+    options = {
+        "bias": case.bias if seed % 2 else None,
+        "temperature": [1.0, case.temperatures, 0.6, case.temperatures][seed],
+        "softcap": [None, None, 2.0, 1.5][seed],
+        "upstream": None if which == "entropy" else ramp(case),
+        "upstream_entropy": None if which == "log_probs" else ramp(case, 2.0),
+    }
+    found = fused(case, target.backend, chunk_tokens=chunk, **options)
+    assert_same(found, plain(case, **options), 1e-11)
+
+
+def test_gradcheck(target):
+    case = head_case(2, rows=2, length=5, size=2, vocabulary=4).to(torch.float64, target.device)
+    case.hidden = torch.where(case.mask[..., None], case.hidden.detach(), 0.0).requires_grad_()
+
+    def run(hidden, weight, bias):
+        return linear_token_log_probs(
+            hidden, weight, case.token_ids, bias=bias, temperature=0.8, softcap=3.0,
+            mask=case.mask, return_entropy=True, chunk_tokens=3, backend=target.backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, (case.hidden, case.weight, case.bias), atol=1e-8)
+
+
+def test_all_rows_without_a_mask(target):
+    case = head_case(5).to(torch.float64, target.device)
+    hidden = case.hidden.detach().nan_to_num(0.5)
+    ids = case.token_ids.where(case.mask, 1)
+    found = linear_token_log_probs(hidden, case.weight, ids, backend=target.backend)
+    expected = (hidden @ case.weight.t()).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    assert found.shape == ids.shape
+    assert Error.between(found, expected).largest <= 1e-12
+
+
+def test_without_gradients_only_the_forward_product_is_formed(kernel):
+    kernel.thin(0, every=1)
+    case = head_case(6, rows=5, length=40, vocabulary=101).to(torch.float32, kernel.device)
+    unit = int(case.mask.sum()) * case.weight.numel()
+    with products() as counter, torch.no_grad(), new_tensors() as sizes:
+        found = linear_token_log_probs(
+            case.hidden, case.weight, case.token_ids, mask=case.mask, chunk_tokens=8,
+            backend=kernel.backend,
+        )  # fmt: skip
+    assert counter.operations == 2 * unit
+    assert not found.requires_grad
+    assert max(sizes) <= max(8 * 101, case.hidden.numel())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_backward_takes_only_rows_with_a_gradient(kernel, share):
+    kernel.thin(share == 0.5, every=2)
+    case = head_case(7, rows=4, length=30, vocabulary=51).to(torch.float32, kernel.device)
+    log_probs = linear_token_log_probs(
+        case.hidden, case.weight, case.token_ids, mask=case.mask, chunk_tokens=16,
+        backend=kernel.backend,
+    )  # fmt: skip
+    upstream = (torch.arange(log_probs.numel(), device=kernel.device) % 10 < 10 * share).float()
+    upstream = upstream.view(log_probs.shape)
+    with products() as counter, new_tensors() as sizes:
+        found = torch.autograd.grad(log_probs, (case.hidden, case.weight), upstream)
+    live = int((upstream * case.mask).sum())
+    assert counter.operations == 6 * live * case.weight.numel()
+    assert max(sizes) <= max(16 * 51, case.hidden.numel())
+    expected = torch.autograd.grad(
+        plain_log_probs(case)[0], (case.hidden, case.weight), upstream, allow_unused=True
+    )
+    for grad, wanted in zip(found, expected, strict=True):
+        assert Error.between(grad, wanted).largest <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_that_of_plain_pytorch(kernel, dtype):
+    kernel.thin(0, every=1)
+    exact = head_case(8, rows=3, length=50, size=64, vocabulary=515, sharp=4.0)
+    options = {"upstream": ramp(exact), "upstream_entropy": ramp(exact, 2.0)}
+    expected = plain(exact.to(torch.float64), **options)
+    case = exact.to(dtype, kernel.device)
+    options = {name: value.to(kernel.device, torch.float32) for name, value in options.items()}
+    found = fused(case, kernel.backend, chunk_tokens=20, **options)
+    unfused = plain(case, **{name: value.to(dtype) for name, value in options.items()})
+    factor = 2.0 if dtype == torch.float32 else 1.0
+    for name in ("log_probs", "entropy", "grad_hidden", "grad_weight"):
+        allowed = factor * Error.between(unfused[name], expected[name]).rms
+        assert Error.between(found[name], expected[name]).rms <= allowed, name
+
+
+def test_hidden_of_any_shape_keeps_its_graph(target):
+    """Three dimensions, not contiguous, and not a leaf."""
+    case = head_case(9, rows=4).to(torch.float64, target.device)
+    leaf = case.hidden.detach().nan_to_num(0.0).transpose(0, 1).contiguous().requires_grad_()
+    case.hidden = (leaf * 2).transpose(0, 1)
+    assert not case.hidden.is_contiguous()
+    results = []
+    for compute in (
+        lambda: linear_token_log_probs(
+            case.hidden, case.weight, case.token_ids, mask=case.mask, backend=target.backend
+        ),
+        lambda: plain_log_probs(case)[0],
+    ):
+        total = (compute() * ramp(case)).sum()
+        results.append(torch.autograd.grad(total, leaf, retain_graph=True)[0])
+    assert results[0].any()
+    assert Error.between(*results).largest <= 1e-11
+
+
+def test_bitwise_repeatable(target):
+    case = head_case(10).to(torch.float32, target.device)
+    upstream = ramp(case).float()
+    first, second = (fused(case, target.backend, chunk_tokens=6, upstream=upstream) for _ in "12")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_rows(target):
+    case = head_case(11).to(torch.float32, target.device)
+    case.mask = torch.zeros_like(case.mask)
+    found = fused(case, target.backend, upstream=ramp(case).float())
+    assert not any(value.any() for value in found.values())
