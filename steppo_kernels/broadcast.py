@@ -34,46 +34,32 @@ def broadcast_to_tokens(
     chosen = resolve(backend, layout.device)
     step_ids = layout.step_ids.view(-1)
     if per_step.requires_grad and torch.is_grad_enabled():
-        flat: Tensor = _Broadcast.apply(
-            per_step, step_ids, layout.token_index, layout.step_offsets, chosen
+        flat: Tensor = _Linear.apply(
+            per_step, step_ids, layout.token_index, layout.step_offsets, True, chosen
         )
     else:
         flat = ops.call("broadcast_to_tokens", chosen, per_step, step_ids)
     return flat.view(layout.shape)
 
 
-class _Broadcast(torch.autograd.Function):
-    """Linear: its backward is `_Sum`, whose backward it is in turn."""
+class _Linear(torch.autograd.Function):
+    """Steps to tokens, or its transpose: each is the backward of the other."""
 
     @staticmethod
     def forward(
-        ctx: Any, per_step: Tensor, step_ids: Tensor, token_index: Tensor, step_offsets: Tensor,
-        backend: str,
+        ctx: Any, values: Tensor, step_ids: Tensor, token_index: Tensor, step_offsets: Tensor,
+        to_tokens: bool, backend: str,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(step_ids, token_index, step_offsets)
-        ctx.backend = backend
-        per_token: Tensor = ops.call("broadcast_to_tokens", backend, per_step, step_ids)
-        return per_token
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Sum.apply(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, per_token: Tensor, step_ids: Tensor, token_index: Tensor, step_offsets: Tensor,
-        backend: str,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(step_ids, token_index, step_offsets)
-        ctx.backend = backend
-        per_step: Tensor = ops.call(
-            "sum_over_steps", backend, per_token.contiguous(), token_index, step_offsets
+        ctx.to_tokens, ctx.backend = to_tokens, backend
+        moved: Tensor = (
+            ops.call("broadcast_to_tokens", backend, values, step_ids)
+            if to_tokens
+            else ops.call("sum_over_steps", backend, values, token_index, step_offsets)
         )
-        return per_step
+        return moved
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        spread = _Broadcast.apply(grad.contiguous(), *ctx.saved_tensors, ctx.backend)
-        return spread, None, None, None, None
+        back = _Linear.apply(grad.contiguous(), *ctx.saved_tensors, not ctx.to_tokens, ctx.backend)
+        return back, None, None, None, None, None

@@ -374,3 +374,22 @@ def test_micro_batches_with_a_global_normalizer_add_up(target):
         weight += torch.autograd.grad(output.loss, case.weight)[0]
     assert loss == pytest.approx(float(whole["loss"]), abs=1e-12)
     assert Error.between(weight, whole["grad_weight"]).largest <= 1e-11
+
+
+@pytest.mark.unpoisoned
+def test_inside_a_compiled_function(kernel):
+    """The loss itself is not traced: the graph breaks there, and the result is the same."""
+    kernel.thin(1, every=2)
+    case = head_case(20).to(torch.float32, kernel.device)
+    hidden = case.hidden.detach().nan_to_num(0.0)
+
+    def loss(weight):
+        return linear_steppo_loss(
+            hidden.tanh(), weight * 2, case.token_ids, case.old_log_probs, case.advantages,
+            case.layout, config=_CONFIG, backend=kernel.backend,
+        ).loss  # fmt: skip
+
+    expected = torch.autograd.grad(loss(case.weight), case.weight)[0]
+    compiled = torch.compile(loss, backend="eager")
+    found = torch.autograd.grad(compiled(case.weight), case.weight)[0]
+    assert Error.between(found, expected).largest <= 1e-5

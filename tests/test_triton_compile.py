@@ -15,7 +15,9 @@ import pytest
 pytest.importorskip("triton")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = ("segment", "broadcast", "gae", "value_loss", "policy_loss")
+MODULES = (
+    "segment", "broadcast", "gae", "value_loss", "policy_loss", "policy_loss_masked", "policy_sums",
+)  # fmt: skip
 # These walk along rows; the others gather, as the first one does if it is given a layout.
 WIDE = {
     "log_ratio_sum_kernel",

@@ -1,4 +1,4 @@
-"""The step objective as device functions: log-ratio, clipped loss, slope, KL (SPEC, section 2).
+"""The step objective as device functions: log-ratio, clipped loss, slope, KL, denominator.
 
     log rho = mu + L^-p sum(z - mu)
     l = max(-A rho, -A clip(rho, 1 - eps_low, 1 + eps_high)), bounded by -c A where A < 0
@@ -132,3 +132,30 @@ def kl_terms(b_d, KL: tl.constexpr):
         b_slope = -(b_value + b_within)
     m_inside = (tl.abs(b_d) <= 20.0) & (tl.abs(b_value) <= 10.0)
     return clamp(b_value, -10.0, 10.0), tl.where(m_inside, b_slope, 0.0)
+
+
+@triton.jit
+def denominator(
+    p_normalizer, normalizer, steps, trajectories, tokens,
+    GIVEN: tl.constexpr, REDUCTION: tl.constexpr,
+):  # fmt: skip
+    """Return what a sum over steps is divided by, in fp64.
+
+    That is the number at `p_normalizer`, or `normalizer` if one was GIVEN, or else what the
+    reduction counts, at least 1. `trajectories` may be a sum of 1 / count over steps.
+    """
+    if p_normalizer is not None:
+        total = tl.load(p_normalizer)
+    elif GIVEN:
+        total = tl.full((), 0.0, tl.float64) + normalizer
+    else:
+        total = tl.full((), 1.0, tl.float64)
+        if REDUCTION == STEP_MEAN:
+            total = steps
+        elif REDUCTION == TRAJECTORY_MEAN:
+            # Every trajectory adds 1, up to rounding.
+            total = tl.floor(trajectories + 0.5)
+        elif REDUCTION == TOKEN_MEAN:
+            total = tokens
+        total = tl.where(total > 1.0, total, 1.0)
+    return total

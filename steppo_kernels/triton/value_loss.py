@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..outputs import VALUE_METRICS
 from .launch import FLAT_BLOCK, MAX_PROGRAMS, aligned, cdiv, device_guard, programs, scalar, threads
-from .objective import STEP_MEAN, TOKEN_MEAN, TRAJECTORY_MEAN, clamp
+from .objective import TOKEN_MEAN, TRAJECTORY_MEAN, clamp, denominator
 from .tiles import chunk, combine_deviations, deviations
 
 _FIELDS = tl.constexpr(10)
@@ -143,19 +143,7 @@ def _finish(
         b_count, tl.load(p_row + 8, mask=m_p, other=0.0),
         tl.load(p_row + 9, mask=m_p, other=0.0),
     )  # fmt: skip
-    total = steps
-    if REDUCTION == TRAJECTORY_MEAN:
-        # Every trajectory adds 1, up to rounding.
-        total = tl.floor(shares + 0.5)
-    elif REDUCTION == TOKEN_MEAN:
-        total = tokens
-    elif REDUCTION != STEP_MEAN:
-        total = tl.full((), 1.0, tl.float64)
-    total = tl.where(total > 1.0, total, 1.0)
-    if p_normalizer is not None:
-        total = tl.load(p_normalizer)
-    elif GIVEN:
-        total = tl.zeros_like(total) + normalizer
+    total = denominator(p_normalizer, normalizer, steps, shares, tokens, GIVEN, REDUCTION)
     divisor = tl.where(steps > 0, steps, 1.0)
     explained = 1.0 - unexplained / tl.where(spread > 0, spread, 1.0)
     tl.store(p_loss, loss / total)
