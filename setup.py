@@ -119,7 +119,7 @@ class BuildWithNinja(build_ext):
 
         def compile_one(path, name, flags):
             outputs.append(name)
-            lines.append(f"build {name}: compile {escape(str(path))}")
+            lines.append(f"build {name}: compile {escape_path(path)}")
             lines.append(f"  flags = {escape(shlex.join(flags))}")
 
         for path, isa, flags in objects:
@@ -127,9 +127,14 @@ class BuildWithNinja(build_ext):
         for path in ONCE:
             compile_one(path, f"{path.stem}.o", common)
         compile_one(BINDINGS, "bindings_cpu.o", [*common, *glue])
-        lines.append(f"build {escape(str(target))}: link {' '.join(outputs)}")
+        lines.append(f"build {escape_path(target)}: link {' '.join(outputs)}")
         lines.append(f"  flags = {escape(shlex.join(link))}")
         return "\n".join(lines) + "\n"
+
+
+def escape_path(path):
+    """Return a path escaped for a build line, where blanks separate."""
+    return escape(str(path)).replace(" ", "$ ")
 
 
 def escape(text):

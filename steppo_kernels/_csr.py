@@ -33,3 +33,21 @@ def count_nonempty(
         per_trajectory, trajectory_offsets.diff(), output_size=steps.numel()
     ).to(torch.int32)
     return counts
+
+
+def nearest(wanted: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each member the nearest wanted one before it and after it in its group.
+
+    The entry of a member that has none is its own place; so is that of a wanted one.
+    """
+    place = torch.arange(len(wanted), device=wanted.device)
+    group = torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=wanted.device),
+        offsets.diff(),
+        output_size=len(wanted),
+    )
+    before = torch.where(wanted, place, -1).cummax(0).values
+    after = torch.where(wanted, place, len(wanted)).flip(0).cummin(0).values.flip(0)
+    has_before = before >= offsets[group]
+    has_after = after < offsets[group + 1]
+    return torch.where(has_before, before, place), torch.where(has_after, after, place)

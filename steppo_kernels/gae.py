@@ -52,6 +52,8 @@ def step_gae(
         ValueError, TypeError, RuntimeError: naming the argument.
     """
     layout = require_layout(layout)
+    if not isinstance(whiten, bool):
+        raise TypeError(f"whiten: got {type(whiten).__name__}, expected a bool")
     device, dtype = layout.device, checks.compute_dtype(checks.floating("values", values))
     num_steps, shape = layout.num_steps, layout.shape
     with torch.no_grad():
@@ -66,6 +68,11 @@ def step_gae(
             counts = (layout.step_ids.view(-1) >= 0) | rewards.isfinite()
             rewards = torch.where(counts, rewards, 0.0).view(layout.shape).sum(1)
             rewards_per_token = False
+        elif rewards_per_token and layout.reward_homes is not None:
+            rows, homes = layout.reward_homes.unbind(1)
+            of_rows = rewards.nan_to_num(0.0, 0.0, 0.0).view(layout.shape)[rows].sum(1)
+            # Empty rows hold no step, and what they keep counts for nobody.
+            rewards = rewards.index_add(0, homes, of_rows)
         if values_per_token and values.numel() == 0:
             # Rows of length 0 may be steps, but have no position to hold a value.
             values, values_per_token = values.new_zeros(num_steps), False
@@ -78,6 +85,6 @@ def step_gae(
             "step_gae", resolve(backend, device), rewards, values, rewards_per_token,
             values_per_token, layout.step_ids.view(-1), layout.row_offsets, layout.state_index,
             layout.trajectory_steps, layout.trajectory_offsets, bootstrap_values,
-            checks.fraction("gamma", gamma), checks.fraction("lam", lam), bool(whiten),
+            checks.fraction("gamma", gamma), checks.fraction("lam", lam), whiten,
         )  # fmt: skip
     return StepAdvantages(advantages, returns)

@@ -37,6 +37,9 @@ class StepLayout:
             of actions stay in their row.
         has_empty_rows: whether rows are steps (`from_rows`) and one of a trajectory is empty: its
             rewards then are no action token's.
+        reward_homes: int64 ``[E, 2]`` or None; of `per_token` and `per_trajectory` of such a
+            layout: an empty row, and the flat position of the action token that its rewards go
+            to: the last one of its trajectory before it in time, else the first one.
     """
 
     step_ids: Tensor
@@ -49,6 +52,7 @@ class StepLayout:
     state_index: Tensor
     row_offsets: Tensor
     has_empty_rows: bool = False
+    reward_homes: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -268,6 +272,7 @@ class StepLayout:
             trajectory_counts=_csr.count_nonempty(ones, steps, offsets, num_tokens),
             state_index=self.token_index,
             row_offsets=self.row_offsets,
+            reward_homes=self._reward_homes(),
         )
 
     def per_trajectory(self) -> StepLayout:
@@ -301,7 +306,22 @@ class StepLayout:
             trajectory_counts=(step_lengths > 0).to(torch.int32),
             state_index=state_index,
             row_offsets=self.row_offsets,
+            reward_homes=self._reward_homes(),
         )
+
+    def _reward_homes(self) -> Tensor | None:
+        """Return where rewards of empty rows go once rows are no steps any more."""
+        if not self.has_empty_rows or self.num_tokens == 0:
+            return self.reward_homes
+        rows, offsets = self.trajectory_steps, self.trajectory_offsets
+        filled = self.step_lengths[rows] > 0
+        before, after = _csr.nearest(filled, offsets)
+        last = self.token_index[(self.step_offsets[rows[before] + 1] - 1).clamp_min(0)]
+        first = self.token_index[self.step_offsets[rows[after]].clamp_max(self.num_tokens - 1)]
+        place = torch.arange(len(rows), device=self.device)
+        home = torch.where(filled[before] & (before <= place), last, first)
+        found = ~filled & (filled[before] | filled[after])
+        return torch.stack((rows[found], home[found]), 1)
 
     @classmethod
     def _from_segments(

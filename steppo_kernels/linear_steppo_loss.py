@@ -49,6 +49,7 @@ def linear_steppo_loss(
     for M action tokens of which f are live, and no tensor of the size of all logits. A step longer
     than a chunk takes its logits twice, as all steps do with the ratio ``"centered"`` if
     `ratio_center` is not given. Gradients are formed in the forward pass; backward scales them.
+    `torch.compile` breaks its graph here, as the work depends on what is found.
 
     Args:
         hidden: ``[*shape, d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``,
@@ -93,7 +94,8 @@ def linear_steppo_loss(
         steps = StepLayout.from_mask(inputs.mask, backend=backend)
         inputs = inputs._replace(layout=steps, mask=None)
     assert inputs.layout is not None
-    rows, head = check_head(hidden, weight, bias, temperature, softcap, inputs.backend)
+    is_action = inputs.layout.step_ids.reshape(-1) >= 0
+    rows, head = check_head(hidden, weight, bias, temperature, softcap, is_action, inputs.backend)
     ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
     chunk = check_chunk(chunk_tokens, inputs.layout.num_tokens, head)
     index = inputs.layout.token_index

@@ -32,7 +32,7 @@ def linear_token_log_probs(
     Rows are taken in chunks; of their logits, only log-sum-exps (and entropies) are kept. Backward
     forms them again, for the rows whose upstream gradient is not 0: 2 + 6f times M d V operations,
     with f the share of those among the M rows of `mask`. Without gradients (``torch.no_grad()``,
-    for the old and the reference policy) it is 2.
+    for the old and the reference policy) it is 2. `torch.compile` breaks its graph here.
 
     Args:
         hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
@@ -57,13 +57,15 @@ def linear_token_log_probs(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    shape, device = hidden.shape[:-1], checks.floating("hidden", hidden).device
-    rows, head = check_head(hidden, weight, bias, temperature, softcap, resolve(backend, device))
+    hidden = checks.floating("hidden", hidden)
+    shape, device = hidden.shape[:-1], hidden.device
+    if mask is not None:
+        mask = checks.row_mask("mask", mask, shape, device)
+    rows, head = check_head(
+        hidden, weight, bias, temperature, softcap, mask, resolve(backend, device)
+    )
     ids = checks.token_ids("token_ids", token_ids, shape, device)
-    if mask is None:
-        index = torch.arange(len(rows), device=device)
-    else:
-        index = checks.row_mask("mask", mask, shape, device).nonzero().squeeze(1)
+    index = torch.arange(len(rows), device=device) if mask is None else mask.nonzero().squeeze(1)
     chunk = check_chunk(chunk_tokens, len(index), head)
     if head.backend == "reference":
         log_probs, entropy = reference.linear_token_log_probs(

@@ -174,9 +174,12 @@ def logits_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
 
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor,
-    softcap: float | None, backend: str,
+    softcap: float | None, mask: Tensor | None, backend: str,
 ) -> tuple[Tensor, Head]:  # fmt: skip
-    """Return hidden states ``[N, d]`` and the head; under autocast, both in its dtype."""
+    """Return hidden states ``[N, d]`` and the head; under autocast, both in its dtype.
+
+    Temperatures where `mask` (bool ``[N]``) is False may be anything.
+    """
     checks.floating("hidden", hidden)
     device = hidden.device
     checks.floating("weight", weight, device)
@@ -207,7 +210,9 @@ def check_head(
             raise TypeError(
                 f"{name}: got {value.dtype}, expected {hidden.dtype}, the dtype of hidden"
             )
-    temperatures, number = checks.temperature("temperature", temperature, hidden.shape[:-1], device)
+    temperatures, number = checks.temperature(
+        "temperature", temperature, hidden.shape[:-1], device, mask
+    )
     return (
         hidden.reshape(-1, hidden.shape[-1]),
         Head(weight, bias, temperatures, number, float(softcap), backend),

@@ -158,11 +158,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
         logits, token_ids, mask, temperatures, log_sum_exp, entropy = ctx.saved_tensors
         logits = logits.detach()
-        grad_logits = (
-            logits
-            if ctx.inplace
-            else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        )
+        grad_logits = logits if ctx.inplace else logits.new_empty(logits.shape)
         grad = torch.zeros_like(log_sum_exp, dtype=entropy.dtype) if grad is None else grad
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()

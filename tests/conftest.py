@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
+import numpy as np
 import pytest
 
 from steppo_kernels import backends
@@ -65,6 +66,25 @@ def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
 def pytest_configure(config: pytest.Config) -> None:
     # Tests run side by side; the tensors are small.
     torch.set_num_threads(1)
+    if backends.triton_interprets():
+        _round_to_bfloat16()
+
+
+def _round_to_bfloat16() -> None:
+    """Let Triton's interpreter round fp32 to bf16, as every GPU does: it drops bits instead."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values, source, result, mode):
+        if (source, result) != (language.float32, language.bfloat16):
+            return convert(values, source, result, mode)
+        bits = values.view("uint32")
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, rounded).astype("uint16")
+
+    interpreter._convert_float = rounding
 
 
 @pytest.fixture(params=[_target(Target("reference", "cpu")), *_kernels()])

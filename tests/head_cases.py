@@ -83,7 +83,7 @@ def head_case(
         old_log_probs=torch.where(mask, log_probs + moved * normal(rows, length), torch.nan),
         ref_log_probs=torch.where(mask, log_probs + moved * normal(rows, length), torch.nan),
         advantages=normal(layout.num_steps),
-        temperatures=torch.where(mask, temperatures, 1.0),
+        temperatures=torch.where(mask, temperatures, torch.nan),
         token_weights=0.5 + torch.rand((rows, length), generator=generator, dtype=torch.float64),
     )
 

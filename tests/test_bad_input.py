@@ -13,9 +13,13 @@ from steppo_kernels import (
     StepLayout,
     StepPOConfig,
     broadcast_to_tokens,
+    linear_steppo_loss,
+    linear_token_log_probs,
     step_gae,
     step_value_loss,
     steppo_loss,
+    steppo_loss_from_logits,
+    token_log_probs,
 )
 from steppo_kernels.config import RATIOS
 
@@ -24,6 +28,10 @@ _LAYOUT = StepLayout.from_mask(_MASK, backend="reference")
 _TOKENS = torch.linspace(-1.0, -0.1, 12).reshape(2, 6)
 _STEPS = torch.linspace(-1.0, 1.0, 4)
 _IDS = torch.arange(12).reshape(2, 6)
+_LOGITS = torch.linspace(-2.0, 2.0, 60).reshape(2, 6, 5)
+_TARGETS = _IDS % 5
+_HIDDEN = torch.linspace(-1.0, 1.0, 36).reshape(2, 6, 3)
+_WEIGHT = torch.linspace(-1.0, 1.0, 15).reshape(5, 3)
 _CENTERED = StepPOConfig(ratio="centered")
 _NAN = float("nan")
 
@@ -38,6 +46,19 @@ def loss(**changed: Any) -> Callable[[], object]:
 
 def mask_loss(**changed: Any) -> Callable[[], object]:
     return loss(**{"advantages": _TOKENS, "layout": _MASK, **changed})
+
+
+def log_probs(**changed: Any) -> Callable[[], object]:
+    arguments = {"logits": _LOGITS, "token_ids": _TARGETS, **changed}
+    return lambda: token_log_probs(**arguments)
+
+
+def logits_loss(**changed: Any) -> Callable[[], object]:
+    arguments = {
+        "logits": _LOGITS, "token_ids": _TARGETS, "old_log_probs": _TOKENS, "advantages": _STEPS,
+        "layout": _LAYOUT, **changed,
+    }  # fmt: skip
+    return lambda: steppo_loss_from_logits(**arguments)
 
 
 def value_loss(**changed: Any) -> Callable[[], object]:
@@ -84,6 +105,32 @@ def with_one(value: float) -> torch.Tensor:
     mask = _MASK.float()
     mask[1, 4] = value
     return mask
+
+
+def linear_log_probs(**changed: Any) -> Callable[[], object]:
+    arguments = {"hidden": _HIDDEN, "weight": _WEIGHT, "token_ids": _TARGETS, **changed}
+    return lambda: linear_token_log_probs(**arguments)
+
+
+def linear_loss(**changed: Any) -> Callable[[], object]:
+    arguments = {
+        "hidden": _HIDDEN, "weight": _WEIGHT, "token_ids": _TARGETS, "old_log_probs": _TOKENS,
+        "advantages": _STEPS, "layout": _LAYOUT, **changed,
+    }  # fmt: skip
+    return lambda: linear_steppo_loss(**arguments)
+
+
+def with_target(value: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Tokens of which one, an action token, is `value`."""
+    ids = _TARGETS.to(dtype, copy=True)
+    ids[0, 4] = value
+    return ids
+
+
+def with_temperature(value: float) -> torch.Tensor:
+    temperatures = torch.ones(2, 6)
+    temperatures[0, 4] = value
+    return temperatures
 
 
 _META = _TOKENS.to("meta")
@@ -139,6 +186,124 @@ _CALLS = [
     (ValueError, "backend: got 'numpy'", loss(backend="numpy")),
     (ValueError, "backend: got None", loss(backend=None)),
     (RuntimeError, "backend: 'cuda' cannot run on cpu", loss(backend="cuda")),
+    (TypeError, "whiten: got str", gae(whiten="no")),
+    # linear_token_log_probs and linear_steppo_loss
+    (TypeError, "hidden: got list", linear_log_probs(hidden=[0.0])),
+    (TypeError, "hidden: got torch.int64", linear_log_probs(hidden=_HIDDEN.long())),
+    (TypeError, "weight: got NoneType", linear_log_probs(weight=None)),
+    (ValueError, "weight: got a tensor on meta", linear_log_probs(weight=_WEIGHT.to("meta"))),
+    (ValueError, "weight: got shape (3,)", linear_log_probs(weight=_WEIGHT[0])),
+    (ValueError, "weight: got shape (3, 5) with", linear_log_probs(weight=_WEIGHT.t())),
+    (ValueError, "weight: got shape (0, 3)", linear_log_probs(weight=_WEIGHT[:0])),
+    (TypeError, "weight: got torch.float64", linear_log_probs(weight=_WEIGHT.double())),
+    (ValueError, "bias: got shape (3,)", linear_log_probs(bias=_WEIGHT[0])),
+    (TypeError, "bias: got torch.float16", linear_log_probs(bias=_WEIGHT[:, 0].half())),
+    (TypeError, "bias: got torch.int64", linear_log_probs(bias=_IDS[0, :5])),
+    (ValueError, "token_ids: got shape (2, 5)", linear_log_probs(token_ids=_TARGETS[:, :5])),
+    (ValueError, "token_ids: got 5, expected", linear_log_probs(token_ids=with_target(5))),
+    (ValueError, "mask: got shape (2, 5)", linear_log_probs(mask=_MASK[:, :5])),
+    (ValueError, "softcap: got 0", linear_log_probs(softcap=0)),
+    (ValueError, "softcap: got nan", linear_log_probs(softcap=_NAN)),
+    (TypeError, "softcap: got str", linear_log_probs(softcap="30")),
+    (ValueError, "temperature: got 0", linear_log_probs(temperature=0)),
+    (ValueError, "chunk_tokens: got 0", linear_log_probs(chunk_tokens=0)),
+    (TypeError, "chunk_tokens: got float", linear_log_probs(chunk_tokens=2.0)),
+    (TypeError, "chunk_tokens: got bool", linear_log_probs(chunk_tokens=True)),
+    (ValueError, "hidden: got shape (2, 5, 3)", linear_loss(hidden=_HIDDEN[:, :5])),
+    (ValueError, "hidden: got a tensor on meta", linear_loss(hidden=_HIDDEN.to("meta"))),
+    (TypeError, "hidden: got NoneType", linear_loss(hidden=None)),
+    (ValueError, "old_log_probs: got shape (13,)", linear_loss(old_log_probs=torch.zeros(13))),
+    (ValueError, "advantages: got shape (3,)", linear_loss(advantages=_STEPS[:3])),
+    (
+        ValueError,
+        "token_ids: got shape (12, 1, 2)",
+        linear_loss(token_ids=_IDS.view(12, 1, 1).expand(12, 1, 2)),
+    ),
+    (ValueError, "token_ids: got 9, expected", linear_loss(token_ids=with_target(9))),
+    (ValueError, "ref_log_probs: got None", linear_loss(config=_KL)),
+    (ValueError, "chunk_tokens: got -1", linear_loss(chunk_tokens=-1)),
+    (ValueError, "normalizer: got 0", linear_loss(normalizer=0)),
+    (TypeError, "layout: got NoneType", linear_loss(layout=None)),
+    (RuntimeError, "backend: 'cuda' cannot run", linear_loss(backend="cuda")),
+    # token_log_probs
+    (TypeError, "logits: got list", log_probs(logits=[0.0])),
+    (TypeError, "logits: got torch.int64", log_probs(logits=_IDS)),
+    (TypeError, "logits: got torch.complex64", log_probs(logits=_LOGITS + 0j)),
+    (ValueError, "logits: got shape ()", log_probs(logits=torch.tensor(1.0))),
+    (
+        ValueError,
+        "logits: got shape (2, 6, 0), expected [..., V]",
+        log_probs(logits=_LOGITS[..., :0]),
+    ),
+    (TypeError, "token_ids: got list", log_probs(token_ids=[0] * 12)),
+    (TypeError, "token_ids: got torch.float32", log_probs(token_ids=_TOKENS)),
+    (TypeError, "token_ids: got torch.bool", log_probs(token_ids=_MASK)),
+    (ValueError, "token_ids: got shape (2, 5)", log_probs(token_ids=_TARGETS[:, :5])),
+    (ValueError, "token_ids: got a tensor on meta", log_probs(token_ids=_TARGETS.to("meta"))),
+    (ValueError, "token_ids: got 5, expected ids from 0 to 4", log_probs(token_ids=with_target(5))),
+    (ValueError, "token_ids: got -1, expected ids", log_probs(token_ids=with_target(-1))),
+    (
+        ValueError,
+        "token_ids: got -1, expected ids",
+        log_probs(token_ids=with_target(-1), mask=_MASK),
+    ),
+    (
+        ValueError,
+        "token_ids: got -100, expected ids",
+        log_probs(token_ids=with_target(-100, torch.int8), backend="reference"),
+    ),
+    (ValueError, "temperature: got 0, expected", log_probs(temperature=0)),
+    (ValueError, "temperature: got -1.0", log_probs(temperature=-1.0)),
+    (ValueError, "temperature: got nan", log_probs(temperature=_NAN)),
+    (ValueError, "temperature: got inf", log_probs(temperature=float("inf"))),
+    (TypeError, "temperature: got str", log_probs(temperature="1")),
+    (TypeError, "temperature: got bool", log_probs(temperature=True)),
+    (TypeError, "temperature: got torch.int64", log_probs(temperature=_IDS)),
+    (ValueError, "temperature: got shape (2,)", log_probs(temperature=torch.ones(2))),
+    (ValueError, "temperature: got shape ()", log_probs(temperature=torch.tensor(1.0))),
+    (ValueError, "temperature: got a tensor on meta", log_probs(temperature=_META)),
+    (ValueError, "temperature: got 0.0", log_probs(temperature=with_temperature(0.0))),
+    (ValueError, "temperature: got -0.5", log_probs(temperature=with_temperature(-0.5))),
+    (ValueError, "temperature: got nan", log_probs(temperature=with_temperature(_NAN))),
+    (
+        ValueError,
+        "temperature: got inf",
+        log_probs(temperature=with_temperature(float("inf")), mask=_MASK),
+    ),
+    (TypeError, "mask: got list", log_probs(mask=[True] * 12)),
+    (TypeError, "mask: got torch.complex64", log_probs(mask=_MASK + 0j)),
+    (ValueError, "mask: got shape (2, 5)", log_probs(mask=_MASK[:, :5])),
+    (ValueError, "mask: got the value 2", log_probs(mask=with_one(2.0))),
+    (ValueError, "mask: got a tensor on meta", log_probs(mask=_MASK.to("meta"))),
+    (ValueError, "backend: got 'gpu'", log_probs(backend="gpu")),
+    (RuntimeError, "backend: 'cuda' cannot run on cpu", log_probs(backend="cuda")),
+    # steppo_loss_from_logits
+    (TypeError, "logits: got NoneType", logits_loss(logits=None)),
+    (ValueError, "logits: got shape (2, 5, 5)", logits_loss(logits=_LOGITS[:, :5])),
+    (ValueError, "logits: got shape (2, 6)", logits_loss(logits=_TOKENS)),
+    (ValueError, "logits: got a tensor on meta", logits_loss(logits=_LOGITS.to("meta"))),
+    (ValueError, "token_ids: got shape (6, 1)", logits_loss(token_ids=_TARGETS[:1].mT)),
+    (TypeError, "token_ids: got torch.float32", logits_loss(token_ids=_TOKENS)),
+    (ValueError, "token_ids: got 7", logits_loss(token_ids=with_target(7))),
+    (ValueError, "token_ids: got -9", logits_loss(token_ids=with_target(-9), backend="reference")),
+    (ValueError, "old_log_probs: got shape (13,)", logits_loss(old_log_probs=torch.zeros(13))),
+    (ValueError, "advantages: got shape (3,)", logits_loss(advantages=_STEPS[:3])),
+    (ValueError, "advantages: got shape (4,)", logits_loss(layout=_MASK)),
+    (TypeError, "layout: got NoneType", logits_loss(layout=None)),
+    (ValueError, "layout: got the value nan", logits_loss(layout=with_one(_NAN))),
+    (TypeError, "config: got dict", logits_loss(config={})),
+    (ValueError, "ref_log_probs: got None", logits_loss(config=_KL)),
+    (ValueError, "is_weights: got shape (5,)", logits_loss(is_weights=torch.ones(5))),
+    (
+        ValueError,
+        "step_weights: got it with a mask",
+        logits_loss(step_weights=_STEPS, advantages=_TOKENS, layout=_MASK),
+    ),
+    (ValueError, "normalizer: got 0.0", logits_loss(normalizer=0.0)),
+    (ValueError, "temperature: got 0.0", logits_loss(temperature=0.0)),
+    (ValueError, "temperature: got nan", logits_loss(temperature=with_temperature(_NAN))),
+    (ValueError, "temperature: got shape (3,)", logits_loss(temperature=torch.ones(3))),
+    (RuntimeError, "backend: 'cuda' cannot run", logits_loss(backend="cuda")),
     # step_value_loss
     (ValueError, "values: got shape (3,)", value_loss(values=_STEPS[:3])),
     (TypeError, "values: got torch.int32", value_loss(values=_TOKENS.int())),
@@ -249,7 +414,9 @@ _CALLS = [
 
 
 def everything_shared() -> list[torch.Tensor]:
-    return [value.clone() for value in (_MASK, _TOKENS, _STEPS, _LAYOUT.step_ids)]
+    return [
+        value.clone() for value in (_MASK, _TOKENS, _STEPS, _LOGITS, _TARGETS, _LAYOUT.step_ids)
+    ]
 
 
 @pytest.mark.parametrize(("exception", "text", "call"), _CALLS, ids=[text for _, text, _ in _CALLS])
@@ -268,6 +435,10 @@ def test_the_calls_are_right_without_their_mistake():
         from_markers(), from_ids(torch.tensor([0, -1, 1])),
         packed(cu_seqlens=torch.tensor([0, 4, 12])), loss(normalizer=torch.tensor(3)),
         loss(config=_KL, ref_log_probs=_TOKENS), loss(config=_BONUS, entropy=_TOKENS),
+        log_probs(), logits_loss(), logits_loss(layout=_MASK, advantages=_TOKENS),
+        log_probs(mask=~_MASK, token_ids=torch.where(_MASK, -100, _TARGETS)),
+        log_probs(mask=_MASK, temperature=torch.where(_MASK, 1.0, _NAN)),
+        logits_loss(config=_BONUS, temperature=torch.where(_MASK, 1.0, 0.0)),
     ):  # fmt: skip
         assert call() is not None
 

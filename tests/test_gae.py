@@ -242,3 +242,31 @@ def test_half_precision_is_computed_in_fp32(target, dtype):
     assert found.advantages.dtype == found.returns.dtype == torch.float32
     assert torch.equal(found.advantages, exact.advantages)
     assert torch.equal(found.returns, exact.returns)
+
+
+def test_rewards_of_rows_without_an_action_are_kept_at_every_level(target):
+    """They go to the last action of the trajectory before them, else to the first."""
+    mask = torch.tensor([[0, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0]])
+    rewards = torch.tensor(
+        [[3.0, 0, 0], [0, 0, 0], [5, torch.nan, 0], [0, 0, 1], [7, 0, 0], [9, 0, 0]]
+    )
+    values = torch.zeros(6, 3)
+    # Row 5 is a trajectory that never acts; rows of the other are given out of order.
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    layout = StepLayout.from_rows(
+        mask[order].to(target.device), [0, 0, 1, 0, 0, 0], order, backend="reference"
+    )
+    at = {"rewards": rewards[order].to(target.device), "values": values.to(target.device)}
+
+    def returns(which):
+        found = step_gae(**at, layout=which, gamma=1.0, whiten=False, backend=target.backend)
+        return found.returns.tolist()
+
+    assert [returns(layout)[i] for i in order.argsort()] == [16, 13, 13, 8, 7, 9]
+    per_token = layout.per_token()
+    # In the order of memory: rows 1 and 3.
+    assert returns(per_token) == [16, 13, 8, 8]
+    assert returns(layout.per_trajectory()) == [16, 0]
+    assert returns(per_token.per_trajectory())[0] == 16
+    assert returns(layout.per_trajectory().per_token()) == [16, 13, 8, 8]
+    assert per_token.to("cpu").reward_homes is not None

@@ -1,4 +1,4 @@
-"""Numbers of other implementations: the StepPO authors' GAE and verl's losses.
+"""Numbers of other implementations: the StepPO authors' GAE, verl's and Liger-Kernel's losses.
 
 In fp64 they are met to 1e-10. In fp32 a backend loses at most twice what the reference loses.
 """
@@ -15,9 +15,11 @@ from steppo_kernels import (
     StepLayout,
     StepPOConfig,
     broadcast_to_tokens,
+    linear_steppo_loss,
     step_gae,
     step_value_loss,
     steppo_loss,
+    steppo_loss_from_logits,
 )
 from steppo_kernels.testing import Error
 
@@ -241,3 +243,50 @@ def test_value_loss(target, path, dtype):
     if dtype == torch.float64:
         # verl took this mean in fp32.
         assert scalars["clip_fraction"] == pytest.approx(float(golden["clip_fraction"]), abs=1e-7)
+
+
+def linear_loss(path, target, dtype, loss_of):
+    """Compare ``loss_of(hidden, weight, **arguments)`` with what Liger-Kernel found in fp32."""
+    golden = load(path, target, dtype)
+    hidden, weight = (
+        golden[name].to(target.device, dtype).requires_grad_() for name in ("hidden", "weight")
+    )
+    result = loss_of(
+        hidden,
+        weight,
+        token_ids=golden["token_ids"].to(target.device),
+        old_log_probs=golden["old_log_probs"].to(target.device, dtype),
+        advantages=golden["advantages"].to(target.device, dtype),
+        layout=one_row_a_step(golden, target),
+        temperature=float(golden["temperature"]),
+        config=StepPOConfig(
+            clip_low=float(golden["clip_low"]), clip_high=float(golden["clip_high"])
+        ),
+        backend=target.backend,
+    )
+    result.loss.backward()
+    found = {"loss": result.loss, "grad_hidden": hidden.grad, "grad_weight": weight.grad}
+    for name, value in found.items():
+        assert value.dtype == dtype, name
+        # Both are sums of fp32 rounding errors of a few hundred terms.
+        assert Error.between(value, golden[name]).largest < 2e-6, name
+    fraction = result.metrics.as_dict()["token_clip_fraction"]
+    assert fraction == pytest.approx(float(golden["token_clip_fraction"]), abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@files("linear_loss")
+def test_logits_loss(target, path, dtype):
+    def loss_of(hidden, weight, **arguments):
+        return steppo_loss_from_logits(hidden @ weight.t(), **arguments)
+
+    linear_loss(path, target, dtype, loss_of)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@files("linear_loss")
+def test_linear_loss(target, path, dtype):
+    def loss_of(hidden, weight, **arguments):
+        return linear_steppo_loss(hidden, weight, chunk_tokens=20, **arguments)
+
+    linear_loss(path, target, dtype, loss_of)

@@ -15,7 +15,10 @@ import torch
 from steppo_kernels import backends
 
 _FOLDER = Path(__file__).parent
-_FILES = ("golden", "gae", "policy_loss", "value_loss", "broadcast", "segment", "layout", "rules")
+_FILES = (
+    "golden", "gae", "policy_loss", "value_loss", "broadcast", "segment", "layout", "rules",
+    "token_log_probs",
+)  # fmt: skip
 # The properties, the error rule, ties and sizes; what does not depend on the kernel is left out.
 _TESTS = (
     "test_loops or fp32_error or keeps_its_gradient or golden or segment or from_markers or "

@@ -86,6 +86,40 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
             (flat["log_probs"], None, token_advantages, None, None, None, mask,
              batch.mask.shape[1], None, None, 0, *tail[:5], 0.0, 2, 0.0, True, False),
         ],
+        **head_samples(batch),
+    }  # fmt: skip
+
+
+def head_samples(batch: Batch) -> dict[str, list[tuple]]:
+    """Of the operators on logits."""
+    device, dtype = batch.mask.device, batch.log_probs.dtype
+    # Few rows: the interpreter takes 50 ms for each.
+    mask = batch.mask[:2, :5]
+    rows, length = mask.shape
+    generator = torch.Generator().manual_seed(rows * length)
+    wide = torch.randn((rows, length + 1, 13), generator=generator).to(device, dtype)
+    logits = wide[:, :-1]
+    mask = mask.reshape(-1)
+    ids = (torch.arange(rows * length, device=device) * 7) % 13
+    temperatures = torch.linspace(0.5, 1.5, rows * length, device=device, dtype=torch.float64)
+    log_sum_exp = logits.reshape(-1, 13).double().logsumexp(-1)
+    grads = torch.randn((2, rows * length), generator=generator).to(device, dtype)
+    grad_logits = torch.zeros((rows, length, 13), device=device, dtype=dtype)
+    order = torch.tensor([0, rows * length - 1, 2], device=device)
+    hidden, weight, bias = wide[0, :, :8].contiguous(), wide[0, :5, :8], wide[0, 0, :5]
+    products = torch.zeros((length + 1, 5), device=device, dtype=dtype)
+    return {
+        "head_logits": [(products, hidden, weight, bias), (products, hidden, weight.clone(), None)],
+        "token_log_probs": [
+            (logits, ids, mask, temperatures, 1.0, 0.0, True),
+            (logits, ids, None, None, 0.7, 5.0, False),
+        ],
+        "token_log_probs_backward": [
+            (grad_logits, logits, ids, mask, temperatures, 1.0, 0.0, log_sum_exp, grads[0].abs(),
+             *grads, None),
+            (grad_logits, logits, ids, None, None, 0.7, 5.0, log_sum_exp, None, grads[1], None,
+             order),
+        ],
     }  # fmt: skip
 
 
@@ -98,8 +132,11 @@ def test_every_operator_has_a_sample():
 @pytest.mark.parametrize("name", sorted(ops._stems))
 def test_opcheck(target, name, dtype):
     if target.backend == "reference" and name in (
+        "head_logits",
         "policy_loss",
         "policy_loss_masked",
+        "token_log_probs",
+        "token_log_probs_backward",
         "value_loss",
     ):
         pytest.skip("autograd differentiates the reference: it is no operator")
@@ -113,13 +150,20 @@ def test_operators_and_direct_calls_are_the_same(kernel):
     """Eager code calls launchers, compiled code operators."""
     for name, calls in samples(finite_batch(kernel)).items():
         for args in calls:
-            direct = ops.call(name, kernel.backend, *args)
-            through = getattr(torch.ops.steppo, name)(*args, kernel.backend)
-            pairs = zip(direct, through, strict=True) if isinstance(direct, tuple) else [
-                (direct, through)
-            ]  # fmt: skip
-            for one, other in pairs:
+            results = []
+            for run in (ops.launcher(kernel.backend, name), through_torch(name, kernel.backend)):
+                copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                result = run(*copies)
+                written = [arg for arg in copies if isinstance(arg, torch.Tensor)]
+                outputs = result if isinstance(result, tuple) else (result,)
+                results.append([*written, *(value for value in outputs if value is not None)])
+            for one, other in zip(*results, strict=True):
                 assert torch.equal(one, other), name
+
+
+def through_torch(name: str, backend: str):
+    """Return the registered operator, as a function of a launcher's arguments."""
+    return lambda *args: getattr(torch.ops.steppo, name)(*args, backend)
 
 
 def train_step(batch: Batch, layout: StepLayout, masked: bool, backend: str):

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODULES = (
     "segment", "broadcast", "gae", "value_loss", "policy_loss", "policy_loss_masked", "policy_sums",
+    "token_log_probs",
 )  # fmt: skip
 # These walk along rows; the others gather, as the first one does if it is given a layout.
 WIDE = {
@@ -52,7 +53,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         found.append(json.loads(out))
     reports = [report for part in found for report in part["reports"]]
     print("\n" + _table(reports))
-    return {"reports": reports, "keys": found[0]["keys"]}
+    return found[0] | {"reports": reports}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -77,6 +78,27 @@ def test_rows_are_loaded_128_bits_at_a_time(compiled: dict[str, Any], arch: str)
     assert narrow & WIDE <= {"log_ratio_sum_kernel"}
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_move_128_bits_at_a_time(compiled: dict[str, Any], arch: str) -> None:
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    cases = dict.fromkeys(("token_log_probs_kernel", "token_log_probs_backward_kernel"), 0)
+    for report in reports:
+        kernel, wide = report["kernel"], "aligned" in report["case"]
+        if kernel in cases:
+            cases[kernel] += wide
+            assert (report["wide_loads"] > 0) == wide, report
+            # What is written is a gradient or zeros.
+            stores = 2 * report["wide_loads"] if "backward" in kernel else 0
+            assert report["wide_stores"] == stores, report
+    assert all(cases.values())
+
+
+def test_a_new_vocabulary_compiles_nothing(compiled: dict[str, Any]) -> None:
+    """Nor do other numbers of rows, or strides: kernels depend on whether rows are aligned."""
+    for group in compiled["logits_keys"]:
+        assert all(keys == group[0] for keys in group)
+
+
 def test_a_new_length_compiles_nothing(compiled: dict[str, Any]) -> None:
     aligned, other_aligned, ragged, other_ragged = compiled["keys"]
     assert aligned == other_aligned
@@ -84,7 +106,8 @@ def test_a_new_length_compiles_nothing(compiled: dict[str, Any]) -> None:
 
 
 def _table(reports: list[dict[str, Any]]) -> str:
-    columns = ("arch", "kernel", "threads", "registers", "spills", "shared", "wide_loads")
+    columns = ("arch", "kernel", "case", "threads", "registers", "spills", "shared", "wide_loads")
+    reports = [report | {"case": " ".join(report["case"])} for report in reports]
     rows = [[str(report[column]) for column in columns] for report in reports]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = [

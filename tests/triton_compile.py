@@ -2,7 +2,8 @@
 
 Run as a script, in a process without TRITON_INTERPRET: `python triton_compile.py ARCH...` prints
 JSON. The launchers run on CPU tensors, with the launch itself replaced by a recorder: so
-what is compiled is what a GPU would be asked to run.
+what is compiled is what a GPU would be asked to run. `benchmarks/triton_account.py` reads the
+machine code of the same launches.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LENGTHS = (4096, 3600, 2051, 2077)
+# Rows, tokens of a row, vocabulary: what is alike in each group is whether rows are aligned.
+LOGITS_SHAPES = (
+    [(2, 3, 4096), (1, 5, 151_936), (3, 1, 152_064), (7, 2, 32_000), (2, 17, 128)],
+    [(2, 3, 4099), (1, 5, 50_257), (3, 1, 151_669), (7, 2, 32_001), (2, 17, 129)],
+)
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 
 
@@ -93,8 +99,40 @@ def policy(layout: StepLayout, config: StepPOConfig, *, full: bool, masked: bool
         )  # fmt: skip
 
 
+def logits(
+    shape: tuple[int, int, int], dtype: torch.dtype, *, full: bool, softcap: float = 0.0
+) -> None:
+    """Launch the kernels that read logits: with everything that a row can carry, or little."""
+    values = torch.zeros(shape, dtype=dtype)[:, : max(1, shape[1] - 1)]
+    rows = values.shape[0] * values.shape[1]
+    # A slice, which need not begin at 16 bytes.
+    ids = torch.zeros(rows + 1, dtype=torch.int64)[1:]
+    one = torch.zeros(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    entropy = one if full else None
+    targets = (ids, ids == 0, one.double()) if full else (ids, None, None)
+    ops.launcher("triton", "token_log_probs")(values, *targets, 1.0, softcap, full)
+    ops.launcher("triton", "token_log_probs_backward")(
+        torch.empty(values.shape, dtype=dtype), values, *targets, 1.0, softcap, one.double(),
+        entropy, one, entropy, ids if full else None,
+    )  # fmt: skip
+
+
+def logits_launches(shape: tuple[int, int, int]) -> list[Launch]:
+    """Return launches of the kernels that read logits, in every dtype."""
+
+    def everything() -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            logits(shape, dtype, full=False)
+            logits(shape, dtype, full=True)
+            logits(shape, dtype, full=True, softcap=30.0)
+        logits(shape, torch.float16, full=False)
+        logits(shape, torch.float64, full=True, softcap=30.0)
+
+    return recorded(everything)
+
+
 def launches(length: int = LENGTHS[0]) -> list[Launch]:
-    """Return launches of every kernel, on rows of `length` tokens."""
+    """Return launches of every kernel that works on tokens, on rows of `length` of them."""
     layout = batch(4, length, 511)
     flat_ids, offsets = layout.step_ids.view(-1), layout.row_offsets
     mask = flat_ids >= 0
@@ -132,28 +170,41 @@ def launches(length: int = LENGTHS[0]) -> list[Launch]:
     return recorded(everything)
 
 
-def keys(length: int) -> list[str]:
+def keys(found: list[Launch]) -> list[str]:
     """Return what Triton's cache knows the launches by: equal keys compile once."""
-    return sorted({specialized(each, TARGETS["sm_90"])[2] for each in launches(length)})
+    return sorted({specialized(each, TARGETS["sm_90"])[2] for each in found})
 
 
-def report(each: Launch, arch: str) -> dict[str, Any]:
-    """Compile the kernel of a launch and return its resources and widest global load."""
+def compiled(each: Launch, arch: str) -> tuple[Any, dict[str, Any]]:
+    """Compile the kernel of a launch; return that and its resources and widest global load."""
     target = TARGETS[arch]
     source, options, key = specialized(each, target)
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(source, target=target, options=options)
+        kernel = triton.compile(source, target=target, options=options)
     found: dict[str, Any] = {
         "kernel": source.fn.__name__, "arch": arch, "key": key,
-        "threads": compiled.metadata.num_warps * target.warp_size,
-        "shared": compiled.metadata.shared,
+        "case": _case(source),
+        "threads": kernel.metadata.num_warps * target.warp_size,
+        "shared": kernel.metadata.shared,
     }  # fmt: skip
     if target.backend == "cuda":
-        return found | _cuda(compiled.asm["ptx"], log.getvalue())
-    return found | _hip(compiled.asm["amdgcn"])
+        return kernel, found | _cuda(kernel.asm["ptx"], log.getvalue())
+    return kernel, found | _hip(kernel.asm["amdgcn"])
+
+
+def _case(source: ASTSource) -> list[str]:
+    """Return what tells launches of the kernels that read logits apart."""
+    if "p_logits" not in source.signature:
+        return []
+    constants = {source.fn.arg_names[at]: value for (at,), value in source.constants.items()}
+    return [
+        source.signature["p_logits"].strip("*"),
+        *(name.lower() for name in ("ALIGNED", "SOFTCAP") if constants[name]),
+        *(["entropy"] if source.signature["p_entropy"] != "constexpr" else []),
+    ]
 
 
 def _cuda(ptx: str, log: str) -> dict[str, Any]:
@@ -192,9 +243,20 @@ def main(architectures: list[str]) -> None:
     reports = []
     for arch in architectures:
         launch.warp_size = TARGETS[arch].warp_size
-        distinct = {specialized(each, TARGETS[arch])[2]: each for each in launches()}
-        reports += [report(each, arch) for each in distinct.values()]
-    print(json.dumps({"reports": reports, "keys": [keys(n) for n in LENGTHS]}))
+        every = [
+            *launches(),
+            *(each for group in LOGITS_SHAPES for each in logits_launches(group[0])),
+        ]
+        distinct = {specialized(each, TARGETS[arch])[2]: each for each in every}
+        reports += [compiled(each, arch)[1] for each in distinct.values()]
+    found = {
+        "reports": reports,
+        "keys": [keys(launches(length)) for length in LENGTHS],
+        "logits_keys": [
+            [keys(logits_launches(shape)) for shape in group] for group in LOGITS_SHAPES
+        ],
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

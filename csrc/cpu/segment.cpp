@@ -82,6 +82,7 @@ void steps_before_rows(const int32_t* step_ids, const int64_t* row_offsets, int6
 void segment_mask(const bool* mask, const bool* boundaries, const int64_t* row_offsets,
                   int64_t num_tokens, int64_t num_rows, int32_t* step_ids, int64_t* row_steps,
                   int64_t* counts, int threads) {
+  threads = worthwhile_threads(num_tokens / 2, threads);
   const int64_t blocks = ceil_div(num_tokens, kBlock);
   Buffer<int64_t> numbers(blocks), actions(blocks);
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
@@ -103,6 +104,7 @@ void segment_mask(const bool* mask, const bool* boundaries, const int64_t* row_o
 void segment_ids(const int64_t* ids, const int64_t* row_offsets, int64_t num_tokens,
                  int64_t num_rows, int32_t* step_ids, int64_t* row_steps, int64_t* counts,
                  int threads) {
+  threads = worthwhile_threads(num_tokens / 2, threads);
   // Rows are the blocks: an id is new if it is above all before it in its row.
   Buffer<int64_t> actions(num_rows), decreasing(num_rows);
   parallel_for(num_rows, threads, [&](int64_t row) {
@@ -146,6 +148,7 @@ void segment_ids(const int64_t* ids, const int64_t* row_offsets, int64_t num_tok
 
 void segment_rows(const bool* mask, const bool* valid, int64_t num_rows, int64_t row_length,
                   int32_t* step_ids, int64_t* row_steps, int64_t* counts, int threads) {
+  threads = worthwhile_threads(num_rows * row_length / 2, threads);
   Buffer<int64_t> actions(num_rows);
   parallel_for(num_rows, threads, [&](int64_t row) {
     int32_t* out = step_ids + row * row_length;
@@ -185,6 +188,7 @@ void mark_actions(const int64_t* token_ids, const int64_t* row_offsets, const in
 
 void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int64_t num_actions,
              int64_t* token_index, int64_t* step_offsets, int32_t* step_lengths, int threads) {
+  threads = worthwhile_threads(num_tokens / 2, threads);
   const int64_t blocks = ceil_div(num_tokens, kBlock);
   Buffer<int64_t> ranks(blocks + 1), last_ids(blocks);
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {

@@ -45,6 +45,8 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
                 const double* normalizer, double clip, int reduction, int64_t num_values,
                 int64_t num_steps, void* loss, double* metrics, void* grad_values, void* grad_scale,
                 int threads) {
+  // A value that no step takes costs a zero.
+  threads = worthwhile_threads(num_values / 4 + num_steps, threads);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* v = static_cast<const T*>(values);
