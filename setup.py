@@ -31,9 +31,9 @@ if X86:
 
 KERNELS = sorted(
     path for path in (ROOT / "csrc/cpu").glob("*.cpp")
-    if path.stem not in ("dispatch", "parallel")
+    if path.stem not in ("dispatch", "pages", "parallel")
 )  # fmt: skip
-ONCE = [ROOT / "csrc/cpu/dispatch.cpp", ROOT / "csrc/cpu/parallel.cpp"]
+ONCE = [ROOT / f"csrc/cpu/{stem}.cpp" for stem in ("dispatch", "pages", "parallel")]
 BINDINGS = ROOT / "python/bindings_cpu.cpp"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .memory import large_empty
 from .token_log_probs import Targets
 
 # Logits of a chunk: few enough to leave memory to the model, enough rows for fast products.
@@ -45,7 +46,7 @@ class Head(NamedTuple):
     def buffer(self, rows: int) -> Tensor:
         """Return uninitialised memory for the logits of `rows` rows."""
         dtype = logits_dtype(self.backend, self.weight.dtype)
-        return torch.empty((rows, len(self.weight)), dtype=dtype, device=self.weight.device)
+        return large_empty((rows, len(self.weight)), dtype, self.weight.device)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Return the logits of ``[n, d]`` hidden states, the first n rows of `out`."""
@@ -114,8 +115,10 @@ class HeadGradients:
             self.hidden = torch.zeros_like(hidden, dtype=wide if self.keeps_fp32 else hidden.dtype)
         if need_weight:
             # The product of a single chunk is written where others are added.
-            make, dtype = (torch.empty, weight.dtype) if self._single else (torch.zeros, wide)
-            self.weight = make(weight.shape, dtype=dtype, device=weight.device)
+            dtype = weight.dtype if self._single else wide
+            self.weight = large_empty(weight.shape, dtype, weight.device)
+            if not self._single:
+                self.weight.zero_()
         if need_bias:
             self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device)
 

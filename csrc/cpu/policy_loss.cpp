@@ -83,6 +83,7 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                        static_cast<T*>(grad_log_probs),
                        static_cast<T*>(grad_entropy),
                        config};
+    prepare(call, num_tokens);
     call.total = normalizer != nullptr ? *normalizer
                                        : normalizer_of(config.reduction, step_offsets,
                                                        trajectory_counts, num_steps, threads);

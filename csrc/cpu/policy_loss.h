@@ -194,6 +194,18 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   return log_ratio;
 }
 
+// Below this many bytes, memory is mostly used again from call to call, and has its pages.
+constexpr int64_t kFreshBytes = int64_t{8} << 20;
+
+// Prepares the outputs of a call for being written.
+template <class T>
+static inline void prepare(const PolicyCall<T>& call, int64_t num_tokens) {
+  const int64_t bytes = num_tokens * static_cast<int64_t>(sizeof(T));
+  if (bytes < kFreshBytes) return;
+  if (call.grad_log_probs != nullptr) prefer_huge_pages(call.grad_log_probs, bytes);
+  if (call.grad_entropy != nullptr) prefer_huge_pages(call.grad_entropy, bytes);
+}
+
 // Turns the sums of a call into its loss and metrics. The gradients are final: their scale is 1.
 template <class T>
 static inline void finish(const PolicySums& sums, const PolicyConfig& config, double total,

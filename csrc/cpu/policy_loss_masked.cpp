@@ -56,6 +56,7 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
                        static_cast<T*>(grad_log_probs),
                        static_cast<T*>(grad_entropy),
                        config};
+    prepare(call, num_tokens);
     const int64_t blocks = ceil_div(num_tokens, kBlock);
     const auto ignore_gap = [](int64_t, int64_t) {};
 

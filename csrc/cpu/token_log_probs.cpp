@@ -2,7 +2,6 @@
 #include <cmath>
 #include <limits>
 
-#include "pages.h"
 #include "row_lanes.h"
 
 namespace steppo::cpu::STEPPO_ISA {

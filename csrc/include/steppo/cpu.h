@@ -30,6 +30,10 @@ const char* isas();
 // Whether head_logits runs here: it takes AVX512_BF16, and there is no other form of it.
 bool multiplies_bf16();
 
+// Asks for huge pages for memory that is about to be written in full. The first write to a small
+// page of fresh memory takes about ten times as long as the numbers that fill it.
+void prefer_huge_pages(void* data, int64_t bytes);
+
 #define STEPPO_OP(name) extern decltype(&baseline::name) const name;
 #include "steppo/cpu_op_names.inc"
 #undef STEPPO_OP

@@ -1,7 +1,5 @@
-// Memory of the operating system behind large outputs.
-#pragma once
-
-#include <cstdint>
+// Memory of the operating system behind large outputs. Baseline code: it is compiled once.
+#include "steppo/cpu.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -9,9 +7,7 @@
 
 namespace steppo::cpu {
 
-// Asks for huge pages for memory that is about to be written in full. The first write to a small
-// page of fresh memory takes about ten times as long as the numbers that fill it.
-static inline void prefer_huge_pages(void* data, int64_t bytes) {
+void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
   const auto address = reinterpret_cast<std::uintptr_t>(data);
