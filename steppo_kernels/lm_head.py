@@ -99,7 +99,7 @@ class HeadGradients:
         self, head: Head, hidden: Tensor, needed: tuple[bool, bool, bool], num_chunks: int, *,
         scaled_later: bool = False,
     ) -> None:  # fmt: skip
-        """Start with zeros; `needed` says which of hidden, weight and bias want a gradient.
+        """Start with nothing; `needed` says which of hidden, weight and bias want a gradient.
 
         With `scaled_later` the upstream gradient is not known yet: then sums stay in fp32 where the
         dtype is fp16, whose range asks for that gradient first.
@@ -114,11 +114,9 @@ class HeadGradients:
         if need_hidden:
             self.hidden = torch.zeros_like(hidden, dtype=wide if self.keeps_fp32 else hidden.dtype)
         if need_weight:
-            # The product of a single chunk is written where others are added.
+            # The first product is written, the others are added.
             dtype = weight.dtype if self._single else wide
             self.weight = large_empty(weight.shape, dtype, weight.device)
-            if not self._single:
-                self.weight.zero_()
         if need_bias:
             self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device)
 
@@ -131,7 +129,7 @@ class HeadGradients:
         self, grad_logits: Tensor, hidden: Tensor, index: Tensor, unit: Tensor | None = None
     ) -> None:
         """Add the products of ``[n, V]`` gradients, given in `unit`s; rows are those at `index`."""
-        self._empty = False
+        is_first, self._empty = self._empty, False
 
         def in_full(product: Tensor) -> Tensor:
             return product if unit is None else product.to(torch.float32) * unit
@@ -149,9 +147,10 @@ class HeadGradients:
             if self._single:
                 torch.mm(columns.t(), hidden, out=part)
             elif part.dtype == hidden.dtype:
-                part.addmm_(columns.t(), hidden)
+                torch.addmm(part, columns.t(), hidden, beta=0.0 if is_first else 1.0, out=part)
             else:
-                part += in_full(torch.mm(columns.t(), hidden))
+                product = torch.mm(columns.t(), hidden)
+                ops.call("accumulate", self.head.backend, part, product, unit, is_first)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of hidden states, weight and bias.
@@ -159,7 +158,7 @@ class HeadGradients:
         They have the dtypes of the inputs, or are fp32 (`keeps_fp32`).
         """
         weight, bias = self.weight, self.bias
-        if weight is not None and self._single and self._empty:
+        if weight is not None and self._empty:
             weight.zero_()
         if not self.keeps_fp32:
             weight = None if weight is None else weight.to(self.head.weight.dtype)

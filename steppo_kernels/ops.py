@@ -310,6 +310,19 @@ def head_logits(
     """
 
 
+@_operator(
+    "lm_head",
+    "(Tensor(a!) total, Tensor product, Tensor? unit, bool is_first, str backend) -> ()",
+)
+def accumulate(
+    total: Tensor, product: Tensor, unit: Tensor | None, is_first: bool, backend: str
+) -> Any:
+    """Fake: add `product` (fp16 or bf16), times the 0-dim fp32 `unit`, to `total` (fp32).
+
+    Both are contiguous and of one shape. With `is_first`, `total` is written instead.
+    """
+
+
 def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         row_offsets.new_empty((num_tokens,), dtype=torch.int32),

@@ -108,7 +108,14 @@ def head_samples(batch: Batch) -> dict[str, list[tuple]]:
     order = torch.tensor([0, rows * length - 1, 2], device=device)
     hidden, weight, bias = wide[0, :, :8].contiguous(), wide[0, :5, :8], wide[0, 0, :5]
     products = torch.zeros((length + 1, 5), device=device, dtype=dtype)
+    total = torch.ones((3, 37), device=device)
+    half = torch.linspace(-1.0, 1.0, 3 * 37, device=device).view(3, 37)
     return {
+        "accumulate": [
+            (total, half.bfloat16(), None, False),
+            (total.clone(), half.half(), total[0, 0] * 0.7, False),
+            (total.clone(), half.bfloat16(), total[0, 0] * 3.0, True),
+        ],
         "head_logits": [(products, hidden, weight, bias), (products, hidden, weight.clone(), None)],
         "token_log_probs": [
             (logits, ids, mask, temperatures, 1.0, 0.0, True),
@@ -132,6 +139,7 @@ def test_every_operator_has_a_sample():
 @pytest.mark.parametrize("name", sorted(ops._stems))
 def test_opcheck(target, name, dtype):
     if target.backend == "reference" and name in (
+        "accumulate",
         "head_logits",
         "policy_loss",
         "policy_loss_masked",

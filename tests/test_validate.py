@@ -115,6 +115,11 @@ def _head_logits(logits, hidden, weight, bias) -> None:
     logits.copy_(found if bias is None else found + bias)
 
 
+def _accumulate(total, product, unit, is_first) -> None:
+    added = product.float() * (1.0 if unit is None else unit)
+    total.copy_(added if is_first else total + added)
+
+
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Stand the reference in for the CPU backend, with one operator spoiled."""
@@ -126,6 +131,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         "token_log_probs": _token_log_probs,
         "token_log_probs_backward": _token_log_probs_backward,
         "head_logits": _head_logits,
+        "accumulate": _accumulate,
     }
 
     def set_wrong(wrong: str = "", spoil: Spoil = lambda *outputs: outputs) -> None:

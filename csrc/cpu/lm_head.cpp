@@ -1,6 +1,6 @@
 // Logits of bf16 hidden states and a bf16 head in fp32, where the CPU multiplies bf16 and adds up
 // in fp32 (AVX512_BF16). Libraries round such a product to bf16, which costs log-probs two digits.
-#include "kernel.h"
+#include "row_lanes.h"
 
 #if defined(__AVX512F__) && __has_include(<avx512bf16intrin.h>)
 #define STEPPO_DOTS_BF16 1
@@ -174,5 +174,39 @@ void head_logits(const std::uint16_t*, const std::uint16_t*, int64_t, const floa
                  int64_t, int64_t, float*, int) {}
 
 #endif
+
+namespace {
+
+template <class In>
+void add(const In* product, float unit, bool is_first, int64_t begin, int64_t end, float* total) {
+  constexpr int64_t kStep = sizeof(RowLanes) / sizeof(float);
+  int64_t i = begin;
+  for (; i + kStep <= end; i += kStep) {
+    RowLanes sum = widened(product + i) * unit, before;
+    if (!is_first) {
+      std::memcpy(&before, total + i, sizeof before);
+      sum += before;
+    }
+    std::memcpy(total + i, &sum, sizeof sum);
+  }
+  for (; i < end; ++i) {
+    total[i] = (is_first ? 0.0f : total[i]) + unit * number(product[i]);
+  }
+}
+
+}  // namespace
+
+void accumulate(int dtype, const void* product, double unit, bool is_first, int64_t count,
+                float* total, int threads) {
+  const float factor = static_cast<float>(unit);
+  parallel_blocks(
+      count, kBlock, worthwhile_threads(count, threads), [&](int64_t, int64_t begin, int64_t end) {
+        if (dtype == kBFloat16) {
+          add(static_cast<const BFloat16*>(product), factor, is_first, begin, end, total);
+        } else {
+          add(static_cast<const Half*>(product), factor, is_first, begin, end, total);
+        }
+      });
+}
 
 }  // namespace steppo::cpu::STEPPO_ISA

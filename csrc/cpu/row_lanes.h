@@ -227,8 +227,18 @@ static inline void store(Half* to, const RowTwo<Half>& x) {
 }
 #endif
 
-// From fp32 to a half precision: the elements of `x` lie side by side, as those of fp32 do.
+// Between fp32 and a half precision, with elements side by side as those of fp32 are.
 typedef std::uint16_t NarrowBits __attribute__((vector_size(kRowBytes / 2)));
+static inline RowLanes widened(const BFloat16* from) {
+  NarrowBits halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (RowLanes)(__builtin_convertvector(halves, RowBits) << 16);
+}
+static inline RowLanes widened(const Half* from) {
+  NarrowBits halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return half_to_float<RowLanes>(__builtin_convertvector(halves, RowBits));
+}
 static inline void store_rounded(BFloat16* to, const RowTwo<float>& x) {
   const NarrowBits halves[2] = {
       __builtin_convertvector(bfloat_bits<RowBits>(x.a) >> 16, NarrowBits),

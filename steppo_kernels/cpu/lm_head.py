@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import kernels, pointer, threads
+from .launch import dtype_code, kernels, pointer, threads
 
 # Rows of the weight that are converted at a time where no kernel multiplies bf16 into fp32.
 _SLICE = 4096
@@ -36,3 +36,11 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
             torch.mm(hidden, part.float().t(), out=columns)
         if bias is not None:
             logits += bias
+
+
+def accumulate(total: Tensor, product: Tensor, unit: Tensor | None, is_first: bool) -> None:
+    """Run the operator `accumulate` of `steppo_kernels.ops`."""
+    kernels.accumulate(
+        dtype_code(product), pointer(product), 1.0 if unit is None else float(unit), is_first,
+        total.numel(), pointer(total), threads(),
+    )  # fmt: skip

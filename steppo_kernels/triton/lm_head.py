@@ -12,3 +12,13 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
         torch.mm(hidden, weight.t(), out=logits)
     else:
         torch.addmm(bias, hidden, weight.t(), out=logits)
+
+
+def accumulate(total: Tensor, product: Tensor, unit: Tensor | None, is_first: bool) -> None:
+    """Run the operator `accumulate` of `steppo_kernels.ops`."""
+    # On a GPU, mixed dtypes take no copy.
+    product = product if unit is None else product * unit
+    if is_first:
+        total.copy_(product)
+    else:
+        total += product

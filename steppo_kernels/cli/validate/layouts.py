@@ -132,7 +132,9 @@ def _case(operation: str, variant: str, arguments: Callable[[Draw], Build]) -> C
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             layout = build(backend)
             return {
-                field.name: torch.as_tensor(getattr(layout, field.name)) for field in fields(layout)
+                field.name: torch.as_tensor(getattr(layout, field.name))
+                for field in fields(layout)
+                if getattr(layout, field.name) is not None
             }
 
         return Problem(run)
