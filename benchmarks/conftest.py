@@ -6,19 +6,21 @@ from typing import Any
 
 import pytest
 
-from . import _common, peers
+from .machine import machine
 
 
 def pytest_report_header() -> str:
     """Say what is measured, and where."""
-    machine = _common.machine()
-    return "  ".join(f"{key}: {value}" for key, value in machine.items())
+    return "  ".join(f"{key}: {value}" for key, value in machine().items())
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Keep what the report reads, and what tells one run from another."""
-    output_json["machine_info"] = _common.machine() | {"verl": peers.verl_version()}
+    """Keep what the report reads, and what tells one run from another.
+
+    The families add their name and the versions of their peers.
+    """
+    output_json["machine_info"] = machine()
     output_json["commit_info"] = {
         key: output_json["commit_info"].get(key) for key in ("id", "dirty", "time")
     }

@@ -1,11 +1,13 @@
 #!/bin/sh
-# Run every suite and report: sh benchmarks/run.sh [bin folder of the environment] [name]
-# Results go to benchmarks/results/NAME.{json,md} and NAME_{speed,growth}.png. The exit code is 1 if
-# a variant is wrong or a target is missed. For fair numbers the machine has nothing else to do.
+# Run a family of suites and report: sh benchmarks/run.sh [bin folder of the environment]
+# [cpu | vocabulary] [name]. Results go to benchmarks/results/NAME.json, .md and .png files, NAME
+# being the family's unless given. The exit code is 1 if a variant is wrong or a target is missed.
+# For fair numbers the machine has nothing else to do.
 set -eu
 bin=${1:-.venv/bin}
-name=${2:-cpu}
+family=${2:-cpu}
+name=${3:-$family}
 cd "$(dirname "$0")/.."
 mkdir -p benchmarks/results
-"$bin/python" -m pytest benchmarks --benchmark-json="benchmarks/results/$name.json"
+"$bin/python" -m pytest "benchmarks/$family" --benchmark-json="benchmarks/results/$name.json"
 "$bin/python" -m benchmarks.report "benchmarks/results/$name.json"

@@ -15,19 +15,11 @@ from torch import Tensor
 
 import steppo_kernels as sk
 
+from ..gates import assert_close, fused_backend
+from ..machine import DEFAULT_THREADS, threads
+from ..timing import GROWTH_TURNS, Run, measure, runs
 from . import peers
-from ._common import (
-    DEFAULT_THREADS,
-    GROWTH_TURNS,
-    Run,
-    assert_close,
-    fused_backend,
-    measure,
-    policy_case,
-    rows_mask,
-    runs,
-    threads,
-)
+from .cases import policy_case, rows_mask
 
 GAMMA, LAM = 0.99, 0.95
 

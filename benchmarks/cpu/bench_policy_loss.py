@@ -12,21 +12,12 @@ from torch import Tensor
 
 import steppo_kernels as sk
 
+from ..gates import assert_close, fused_backend
+from ..machine import DEFAULT_THREADS, threads
+from ..memory import peak_bytes, peak_resident_bytes
+from ..timing import GROWTH_TURNS, Run, measure, runs
 from . import peers
-from ._common import (
-    DEFAULT_THREADS,
-    GROWTH_TURNS,
-    Run,
-    assert_close,
-    fused_backend,
-    measure,
-    peak_bytes,
-    peak_resident_bytes,
-    policy_case,
-    policy_step,
-    runs,
-    threads,
-)
+from .cases import policy_case, policy_step
 
 ROWS, TURNS = "rows 512x512", "turns 64x8192"
 VARIANTS = ("fused, layout", "fused, mask", "eager", "torch.compile", "verl gspo")

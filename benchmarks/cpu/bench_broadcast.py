@@ -13,7 +13,10 @@ from torch import Tensor
 import steppo_kernels as sk
 from steppo_kernels.backends import Backend
 
-from ._common import Run, assert_close, fused_backend, measure, policy_case, runs, threads
+from ..gates import assert_close, fused_backend
+from ..machine import threads
+from ..timing import Run, measure, runs
+from .cases import policy_case
 
 CASE = "turns 64x8192"
 VARIANTS = ("fused", "eager")

@@ -13,17 +13,11 @@ import torch
 import steppo_kernels as sk
 from steppo_kernels.backends import Backend
 
-from ._common import (
-    DEFAULT_THREADS,
-    GROWTH_TURNS,
-    Run,
-    fused_backend,
-    measure,
-    policy_case,
-    runs,
-    threads,
-)
+from ..gates import fused_backend
+from ..machine import DEFAULT_THREADS, threads
+from ..timing import GROWTH_TURNS, Run, measure, runs
 from .bench_gae import row_case
+from .cases import policy_case
 
 MASK, ROWS = "turns 64x8192", "rows 2688x512"
 VARIANTS = ("fused", "eager")

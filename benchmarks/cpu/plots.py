@@ -1,0 +1,77 @@
+"""Times of the variants, and cost against tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from ..report.plots import STYLE, bars, caption, head, top_line
+from ..report.results import Results
+
+_PANELS = (
+    ("policy_loss", "rows 512x512", "steppo_loss, one row per step\n[512, 512]"),
+    ("policy_loss", "turns 64x8192", "steppo_loss, multi-turn\n[64, 8192], 24 % action tokens"),
+    ("token_gae", "tokens 64x8192", "token-level GAE\n[64, 8192]"),
+    ("step_gae", "rows 2688x512", "step GAE from rows\n[2688, 512]"),
+)
+_COLORS = {
+    "fused, layout": "#0b6e4f", "fused": "#0b6e4f", "fused, mask": "#54a98b",
+    "fused, per token": "#54a98b", "fused, layout + per token": "#9ccdb9", "eager": "#c0504d",
+    "torch.compile": "#e0a030", "verl gspo": "#7a5ea8", "verl loop": "#7a5ea8",
+    "authors' tables": "#4a78b5",
+}  # fmt: skip
+_CURVES = {
+    ("policy_loss", "fused, layout"): ("steppo_loss, layout", "#0b6e4f", "o"),
+    ("policy_loss", "fused, mask"): ("steppo_loss, mask", "#54a98b", "s"),
+    ("policy_loss", "eager"): ("the same in eager PyTorch", "#c0504d", "^"),
+    ("token_gae", "fused"): ("step_gae, a step a token", "#4a78b5", "D"),
+    ("segment", "fused"): ("StepLayout.from_mask", "#e0a030", "v"),
+}
+
+
+def draw_speed(results: Results, path: Path) -> None:
+    """Draw the times of the variants, a panel a case."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        axes = figure.subplots(2, 2)
+        for axis, (suite, case, title) in zip(axes.flat, _PANELS, strict=True):
+            lines = results.of_case(suite, case)
+            ratios = [
+                None if k == 0 else results.ratio(line, lines[0]) for k, line in enumerate(lines)
+            ]
+            bars(axis, title, lines, ratios, _COLORS, slots=5)
+        top_line(
+            figure,
+            f"Times, and how often the first fits into them. {caption(results, 'fp32')}",
+        )
+        figure.savefig(path, dpi=150)
+
+
+def draw_growth(results: Results, path: Path) -> None:
+    """Draw time and time per token against tokens."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        total, each = figure.subplots(1, 2)
+        for key, (label, color, marker) in _CURVES.items():
+            curve = sorted(results.curves.get(("tokens", *key), {}).items())
+            if not curve:
+                continue
+            tokens = [size for size, _ in curve]
+            seconds = [line.median for _, line in curve]
+            slope = results.slope("tokens", *key)
+            exponent = "" if slope is None else f": tokens$^{{{slope:.2f}}}$"
+            style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6}
+            total.plot(tokens, [1e3 * s for s in seconds], label=label + exponent, **style)
+            each.plot(tokens, [1e9 * s / n for s, n in zip(seconds, tokens, strict=True)], **style)
+        for axis, title in ((total, "milliseconds"), (each, "nanoseconds per token")):
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_xlabel("tokens")
+            head(axis, title)
+            axis.grid(color="#e5e5e5")
+        if total.get_lines():
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        top_line(figure, caption(results, "fp32"))
+        figure.savefig(path, dpi=150)

@@ -1,0 +1,55 @@
+"""Promises, and whether a run keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .page import digits
+from .results import Line, Results
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise and what was measured; None is "not measured"."""
+
+    name: str
+    wanted: str
+    measured: float | None
+    met: bool | None
+    unit: str
+
+    @property
+    def verdict(self) -> str:
+        """In one word."""
+        return {True: "met", False: "MISSED", None: "not measured"}[self.met]
+
+    @property
+    def text(self) -> str:
+        """What was measured."""
+        return "-" if self.measured is None else f"{digits(self.measured)}{self.unit}"
+
+
+class Targets:
+    """The promises of a family of suites, in the order in which they are made."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self.found: list[Target] = []
+
+    def add(
+        self, name: str, wanted: str, measured: float | None, holds: Callable[[float], bool],
+        unit: str = "x",
+    ) -> None:  # fmt: skip
+        """Make a promise."""
+        met = None if measured is None else holds(measured)
+        self.found.append(Target(name, wanted, measured, met, unit))
+
+    def faster(
+        self, name: str, peer: Line | None, factor: float, ours: Line | None, *,
+        ratio_of: str | None = None,
+    ) -> None:  # fmt: skip
+        """Promise that `peer` takes at least `factor` times as long."""
+        label = f"{name}: faster than {ratio_of or (peer.variant if peer else 'a peer')}"
+        ratio = self.results.ratio(peer, ours)
+        self.add(label, f">= {factor:g}x", ratio, lambda value: value >= factor)

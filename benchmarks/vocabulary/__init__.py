@@ -1,0 +1,1 @@
+"""From logits or hidden states to log-probs and losses; results/vocabulary.md."""

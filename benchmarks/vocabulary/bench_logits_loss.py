@@ -1,0 +1,110 @@
+"""`steppo_loss_from_logits`: what one forward + backward holds besides the logits, and its time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import steppo_kernels as sk
+
+from ..gates import fused_backend
+from ..machine import DEFAULT_THREADS, threads
+from ..memory import peak_bytes, peak_resident_bytes
+from ..timing import Run, measure, runs
+from .cases import CONFIG, Shape, logits_case, row_log_probs
+
+SHAPE = Shape(4, 128, 32, 4)
+CASE = str(SHAPE)
+VARIANTS = ("fused, in place", "fused", "eager bf16", "eager fp32")
+
+# As in `bench_token_log_probs`; ratios are off by what the log-probs are.
+_TOLERANCES = {"fused": 4e-3, "fp32": 4e-3, "bf16": 0.02}
+
+
+def step_of(variant: str) -> Callable[[], Tensor]:
+    """Return forward + backward of a variant, which returns the gradient."""
+    case = logits_case(SHAPE)
+    logits, steps = case.logits, case.steps
+
+    def loss() -> Tensor:
+        if variant.startswith("fused"):
+            return sk.steppo_loss_from_logits(
+                logits, steps.token_ids, steps.old_log_probs, steps.advantages, steps.layout,
+                inplace_backward=variant.endswith("in place"), config=CONFIG,
+                backend=fused_backend(),
+            ).loss  # fmt: skip
+        upcast = variant.endswith("fp32")
+        found = row_log_probs(logits.float() if upcast else logits, steps.token_ids)
+        return steps.loss(found.float())
+
+    return lambda: torch.autograd.grad(loss(), logits)[0]
+
+
+@functools.cache
+def _logits() -> Tensor:
+    """Return a copy: what is done in place has to be undone."""
+    return logits_case(SHAPE).logits.detach().clone()
+
+
+def reset() -> None:
+    """Make the logits what they were."""
+    logits_case(SHAPE).logits.detach().copy_(_logits())
+
+
+@functools.cache
+def check(variant: str, num_threads: int) -> dict[str, float]:
+    """Return error and peak memory of a variant, or raise if the error is too large."""
+    case = logits_case(SHAPE)
+    reset()
+    with threads(num_threads):
+        step = step_of(variant)
+        grad = step().flatten(0, 1).clone()
+        reset()
+        peak = peak_bytes(step)
+        reset()
+        resident = peak_resident_bytes(step)
+        reset()
+    index, ids = case.steps.index, case.steps.token_ids.view(-1)
+    rows = _logits().flatten(0, 1)[index].double().requires_grad_()
+    loss = case.steps.loss(row_log_probs(rows, ids[index]))
+    (wanted,) = torch.autograd.grad(loss, rows)
+    error = float((grad[index] - wanted).norm() / wanted.norm())
+    kind = "fused" if variant.startswith("fused") else variant.split(" ")[1]
+    if not error <= _TOLERANCES[kind]:
+        raise AssertionError(
+            f"{CASE}, {variant}: gradient off by {error:.1e}, allowed is {_TOLERANCES[kind]:.0e}; "
+            "nothing is timed"
+        )
+    if bool(grad[~case.steps.mask.view(-1)].any()):
+        raise AssertionError(f"{CASE}, {variant}: a masked token has a gradient")
+    info = {"error_gradient": error, "extra_of_logits": peak / case.logits.nbytes}
+    if resident is not None:
+        info["resident_of_logits"] = resident / case.logits.nbytes
+    return info
+
+
+@pytest.mark.parametrize("run", runs(CASE, VARIANTS, [DEFAULT_THREADS], turns=3), ids=str)
+def bench_logits_loss(benchmark: Any, run: Run) -> None:
+    """What has to move at least.
+
+    The logits of the action tokens twice, and the gradient of every token.
+    """
+    case = logits_case(SHAPE)
+    info = check(run.variant, run.threads)
+    share = SHAPE.action_tokens / SHAPE.tokens
+    measure(
+        benchmark,
+        run,
+        step_of(run.variant),
+        setup=reset,
+        tokens=SHAPE.tokens,
+        rounds=1 if run.variant.startswith("eager") else None,
+        bytes_to_touch=int(case.logits.nbytes * (1 + 2 * share)),
+        info={"suite": "logits_loss", **info},
+    )
+    reset()

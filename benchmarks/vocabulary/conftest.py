@@ -1,0 +1,12 @@
+"""Name the family and its peers in the JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import peers
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Add to what `benchmarks.conftest` keeps."""
+    output_json["machine_info"] |= {"family": "vocabulary", "peers": peers.versions()}
