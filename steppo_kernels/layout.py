@@ -79,13 +79,14 @@ class StepLayout:
         """G."""
         return self.trajectory_offsets.shape[0] - 1
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that it holds, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device | str) -> StepLayout:
         """Return the layout with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         return replace(self, **moved)
 
     def __repr__(self) -> str:

@@ -54,7 +54,10 @@ FAMILIES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "granite": ("Granite", False, {"logits_scaling": 3.0}),
     "cohere": ("Cohere", True, {"logit_scale": 0.3}),
     "phi": ("Phi", False, {}),
-    "mixtral": ("Mixtral", False, {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "mixtral": (
+        "Mixtral", False,
+        {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    ),
 }  # fmt: skip
 CONFIG = StepPOConfig(clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.05)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -43,10 +42,9 @@ def gate(case: str, variant: str, num_threads: int) -> None:
     wanted = build(case, "eager")()
     with threads(num_threads):
         got = build(case, variant)()
-    for field in fields(sk.StepLayout):
-        found, expected = (torch.as_tensor(getattr(one, field.name)) for one in (got, wanted))
-        if not torch.equal(found, expected):
-            raise AssertionError(f"{case}, {variant}: {field.name} differs; nothing is timed")
+    for name, expected in wanted.tensors().items():
+        if not torch.equal(got.tensors()[name], expected):
+            raise AssertionError(f"{case}, {variant}: {name} differs; nothing is timed")
 
 
 @pytest.mark.parametrize("run", [*runs(MASK, VARIANTS), *runs(ROWS, VARIANTS)], ids=str)
@@ -72,9 +70,9 @@ def _run(benchmark: Any, run: Run, info: dict[str, Any]) -> None:
     element = row_case()["mask"].element_size() if run.case == ROWS else 1
     tokens = layout.step_ids.numel()
     written = sum(
-        torch.as_tensor(getattr(layout, field.name)).nbytes
-        for field in fields(sk.StepLayout)
-        if not (run.case == ROWS and field.name == "row_offsets")
+        value.nbytes
+        for name, value in layout.tensors().items()
+        if not (run.case == ROWS and name == "row_offsets")
     )
     measure(
         benchmark,

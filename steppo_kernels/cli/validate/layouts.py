@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -131,11 +130,7 @@ def _case(operation: str, variant: str, arguments: Callable[[Draw], Build]) -> C
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             layout = build(backend)
-            return {
-                field.name: torch.as_tensor(getattr(layout, field.name))
-                for field in fields(layout)
-                if getattr(layout, field.name) is not None
-            }
+            return {**layout.tensors(), "has_empty_rows": torch.tensor(layout.has_empty_rows)}
 
         return Problem(run)
 
