@@ -64,9 +64,9 @@ def linear_steppo_loss(
         temperature: above 0, what logits are divided by; a number or one for each token.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
         chunk_tokens: action tokens of a chunk. None takes as many as have 256 MiB of logits on a
-            CPU or 1 GiB on a GPU, and at least 128: the weight's gradient, summed in fp32, is read
-            and written once per chunk, which costs about a tenth of the chunk's products at 400
-            tokens on a CPU and at 4000 on a GPU.
+            CPU or 2.5 GiB on a GPU, and at least 128. The weight's gradient is read and written
+            once per chunk, in fp32 (of the size of those logits), if there is more than one: on a
+            CPU that costs a tenth of the chunk's products at 400 tokens, on a GPU at 4000.
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.

@@ -18,7 +18,7 @@ from .memory import large_empty
 from .token_log_probs import Targets
 
 # Logits of a chunk: few enough to leave memory to the model, enough rows for fast products.
-_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 5 * 2**29}
 _MIN_ROWS = 128
 # Rows of the weight whose gradient is formed at a time: their product stays in a cache until it is
 # added, and fresh memory is not needed for it.

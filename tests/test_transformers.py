@@ -882,15 +882,18 @@ def test_bad_arguments() -> None:
             model(**batch.inputs, **arguments)
 
 
-def test_an_action_at_the_start_of_a_packed_row_raises() -> None:
+def test_an_action_at_the_start_of_a_row_raises() -> None:
+    """Of a row of the layout or of the batch: neither has a state before it."""
     model, batch = make(), Batch()
     patch_lm_head(model)
     mask = torch.zeros(ROWS * LENGTH, dtype=torch.bool)
-    mask[20:22] = True
-    rows = torch.tensor([0, 20, ROWS * LENGTH, ROWS * LENGTH])
-    layout = StepLayout.from_mask(mask, cu_seqlens=rows, backend="reference")
-    with pytest.raises(ValueError, match="row 0, column 20"):
-        model(batch.ids.view(1, -1), steppo=LogProbBatch(layout))
+    mask[LENGTH : LENGTH + 2] = True
+    rows = torch.tensor([0, LENGTH, ROWS * LENGTH, ROWS * LENGTH])
+    packed = StepLayout.from_mask(mask, cu_seqlens=rows, backend="reference")
+    with pytest.raises(ValueError, match=f"row 0, column {LENGTH}"):
+        model(batch.ids.view(1, -1), steppo=LogProbBatch(packed))
+    with pytest.raises(ValueError, match="row 1, column 0"):
+        model(batch.ids, steppo=LogProbBatch(mask))
 
 
 # PEFT

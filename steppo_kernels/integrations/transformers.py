@@ -144,7 +144,7 @@ class StepPOBatch:
             states.weight,
             placed.tokens(states.token_ids),
             placed.tokens(self.old_log_probs),
-            placed.steps_or_tokens(self.advantages),
+            placed.tokens(self.advantages),
             placed.layout,
             bias=states.bias,
             temperature=states.scaling.temperature(placed.tokens(self.temperature)),
@@ -152,7 +152,7 @@ class StepPOBatch:
             chunk_tokens=self.chunk_tokens,
             config=self.config,
             ref_log_probs=placed.tokens(self.ref_log_probs),
-            is_weights=placed.steps_or_tokens(self.is_weights),
+            is_weights=placed.tokens(self.is_weights),
             step_weights=self.step_weights,
             normalizer=self.normalizer,
             ratio_center=self.ratio_center,
@@ -463,7 +463,7 @@ class _Placed:
                 f"layout: got shape {tuple(layout.shape)}, expected that of the tokens, "
                 f"{tuple(tokens.shape)}"
             )
-        self._shape, self._num_steps = layout.shape, layout.num_steps
+        self._num_tokens = tokens.numel()
         index = checks.on_device("layout", layout.token_index, states.hidden.device)
         allowed = _predicted(layout, tokens.shape, states.attention_mask)
         bad = index[~allowed[index]]
@@ -480,15 +480,13 @@ class _Placed:
         )
 
     def tokens(self, values: Any) -> Any:
-        """Return what is given per token at the places of the states; all else as it is."""
-        if not isinstance(values, Tensor) or values.numel() != self._shape.numel():
+        """Return what is given per token at the places of the states; all else as it is.
+
+        What is given per step is never as long: where a row begins there is no action.
+        """
+        if not isinstance(values, Tensor) or values.numel() != self._num_tokens:
             return values
         return values.reshape(-1).roll(-1).view(values.shape)
-
-    def steps_or_tokens(self, values: Any) -> Any:
-        """Return the same of values that may be per step."""
-        per_step = isinstance(values, Tensor) and values.shape == (self._num_steps,)
-        return values if per_step else self.tokens(values)
 
 
 def _predicted(layout: StepLayout, shape: torch.Size, attention_mask: object) -> Tensor:
