@@ -16,8 +16,9 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
 
 def accumulate(total: Tensor, product: Tensor, unit: Tensor | None, is_first: bool) -> None:
     """Run the operator `accumulate` of `steppo_kernels.ops`."""
-    # On a GPU, mixed dtypes take no copy.
-    product = product if unit is None else product * unit
+    if unit is not None:
+        # A 0-dim factor does not widen by itself.
+        product = product.float() * unit
     if is_first:
         total.copy_(product)
     else:
