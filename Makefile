@@ -56,7 +56,8 @@ format: install
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE) $(wildcard tests/native/*.cpp))
 
 bench: install
-	sh benchmarks/run.sh $(BIN)
+	sh benchmarks/run.sh $(BIN) cpu
+	sh benchmarks/run.sh $(BIN) vocabulary
 
 sanitize: install
 	sh tests/native/sanitize.sh $(BIN)
