@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steppo_kernels import segment
+from steppo_kernels import StepLayout, segment
 from steppo_kernels.testing import ragged_mask
 
 # One row, many rows, rows of one token, and rows longer than any block of a kernel.
@@ -104,3 +104,27 @@ def test_compact(target, shape):
     for value, wanted in zip(got, expected, strict=True):
         assert value.dtype == wanted.dtype
         assert torch.equal(value.cpu(), wanted)
+
+
+@pytest.mark.parametrize("length", [33, 50])
+def test_rows_longer_than_a_block(kernel, length):
+    """What a row has open, and its largest id, are carried from block to block."""
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(0, 6, (2, length), generator=generator)
+    # A step whose tokens lie in three blocks, and ids that grow across their borders.
+    ids = torch.where(tokens == 0, -1, torch.arange(length) // 20 * 3)
+
+    def by_markers(values, backend):
+        return StepLayout.from_markers(values, [1], 2, backend=backend)
+
+    made = {
+        "ids": (StepLayout.from_step_ids, ids),
+        "markers": (by_markers, tokens),
+        "mask": (StepLayout.from_mask, tokens > 2),
+    }
+    for name, (build, values) in made.items():
+        found = build(values.to(kernel.device), backend=kernel.backend)
+        wanted = build(values, backend="reference")
+        assert wanted.num_steps > 1, name
+        for field, value in wanted.tensors().items():
+            assert torch.equal(found.tensors()[field].cpu(), value), (name, field)
