@@ -73,15 +73,19 @@ def same_shape(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value
 
 
-def token_count(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
-    """Return a floating tensor if it has as many elements as `shape`."""
-    checked = floating(name, value, device)
-    if checked.shape != shape and checked.numel() != shape.numel():
+def as_many(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """Return `value` if it has as many elements as `shape`."""
+    if value.shape != shape and value.numel() != shape.numel():
         raise ValueError(
-            f"{name}: got shape {tuple(checked.shape)}, expected the token shape {tuple(shape)} "
+            f"{name}: got shape {tuple(value.shape)}, expected the token shape {tuple(shape)} "
             "or a view of it"
         )
-    return checked
+    return value
+
+
+def token_count(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """Return a floating tensor if it has as many elements as `shape`."""
+    return as_many(name, floating(name, value, device), shape)
 
 
 def tokens(
@@ -113,14 +117,16 @@ def steps_or_tokens(
 
 
 def flags(
-    name: str, value: object, allowed: Iterable[int], device: torch.device | None = None, *,
+    name: str, value: object, allowed: Iterable[int] | None, device: torch.device | None = None, *,
     wait: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Return a bool, or int or float 0/1, tensor as bool.
+    """Return a bool, or int or float 0/1, tensor of `allowed` dimensions (None is any) as bool.
 
     The values are checked where that costs no wait for a GPU, or where `wait` allows one.
     """
-    checked = dims(name, tensor(name, value), allowed)
+    checked = tensor(name, value)
+    if allowed is not None:
+        dims(name, checked, allowed)
     if device is not None:
         on_device(name, checked, device)
     if checked.dtype == torch.bool:
@@ -138,23 +144,13 @@ def flags(
 
 def row_mask(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
     """Return a bool or 0/1 tensor with as many elements as `shape` as flat bool."""
-    checked = flags(name, value, range(65), device, wait=False)
-    if checked.numel() != shape.numel():
-        raise ValueError(
-            f"{name}: got shape {tuple(checked.shape)}, expected the token shape {tuple(shape)} "
-            "or a view of it"
-        )
+    checked = as_many(name, flags(name, value, None, device, wait=False), shape)
     return checked.reshape(-1).contiguous()
 
 
 def token_ids(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
     """Return an integer tensor with as many elements as `shape`, flat and int64."""
-    checked = integer(name, value, device)
-    if checked.numel() != shape.numel():
-        raise ValueError(
-            f"{name}: got shape {tuple(checked.shape)}, expected the token shape {tuple(shape)} "
-            "or a view of it"
-        )
+    checked = as_many(name, integer(name, value, device), shape)
     return checked.reshape(-1).to(torch.int64).contiguous()
 
 

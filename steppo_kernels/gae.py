@@ -56,6 +56,7 @@ def step_gae(
         raise TypeError(f"whiten: got {type(whiten).__name__}, expected a bool")
     device, dtype = layout.device, checks.compute_dtype(checks.floating("values", values))
     num_steps, shape = layout.num_steps, layout.shape
+    chosen = resolve(backend, device)
     with torch.no_grad():
         rewards, rewards_per_token = checks.steps_or_tokens(
             "rewards", rewards, num_steps, shape, device, dtype
@@ -69,10 +70,13 @@ def step_gae(
             rewards = torch.where(counts, rewards, 0.0).view(layout.shape).sum(1)
             rewards_per_token = False
         elif rewards_per_token and layout.reward_homes is not None:
-            rows, homes = layout.reward_homes.unbind(1)
-            of_rows = rewards.nan_to_num(0.0, 0.0, 0.0).view(layout.shape)[rows].sum(1)
-            # Empty rows hold no step, and what they keep counts for nobody.
-            rewards = rewards.index_add(0, homes, of_rows)
+            # What empty rows keep counts for nobody: they hold no step.
+            homes = layout.reward_homes
+            of_rows = rewards.nan_to_num(0.0, 0.0, 0.0).view(shape).sum(1)
+            moved = ops.call(
+                "sum_over_steps", chosen, of_rows, layout.reward_rows, layout.reward_offsets
+            )
+            rewards = rewards.index_put((homes,), rewards[homes] + moved)
         if values_per_token and values.numel() == 0:
             # Rows of length 0 may be steps, but have no position to hold a value.
             values, values_per_token = values.new_zeros(num_steps), False
@@ -82,7 +86,7 @@ def step_gae(
                 device, dtype,
             )  # fmt: skip
         advantages, returns = ops.call(
-            "step_gae", resolve(backend, device), rewards, values, rewards_per_token,
+            "step_gae", chosen, rewards, values, rewards_per_token,
             values_per_token, layout.step_ids.view(-1), layout.row_offsets, layout.state_index,
             layout.trajectory_steps, layout.trajectory_offsets, bootstrap_values,
             checks.fraction("gamma", gamma), checks.fraction("lam", lam), whiten,

@@ -37,9 +37,11 @@ class StepLayout:
             of actions stay in their row.
         has_empty_rows: whether rows are steps (`from_rows`) and one of a trajectory is empty: its
             rewards then are no action token's.
-        reward_homes: int64 ``[E, 2]`` or None; of `per_token` and `per_trajectory` of such a
-            layout: an empty row, and the flat position of the action token that its rewards go
-            to: the last one of its trajectory before it in time, else the first one.
+        reward_rows, reward_offsets, reward_homes: int64 ``[E]``, ``[H + 1]``, ``[H]``, or None; of
+            `per_token` and `per_trajectory` of such a layout: the empty rows, and the flat
+            positions of the action tokens that take their rewards, ``reward_homes[h]`` those of
+            ``reward_rows[reward_offsets[h]:reward_offsets[h + 1]]``: the last token before them in
+            their trajectory, else its first.
     """
 
     step_ids: Tensor
@@ -52,6 +54,8 @@ class StepLayout:
     state_index: Tensor
     row_offsets: Tensor
     has_empty_rows: bool = False
+    reward_rows: Tensor | None = None
+    reward_offsets: Tensor | None = None
     reward_homes: Tensor | None = None
 
     @property
@@ -273,7 +277,7 @@ class StepLayout:
             trajectory_counts=_csr.count_nonempty(ones, steps, offsets, num_tokens),
             state_index=self.token_index,
             row_offsets=self.row_offsets,
-            reward_homes=self._reward_homes(),
+            **self._reward_homes(),
         )
 
     def per_trajectory(self) -> StepLayout:
@@ -307,22 +311,29 @@ class StepLayout:
             trajectory_counts=(step_lengths > 0).to(torch.int32),
             state_index=state_index,
             row_offsets=self.row_offsets,
-            reward_homes=self._reward_homes(),
+            **self._reward_homes(),
         )
 
-    def _reward_homes(self) -> Tensor | None:
+    def _reward_homes(self) -> dict[str, Any]:
         """Return where rewards of empty rows go once rows are no steps any more."""
         if not self.has_empty_rows or self.num_tokens == 0:
-            return self.reward_homes
+            kept = self.tensors()
+            return {name: kept[name] for name in kept if name.startswith("reward_")}
         rows, offsets = self.trajectory_steps, self.trajectory_offsets
         filled = self.step_lengths[rows] > 0
         before, after = _csr.nearest(filled, offsets)
         last = self.token_index[(self.step_offsets[rows[before] + 1] - 1).clamp_min(0)]
         first = self.token_index[self.step_offsets[rows[after]].clamp_max(self.num_tokens - 1)]
-        place = torch.arange(len(rows), device=self.device)
-        home = torch.where(filled[before] & (before <= place), last, first)
         found = ~filled & (filled[before] | filled[after])
-        return torch.stack((rows[found], home[found]), 1)
+        # In the order of time, the rows of a token follow each other.
+        homes, counts = torch.unique_consecutive(
+            torch.where(filled[before], last, first)[found], return_counts=True
+        )
+        return {
+            "reward_rows": rows[found],
+            "reward_offsets": _csr.prefix(counts),
+            "reward_homes": homes,
+        }
 
     @classmethod
     def _from_segments(

@@ -19,6 +19,7 @@ from .outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .policy_loss import DEFAULT_CONFIG, evaluate, run, scaled
 from .reference import lm_head as reference
 from .reference.policy_loss import reduction_weights
+from .token_log_probs import Targets
 
 
 def linear_steppo_loss(
@@ -64,9 +65,9 @@ def linear_steppo_loss(
         temperature: above 0, what logits are divided by; a number or one for each token.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
         chunk_tokens: action tokens of a chunk. None takes as many as have 256 MiB of logits on a
-            CPU or 2.5 GiB on a GPU, and at least 128. The weight's gradient is read and written
-            once per chunk, in fp32 (of the size of those logits), if there is more than one: on a
-            CPU that costs a tenth of the chunk's products at 400 tokens, on a GPU at 4000.
+            CPU or 2.5 GiB on a GPU, and at least 128. With more than one chunk the weight's
+            gradient is summed in fp32 and read and written once per chunk, which makes small
+            chunks dear: the benchmarks have two of 128 tokens next to one of 256.
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.
@@ -247,7 +248,7 @@ class _Pass:
         first, last = self.steps.borders[begin], self.steps.borders[end]
         if first == last:
             return
-        logits, inputs = self._forward(first, last)
+        logits, inputs, targets = self._forward(first, last)
         if not self.gradients.any:
             return
         grad, grad_entropy, unit = self._coefficients(begin, end)
@@ -257,8 +258,8 @@ class _Pass:
         order = packed(live, last - first)
         index = self.steps.index[first:last]
         grad_logits = self.head.differentiate(
-            logits, self.head.targets(self.token_ids, index), self.found.log_sum_exp[first:last],
-            self.found.entropy[first:last], grad, grad_entropy, order,
+            logits, targets, self.found.log_sum_exp[first:last], self.found.entropy[first:last],
+            grad, grad_entropy, order,
         )  # fmt: skip
         self.gradients.add(grad_logits, inputs[order], index[order], unit)
 
@@ -283,17 +284,16 @@ class _Pass:
             )  # fmt: skip
             self.gradients.add(grad_logits, inputs, index, unit)
 
-    def _forward(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Return the logits and hidden states of rows `first` to `last`, and keep the log-probs."""
+    def _forward(self, first: int, last: int) -> tuple[Tensor, Tensor, Targets]:
+        """Keep the log-probs of rows `first` to `last`; return what their gradients take."""
         index = self.steps.index[first:last]
         inputs = self.hidden[index]
         logits = self.head.logits(inputs, self.logits)
-        found = self.head.log_probs(
-            logits, self.head.targets(self.token_ids, index), self.need_entropy
-        )
+        targets = self.head.targets(self.token_ids, index)
+        found = self.head.log_probs(logits, targets, self.need_entropy)
         for kept, values in zip(self.found, found, strict=True):
             kept[first:last] = values
-        return logits, inputs
+        return logits, inputs, targets
 
     def _coefficients(self, begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the gradients of the loss by log-probs and entropies of steps, and their unit.

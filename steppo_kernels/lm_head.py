@@ -252,9 +252,8 @@ def packed(live: Tensor, num_rows: int) -> Tensor:
     count = len(live)
     if count in (0, num_rows):
         return live
-    order = torch.arange(num_rows, device=live.device)
+    order = torch.arange(count, device=live.device)
     is_dead = torch.ones(num_rows, dtype=torch.bool, device=live.device)
     is_dead[live] = False
-    order = order[:count]
     order[is_dead[:count]] = live[live >= count]
     return order

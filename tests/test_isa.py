@@ -17,7 +17,7 @@ from steppo_kernels import backends
 _FOLDER = Path(__file__).parent
 _FILES = (
     "golden", "gae", "policy_loss", "value_loss", "broadcast", "segment", "layout", "rules",
-    "token_log_probs",
+    "lm_head", "token_log_probs",
 )  # fmt: skip
 # The properties, the error rule, ties and sizes; what does not depend on the kernel is left out.
 _TESTS = (

@@ -1,4 +1,4 @@
-"""linear_token_log_probs: against plain PyTorch, its work and its memory."""
+"""The operators of the output head, and linear_token_log_probs: results, work and memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from head_cases import head_case, new_tensors, plain_log_probs, products
 
-from steppo_kernels import linear_token_log_probs
+from steppo_kernels import linear_token_log_probs, ops
+from steppo_kernels.lm_head import logits_dtype
 from steppo_kernels.testing import Error
 
 
@@ -169,3 +170,61 @@ def test_no_rows(target):
     case.mask = torch.zeros_like(case.mask)
     found = fused(case, target.backend, upstream=ramp(case).float())
     assert not any(value.any() for value in found.values())
+
+
+# Tails of every block of the products: rows, columns, and halves of words of two.
+_PRODUCTS = [(1, 2, 1), (5, 3, 7), (13, 34, 130), (7, 1100, 65), (510, 66, 70), (4, 512, 2100)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", _PRODUCTS, ids=str)
+def test_sizes_of_head_logits(kernel, shape, dtype):
+    """Halves on the CPU are summed and kept in fp32: not worse than twice an fp32 product."""
+    kernel.thin(_PRODUCTS.index(shape), every=3)
+    rows, size, vocabulary = shape
+    generator = torch.Generator().manual_seed(size)
+
+    def normal(*numbers):
+        return torch.randn(numbers, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden, wide, bias = normal(rows, size), normal(vocabulary, size + 4), normal(vocabulary)
+    made = logits_dtype(kernel.backend, dtype)
+    run = ops.launcher(kernel.backend, "head_logits")
+    for weight in (wide[:, :size], wide[:, 3 : size + 3], wide[:, :size].t().contiguous().t()):
+        for some_bias in (bias, None):
+            logits = torch.full((rows, vocabulary), torch.nan, dtype=made, device=kernel.device)
+            inputs = [x if x is None else x.to(kernel.device) for x in (hidden, weight, some_bias)]
+            run(logits, *inputs)
+            added = 0.0 if some_bias is None else some_bias.double()
+            exact = hidden.double() @ weight.double().t() + added
+            plain = hidden.to(made) @ weight.to(made).t() + (
+                0.0 if some_bias is None else some_bias.to(made)
+            )
+            # One rounding of the largest sum is nobody's error.
+            allowed = 2 * Error.between(plain, exact).largest + 4 * torch.finfo(made).eps
+            assert Error.between(logits, exact).largest <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 31, 33, 70_001])
+def test_sizes_of_accumulate(kernel, count, dtype):
+    """A sum of fp32 and a product is rounded once for each, however many there are."""
+    kernel.thin(count == 33, every=1)
+    product = torch.linspace(-3.0, 3.0, count).to(dtype)
+    # Subnormal, infinite and NaN halves are numbers like others.
+    for place, value in enumerate((6e-8, torch.inf, torch.nan)):
+        product[place * 7 : place * 7 + 1] = value
+    total = torch.linspace(1.0, -2.0, count)
+    run = ops.launcher(kernel.backend, "accumulate")
+    for unit in (None, torch.tensor(0.75)):
+        factor = 1.0 if unit is None else float(unit)
+        for is_first in (False, True):
+            found = total.clone().to(kernel.device)
+            if is_first:
+                found.fill_(torch.nan)
+            run(found, product.to(kernel.device),
+                None if unit is None else unit.to(kernel.device), is_first)  # fmt: skip
+            expected = product.double() * factor + (0.0 if is_first else total.double())
+            torch.testing.assert_close(
+                found.cpu().double(), expected, rtol=2e-7, atol=2e-7, equal_nan=True
+            )

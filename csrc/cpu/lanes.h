@@ -33,24 +33,32 @@ typedef std::int64_t DoubleMask __attribute__((vector_size(kVectorBytes)));
 }  // namespace cpu::STEPPO_ISA
 
 // Choices are made with bits: compilers take a vector ?: apart.
-template <>
-struct Arithmetic<cpu::STEPPO_ISA::FloatLanes> {
-  using Lanes = cpu::STEPPO_ISA::FloatLanes;
-  using Mask = cpu::STEPPO_ISA::FloatMask;
-  using Bits = cpu::STEPPO_ISA::BitLanes;
-  STEPPO_FN Lanes select(Mask mask, Lanes yes, Lanes no) {
-    return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
-  }
-  STEPPO_FN ExpParts<Lanes> exp_parts(Lanes d) { return exp_parts_fp32(d); }
+namespace cpu::STEPPO_ISA {
+
+template <class L, class M>
+struct Choice {
+  using Mask = M;
+  STEPPO_FN L select(M mask, L yes, L no) { return (L)((mask & (M)yes) | (~mask & (M)no)); }
 };
 
+// What vectors of fp32 of one width do.
+template <class L, class M, class B>
+struct FloatArithmetic : Choice<L, M> {
+  using Bits = B;
+  STEPPO_FN ExpParts<L> exp_parts(L d) { return exp_parts_fp32(d); }
+};
+
+}  // namespace cpu::STEPPO_ISA
+
 template <>
-struct Arithmetic<cpu::STEPPO_ISA::DoubleLanes> {
+struct Arithmetic<cpu::STEPPO_ISA::FloatLanes>
+    : cpu::STEPPO_ISA::FloatArithmetic<cpu::STEPPO_ISA::FloatLanes, cpu::STEPPO_ISA::FloatMask,
+                                       cpu::STEPPO_ISA::BitLanes> {};
+
+template <>
+struct Arithmetic<cpu::STEPPO_ISA::DoubleLanes>
+    : cpu::STEPPO_ISA::Choice<cpu::STEPPO_ISA::DoubleLanes, cpu::STEPPO_ISA::DoubleMask> {
   using Lanes = cpu::STEPPO_ISA::DoubleLanes;
-  using Mask = cpu::STEPPO_ISA::DoubleMask;
-  STEPPO_FN Lanes select(Mask mask, Lanes yes, Lanes no) {
-    return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
-  }
   STEPPO_FN ExpParts<Lanes> exp_parts(Lanes d) {
     ExpParts<Lanes> parts{};
     for (int k = 0; k < cpu::STEPPO_ISA::kLanes<double>; ++k) {

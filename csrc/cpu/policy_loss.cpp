@@ -73,16 +73,9 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                             entropy_coef};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    PolicyCall<T> call{static_cast<const T*>(log_probs),
-                       static_cast<const T*>(old_log_probs),
-                       static_cast<const T*>(advantages),
-                       static_cast<const T*>(ref_log_probs),
-                       static_cast<const T*>(entropy),
-                       static_cast<const T*>(is_weights),
-                       is_weights_per_token,
-                       static_cast<T*>(grad_log_probs),
-                       static_cast<T*>(grad_entropy),
-                       config};
+    PolicyCall<T> call =
+        policy_call<T>(log_probs, old_log_probs, advantages, ref_log_probs, entropy, is_weights,
+                       is_weights_per_token, grad_log_probs, grad_entropy, config);
     prepare(call, num_tokens);
     call.total = normalizer != nullptr ? *normalizer
                                        : normalizer_of(config.reduction, step_offsets,

@@ -26,6 +26,25 @@ struct PolicyCall {
   double total = 1;   // the normalizer
 };
 
+// A call on pointers to numbers of type T.
+template <class T>
+static inline PolicyCall<T> policy_call(const void* log_probs, const void* old_log_probs,
+                                        const void* advantages, const void* ref_log_probs,
+                                        const void* entropy, const void* is_weights,
+                                        bool is_weights_per_token, void* grad_log_probs,
+                                        void* grad_entropy, const PolicyConfig& config) {
+  return {static_cast<const T*>(log_probs),
+          static_cast<const T*>(old_log_probs),
+          static_cast<const T*>(advantages),
+          static_cast<const T*>(ref_log_probs),
+          static_cast<const T*>(entropy),
+          static_cast<const T*>(is_weights),
+          is_weights_per_token,
+          static_cast<T*>(grad_log_probs),
+          static_cast<T*>(grad_entropy),
+          config};
+}
+
 // Sums over the steps of a task, later over those of the call.
 struct PolicySums {
   double policy = 0, kl = 0, entropy = 0;

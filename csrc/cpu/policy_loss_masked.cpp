@@ -46,16 +46,9 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
                             entropy_coef};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    PolicyCall<T> call{static_cast<const T*>(log_probs),
-                       static_cast<const T*>(old_log_probs),
-                       static_cast<const T*>(advantages),
-                       static_cast<const T*>(ref_log_probs),
-                       static_cast<const T*>(entropy),
-                       static_cast<const T*>(is_weights),
-                       true,
-                       static_cast<T*>(grad_log_probs),
-                       static_cast<T*>(grad_entropy),
-                       config};
+    PolicyCall<T> call =
+        policy_call<T>(log_probs, old_log_probs, advantages, ref_log_probs, entropy, is_weights,
+                       true, grad_log_probs, grad_entropy, config);
     prepare(call, num_tokens);
     const int64_t blocks = ceil_div(num_tokens, kBlock);
     const auto ignore_gap = [](int64_t, int64_t) {};

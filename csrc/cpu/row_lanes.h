@@ -31,15 +31,9 @@ constexpr __mmask16 kAll = 0xFFFF;
 
 #if defined(__AVX512F__)
 template <>
-struct Arithmetic<cpu::STEPPO_ISA::RowLanes> {
-  using Lanes = cpu::STEPPO_ISA::RowLanes;
-  using Mask = cpu::STEPPO_ISA::RowMask;
-  using Bits = cpu::STEPPO_ISA::RowBits;
-  STEPPO_FN Lanes select(Mask mask, Lanes yes, Lanes no) {
-    return (Lanes)((mask & (Mask)yes) | (~mask & (Mask)no));
-  }
-  STEPPO_FN ExpParts<Lanes> exp_parts(Lanes d) { return exp_parts_fp32(d); }
-};
+struct Arithmetic<cpu::STEPPO_ISA::RowLanes>
+    : cpu::STEPPO_ISA::FloatArithmetic<cpu::STEPPO_ISA::RowLanes, cpu::STEPPO_ISA::RowMask,
+                                       cpu::STEPPO_ISA::RowBits> {};
 #endif
 
 namespace cpu::STEPPO_ISA {
