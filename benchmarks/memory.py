@@ -10,9 +10,15 @@ from pathlib import Path
 
 import torch
 
+from steppo_kernels.memory import release
+
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the most bytes that torch had allocated during `call`, above what it had before."""
+    """Return the most bytes that torch had allocated during `call`, above what it had before.
+
+    What calls keep for the next one counts for this one.
+    """
+    release()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
@@ -37,6 +43,7 @@ def peak_resident_bytes(call: Callable[[], object]) -> int | None:
     This sees every allocation, also those of compiled code that torch does not count. For large
     inputs only: it counts pages, and the allocator must not hold some from before.
     """
+    release()
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
         ctypes.CDLL(None).malloc_trim(0)

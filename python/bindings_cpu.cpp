@@ -23,6 +23,5 @@ PYBIND11_MODULE(_C_cpu, m) {
   def(m, "token_log_probs", steppo::cpu::token_log_probs);
   def(m, "token_log_probs_backward", steppo::cpu::token_log_probs_backward);
   def(m, "head_logits", steppo::cpu::head_logits);
-  def(m, "prefer_huge_pages", steppo::cpu::prefer_huge_pages);
   def(m, "accumulate", steppo::cpu::accumulate);
 }

@@ -67,7 +67,8 @@ def linear_steppo_loss(
         chunk_tokens: action tokens of a chunk. None takes as many as have 256 MiB of logits on a
             CPU or 2.5 GiB on a GPU, and at least 128. With more than one chunk the weight's
             gradient is summed in fp32 and read and written once per chunk, which makes small
-            chunks dear: the benchmarks have two of 128 tokens next to one of 256.
+            chunks dear: the benchmarks have two of 128 tokens next to one of 256. On a CPU, up to
+            256 MiB stay allocated for the next call (`steppo_kernels.memory.release`).
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.
@@ -211,7 +212,7 @@ class _Pass:
         self, hidden: Tensor, head: Head, steps: _Steps, token_ids: Tensor, chunk: int,
         needed: tuple[bool, bool, bool],
     ) -> None:  # fmt: skip
-        """Allocate the logits of one chunk and what is kept of all of them."""
+        """Allocate what is kept of all logits."""
         num_rows = len(steps.index)
         self.hidden, self.head, self.steps, self.token_ids = hidden, head, steps, token_ids
         self.chunk = chunk
@@ -222,7 +223,6 @@ class _Pass:
             hidden.new_empty(num_rows if self.need_entropy else 0, dtype=dtype),
             hidden.new_empty(num_rows, dtype=torch.float64),
         )
-        self.logits = head.buffer(min(chunk, num_rows))
         groups = [(0, len(steps.counts))] if steps.needs_center else list(steps.groups(chunk))
         self.groups = groups if num_rows else []
         products = sum(
@@ -232,23 +232,24 @@ class _Pass:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, metrics and step log-ratios; the gradients add up in `gradients`."""
-        for begin, end in self.groups:
-            first, last = self.steps.borders[begin], self.steps.borders[end]
-            if last - first <= self.chunk:
-                self._one_pass(begin, end)
-            else:
-                self._two_passes(begin, end)
+        with self.head.buffer(min(self.chunk, len(self.steps.index))) as logits:
+            for begin, end in self.groups:
+                first, last = self.steps.borders[begin], self.steps.borders[end]
+                if last - first <= self.chunk:
+                    self._one_pass(begin, end, logits)
+                else:
+                    self._two_passes(begin, end, logits)
         every = self.steps.objective(0, len(self.steps.counts))
         entropy = self.found.entropy if self.need_entropy else None
         loss, metrics, step_log_ratio, *_ = run(every, self.found.log_probs, entropy, False, False)
         return loss, metrics, step_log_ratio
 
-    def _one_pass(self, begin: int, end: int) -> None:
+    def _one_pass(self, begin: int, end: int, buffer: Tensor) -> None:
         """Handle steps whose logits fit into a chunk."""
         first, last = self.steps.borders[begin], self.steps.borders[end]
         if first == last:
             return
-        logits, inputs, targets = self._forward(first, last)
+        logits, inputs, targets = self._forward(first, last, buffer)
         if not self.gradients.any:
             return
         grad, grad_entropy, unit = self._coefficients(begin, end)
@@ -263,11 +264,11 @@ class _Pass:
         )  # fmt: skip
         self.gradients.add(grad_logits, inputs[order], index[order], unit)
 
-    def _two_passes(self, begin: int, end: int) -> None:
+    def _two_passes(self, begin: int, end: int, buffer: Tensor) -> None:
         """Handle steps whose logits do not fit: once for the log-probs, once for the gradients."""
         first, last = self.steps.borders[begin], self.steps.borders[end]
         for at in range(first, last, self.chunk):
-            self._forward(at, min(at + self.chunk, last))
+            self._forward(at, min(at + self.chunk, last), buffer)
         if not self.gradients.any:
             return
         grad, grad_entropy, unit = self._coefficients(begin, end)
@@ -277,18 +278,18 @@ class _Pass:
             index = self.steps.index[first + rows]
             inputs = self.hidden[index]
             grad_logits = self.head.differentiate(
-                self.head.logits(inputs, self.logits), self.head.targets(self.token_ids, index),
+                self.head.logits(inputs, buffer), self.head.targets(self.token_ids, index),
                 self.found.log_sum_exp[first + rows],
                 self.found.entropy[first + rows] if self.need_entropy else self.found.entropy,
                 grad[rows], None if grad_entropy is None else grad_entropy[rows], None,
             )  # fmt: skip
             self.gradients.add(grad_logits, inputs, index, unit)
 
-    def _forward(self, first: int, last: int) -> tuple[Tensor, Tensor, Targets]:
+    def _forward(self, first: int, last: int, buffer: Tensor) -> tuple[Tensor, Tensor, Targets]:
         """Keep the log-probs of rows `first` to `last`; return what their gradients take."""
         index = self.steps.index[first:last]
         inputs = self.hidden[index]
-        logits = self.head.logits(inputs, self.logits)
+        logits = self.head.logits(inputs, buffer)
         targets = self.head.targets(self.token_ids, index)
         found = self.head.log_probs(logits, targets, self.need_entropy)
         for kept, values in zip(self.found, found, strict=True):

@@ -89,15 +89,15 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         log_probs = torch.zeros(len(token_ids), dtype=dtype, device=hidden.device)
         entropy = log_probs.new_zeros(len(token_ids) if need_entropy else 0)
         log_sum_exp = log_probs.new_empty(len(index), dtype=torch.float64)
-        logits = head.buffer(min(chunk, len(index)))
-        for begin in range(0, len(index), chunk):
-            part = index[begin : begin + chunk]
-            z = head.logits(hidden[part], logits)
-            found = head.log_probs(z, head.targets(token_ids, part), need_entropy)
-            log_probs[part] = found[0]
-            if need_entropy:
-                entropy[part] = found[1]
-            log_sum_exp[begin : begin + chunk] = found[2]
+        with head.buffer(min(chunk, len(index))) as logits:
+            for begin in range(0, len(index), chunk):
+                part = index[begin : begin + chunk]
+                z = head.logits(hidden[part], logits)
+                found = head.log_probs(z, head.targets(token_ids, part), need_entropy)
+                log_probs[part] = found[0]
+                if need_entropy:
+                    entropy[part] = found[1]
+                log_sum_exp[begin : begin + chunk] = found[2]
         ctx.save_for_backward(hidden, weight, bias, token_ids, index, log_sum_exp, entropy)
         ctx.head, ctx.chunk, ctx.need_entropy = head, chunk, need_entropy
         ctx.set_materialize_grads(False)
@@ -118,15 +118,15 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         gradients = HeadGradients(
             head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk)
         )
-        logits = head.buffer(min(ctx.chunk, len(live)))
-        for rows in live.split(ctx.chunk) if len(live) else ():
-            part = index[rows]
-            inputs = hidden[part]
-            z = head.logits(inputs, logits)
-            z = head.differentiate(
-                z, head.targets(token_ids, part), log_sum_exp[rows],
-                entropy[part] if e is not None else entropy, c[rows],
-                None if e is None else e[rows], None,
-            )  # fmt: skip
-            gradients.add(z, inputs, part)
+        with head.buffer(min(ctx.chunk, len(live))) as logits:
+            for rows in live.split(ctx.chunk) if len(live) else ():
+                part = index[rows]
+                inputs = hidden[part]
+                z = head.logits(inputs, logits)
+                z = head.differentiate(
+                    z, head.targets(token_ids, part), log_sum_exp[rows],
+                    entropy[part] if e is not None else entropy, c[rows],
+                    None if e is None else e[rows], None,
+                )  # fmt: skip
+                gradients.add(z, inputs, part)
         return *gradients.finish(), None, None, None, None, None

@@ -8,17 +8,18 @@ from logits to log-probs and from gradients of log-probs to gradients of logits,
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, ops
-from .memory import large_empty
+from .memory import KEPT_BYTES, scratch
 from .token_log_probs import Targets
 
 # Logits of a chunk: few enough to leave memory to the model, enough rows for fast products.
-_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 5 * 2**29}
+_CHUNK_BYTES = {"cpu": KEPT_BYTES, "cuda": 5 * 2**29}
 _MIN_ROWS = 128
 # Rows of the weight whose gradient is formed at a time: their product stays in a cache until it is
 # added, and fresh memory is not needed for it.
@@ -43,10 +44,10 @@ class Head(NamedTuple):
     softcap: float
     backend: str
 
-    def buffer(self, rows: int) -> Tensor:
-        """Return uninitialised memory for the logits of `rows` rows."""
+    def buffer(self, rows: int) -> AbstractContextManager[Tensor]:
+        """Lend uninitialised memory for the logits of `rows` rows."""
         dtype = logits_dtype(self.backend, self.weight.dtype)
-        return large_empty((rows, len(self.weight)), dtype, self.weight.device)
+        return scratch((rows, len(self.weight)), dtype, self.weight.device)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Return the logits of ``[n, d]`` hidden states, the first n rows of `out`."""
@@ -116,7 +117,7 @@ class HeadGradients:
         if need_weight:
             # The first product is written, the others are added.
             dtype = weight.dtype if self._single else wide
-            self.weight = large_empty(weight.shape, dtype, weight.device)
+            self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         if need_bias:
             self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device)
 

@@ -1,24 +1,51 @@
-"""Memory for large outputs."""
+"""Scratch memory that is kept between calls."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from . import backends
+# The most that is kept.
+KEPT_BYTES = 256 * 2**20
+
+# One block at most; whoever uses it has taken it out.
+_kept: list[Tensor] = []
 
 
-def large_empty(
-    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return an uninitialised tensor that is about to be written in full.
+@contextmanager
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Lend an uninitialised tensor that nothing may refer to afterwards.
 
-    On a CPU, its pages are asked to be huge: the first write to fresh small ones takes longer than
-    a matrix product that fills them.
+    torch keeps the memory of a GPU for the next call, but gives large blocks of a CPU back to the
+    system, whose fresh pages cost as much as half a matrix product that fills them. One block of
+    up to `KEPT_BYTES` is therefore kept.
     """
-    made = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and backends.why_not_cpu() is None:
-        from . import _C_cpu
+    fresh = torch.empty(0, dtype=dtype, device=device)
+    # Neither a GPU's nor what a mode of torch puts in place of tensors.
+    if device.type != "cpu" or type(fresh) is not Tensor:
+        yield fresh.new_empty(shape)
+        return
+    count = torch.Size(shape).numel()
+    size = count * dtype.itemsize
+    try:
+        block = _kept.pop()
+    except IndexError:
+        block = fresh
+    if block.nbytes < size:
+        del block
+        # A block outlives torch.inference_mode(), whose tensors may not be written elsewhere.
+        with torch.inference_mode(False):
+            block = torch.empty(count, dtype=dtype)
+    try:
+        yield block.view(torch.uint8)[:size].view(dtype).view(shape)
+    finally:
+        if 0 < block.nbytes <= KEPT_BYTES:
+            _kept[:] = [block]
 
-        _C_cpu.prefer_huge_pages(made.data_ptr(), made.numel() * made.element_size())
-    return made
+
+def release() -> None:
+    """Give the kept memory back to the system."""
+    _kept.clear()

@@ -1,0 +1,141 @@
+"""Scratch memory: lent to one caller at a time, kept for the next, in any mode of torch."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from head_cases import head_case
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from steppo_kernels import linear_steppo_loss, linear_token_log_probs, memory
+
+pytestmark = pytest.mark.unpoisoned
+
+_CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> object:
+    memory.release()
+    yield
+    memory.release()
+
+
+def place(count, dtype=torch.float32) -> int:
+    with memory.scratch((count,), dtype, _CPU) as block:
+        assert block.shape == (count,)
+        assert block.dtype == dtype
+        block.zero_()
+        return block.data_ptr()
+
+
+def test_is_kept_for_the_next_call_that_it_is_large_enough_for():
+    first = place(1000)
+    assert place(500) == first
+    assert place(250, torch.float64) == first
+    place(1001)
+    assert [block.numel() for block in memory._kept] == [1001]
+    memory.release()
+    assert not memory._kept
+
+
+def test_is_not_kept_beyond_the_limit(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT_BYTES", 4000)
+    place(1001)
+    assert not memory._kept
+    assert place(1000) == memory._kept[0].data_ptr()
+
+
+def test_is_lent_once_at_a_time():
+    place(32)
+    with (
+        memory.scratch((8, 4), torch.float32, _CPU) as one,
+        memory.scratch((8, 4), torch.float32, _CPU) as two,
+    ):
+        assert one.data_ptr() != two.data_ptr()
+    assert len(memory._kept) == 1
+
+
+def test_comes_back_from_a_caller_that_raises():
+    with pytest.raises(KeyError), memory.scratch((8,), torch.float32, _CPU) as block:
+        raise KeyError
+    assert memory._kept[0].data_ptr() == block.data_ptr()
+
+
+def test_of_fake_tensors_is_not_kept():
+    with FakeTensorMode(), memory.scratch((8, 4), torch.float32, _CPU) as block:
+        assert block.shape == (8, 4)
+    assert not memory._kept
+    first = place(32)
+    with FakeTensorMode(), memory.scratch((8, 4), torch.float32, _CPU) as block:
+        assert type(block) is not torch.Tensor
+    assert place(32) == first
+
+
+def run(case, kernel):
+    old = linear_token_log_probs(
+        case.hidden, case.weight, case.token_ids, mask=case.mask, backend=kernel.backend
+    )
+    loss = linear_steppo_loss(
+        case.hidden, case.weight, case.token_ids, case.old_log_probs, case.advantages, case.layout,
+        chunk_tokens=8, backend=kernel.backend,
+    ).loss  # fmt: skip
+    return old, loss
+
+
+def test_serves_inference_mode_and_training_in_turn(kernel):
+    case = head_case(3, rows=3, length=20).to(torch.float32, kernel.device)
+    with torch.inference_mode():
+        expected = run(case, kernel)
+    old, loss = run(case, kernel)
+    loss.backward()
+    torch.autograd.grad(old.sum(), case.hidden)
+    with torch.inference_mode():
+        again = run(case, kernel)
+    for values in (expected, again):
+        assert torch.equal(values[0], old)
+        assert torch.equal(values[1], loss)
+
+
+def test_outlives_inference_mode():
+    with torch.inference_mode():
+        place(8)
+    assert not memory._kept[0].is_inference()
+
+
+def test_stale_contents_do_not_show(kernel):
+    case = head_case(4, rows=3, length=20).to(torch.float32, kernel.device)
+    clean = run(case, kernel)
+    with memory.scratch((10**5,), torch.float32, _CPU) as block:
+        block.fill_(torch.nan)
+    found = run(case, kernel)
+    grads = [case.gradients(loss) for _, loss in (clean, found)]
+    assert torch.equal(clean[0], found[0])
+    assert torch.equal(clean[1], found[1])
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name])
+
+
+def test_threads_do_not_share_it(kernel):
+    if kernel.backend != "cpu":
+        pytest.skip("the interpreter is not made for threads")
+    cases = [head_case(seed, rows=4, length=60, vocabulary=999) for seed in range(4)]
+    cases = [case.to(torch.float32) for case in cases]
+    expected = [run(case, kernel) for case in cases]
+    wrong = []
+
+    def work(case, wanted):
+        for _ in range(20):
+            if not all(map(torch.equal, run(case, kernel), wanted)):
+                wrong.append(case)
+
+    workers = [
+        threading.Thread(target=work, args=pair) for pair in zip(cases, expected, strict=True)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
