@@ -29,18 +29,17 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         yield fresh.new_empty(shape)
         return
     count = torch.Size(shape).numel()
-    size = count * dtype.itemsize
     try:
         block = _kept.pop()
     except IndexError:
         block = fresh
-    if block.nbytes < size:
+    if block.dtype != dtype or len(block) < count:
         del block
         # A block outlives torch.inference_mode(), whose tensors may not be written elsewhere.
         with torch.inference_mode(False):
             block = torch.empty(count, dtype=dtype)
     try:
-        yield block.view(torch.uint8)[:size].view(dtype).view(shape)
+        yield block[:count].view(shape)
     finally:
         if 0 < block.nbytes <= KEPT_BYTES:
             _kept[:] = [block]

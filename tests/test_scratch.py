@@ -34,9 +34,10 @@ def place(count, dtype=torch.float32) -> int:
 def test_is_kept_for_the_next_call_that_it_is_large_enough_for():
     first = place(1000)
     assert place(500) == first
-    assert place(250, torch.float64) == first
     place(1001)
     assert [block.numel() for block in memory._kept] == [1001]
+    place(250, torch.float64)
+    assert [block.dtype for block in memory._kept] == [torch.float64]
     memory.release()
     assert not memory._kept
 
