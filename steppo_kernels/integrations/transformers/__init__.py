@@ -1,0 +1,31 @@
+"""Losses and log-probs of a causal LM of transformers, from its own forward, without its logits.
+
+    patch_lm_head(model)
+    with torch.no_grad():
+        old = model(ids, attention_mask=mask, steppo=LogProbBatch(layout)).log_probs
+    out = model(ids, attention_mask=mask, steppo=StepPOBatch(old, advantages, layout))
+    out.loss.backward()
+
+The call is the model's own, so that the hooks of what wraps it run: DDP, FSDP, PEFT, accelerate,
+gradient checkpointing. Only the output head does something else in it: it is given its hidden
+states, computes the loss from them (`steppo_kernels.linear_steppo_loss`) where its weight is whole,
+and returns a handful of numbers in the place of logits.
+
+Positions are those of `input_ids`, and nothing is shifted by the caller: whatever is given or
+returned per token has its entry for token i at place i. The model's state at place i - 1 is what
+predicts token i; that this moves everything by one is dealt with here (`placement`).
+"""
+
+from __future__ import annotations
+
+from .batches import LogProbBatch, StepPOBatch
+from .outputs import StepPOCausalLMOutput
+from .patch import LMHeadPatch, patch_lm_head
+
+__all__ = [
+    "LMHeadPatch",
+    "LogProbBatch",
+    "StepPOBatch",
+    "StepPOCausalLMOutput",
+    "patch_lm_head",
+]

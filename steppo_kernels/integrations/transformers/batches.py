@@ -1,0 +1,148 @@
+"""What a patched model is called with, and what it computes at the head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...backends import Backend
+from ...config import StepPOConfig
+from ...layout import StepLayout
+from ...linear_steppo_loss import linear_steppo_loss
+from ...linear_token_log_probs import linear_token_log_probs
+from ...outputs import StepPOOutput
+from ...policy_loss import DEFAULT_CONFIG
+from .placement import Placed, States
+
+
+# What travels through a model's arguments is neither dataclass, tuple nor mapping: wrappers look
+# into those, and FSDP's mixed precision would round the log-probs in them to bf16.
+class StepPOBatch:
+    """A batch whose `linear_steppo_loss` is wanted; its arguments, with everything at its token.
+
+    Wrappers of the model neither cast nor move it: its tensors are on the device of the model.
+
+    Args:
+        old_log_probs: of the shape of `input_ids`; None if the policy that acted is the current.
+        advantages: per step ``[S]``, or of the shape of `input_ids`.
+        layout: which tokens of `input_ids` were sampled, in which steps; or a 0/1 mask. The first
+            token of a row is never one, and none is padding: both raise.
+        token_ids: the tokens, if the model is called with something else than `input_ids`.
+        temperature: what the policy's logits are divided by; a number or one for each token.
+        chunk_tokens: as in `linear_steppo_loss`.
+        config: as in `steppo_loss`.
+        ref_log_probs: as in `steppo_loss`.
+        is_weights: as in `steppo_loss`.
+        step_weights: as in `steppo_loss`.
+        normalizer: as in `steppo_loss`. Data-parallel ranks, whose gradients are averaged, pass the
+            global count divided by the number of ranks.
+        ratio_center: as in `steppo_loss`.
+        backend: implementation of what is not a matrix product.
+    """
+
+    def __init__(
+        self,
+        old_log_probs: Tensor | None,
+        advantages: Tensor,
+        layout: StepLayout | Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        chunk_tokens: int | None = None,
+        config: StepPOConfig = DEFAULT_CONFIG,
+        ref_log_probs: Tensor | None = None,
+        is_weights: Tensor | None = None,
+        step_weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        ratio_center: float | Tensor | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        self.old_log_probs = old_log_probs
+        self.advantages = advantages
+        self.layout = layout
+        self.token_ids = token_ids
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        self.config = config
+        self.ref_log_probs = ref_log_probs
+        self.is_weights = is_weights
+        self.step_weights = step_weights
+        self.normalizer = normalizer
+        self.ratio_center = ratio_center
+        self.backend: Backend = backend
+
+    def evaluate(self, states: States) -> tuple[dict[str, Tensor], StepPOOutput | None]:
+        """Return the output's tensors that come from the states before the head, and metrics."""
+        placed = Placed(self.layout, states, self.backend)
+        found = linear_steppo_loss(
+            states.hidden,
+            states.weight,
+            placed.tokens(states.token_ids),
+            placed.tokens(self.old_log_probs),
+            placed.tokens(self.advantages),
+            placed.layout,
+            bias=states.bias,
+            temperature=states.scaling.temperature(placed.tokens(self.temperature)),
+            softcap=states.scaling.softcap,
+            chunk_tokens=self.chunk_tokens,
+            config=self.config,
+            ref_log_probs=placed.tokens(self.ref_log_probs),
+            is_weights=placed.tokens(self.is_weights),
+            step_weights=self.step_weights,
+            normalizer=self.normalizer,
+            ratio_center=self.ratio_center,
+            backend=self.backend,
+        )
+        return {"loss": found.loss}, found
+
+
+class LogProbBatch:
+    """A batch whose token log-probs are wanted, as of the old and of the reference policy.
+
+    Under ``torch.no_grad()`` nothing is kept; else the log-probs are differentiable, at the cost of
+    forming logits, a chunk at a time, once more (`linear_token_log_probs`).
+
+    Args:
+        layout: as in `StepPOBatch`; other tokens cost nothing and get 0.
+        token_ids: as in `StepPOBatch`.
+        temperature: as in `StepPOBatch`.
+        return_entropy: also return the entropies.
+        chunk_tokens: as in `linear_token_log_probs`.
+        backend: as in `StepPOBatch`.
+    """
+
+    def __init__(
+        self,
+        layout: StepLayout | Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        return_entropy: bool = False,
+        chunk_tokens: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        self.layout = layout
+        self.token_ids = token_ids
+        self.temperature = temperature
+        self.return_entropy = return_entropy
+        self.chunk_tokens = chunk_tokens
+        self.backend: Backend = backend
+
+    def evaluate(self, states: States) -> tuple[dict[str, Tensor], StepPOOutput | None]:
+        """Return the output's tensors that come from the states before the head, and metrics."""
+        placed = Placed(self.layout, states, self.backend)
+        found = linear_token_log_probs(
+            states.hidden,
+            states.weight,
+            placed.tokens(states.token_ids),
+            bias=states.bias,
+            temperature=states.scaling.temperature(placed.tokens(self.temperature)),
+            softcap=states.scaling.softcap,
+            mask=placed.layout.step_ids >= 0,
+            return_entropy=self.return_entropy,
+            chunk_tokens=self.chunk_tokens,
+            backend=self.backend,
+        )
+        values = found if isinstance(found, tuple) else (found,)
+        # Back from the place of the state to that of the token.
+        at_tokens = (value.reshape(-1).roll(1).view(value.shape) for value in values)
+        return dict(zip(("log_probs", "entropy"), at_tokens, strict=False)), None

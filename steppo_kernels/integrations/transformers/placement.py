@@ -1,0 +1,83 @@
+"""Where the states are that predict the action tokens of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...backends import Backend
+from ...layout import StepLayout
+from .scaling import Scaling
+
+
+class States(NamedTuple):
+    """What there is at the head: its input, itself, and what the call says about the tokens."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scaling: Scaling
+    token_ids: Tensor
+    attention_mask: Tensor | None
+
+
+class Placed:
+    """A batch with everything of token i at the place of the state that predicts it, i - 1.
+
+    The states themselves stay where they are, as the largest of the tensors; and rows follow each
+    other, so that the first place of a row, which is no action's, takes the last place of the row
+    before.
+    """
+
+    def __init__(self, layout: StepLayout | Tensor, states: States, backend: Backend) -> None:
+        """Check which tokens are actions, and move them."""
+        tokens = checks.integer("token_ids", states.token_ids)
+        if isinstance(layout, Tensor):
+            layout = StepLayout.from_mask(layout, backend=backend)
+        elif not isinstance(layout, StepLayout):
+            raise TypeError(f"layout: got {type(layout).__name__}, expected a StepLayout or a mask")
+        if layout.shape.numel() != tokens.numel():
+            raise ValueError(
+                f"layout: got shape {tuple(layout.shape)}, expected that of the tokens, "
+                f"{tuple(tokens.shape)}"
+            )
+        self._num_tokens = tokens.numel()
+        index = checks.on_device("layout", layout.token_index, states.hidden.device)
+        allowed = _predicted(layout, tokens.shape, states.attention_mask)
+        bad = index[~allowed[index]]
+        if len(bad):
+            where = divmod(int(bad.min()), tokens.shape[-1])
+            raise ValueError(
+                f"layout: got an action token in row {where[0]}, column {where[1]}, expected it "
+                "and the token before it to be in the row and in attention_mask"
+            )
+        self.layout = replace(
+            layout,
+            step_ids=layout.step_ids.reshape(-1).roll(-1).view(layout.shape),
+            token_index=index - 1,
+        )
+
+    def tokens(self, values: Any) -> Any:
+        """Return what is given per token at the places of the states; all else as it is.
+
+        What is given per step is never as long: where a row begins there is no action.
+        """
+        if not isinstance(values, Tensor) or values.numel() != self._num_tokens:
+            return values
+        return values.reshape(-1).roll(-1).view(values.shape)
+
+
+def _predicted(layout: StepLayout, shape: torch.Size, attention_mask: object) -> Tensor:
+    """Return which tokens ``[N]`` a state predicts: none at the start of a row or at padding."""
+    num_tokens, device = shape.numel(), layout.device
+    found = torch.ones(num_tokens, dtype=torch.bool, device=device)
+    found[layout.row_offsets[:-1][layout.row_offsets.diff() > 0]] = False
+    found.view(-1, max(shape[-1], 1))[:, 0] = False
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == shape:
+        seen = attention_mask.reshape(-1) != 0
+        found &= seen & seen.roll(1)
+    return found
