@@ -46,8 +46,9 @@ def steppo_loss_from_logits(
         advantages: as in `steppo_loss`.
         layout: as in `steppo_loss`.
         temperature: above 0, what logits are divided by; a number or one for each token.
-        inplace_backward: let backward overwrite `logits` with their gradient: no second tensor of
-            that size exists then; a second backward raises.
+        inplace_backward: let backward overwrite `logits` (of a slice, all of the sliced tensor)
+            with their gradient: no second tensor of that size exists then. As in
+            `token_log_probs`; a second backward raises.
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.

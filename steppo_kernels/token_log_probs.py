@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, ops
+from ._overwrite import Whole
 from .backends import Backend, resolve
 from .reference import token_log_probs as reference
 
@@ -38,8 +39,10 @@ def token_log_probs(
         mask: bool or 0/1 ``[...]``; where it is False, logits are not read (and may hold anything),
             the result is 0 and so is the gradient.
         inplace_backward: let backward overwrite `logits` with their gradient, so that no second
-            tensor of that size exists. Only if nothing else needs the logits after that; a second
-            backward raises. The reference backend has no use for it.
+            tensor of that size exists. Of a slice, such as ``logits[:, :-1]`` of what a model
+            returned, all of the sliced tensor is overwritten, and the gradient goes to it. Only if
+            nothing else needs the logits after that; a second backward raises. The reference
+            backend has no use for it.
         backend: implementation.
 
     Returns:
@@ -109,8 +112,9 @@ def log_probs_of(
             "two dimensions can tell"
         )
     if torch.is_grad_enabled() and logits.requires_grad:
+        whole = Whole.of(logits) if inplace_backward else None
         found: tuple[Tensor, Tensor] = _TokenLogProbs.apply(
-            logits, *targets, need_entropy, inplace_backward, backend
+            logits if whole is None else whole.tensor, *targets, need_entropy, whole, backend
         )
         return found
     log_probs, entropy, _ = ops.call("token_log_probs", backend, rows, *targets, need_entropy)
@@ -139,15 +143,18 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, token_ids: Tensor, mask: Tensor | None,
         temperatures: Tensor | None, temperature: float, softcap: float, need_entropy: bool,
-        inplace: bool, backend: str,
+        overwritten: Whole | None, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         targets = token_ids, mask, temperatures, temperature, softcap
+        values = logits.detach()
+        if overwritten is not None:
+            values = overwritten.logits_in(values)
         log_probs, entropy, log_sum_exp = ops.call(
-            "token_log_probs", backend, _three_dims(logits.detach()), *targets, need_entropy
+            "token_log_probs", backend, _three_dims(values), *targets, need_entropy
         )
         ctx.save_for_backward(logits, token_ids, mask, temperatures, log_sum_exp, entropy)
         ctx.scalars = temperature, softcap
-        ctx.inplace, ctx.backend = inplace, backend
+        ctx.overwritten, ctx.backend = overwritten, backend
         ctx.set_materialize_grads(False)
         if not need_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -156,9 +163,12 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        logits, token_ids, mask, temperatures, log_sum_exp, entropy = ctx.saved_tensors
-        logits = logits.detach()
-        grad_logits = logits if ctx.inplace else logits.new_empty(logits.shape)
+        whole, token_ids, mask, temperatures, log_sum_exp, entropy = ctx.saved_tensors
+        whole = whole.detach()
+        overwritten: Whole | None = ctx.overwritten
+        logits = whole if overwritten is None else overwritten.logits_in(whole)
+        grad_whole = whole.new_empty(whole.shape) if overwritten is None else whole
+        grad_logits = grad_whole if overwritten is None else logits
         grad = torch.zeros_like(log_sum_exp, dtype=entropy.dtype) if grad is None else grad
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()
@@ -167,7 +177,8 @@ class _TokenLogProbs(torch.autograd.Function):
             _three_dims(logits), token_ids, mask, temperatures, *ctx.scalars, log_sum_exp,
             None if grad_entropy is None else entropy, grad.contiguous(), grad_entropy, None,
         )  # fmt: skip
-        if ctx.inplace:
+        if overwritten is not None:
+            overwritten.clear_rest(whole)
             # The kernel wrote behind autograd's back: a second backward must not take it.
-            torch.autograd.graph.increment_version(logits)
-        return grad_logits, *[None] * 8
+            torch.autograd.graph.increment_version(whole)
+        return grad_whole, *[None] * 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -482,6 +483,90 @@ def test_inplace_backward_behind_a_linear_layer(kernel):
         log_probs = token_log_probs(logits, ids, inplace_backward=inplace, backend=kernel.backend)
         found.append(torch.autograd.grad((log_probs**2).sum(), list(head.parameters())))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+_SLICES = {
+    "next token": lambda z: z[:, :-1],
+    "response": lambda z: z[:, 2:-1],
+    "rows": lambda z: z[1:],
+    "one row": lambda z: z[1],
+    "every other": lambda z: z[:, ::2],
+    "of a view": lambda z: z.view(-1, z.shape[-1])[3:9].unsqueeze(0),
+    "time first": lambda z: z.transpose(0, 1)[1:],
+    "of a slice": lambda z: z[1:][:, :-1],
+}
+
+
+def head_and_gradients(kernel, part, inplace, extra=None):
+    """Gradients of a head through a slice of its logits, and what backward allocates."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn((3, 6, 4), generator=generator).to(kernel.device)
+    weight = torch.randn((29, 4), generator=generator).to(kernel.device).requires_grad_()
+    whole = hidden @ weight.t()
+    logits = _SLICES[part](whole) if isinstance(part, str) else part(whole)
+    ids = torch.arange(logits.shape[:-1].numel(), device=kernel.device) % 29
+    found = fused(kernel.backend, inplace_backward=inplace)(logits, ids.view(logits.shape[:-1]))
+    loss = (found[0] ** 2 + found[1]).sum()
+    if extra is not None:
+        loss = loss + extra(whole)
+    seen = []
+    whole.register_hook(seen.append)
+    with new_tensors() as sizes:
+        (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    return grad, sizes, whole, seen[0], loss, weight
+
+
+@pytest.mark.parametrize("part", _SLICES)
+def test_inplace_backward_of_a_slice_overwrites_all_of_it(kernel, part):
+    expected = head_and_gradients(kernel, part, False)[0]
+    grad, sizes, whole, grad_whole, loss, weight = head_and_gradients(kernel, part, True)
+    assert torch.equal(grad, expected)
+    assert grad_whole.data_ptr() == whole.data_ptr()
+    if kernel.backend == "cpu":  # the interpreter makes tensors of its own
+        assert max(sizes) < whole.numel()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, weight)
+
+
+def test_inplace_backward_of_a_slice_leaves_other_uses_alone(kernel):
+    def extra(whole):
+        return (whole * torch.linspace(-1, 1, 29, device=whole.device)).sum()
+
+    expected = head_and_gradients(kernel, "next token", False, extra)[0]
+    found = head_and_gradients(kernel, "next token", True, extra)[0]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("why", ["hook", "retain_grad", "columns", "not a view", "offloaded"])
+def test_inplace_backward_where_a_slice_is_looked_at(kernel, why):
+    """Then autograd's own path is taken, or the same result comes of the other."""
+    seen = []
+
+    def part(whole):
+        logits = whole[:, :-1]
+        if why == "hook":
+            logits.register_hook(seen.append)
+        elif why == "retain_grad":
+            logits.retain_grad()
+            seen.append(logits)
+        elif why == "columns":
+            logits = whole[..., :20]
+        elif why == "not a view":
+            logits = (whole * 1.0)[:, :-1]
+        return logits
+
+    def plain(whole):
+        return whole[..., :20] if why == "columns" else whole[:, :-1]
+
+    offload = torch.autograd.graph.save_on_cpu() if why == "offloaded" else nullcontext()
+    expected = head_and_gradients(kernel, plain, False)[0]
+    with offload:
+        found = head_and_gradients(kernel, part, True)[0]
+    assert torch.equal(found, expected)
+    if why == "hook":
+        assert seen[0].shape == (3, 5, 29)
+    if why == "retain_grad":
+        assert seen[0].grad.shape == (3, 5, 29)
 
 
 def test_inplace_backward_needs_memory_of_its_own(kernel):
