@@ -20,7 +20,10 @@ from .cases import CONFIG, Shape, logits_case, row_log_probs
 
 SHAPE = Shape(4, 128, 32, 4)
 CASE = str(SHAPE)
-VARIANTS = ("fused, in place", "fused", "eager bf16", "eager fp32")
+VARIANTS = (
+    "fused, in place", "fused, in place, of a slice", "fused", "fused, of a slice", "eager bf16",
+    "eager fp32",
+)  # fmt: skip
 
 # As in `bench_token_log_probs`; ratios are off by what the log-probs are.
 _TOLERANCES = {"fused": 4e-3, "fp32": 4e-3, "bf16": 0.02}
@@ -29,20 +32,48 @@ _TOLERANCES = {"fused": 4e-3, "fp32": 4e-3, "bf16": 0.02}
 def step_of(variant: str) -> Callable[[], Tensor]:
     """Return forward + backward of a variant, which returns the gradient."""
     case = logits_case(SHAPE)
-    logits, steps = case.logits, case.steps
+    steps = case.steps
 
-    def loss() -> Tensor:
+    def loss(logits: Tensor) -> Tensor:
         if variant.startswith("fused"):
             return sk.steppo_loss_from_logits(
                 logits, steps.token_ids, steps.old_log_probs, steps.advantages, steps.layout,
-                inplace_backward=variant.endswith("in place"), config=CONFIG,
-                backend=fused_backend(),
+                inplace_backward="in place" in variant, config=CONFIG, backend=fused_backend(),
             ).loss  # fmt: skip
         upcast = variant.endswith("fp32")
         found = row_log_probs(logits.float() if upcast else logits, steps.token_ids)
         return steps.loss(found.float())
 
-    return lambda: torch.autograd.grad(loss(), logits)[0]
+    def of_a_slice() -> Tensor:
+        anchor = torch.zeros((), requires_grad=True)
+        grads: list[Tensor] = []
+        loss(_Model.apply(anchor, _whole(), grads)[:, :-1]).backward()
+        return grads[0][:, :-1]
+
+    if variant.endswith("of a slice"):
+        return of_a_slice
+    return lambda: torch.autograd.grad(loss(case.logits), case.logits)[0]
+
+
+class _Model(torch.autograd.Function):
+    """Returns logits that are there already, and keeps their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, logits: Tensor, grads: list[Tensor]) -> Tensor:
+        ctx.grads = grads
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.grads.append(grad)
+        return None, None, None
+
+
+@functools.cache
+def _whole() -> Tensor:
+    """Return memory for logits with one position more in each row, as a causal LM has them."""
+    rows, length, vocabulary = logits_case(SHAPE).logits.shape
+    return torch.zeros((rows, length + 1, vocabulary), dtype=logits_case(SHAPE).logits.dtype)
 
 
 @functools.cache
@@ -54,6 +85,7 @@ def _logits() -> Tensor:
 def reset() -> None:
     """Make the logits what they were."""
     logits_case(SHAPE).logits.detach().copy_(_logits())
+    _whole()[:, :-1].copy_(_logits())
 
 
 @functools.cache
@@ -63,7 +95,7 @@ def check(variant: str, num_threads: int) -> dict[str, float]:
     reset()
     with threads(num_threads):
         step = step_of(variant)
-        grad = step().flatten(0, 1).clone()
+        grad = step().clone().flatten(0, 1)
         reset()
         peak = peak_bytes(step)
         reset()

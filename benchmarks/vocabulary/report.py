@@ -64,16 +64,17 @@ def promise(targets: Targets) -> None:
         None if error is None or not upcast else error / upcast,
         lambda value: value <= 2,
     )
-    in_place = results.get("logits_loss", ALL_LOGITS, "fused, in place")
-    for key, what in (("extra_of_logits", "peak extra"), ("resident_of_logits", "peak resident")):
-        share = _of(in_place, key)
-        targets.add(
-            f"steppo_loss_from_logits, in place: {what} memory, of the logits",
-            "< 2 %",
-            None if share is None else 100 * share,
-            lambda value: value < 2,
-            " %",
-        )
+    for variant in ("in place", "in place, of a slice"):
+        for key, what in (("extra", "peak extra"), ("resident", "peak resident")):
+            found = results.get("logits_loss", ALL_LOGITS, f"fused, {variant}")
+            share = _of(found, f"{key}_of_logits")
+            targets.add(
+                f"steppo_loss_from_logits, {variant}: {what} memory, of the logits",
+                "< 2 %",
+                None if share is None else 100 * share,
+                lambda value: value < 2,
+                " %",
+            )
     _promise_head(targets)
 
 
