@@ -10,7 +10,9 @@ or, where steppo-kernels and its extra `example` are installed (``pip install ".
 
 Trajectories are JSON lines: {"messages": [{"role": "user" | "assistant" | "tool" | "system",
 "content": ...}, ...], "reward": number}. Each assistant message is a step. The model's template
-writes a tool's message like any other, under the name of its role.
+writes a tool's message like any other, under the name of its role. The bundled ones were written
+for this example; where the model did not act itself, as here, the policy that acted counts as the
+model before its first update.
 
 There is no critic. The return of a step is the trajectory's reward, discounted by the steps that
 come after it; the advantage is the return minus the mean over all steps of the batch, in units of
@@ -54,6 +56,8 @@ CONFIG = StepPOConfig(clip_low=0.03, clip_high=0.04)
 DISCOUNT = 0.9
 LEARNING_RATE = 2e-6
 MAX_GRAD_NORM = 1.0
+
+COLUMNS = ("loss", "clipped", "KL", "dead", "tokens/s", "peak GB")
 
 _HERE = Path(__file__).parent
 _MISSING = (
@@ -262,7 +266,10 @@ def work(
     found = []
     for update in train(variant, model, batch, updates):
         found.append(update)
-        print(f"{variant.value}: update {len(found)}, loss {update.loss:+.6f}", flush=True)
+        shown = ", ".join(
+            f"{name} {value}" for name, value in zip(COLUMNS, cells(update), strict=True)
+        )
+        print(f"{variant.value}: update {len(found)}, {shown}", flush=True)
     return found
 
 
@@ -273,23 +280,27 @@ def in_own_process(variant: Variant, *arguments: Any) -> list[Update]:
         return pool.submit(work, variant, *arguments).result()
 
 
+def cells(update: Update) -> tuple[str, ...]:
+    """Return what is shown of an update, as `COLUMNS` are called."""
+    metrics = update.metrics
+    return (
+        f"{update.loss:+.6f}", f"{metrics['clip_fraction']:.3f}", f"{metrics['approx_kl']:+.6f}",
+        f"{metrics['dead_token_fraction']:.3f}", f"{update.tokens_per_second:.0f}",
+        f"{update.peak:.2f}",
+    )  # fmt: skip
+
+
 def table(results: dict[Variant, list[Update]]) -> Table:
     """Return the updates, those of the variants below each other."""
     shown = Table(
         caption="clipped: share of the steps; KL: approximate, to the policy before the first "
         "update; dead: share of the action tokens without a gradient"
     )
-    for name in ("no.", "variant", "loss", "clipped", "KL", "dead", "tokens/s", "peak GB"):
+    for name in ("no.", "variant", *COLUMNS):
         shown.add_column(name, justify="left" if name == "variant" else "right")
     for number in range(len(next(iter(results.values())))):
         for variant, updates in results.items():
-            one = updates[number]
-            shown.add_row(
-                str(number + 1), variant.value, f"{one.loss:+.6f}",
-                f"{one.metrics['clip_fraction']:.3f}", f"{one.metrics['approx_kl']:+.6f}",
-                f"{one.metrics['dead_token_fraction']:.3f}", f"{one.tokens_per_second:.0f}",
-                f"{one.peak:.2f}",
-            )  # fmt: skip
+            shown.add_row(str(number + 1), variant.value, *cells(updates[number]))
         shown.add_section()
     return shown
 

@@ -40,7 +40,7 @@ class Whole(NamedTuple):
         if base is None or not _is_view_of(logits, base) or not _are_rows(logits, base):
             return cls(logits, None)
         vocabulary = logits.shape[-1]
-        offset = logits.storage_offset() - base.storage_offset()
+        offset = int(logits.storage_offset() - base.storage_offset())
         is_rest = torch.ones(base.numel() // vocabulary, dtype=torch.bool)
         strides = [stride // vocabulary for stride in logits.stride()[:-1]]
         is_rest.as_strided(logits.shape[:-1], strides, offset // vocabulary).fill_(False)

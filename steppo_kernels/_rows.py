@@ -20,7 +20,8 @@ def uniform_offsets(num_rows: int, row_length: int, device: torch.device) -> Ten
 def row_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Return where the rows of `values` begin, int64 ``[R + 1]``; its argument is called `name`.
 
-    Those are the rows of a 2-D input, or those of `cu_seqlens` of a packed one.
+    Those are the rows of a 2-D input, or those of `cu_seqlens` of a packed one, ``[N]`` or
+    ``[1, N]``.
     """
     if cu_seqlens is None:
         if values.dim() == 2:
@@ -28,10 +29,10 @@ def row_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return uniform_offsets(1, values.shape[0], values.device)
     offsets = checks.dims("cu_seqlens", checks.integer("cu_seqlens", cu_seqlens), (1,))
     checks.on_device("cu_seqlens", offsets, values.device)
-    if values.dim() != 1:
+    if values.dim() != 1 and values.shape[0] != 1:
         raise ValueError(
             f"cu_seqlens: got it with {name} of shape {tuple(values.shape)}, expected a packed "
-            "1-D input"
+            "input, [N] or [1, N]"
         )
     numel = values.numel()
     ends = (0, numel)

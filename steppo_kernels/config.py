@@ -27,13 +27,16 @@ class StepPOConfig:
         ratio: how token log-ratios z of a step of L tokens form the step ratio:
             ``"geometric"`` exp(mean z) (StepPO), ``"product"`` exp(sum z), ``"centered"``
             exp(mu + L^-1/2 sum(z - mu)) with mu the mean of z over the call (CAPO).
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. The defaults
+            are those of the authors' scripts, for means over steps of many tokens; ratios of single
+            tokens (PPO, ``layout.per_token()``) want about 0.2.
         dual_clip: c > 1 bounds the loss of steps with negative advantage by -c A; None is off.
         log_ratio_max: log-ratios are clamped above at this; there the gradient is zero.
         reduction: ``"step_mean"``, ``"trajectory_mean"`` (the paper's equation), ``"token_mean"``
             or ``"sum"``.
         kl_coef: weight of the KL penalty against ``ref_log_probs``.
-        kl_estimator: ``"k1"`` -d, ``"k2"`` d^2/2 or ``"k3"`` e^d - d - 1, d = log ref - log pi.
+        kl_estimator: ``"k1"`` -d, ``"k2"`` d^2/2 or ``"k3"`` e^d - d - 1, d = log ref - log pi
+            clamped to +-20, the value to +-10; no gradient beyond.
         entropy_coef: weight of the entropy bonus.
 
     Raises:
@@ -78,3 +81,6 @@ def _in_range(name: str, value: object, low: float, high: float, expected: str) 
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number in {expected}")
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name}: got {value!r}, expected a number in {expected}")
+
+
+DEFAULT_CONFIG = StepPOConfig()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import _csr, _rows, checks, segment
 from .backends import Backend, resolve
+from .config import REDUCTIONS, Reduction
+from .reference.policy_loss import reduction_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,28 @@ class StepLayout:
         """G."""
         return self.trajectory_offsets.shape[0] - 1
 
+    def reduction_weights(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
+        """Return what a reduction multiplies and divides by: w_s ``[S]`` and the normalizer, fp64.
+
+        Of the whole batch, for losses of its parts (micro-batches, data-parallel ranks): given
+        their `normalizer`, and with ``"trajectory_mean"`` their share of the weights as
+        `step_weights`, the gradients of the parts add up to that of the whole. Normalizers of
+        parts add up too, but for ``"sum"`` (1), if no trajectory is in two of them.
+
+        Args:
+            reduction: as in `StepPOConfig`.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
+        weights, total = reduction_weights(
+            self.step_lengths, self.trajectory_counts, reduction, torch.float64
+        )
+        # A part without steps adds nothing.
+        return weights, total if self.num_tokens or reduction == "sum" else total - total
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that it holds, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -113,8 +137,8 @@ class StepLayout:
 
         Args:
             mask: bool, or int or float of 0/1, ``[B, T]`` or packed ``[N]``.
-            cu_seqlens: int ``[R + 1]``, where the rows of a packed ``[N]`` input begin; without it
-                a 1-D input is one row. A run never crosses a row.
+            cu_seqlens: int ``[R + 1]``, where the rows of a packed input, ``[N]`` or ``[1, N]``,
+                begin; without it a 1-D input is one row. A run never crosses a row.
             boundaries: bool (or 0/1) of the shape of `mask`: marks tokens that open a new step
                 inside a run.
             backend: implementation of the segmentation.

@@ -11,12 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from . import checks
 from .backends import Backend
-from .config import StepPOConfig
+from .config import DEFAULT_CONFIG, StepPOConfig
 from .layout import StepLayout
 from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows, packed
 from .objective import Objective, check_objective
 from .outputs import POLICY_METRICS, Metrics, StepPOOutput
-from .policy_loss import DEFAULT_CONFIG, evaluate, run, scaled
+from .policy_loss import evaluate, run, scaled
 from .reference import lm_head as reference
 from .reference.policy_loss import reduction_weights
 from .token_log_probs import Targets

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from . import checks
 from .backends import Backend
-from .config import StepPOConfig
+from .config import DEFAULT_CONFIG, StepPOConfig
 from .layout import StepLayout
 from .objective import check_objective
 from .outputs import StepPOOutput
-from .policy_loss import DEFAULT_CONFIG, evaluate
+from .policy_loss import evaluate
 from .token_log_probs import Targets, log_probs_of, rows_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -52,7 +53,16 @@ class Metrics:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one metric as a 0-dim tensor on the device, without a host copy."""
+        if name not in self.names:
+            raise KeyError(f"{name!r}, expected one of {', '.join(self.names)}")
         return self.values[self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names, so that ``dict(metrics)`` is of tensors on the device."""
+        return self.names
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from . import checks, ops
 from .backends import Backend
-from .config import KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
+from .config import DEFAULT_CONFIG, KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
 from .layout import StepLayout
 from .objective import Objective, check_entropy, check_objective
 from .outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .reference import policy_loss as reference
-
-DEFAULT_CONFIG = StepPOConfig()
 
 # Whether the running backward was called with retain_graph; a torch without the answer says yes.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -71,7 +69,10 @@ def steppo_loss(
             becomes l_s mean(w_i) and the gradient of token i is scaled by w_i. No gradient.
         step_weights: ``[S]``, replaces w_s.
         normalizer: replaces the denominator of the reduction; a number, or a 0-dim tensor (no
-            host sync). Micro-batches and data-parallel ranks pass the global count.
+            host sync). A part of a batch (micro-batch, data-parallel rank) passes that of the
+            whole, ``whole_layout.reduction_weights(reduction)[1]``, divided by what its gradients
+            are divided by later: DDP and FSDP average over ranks; transformers' Trainer and
+            accelerate divide by the accumulation steps.
         ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
             of this call. It plays no part in the other ratios, nor on-policy (no
             `old_log_probs`).

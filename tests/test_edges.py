@@ -13,6 +13,8 @@ from steppo_kernels import (
     step_value_loss,
     steppo_loss,
 )
+from steppo_kernels.outputs import POLICY_METRICS
+from steppo_kernels.testing import random_batch
 
 _WIDE = StepPOConfig(clip_low=0.9, clip_high=9.0)
 
@@ -156,3 +158,15 @@ def test_the_broadcast_is_linear_twice_over(target):
         return broadcast_to_tokens(x, layout, backend=target.backend)
 
     assert torch.autograd.gradgradcheck(spread, (per_step,))
+
+
+def test_metrics_by_name():
+    batch = random_batch(3, 2, 9)
+    metrics = steppo_loss(
+        batch.log_probs, batch.old_log_probs, batch.advantages, batch.layout, backend="reference"
+    ).metrics
+    assert list(metrics) == list(POLICY_METRICS)
+    values = dict(metrics)
+    assert {name: value.item() for name, value in values.items()} == metrics.as_dict()
+    with pytest.raises(KeyError, match="'clip', expected one of policy_loss, kl_loss"):
+        metrics["clip"]

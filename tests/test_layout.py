@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties import examples
 
-from steppo_kernels import StepLayout, backends
+from steppo_kernels import StepLayout, backends, step_gae
 
 _MASK_DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float64]
 
@@ -290,3 +290,24 @@ def test_layouts_compare_by_identity():
     layout = StepLayout.from_mask(torch.ones(2, 2, dtype=torch.bool))
     assert layout != StepLayout.from_mask(torch.ones(2, 2, dtype=torch.bool))
     assert layout in [layout]
+
+
+def test_packed_input_as_one_row(target):
+    """As transformers takes packed sequences: ``[1, N]`` with `cu_seqlens`."""
+    mask = torch.tensor([1, 1, 0, 1, 1, 0, 1], dtype=torch.bool, device=target.device)
+    offsets = torch.tensor([0, 4, 7], device=target.device)
+    flat = StepLayout.from_mask(mask, cu_seqlens=offsets, backend=target.backend)
+    wide = StepLayout.from_mask(mask[None], cu_seqlens=offsets, backend=target.backend)
+    assert wide.shape == (1, 7)
+    assert torch.equal(wide.step_ids[0], flat.step_ids)
+    rest = [layout.tensors() for layout in (flat, wide)]
+    for name in set(rest[0]) - {"step_ids"}:
+        assert torch.equal(rest[0][name], rest[1][name]), name
+    values = torch.arange(7.0, device=target.device)
+    found = [
+        step_gae(
+            values.view(layout.shape), values.view(layout.shape), layout, backend=target.backend
+        )
+        for layout in (flat, wide)
+    ]
+    assert torch.equal(found[0].advantages, found[1].advantages)

@@ -370,6 +370,60 @@ def test_micro_batches_with_a_global_normalizer(target, masked, reduction, as_te
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_parts_that_share_trajectories_add_up(target, reduction):
+    """One row a step, shuffled into parts, as trainers do; some rows are empty or padding."""
+    target.thin(REDUCTIONS.index(reduction), every=2)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand((9, 12), generator=generator) < 0.5
+    mask[4] = False
+    owners, turns = [5, 7, 5, 5, 7, 9, 5, 7, 9], [0, 1, 2, 1, 0, 0, 3, 2, 1]
+    valid = torch.tensor([True] * 8 + [False])
+    log_probs, old = 0.1 * torch.randn((2, 9, 12), generator=generator, dtype=torch.float64)
+    advantages = torch.randn(9, generator=generator, dtype=torch.float64)
+    log_probs, old, advantages, mask, valid = (
+        value.to(target.device) for value in (log_probs, old, advantages, mask, valid)
+    )
+    config = StepPOConfig(clip_low=0.1, clip_high=0.1, reduction=reduction)
+
+    def part(rows, **options):
+        layout = StepLayout.from_rows(
+            mask[rows], [owners[r] for r in rows], [turns[r] for r in rows], valid=valid[rows],
+            backend=target.backend,
+        )  # fmt: skip
+        leaf = log_probs[rows].requires_grad_()
+        loss = steppo_loss(
+            leaf, old[rows], advantages[rows], layout, config=config, backend=target.backend,
+            **options,
+        ).loss  # fmt: skip
+        return layout, loss, torch.autograd.grad(loss, leaf)[0]
+
+    layout, loss, grad = part(list(range(9)))
+    weights, normalizer = layout.reduction_weights(reduction)
+    again = part(list(range(9)), step_weights=weights, normalizer=normalizer)
+    close(again[1], loss)
+    parts = [[6, 0], [3, 5, 1], [8, 4], [7, 2]]
+    found = [part(rows, step_weights=weights[rows], normalizer=normalizer) for rows in parts]
+    close(sum(value for _, value, _ in found), loss)
+    for rows, (_, _, value) in zip(parts, found, strict=True):
+        close(value, grad[rows])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_normalizers_of_parts_add_up(target, reduction):
+    """Where every trajectory is a row; the part without a step counts nothing."""
+    batch = random_batch(7, 7, 24, dtype=torch.float64, device=target.device)
+    whole = batch.layout.reduction_weights(reduction)[1]
+    assert whole == counts(batch, reduction)
+    parts = [rows_of(batch, rows).layout for rows in ([0, 1, 2], [3], [4, 5], [6])]
+    found = [part.reduction_weights(reduction)[1] for part in parts]
+    assert parts[-1].num_tokens == 0
+    assert found[-1] == (reduction == "sum")
+    assert sum(found) == (whole if reduction != "sum" else 4)
+    with pytest.raises(ValueError, match=r"^reduction: got 'mean', expected one of"):
+        batch.layout.reduction_weights("mean")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_value_micro_batches_with_a_global_normalizer(target, reduction):
     target.thin(REDUCTIONS.index(reduction), every=3)
     batch = random_batch(8, 7, 24, dtype=torch.float64, device=target.device)

@@ -17,7 +17,13 @@ pytest.importorskip("transformers", reason="the demo's extra is not installed")
 import transformers
 from transformers import PreTrainedModel
 
-from steppo_kernels import StepLayout, StepPOConfig, backends, steppo_loss
+from steppo_kernels import (
+    StepLayout,
+    StepPOConfig,
+    backends,
+    broadcast_to_tokens,
+    steppo_loss,
+)
 from steppo_kernels.integrations.transformers import (
     LogProbBatch,
     StepPOBatch,
@@ -622,6 +628,72 @@ def test_no_tensor_of_all_logits(mode: str) -> None:
     assert fused.numel == chunk * 4000
 
 
+class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        batch = self.batch
+        return {
+            "input_ids": batch.ids[row], "attention_mask": batch.attention[row],
+            "action_mask": batch.mask[row], "old_log_probs": batch.old_noise[row],
+            "advantages": broadcast_to_tokens(batch.advantages, batch.layout)[row],
+        }  # fmt: skip
+
+
+class _Trainer(transformers.Trainer):
+    """A subclass as the README shows it."""
+
+    normalizer = 1.0
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:  # fmt: skip
+        layout = StepLayout.from_mask(inputs.pop("action_mask"))
+        old, advantages = inputs.pop("old_log_probs"), inputs.pop("advantages")
+        out = model(
+            **inputs,
+            steppo=StepPOBatch(
+                old, advantages, layout,
+                normalizer=self.normalizer / self.args.gradient_accumulation_steps,
+            ),
+        )  # fmt: skip
+        return (out.loss, out) if return_outputs else out.loss
+
+
+def test_a_trainer_that_accumulates_gradients(tmp_path: Any) -> None:
+    pytest.importorskip("accelerate", reason="the demo's extra is not installed")
+    model, batch = make(dtype=torch.float32), Batch(torch.float32)
+    patch_lm_head(model)
+    whole = StepPOBatch(batch.old_noise, batch.advantages, batch.layout)
+    model(**batch.inputs, steppo=whole).loss.backward()
+    expected = {name: value.grad.clone() for name, value in model.named_parameters()}
+    model.zero_grad()
+    seen: dict[str, Tensor] = {}
+
+    class Look(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            seen.update({name: value.grad.clone() for name, value in model.named_parameters()})
+
+    trainer = _Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=ROWS,
+            max_steps=1, max_grad_norm=0.0, remove_unused_columns=False, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+        ),
+        train_dataset=_Rows(batch), callbacks=[Look()],
+    )  # fmt: skip
+    trainer.normalizer = float(batch.layout.reduction_weights("step_mean")[1])
+    trainer.train()
+    for name, value in expected.items():
+        torch.testing.assert_close(seen[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_no_cache_is_kept() -> None:
     model, batch = make(), Batch()
     patch_lm_head(model)
@@ -869,6 +941,7 @@ def test_bad_arguments() -> None:
         ({"steppo": LogProbBatch(padded)}, ValueError, "row 1, column 12"),
         ({"steppo": LogProbBatch(batch.mask[:, 1:])}, ValueError, "layout: got shape"),
         ({"steppo": LogProbBatch("mask")}, TypeError, "layout: got str"),
+        ({"steppo": LogProbBatch(0.5 * batch.mask)}, ValueError, "layout: got the value 0.5"),
         (
             {"steppo": LogProbBatch(batch.layout, token_ids=batch.ids.double())},
             TypeError, "token_ids: got",

@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import Backend
-from ...config import StepPOConfig
+from ...config import DEFAULT_CONFIG, StepPOConfig
 from ...layout import StepLayout
 from ...linear_steppo_loss import linear_steppo_loss
 from ...linear_token_log_probs import linear_token_log_probs
 from ...outputs import StepPOOutput
-from ...policy_loss import DEFAULT_CONFIG
 from .placement import Placed, States
 
 
@@ -33,8 +32,7 @@ class StepPOBatch:
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.
         step_weights: as in `steppo_loss`.
-        normalizer: as in `steppo_loss`. Data-parallel ranks, whose gradients are averaged, pass the
-            global count divided by the number of ranks.
+        normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
         backend: implementation of what is not a matrix product.
     """

@@ -250,7 +250,10 @@ def _check_linear(model: PreTrainedModel) -> nn.Linear:
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
         return head
     kind = f"{type(head).__module__}.{type(head).__name__}"
-    message = f"model: its output head is a {kind}, expected a plain nn.Linear"
+    message = (
+        f"model: its output head is a {kind}, expected a plain nn.Linear; linear_steppo_loss takes "
+        "hidden states and any weight, such as base + B @ A"
+    )
     if kind.startswith("peft."):
         message += (
             "; adapters on the head would be left out: keep it out of target_modules and "

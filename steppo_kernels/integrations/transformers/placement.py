@@ -37,7 +37,7 @@ class Placed:
         """Check which tokens are actions, and move them."""
         tokens = checks.integer("token_ids", states.token_ids)
         if isinstance(layout, Tensor):
-            layout = StepLayout.from_mask(layout, backend=backend)
+            layout = StepLayout.from_mask(checks.flags("layout", layout, (1, 2)), backend=backend)
         elif not isinstance(layout, StepLayout):
             raise TypeError(f"layout: got {type(layout).__name__}, expected a StepLayout or a mask")
         if layout.shape.numel() != tokens.numel():
