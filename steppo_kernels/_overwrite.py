@@ -41,7 +41,7 @@ class Whole(NamedTuple):
             return cls(logits, None)
         vocabulary = logits.shape[-1]
         offset = int(logits.storage_offset() - base.storage_offset())
-        is_rest = torch.ones(base.numel() // vocabulary, dtype=torch.bool)
+        is_rest = torch.ones(base.numel() // vocabulary, dtype=torch.bool, device="cpu")
         strides = [stride // vocabulary for stride in logits.stride()[:-1]]
         is_rest.as_strided(logits.shape[:-1], strides, offset // vocabulary).fill_(False)
         rest = is_rest.nonzero().squeeze(1).to(logits.device)

@@ -87,7 +87,7 @@ def _trajectory_codes(
     if isinstance(values, Tensor):
         distinct, codes = torch.unique(values.cpu()[keep], return_inverse=True)
         first = torch.full_like(distinct, num_rows, dtype=torch.int64)
-        first.scatter_reduce_(0, codes, torch.arange(len(codes)), "amin")
+        first.scatter_reduce_(0, codes, torch.arange(len(codes), device="cpu"), "amin")
         return first.argsort().argsort()[codes]
     for kind in set(map(type, values)):
         if kind is bool or not (issubclass(kind, str) or hasattr(kind, "__index__")):
@@ -98,7 +98,7 @@ def _trajectory_codes(
     numbers: dict[object, int] = {}
     keys = [value if isinstance(value, str) else operator.index(value) for value in values]
     kept = [numbers.setdefault(keys[row], len(numbers)) for row in keep.tolist()]
-    return torch.tensor(kept, dtype=torch.int64)
+    return torch.tensor(kept, dtype=torch.int64, device="cpu")
 
 
 def _order_rows(codes: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +113,6 @@ def _order_rows(codes: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, T
             f"step_indices: got step {int(indices[where])} of one trajectory in rows "
             f"{int(rows[where])} and {int(rows[where + 1])}, expected distinct steps"
         )
-    starts = torch.ones(len(codes), dtype=torch.bool)
+    starts = torch.ones(len(codes), dtype=torch.bool, device="cpu")
     starts[1:] = codes.diff() != 0
-    return rows, torch.cat((starts.nonzero().squeeze(1), torch.tensor([len(codes)])))
+    return rows, torch.cat((starts.nonzero().squeeze(1), torch.tensor([len(codes)], device="cpu")))

@@ -33,7 +33,7 @@ def broadcast_to_tokens(
     per_step = checks.vector("per_step", per_step, layout.num_steps, "step", layout.device, dtype)
     chosen = resolve(backend, layout.device)
     step_ids = layout.step_ids.view(-1)
-    if per_step.requires_grad and torch.is_grad_enabled():
+    if checks.wants_gradient(per_step):
         flat: Tensor = _Linear.apply(
             per_step, step_ids, layout.token_index, layout.step_offsets, True, chosen
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,6 +21,10 @@ def tensor(name: str, value: object) -> Tensor:
     """Return `value` if it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: got a DTensor, expected a whole tensor, such as its full_tensor()"
+        )
     return value
 
 
@@ -44,7 +49,7 @@ def integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
     if isinstance(value, Tensor):
         return integer(name, value)
     try:
-        made = torch.as_tensor(value)
+        made = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: got {type(value).__name__}, expected integers") from error
     return integer(name, made) if made.numel() else made.to(torch.int64)
@@ -212,7 +217,7 @@ def scalar(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number or 0-dim tensor")
     _finite(name, value, positive)
-    return torch.tensor(float(value), dtype=torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def fraction(name: str, value: object) -> float:
@@ -238,8 +243,24 @@ def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.contiguous()
 
 
+def wants_gradient(*values: Tensor | None) -> bool:
+    """Return whether autograd is to record what kernels make of `values`.
+
+    Raises:
+        RuntimeError: one is a dual number of forward mode, whose tangent would be lost.
+    """
+    given = [value for value in values if value is not None]
+    is_forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if is_forward and any(forward_ad.unpack_dual(value).tangent is not None for value in given):
+        raise RuntimeError(
+            "forward-mode differentiation: got a dual number, expected reverse mode alone"
+        )
+    return torch.is_grad_enabled() and any(value.requires_grad for value in given)
+
+
 def _finite(name: str, value: float, positive: bool) -> None:
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, which compiled code can put off where a number changes from call to call.
+    if not (0.0 if positive else -math.inf) < value < math.inf:
         expected = "a finite number above 0" if positive else "a finite number"
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 

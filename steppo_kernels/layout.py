@@ -217,7 +217,8 @@ class StepLayout:
             valid = checks.same_shape("valid", valid, torch.Size((num_rows,))).contiguous()
         chosen = resolve(backend, device)
         found = segment.segment_rows(flags.contiguous(), valid, chosen)
-        keep = torch.arange(num_rows) if valid is None else valid.cpu().nonzero().squeeze(1)
+        every = torch.arange(num_rows, device="cpu")
+        keep = every if valid is None else valid.cpu().nonzero().squeeze(1)
         steps, offsets = _rows.in_time_order(trajectory_ids, step_indices, keep, num_rows)
         starts = torch.arange(num_rows, device=device) * row_length
         layout = cls._assemble(

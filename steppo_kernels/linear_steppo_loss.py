@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,12 @@ from . import checks
 from .backends import Backend
 from .config import DEFAULT_CONFIG, StepPOConfig
 from .layout import StepLayout
-from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows, packed
+from .lm_head import Evaluated, Head, HeadGradients, check_chunk, check_head, live_rows, packed
 from .objective import Objective, check_objective
 from .outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .policy_loss import evaluate, run, scaled
 from .reference import lm_head as reference
 from .reference.policy_loss import reduction_weights
-from .token_log_probs import Targets
 
 
 def linear_steppo_loss(
@@ -55,8 +54,9 @@ def linear_steppo_loss(
     Args:
         hidden: ``[*shape, d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``,
             whose place in `layout` is i.
-        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast); may be strided
-            or tied. If it needs no gradient, none is formed; the same holds for `hidden`.
+        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast, but not fp64);
+            may be strided or tied. If it needs no gradient, none is formed; the same holds for
+            `hidden`.
         token_ids: int, of the token shape or a view of it; may hold anything at masked tokens.
         old_log_probs: as in `steppo_loss`.
         advantages: as in `steppo_loss`.
@@ -197,14 +197,6 @@ class _Steps:
         )  # fmt: skip
 
 
-class _Found(NamedTuple):
-    """What rows of logits gave, of all action tokens."""
-
-    log_probs: Tensor
-    entropy: Tensor
-    log_sum_exp: Tensor
-
-
 class _Pass:
     """One evaluation of the loss and its gradients."""
 
@@ -218,11 +210,8 @@ class _Pass:
         self.chunk = chunk
         self.need_entropy = steps.inputs.config.entropy_coef != 0
         dtype = steps.inputs.dtype
-        self.found = _Found(
-            hidden.new_empty(num_rows, dtype=dtype),
-            hidden.new_empty(num_rows if self.need_entropy else 0, dtype=dtype),
-            hidden.new_empty(num_rows, dtype=torch.float64),
-        )
+        self.log_probs = hidden.new_empty(num_rows, dtype=dtype)
+        self.entropy = hidden.new_empty(num_rows if self.need_entropy else 0, dtype=dtype)
         groups = [(0, len(steps.counts))] if steps.needs_center else list(steps.groups(chunk))
         self.groups = groups if num_rows else []
         products = sum(
@@ -240,8 +229,8 @@ class _Pass:
                 else:
                     self._two_passes(begin, end, logits)
         every = self.steps.objective(0, len(self.steps.counts))
-        entropy = self.found.entropy if self.need_entropy else None
-        loss, metrics, step_log_ratio, *_ = run(every, self.found.log_probs, entropy, False, False)
+        entropy = self.entropy if self.need_entropy else None
+        loss, metrics, step_log_ratio, *_ = run(every, self.log_probs, entropy, False, False)
         return loss, metrics, step_log_ratio
 
     def _one_pass(self, begin: int, end: int, buffer: Tensor) -> None:
@@ -249,7 +238,7 @@ class _Pass:
         first, last = self.steps.borders[begin], self.steps.borders[end]
         if first == last:
             return
-        logits, inputs, targets = self._forward(first, last, buffer)
+        rows = self._keep(first, last, buffer)
         if not self.gradients.any:
             return
         grad, grad_entropy, unit = self._coefficients(begin, end)
@@ -257,44 +246,38 @@ class _Pass:
         if len(live) == 0:
             return
         order = packed(live, last - first)
-        index = self.steps.index[first:last]
-        grad_logits = self.head.differentiate(
-            logits, targets, self.found.log_sum_exp[first:last], self.found.entropy[first:last],
-            grad, grad_entropy, order,
-        )  # fmt: skip
-        self.gradients.add(grad_logits, inputs[order], index[order], unit)
+        grad_logits = self.head.differentiate(rows, grad, grad_entropy, order)
+        self.gradients.add(grad_logits, rows.hidden[order], rows.index[order], unit)
 
     def _two_passes(self, begin: int, end: int, buffer: Tensor) -> None:
         """Handle steps whose logits do not fit: once for the log-probs, once for the gradients."""
         first, last = self.steps.borders[begin], self.steps.borders[end]
         for at in range(first, last, self.chunk):
-            self._forward(at, min(at + self.chunk, last), buffer)
+            self._keep(at, min(at + self.chunk, last), buffer)
         if not self.gradients.any:
             return
         grad, grad_entropy, unit = self._coefficients(begin, end)
-        for rows in live_rows(grad, grad_entropy).split(self.chunk):
-            if len(rows) == 0:
+        for live in live_rows(grad, grad_entropy).split(self.chunk):
+            if len(live) == 0:
                 continue
-            index = self.steps.index[first + rows]
-            inputs = self.hidden[index]
+            rows = self._evaluate(self.steps.index[first + live], buffer)
             grad_logits = self.head.differentiate(
-                self.head.logits(inputs, buffer), self.head.targets(self.token_ids, index),
-                self.found.log_sum_exp[first + rows],
-                self.found.entropy[first + rows] if self.need_entropy else self.found.entropy,
-                grad[rows], None if grad_entropy is None else grad_entropy[rows], None,
-            )  # fmt: skip
-            self.gradients.add(grad_logits, inputs, index, unit)
+                rows, grad[live], None if grad_entropy is None else grad_entropy[live]
+            )
+            self.gradients.add(grad_logits, rows.hidden, rows.index, unit)
 
-    def _forward(self, first: int, last: int, buffer: Tensor) -> tuple[Tensor, Tensor, Targets]:
-        """Keep the log-probs of rows `first` to `last`; return what their gradients take."""
-        index = self.steps.index[first:last]
-        inputs = self.hidden[index]
-        logits = self.head.logits(inputs, buffer)
-        targets = self.head.targets(self.token_ids, index)
-        found = self.head.log_probs(logits, targets, self.need_entropy)
-        for kept, values in zip(self.found, found, strict=True):
-            kept[first:last] = values
-        return logits, inputs, targets
+    def _keep(self, first: int, last: int, buffer: Tensor) -> Evaluated:
+        """Evaluate rows `first` to `last`, and keep what all of them have."""
+        rows = self._evaluate(self.steps.index[first:last], buffer)
+        self.log_probs[first:last] = rows.log_probs
+        if self.need_entropy:
+            self.entropy[first:last] = rows.entropy
+        return rows
+
+    def _evaluate(self, index: Tensor, buffer: Tensor) -> Evaluated:
+        return self.head.evaluate(
+            self.hidden[index], self.token_ids, index, self.need_entropy, buffer
+        )
 
     def _coefficients(self, begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the gradients of the loss by log-probs and entropies of steps, and their unit.
@@ -302,16 +285,17 @@ class _Pass:
         The unit brings them near 1 where gradients of logits would leave the range of fp16.
         """
         first, last = self.steps.borders[begin], self.steps.borders[end]
-        entropy = self.found.entropy[first:last] if self.need_entropy else None
+        entropy = self.entropy[first:last] if self.need_entropy else None
         *_, grad, grad_entropy, scale = run(
-            self.steps.objective(begin, end), self.found.log_probs[first:last], entropy, True,
+            self.steps.objective(begin, end), self.log_probs[first:last], entropy, True,
             self.need_entropy,
         )  # fmt: skip
         unit = None
         if self.gradients.keeps_fp32:
             unit = torch.cat((grad, grad_entropy)).abs().amax()
-            # Without a gradient there is nothing to divide.
-            scale, unit = 1.0 / torch.where(unit > 0, unit, 1.0), unit * scale
+            # What is below has no reciprocal, and is 0 in fp16 as well.
+            least = torch.finfo(unit.dtype).tiny
+            scale, unit = 1.0 / torch.where(unit >= least, unit, 1.0), unit * scale
         return grad * scale, grad_entropy * scale if self.need_entropy else None, unit
 
 

@@ -36,8 +36,8 @@ def linear_token_log_probs(
 
     Args:
         hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
-        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast); may be strided,
-            tied to an embedding or frozen.
+        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast, but not fp64);
+            may be strided, tied to an embedding or frozen.
         token_ids: int ``[...]``, or a view with as many elements.
         bias: ``[V]``.
         temperature: above 0, what logits are divided by; a number, or one for each token.
@@ -85,21 +85,16 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head,
         token_ids: Tensor, index: Tensor, chunk: int, need_entropy: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        dtype = checks.compute_dtype(hidden)
-        log_probs = torch.zeros(len(token_ids), dtype=dtype, device=hidden.device)
+        log_probs = hidden.new_zeros(len(token_ids), dtype=checks.compute_dtype(hidden))
         entropy = log_probs.new_zeros(len(token_ids) if need_entropy else 0)
-        log_sum_exp = log_probs.new_empty(len(index), dtype=torch.float64)
-        with head.buffer(min(chunk, len(index))) as logits:
-            for begin in range(0, len(index), chunk):
-                part = index[begin : begin + chunk]
-                z = head.logits(hidden[part], logits)
-                found = head.log_probs(z, head.targets(token_ids, part), need_entropy)
-                log_probs[part] = found[0]
+        with head.buffer(min(chunk, len(index))) as buffer:
+            for part in index.split(chunk) if len(index) else ():
+                rows = head.evaluate(hidden[part], token_ids, part, need_entropy, buffer)
+                log_probs[part] = rows.log_probs
                 if need_entropy:
-                    entropy[part] = found[1]
-                log_sum_exp[begin : begin + chunk] = found[2]
-        ctx.save_for_backward(hidden, weight, bias, token_ids, index, log_sum_exp, entropy)
-        ctx.head, ctx.chunk, ctx.need_entropy = head, chunk, need_entropy
+                    entropy[part] = rows.entropy
+        ctx.save_for_backward(hidden, weight, bias, token_ids, index)
+        ctx.head, ctx.chunk = head, chunk
         ctx.set_materialize_grads(False)
         if not need_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -108,7 +103,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        hidden, weight, bias, token_ids, index, log_sum_exp, entropy = ctx.saved_tensors
+        hidden, weight, bias, token_ids, index = ctx.saved_tensors
         # The head of the forward pass, with the tensors that autograd has watched since.
         head: Head = ctx.head._replace(weight=weight, bias=bias)
         zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
@@ -118,15 +113,10 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         gradients = HeadGradients(
             head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk)
         )
-        with head.buffer(min(ctx.chunk, len(live))) as logits:
-            for rows in live.split(ctx.chunk) if len(live) else ():
-                part = index[rows]
-                inputs = hidden[part]
-                z = head.logits(inputs, logits)
-                z = head.differentiate(
-                    z, head.targets(token_ids, part), log_sum_exp[rows],
-                    entropy[part] if e is not None else entropy, c[rows],
-                    None if e is None else e[rows], None,
-                )  # fmt: skip
-                gradients.add(z, inputs, part)
+        with head.buffer(min(ctx.chunk, len(live))) as buffer:
+            for part in live.split(ctx.chunk) if len(live) else ():
+                at = index[part]
+                rows = head.evaluate(hidden[at], token_ids, at, e is not None, buffer)
+                grad_logits = head.differentiate(rows, c[part], None if e is None else e[part])
+                gradients.add(grad_logits, rows.hidden, at)
         return *gradients.finish(), None, None, None, None, None

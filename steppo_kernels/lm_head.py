@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,44 +50,63 @@ class Head(NamedTuple):
         dtype = logits_dtype(self.backend, self.weight.dtype)
         return scratch((rows, len(self.weight)), dtype, self.weight.device)
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Return the logits of ``[n, d]`` hidden states, the first n rows of `out`."""
-        out = out[: len(hidden)]
-        ops.call("head_logits", self.backend, out, hidden, self.weight, self.bias)
-        return out
+    def evaluate(
+        self, hidden: Tensor, token_ids: Tensor, index: Tensor, need_entropy: bool, buffer: Tensor
+    ) -> Evaluated:
+        """Return what ``[n, d]`` hidden states, of the flat positions `index`, give.
 
-    def targets(self, token_ids: Tensor, index: Tensor) -> Targets:
-        """Return what to take from the logits of the flat positions `index`."""
+        Their logits take the first n rows of `buffer`.
+        """
+        logits = buffer[: len(hidden)]
+        ops.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
         temperatures = None if self.temperatures is None else self.temperatures[index]
-        return Targets(token_ids[index], None, temperatures, self.temperature, self.softcap)
-
-    def log_probs(
-        self, logits: Tensor, targets: Targets, need_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probs, entropies (empty where not needed) and log-sum-exps of the rows."""
-        found: tuple[Tensor, Tensor, Tensor] = ops.call(
+        targets = Targets(token_ids[index], None, temperatures, self.temperature, self.softcap)
+        found = ops.call(
             "token_log_probs", self.backend, logits.unsqueeze(0), *targets, need_entropy
         )
-        return found
+        return Evaluated(hidden, index, logits, targets, *found)
 
     def differentiate(
-        self, logits: Tensor, targets: Targets, log_sum_exp: Tensor, entropy: Tensor,
-        grad_log_probs: Tensor, grad_entropy: Tensor | None, rows: Tensor | None,
+        self, rows: Evaluated, grad_log_probs: Tensor, grad_entropy: Tensor | None,
+        order: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Overwrite logits with their gradients: of all rows, or the first n with those of `rows`.
+        """Overwrite logits with their gradients: of all rows, or the first n with those of `order`.
 
-        `rows` ``[n]`` are in the order of `packed`. The gradients have the dtype of the weight;
-        where that is narrower, they take the first half of each row's memory.
+        `order` ``[n]`` is as `packed` returns it. The gradients have the dtype of the weight; where
+        that is narrower, they take the first half of each row's memory.
         """
-        grad_logits = logits
+        logits = grad_logits = rows.logits
         if logits.dtype != self.weight.dtype:
             grad_logits = logits.view(self.weight.dtype)[:, : logits.shape[1]]
         ops.call(
             "token_log_probs_backward", self.backend, grad_logits.unsqueeze(0),
-            logits.unsqueeze(0), *targets, log_sum_exp, None if grad_entropy is None else entropy,
-            grad_log_probs, grad_entropy, rows,
+            logits.unsqueeze(0), *rows.targets, rows.log_sum_exp,
+            None if grad_entropy is None else rows.entropy, grad_log_probs, grad_entropy, order,
         )  # fmt: skip
-        return grad_logits if rows is None else grad_logits[: len(rows)]
+        return grad_logits if order is None else grad_logits[: len(order)]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """Rows of a head and what they gave.
+
+    The gradient takes sums and logits of one evaluation: a product of other rows beside them may
+    round differently, and what is left of a confident token's gradient is smaller than that.
+
+    Attributes:
+        hidden, index: hidden states ``[n, d]`` and their flat positions.
+        logits: ``[n, V]``, in memory that the next evaluation overwrites.
+        targets: what was taken from them.
+        log_probs, entropy, log_sum_exp: ``[n]``; entropy is empty where it was not needed.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    logits: Tensor
+    targets: Targets
+    log_probs: Tensor
+    entropy: Tensor
+    log_sum_exp: Tensor
 
 
 class HeadGradients:
@@ -142,16 +162,19 @@ class HeadGradients:
             self.bias += in_full(grad_logits.sum(0, dtype=self.bias.dtype))
         if self.weight is None:
             return
+        # The unit is that of a row's largest gradient: a sum over rows may not be formed in fp16.
+        hidden = in_full(hidden)
         for part, columns in zip(
             self.weight.split(_SLICE), grad_logits.split(_SLICE, dim=1), strict=True
         ):
+            columns = columns.t().to(hidden.dtype)
             if self._single:
-                torch.mm(columns.t(), hidden, out=part)
+                torch.mm(columns, hidden, out=part)
             elif part.dtype == hidden.dtype:
-                torch.addmm(part, columns.t(), hidden, beta=0.0 if is_first else 1.0, out=part)
+                torch.addmm(part, columns, hidden, beta=0.0 if is_first else 1.0, out=part)
             else:
-                product = torch.mm(columns.t(), hidden)
-                ops.call("accumulate", self.head.backend, part, product, unit, is_first)
+                product = torch.mm(columns, hidden)
+                ops.call("accumulate", self.head.backend, part, product, is_first)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of hidden states, weight and bias.
@@ -204,7 +227,8 @@ def check_head(
         raise TypeError(f"softcap: got {type(softcap).__name__}, expected a number or None")
     elif not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: got {softcap!r}, expected a finite number above 0 or None")
-    if torch.is_autocast_enabled(device.type):
+    # As in torch's own products, double precision stays.
+    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -24,8 +24,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     up to `KEPT_BYTES` is therefore kept.
     """
     fresh = torch.empty(0, dtype=dtype, device=device)
-    # Neither a GPU's nor what a mode of torch puts in place of tensors.
-    if device.type != "cpu" or type(fresh) is not Tensor:
+    # Neither a GPU's, nor compiled code's, nor what a mode of torch puts in place of tensors.
+    if device.type != "cpu" or torch.compiler.is_compiling() or type(fresh) is not Tensor:
         yield fresh.new_empty(shape)
         return
     count = torch.Size(shape).numel()
@@ -37,7 +37,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         del block
         # A block outlives torch.inference_mode(), whose tensors may not be written elsewhere.
         with torch.inference_mode(False):
-            block = torch.empty(count, dtype=dtype)
+            block = torch.empty(count, dtype=dtype, device=device)
     try:
         yield block[:count].view(shape)
     finally:

@@ -312,12 +312,10 @@ def head_logits(
 
 @_operator(
     "lm_head",
-    "(Tensor(a!) total, Tensor product, Tensor? unit, bool is_first, str backend) -> ()",
+    "(Tensor(a!) total, Tensor product, bool is_first, str backend) -> ()",
 )
-def accumulate(
-    total: Tensor, product: Tensor, unit: Tensor | None, is_first: bool, backend: str
-) -> Any:
-    """Fake: add `product` (fp16 or bf16), times the 0-dim fp32 `unit`, to `total` (fp32).
+def accumulate(total: Tensor, product: Tensor, is_first: bool, backend: str) -> Any:
+    """Fake: add `product` (fp16 or bf16) to `total` (fp32).
 
     Both are contiguous and of one shape. With `is_first`, `total` is written instead.
     """

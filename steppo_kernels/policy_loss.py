@@ -57,7 +57,7 @@ def steppo_loss(
         old_log_probs: those of the policy that acted; None if that is the current one: then every
             ratio is exactly 1. No gradient.
         advantages: per step ``[S]``, or of the token shape: then the entry at the step's first
-            action token counts. No gradient.
+            action token counts. Where a packed ``[N]`` has N steps, per step. No gradient.
         layout: the steps; or a mask, bool or 0/1, ``[B, T]`` or ``[N]`` (one row) whose runs of
             ones are the steps. With a mask, segmentation is part of the loss, and everything is
             given per token. On a GPU, and in a compiled graph, the mask's values are not
@@ -110,9 +110,7 @@ def evaluate(inputs: Objective, log_probs: Tensor, entropy: Tensor | None) -> St
             inputs.is_weights_per_token, *_step_tensors(layout), inputs.ratio_center,
             inputs.normalizer, config,
         )  # fmt: skip
-    elif torch.is_grad_enabled() and (
-        log_probs.requires_grad or (entropy is not None and entropy.requires_grad)
-    ):
+    elif checks.wants_gradient(log_probs, entropy):
         loss, metrics, step_log_ratio = _PolicyLoss.apply(log_probs, entropy, inputs)
     else:
         loss, metrics, step_log_ratio = run(inputs, log_probs, entropy, False, False)[:3]

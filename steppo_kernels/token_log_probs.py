@@ -111,7 +111,7 @@ def log_probs_of(
             f"{logits.stride()}, expected contiguous rows of their own memory, at strides that "
             "two dimensions can tell"
         )
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if checks.wants_gradient(logits):
         whole = Whole.of(logits) if inplace_backward else None
         found: tuple[Tensor, Tensor] = _TokenLogProbs.apply(
             logits if whole is None else whole.tensor, *targets, need_entropy, whole, backend

@@ -81,7 +81,7 @@ def step_value_loss(
         loss, metrics = reference.value_loss(*args, reduction)
     else:
         number = REDUCTIONS.index(reduction)
-        if torch.is_grad_enabled() and new.requires_grad:
+        if checks.wants_gradient(new):
             loss, metrics = _ValueLoss.apply(values, chosen, (*args[1:], number))
         else:
             loss, metrics, *_ = ops.call("value_loss", chosen, *args, number, False)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from head_cases import head_case, new_tensors, plain_loss, products
+from head_cases import head_case, new_tensors, plain_log_probs, plain_loss, products
 
 from steppo_kernels import StepLayout, StepPOConfig, broadcast_to_tokens, linear_steppo_loss
 from steppo_kernels.config import RATIOS, REDUCTIONS
@@ -393,3 +393,44 @@ def test_inside_a_compiled_function(kernel):
     compiled = torch.compile(loss, backend="eager")
     found = torch.autograd.grad(compiled(case.weight), case.weight)[0]
     assert Error.between(found, expected).largest <= 1e-5
+
+
+@pytest.mark.parametrize("outlier", [64.0, 150.0])
+def test_half_precision_sums_over_rows_that_leave_its_range(kernel, outlier):
+    """A dimension that is large in all rows, as final norms have them, and one word in all."""
+    kernel.thin(0, every=1)
+    generator = torch.Generator().manual_seed(1)
+    hidden = 0.1 * torch.randn((16, 64, 6), generator=generator)
+    hidden[..., 0] = outlier
+    hidden, weight = hidden.half(), (0.02 * torch.randn((9, 6), generator=generator)).half()
+    layout = StepLayout.from_mask(torch.ones(16, 64, dtype=torch.bool), backend="reference")
+    ids = torch.zeros((16, 64), dtype=torch.int64)
+
+    def gradient(dtype, device, backend):
+        leaf = weight.to(device, dtype).requires_grad_()
+        loss = linear_steppo_loss(
+            hidden.to(device, dtype), leaf, ids.to(device), None,
+            torch.ones(16, device=device), layout.to(device), backend=backend,
+        ).loss  # fmt: skip
+        return torch.autograd.grad(loss, leaf)[0]
+
+    expected = gradient(torch.float64, "cpu", "reference")
+    found = gradient(torch.float16, kernel.device, kernel.backend)
+    assert Error.between(found, expected).largest <= 4e-3
+
+
+@pytest.mark.parametrize("log_ratio", [-80.0, -89.0, -95.0, -104.0])
+def test_half_precision_coefficients_without_a_reciprocal(kernel, log_ratio):
+    """A ratio so small that 1 / gradient is no fp32 number; nothing of it is left in fp16."""
+    kernel.thin(int(log_ratio), every=2)
+    case = head_case(5, rows=1, length=60).to(torch.float16, kernel.device)
+    layout = StepLayout.from_mask(case.mask).per_trajectory()
+    with torch.no_grad():
+        log_probs = plain_log_probs(case)[0]
+    case.old_log_probs = log_probs.float() - log_ratio / layout.num_tokens
+    case.advantages = torch.ones(1, device=kernel.device)
+    config = StepPOConfig(ratio="product", clip_low=0.2, clip_high=0.2)
+    found = run(case, kernel.backend, layout=layout.to(kernel.device), config=config)
+    assert found["step_log_ratio"].item() == pytest.approx(log_ratio, abs=0.5)
+    assert not found["grad_hidden"].any()
+    assert not found["grad_weight"].any()

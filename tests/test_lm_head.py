@@ -208,7 +208,7 @@ def test_sizes_of_head_logits(kernel, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 31, 33, 70_001])
 def test_sizes_of_accumulate(kernel, count, dtype):
-    """A sum of fp32 and a product is rounded once for each, however many there are."""
+    """A sum of fp32 and a product is rounded once, however many there are."""
     kernel.thin(count == 33, every=1)
     product = torch.linspace(-3.0, 3.0, count).to(dtype)
     # Subnormal, infinite and NaN halves are numbers like others.
@@ -216,15 +216,68 @@ def test_sizes_of_accumulate(kernel, count, dtype):
         product[place * 7 : place * 7 + 1] = value
     total = torch.linspace(1.0, -2.0, count)
     run = ops.launcher(kernel.backend, "accumulate")
-    for unit in (None, torch.tensor(0.75)):
-        factor = 1.0 if unit is None else float(unit)
-        for is_first in (False, True):
-            found = total.clone().to(kernel.device)
-            if is_first:
-                found.fill_(torch.nan)
-            run(found, product.to(kernel.device),
-                None if unit is None else unit.to(kernel.device), is_first)  # fmt: skip
-            expected = product.double() * factor + (0.0 if is_first else total.double())
-            torch.testing.assert_close(
-                found.cpu().double(), expected, rtol=2e-7, atol=2e-7, equal_nan=True
+    for is_first in (False, True):
+        found = total.clone().to(kernel.device)
+        if is_first:
+            found.fill_(torch.nan)
+        run(found, product.to(kernel.device), is_first)
+        expected = product.double() + (0.0 if is_first else total.double())
+        torch.testing.assert_close(
+            found.cpu().double(), expected, rtol=2e-7, atol=2e-7, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("live", [1, 2, 3, 5])
+def test_confident_tokens_in_products_of_other_rows(kernel, live):
+    """Backward forms logits again, of fewer rows: libraries then add up in another order."""
+    kernel.thin(live, every=2)
+    generator = torch.Generator().manual_seed(live)
+    rows, size, vocabulary = 64, 256, 100
+    weight = torch.randn((vocabulary, size), generator=generator)
+    weight *= 4 / weight.norm(dim=1, keepdim=True)
+    ids = torch.randint(0, vocabulary, (rows,), generator=generator)
+    hidden = weight[ids] / 16 * 20 + 0.3 * torch.randn((rows, size), generator=generator)
+    upstream = (torch.arange(rows) < live).float()
+
+    def gradient(dtype, log_probs):
+        leaf = hidden.to(dtype).requires_grad_()
+        return torch.autograd.grad((log_probs(leaf) * upstream.to(leaf)).sum(), leaf)[0]
+
+    def formed(leaf):
+        logits = leaf @ weight.to(leaf).t()
+        return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+    def kept(leaf):
+        leaf = leaf.to(kernel.device)
+        found = linear_token_log_probs(
+            leaf, weight.to(leaf), ids.to(leaf.device), backend=kernel.backend
+        )
+        return found.cpu()
+
+    exact = gradient(torch.float64, formed)
+    scale = exact.abs().max()
+    assert scale < 1e-2
+    unfused = (gradient(torch.float32, formed) - exact).abs().max()
+    assert (gradient(torch.float32, kept) - exact).abs().max() <= 2 * unfused + 1e-5 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_autocast_leaves_double_precision(target, dtype):
+    """As `torch.nn.functional.linear` does; and nobody's inner products are cast twice."""
+    case = head_case(12).to(dtype, target.device)
+    with torch.no_grad():
+        with torch.autocast(target.device, torch.bfloat16):
+            found = linear_token_log_probs(
+                case.hidden, case.weight, case.token_ids, mask=case.mask, backend=target.backend
             )
+        if dtype == torch.float32:
+            case.hidden, case.weight = case.hidden.bfloat16(), case.weight.bfloat16()
+        exact = case.to(torch.float64, target.device)
+        expected = linear_token_log_probs(
+            exact.hidden, exact.weight, exact.token_ids, mask=exact.mask, backend="reference"
+        )
+    assert found.dtype == dtype
+    allowed = 1e-12 if dtype == torch.float64 else 1e-5
+    if target.backend == "triton" and dtype == torch.float32:
+        allowed = 3e-2  # logits in the dtype of the head
+    assert Error.between(found, expected).largest <= allowed

@@ -75,6 +75,27 @@ def test_of_fake_tensors_is_not_kept():
     assert place(32) == first
 
 
+def test_default_device_of_torch_is_not_its_own():
+    with torch.device("meta"):
+        place(32)
+    assert memory._kept[0].device == _CPU
+
+
+def test_compiled_code_with_changing_sizes(kernel):
+    """What is kept would become an input of the graph, of a size that it was not compiled for."""
+    weight = torch.randn((11, 6), device=kernel.device)
+
+    def step(hidden, ids):
+        return linear_token_log_probs(torch.tanh(hidden), weight, ids, backend=kernel.backend).sum()
+
+    compiled = torch.compile(step, backend="aot_eager")
+    for count in (3, 5, 2, 7):
+        hidden = torch.randn((count, 6), device=kernel.device, requires_grad=True)
+        ids = torch.arange(count, device=kernel.device)
+        found = torch.autograd.grad(compiled(hidden, ids), hidden)[0]
+        assert torch.equal(found, torch.autograd.grad(step(hidden, ids), hidden)[0])
+
+
 def run(case, kernel):
     old = linear_token_log_probs(
         case.hidden, case.weight, case.token_ids, mask=case.mask, backend=kernel.backend

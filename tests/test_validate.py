@@ -115,9 +115,8 @@ def _head_logits(logits, hidden, weight, bias) -> None:
     logits.copy_(found if bias is None else found + bias)
 
 
-def _accumulate(total, product, unit, is_first) -> None:
-    added = product.float() * (1.0 if unit is None else unit)
-    total.copy_(added if is_first else total + added)
+def _accumulate(total, product, is_first) -> None:
+    total.copy_(product if is_first else total + product)
 
 
 @pytest.fixture

@@ -178,11 +178,11 @@ void head_logits(const std::uint16_t*, const std::uint16_t*, int64_t, const floa
 namespace {
 
 template <class In>
-void add(const In* product, float unit, bool is_first, int64_t begin, int64_t end, float* total) {
+void add(const In* product, bool is_first, int64_t begin, int64_t end, float* total) {
   constexpr int64_t kStep = sizeof(RowLanes) / sizeof(float);
   int64_t i = begin;
   for (; i + kStep <= end; i += kStep) {
-    RowLanes sum = widened(product + i) * unit, before;
+    RowLanes sum = widened(product + i), before;
     if (!is_first) {
       std::memcpy(&before, total + i, sizeof before);
       sum += before;
@@ -190,21 +190,20 @@ void add(const In* product, float unit, bool is_first, int64_t begin, int64_t en
     std::memcpy(total + i, &sum, sizeof sum);
   }
   for (; i < end; ++i) {
-    total[i] = (is_first ? 0.0f : total[i]) + unit * number(product[i]);
+    total[i] = (is_first ? 0.0f : total[i]) + number(product[i]);
   }
 }
 
 }  // namespace
 
-void accumulate(int dtype, const void* product, double unit, bool is_first, int64_t count,
+void accumulate(int dtype, const void* product, bool is_first, int64_t count,
                 float* total, int threads) {
-  const float factor = static_cast<float>(unit);
   parallel_blocks(
       count, kBlock, worthwhile_threads(count, threads), [&](int64_t, int64_t begin, int64_t end) {
         if (dtype == kBFloat16) {
-          add(static_cast<const BFloat16*>(product), factor, is_first, begin, end, total);
+          add(static_cast<const BFloat16*>(product), is_first, begin, end, total);
         } else {
-          add(static_cast<const Half*>(product), factor, is_first, begin, end, total);
+          add(static_cast<const Half*>(product), is_first, begin, end, total);
         }
       });
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import dtype_code, kernels, pointer, threads
+from .launch import address, dtype_code, kernels, pointer, threads
 
 # Rows of the weight that are converted at a time where no kernel multiplies bf16 into fp32.
 _SLICE = 4096
@@ -27,7 +27,7 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
     ):
         bias = None if bias is None else bias.float()
         kernels.head_logits(
-            pointer(hidden), weight.data_ptr(), weight.stride(0), pointer(bias), num_rows, size,
+            pointer(hidden), address(weight), weight.stride(0), pointer(bias), num_rows, size,
             len(weight), pointer(logits), threads(),
         )  # fmt: skip
     else:
@@ -38,9 +38,8 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
             logits += bias
 
 
-def accumulate(total: Tensor, product: Tensor, unit: Tensor | None, is_first: bool) -> None:
+def accumulate(total: Tensor, product: Tensor, is_first: bool) -> None:
     """Run the operator `accumulate` of `steppo_kernels.ops`."""
     kernels.accumulate(
-        dtype_code(product), pointer(product), 1.0 if unit is None else float(unit), is_first,
-        total.numel(), pointer(total), threads(),
+        dtype_code(product), pointer(product), is_first, total.numel(), pointer(total), threads(),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import POLICY_METRICS
-from .launch import dtype_code, kernels, pointer, threads
+from .launch import dtype_code, empty, kernels, pointer, threads
 
 
 def policy_loss(
@@ -59,7 +59,7 @@ def _outputs(log_probs: Tensor, need_grad: bool, need_entropy_grad: bool) -> tup
     # The address of an empty tensor is 0, which tells the kernel that it is not wanted.
     return (
         log_probs.new_empty(()),
-        torch.empty(len(POLICY_METRICS), dtype=torch.float64),
+        empty(len(POLICY_METRICS), torch.float64),
         log_probs.new_empty(num_tokens if need_grad else 0),
         log_probs.new_empty(num_tokens if need_entropy_grad else 0),
         log_probs.new_empty(()),

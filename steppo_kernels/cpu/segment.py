@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import kernels, pointer, threads
+from .launch import empty, kernels, pointer, threads
 
 
 def segment_mask(
@@ -42,7 +42,7 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int) -> Tensor:
     """Return the mask of tokens after a `start` sequence up to the next `end`."""
-    mask = torch.empty(token_ids.shape, dtype=torch.bool)
+    mask = empty(token_ids.shape, torch.bool)
     kernels.mark_actions(
         pointer(token_ids), pointer(row_offsets), pointer(start), start.numel(), end,
         row_offsets.numel() - 1, pointer(mask), threads(),
@@ -53,9 +53,9 @@ def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int
 def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the CSR form of ascending `step_ids`."""
     outputs = (
-        torch.empty(num_tokens, dtype=torch.int64),
-        torch.empty(num_steps + 1, dtype=torch.int64),
-        torch.empty(num_steps, dtype=torch.int32),
+        empty(num_tokens, torch.int64),
+        empty(num_steps + 1, torch.int64),
+        empty(num_steps, torch.int32),
     )
     kernels.compact(
         pointer(step_ids), step_ids.numel(), num_steps, num_tokens, *map(pointer, outputs),
@@ -66,7 +66,7 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
 
 def _segments(num_tokens: int, num_offsets: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.empty(num_tokens, dtype=torch.int32),
-        torch.empty(num_offsets, dtype=torch.int64),
-        torch.empty(2, dtype=torch.int64),
+        empty(num_tokens, torch.int32),
+        empty(num_offsets, torch.int64),
+        empty(2, torch.int64),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import dtype_code, kernels, pointer, threads
+from .launch import address, dtype_code, empty, kernels, pointer, threads
 
 
 def token_log_probs(
@@ -15,10 +15,10 @@ def token_log_probs(
     """Run the operator `token_log_probs` of `steppo_kernels.ops`."""
     rows = token_ids.numel()
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_probs = torch.empty(rows, dtype=dtype)
-    entropy = torch.empty(rows if need_entropy else 0, dtype=dtype)
-    log_sum_exp = torch.empty(rows, dtype=torch.float64)
-    bad_row = torch.empty((), dtype=torch.int64)
+    log_probs = empty(rows, dtype)
+    entropy = empty(rows if need_entropy else 0, dtype)
+    log_sum_exp = empty(rows, torch.float64)
+    bad_row = empty((), torch.int64)
     kernels.token_log_probs(
         dtype_code(logits), *_strided(logits), *logits.shape[1:2], rows, logits.shape[2],
         pointer(token_ids), pointer(mask), pointer(temperatures), temperature, softcap,
@@ -35,7 +35,7 @@ def token_log_probs_backward(
     rows: Tensor | None,
 ) -> None:  # fmt: skip
     """Run the operator `token_log_probs_backward` of `steppo_kernels.ops`."""
-    bad_row = torch.empty((), dtype=torch.int64)
+    bad_row = empty((), torch.int64)
     kernels.token_log_probs_backward(
         dtype_code(grad_logits), *_strided(grad_logits), dtype_code(logits), *_strided(logits),
         *logits.shape[1:],
@@ -48,7 +48,7 @@ def token_log_probs_backward(
 
 
 def _strided(logits: Tensor) -> tuple[int, int, int]:
-    return logits.data_ptr(), logits.stride(0), logits.stride(1)
+    return address(logits), logits.stride(0), logits.stride(1)
 
 
 def _raise_for(bad_row: Tensor, token_ids: Tensor, logits: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import VALUE_METRICS
-from .launch import dtype_code, kernels, pointer, threads
+from .launch import dtype_code, empty, kernels, pointer, threads
 
 
 def value_loss(
@@ -17,7 +17,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the operator `value_loss` of `steppo_kernels.ops`."""
     loss, grad_scale = values.new_empty(()), values.new_empty(())
-    metrics = torch.empty(len(VALUE_METRICS), dtype=torch.float64)
+    metrics = empty(len(VALUE_METRICS), torch.float64)
     grad = values.new_empty(values.numel() if need_grad else 0)
     kernels.value_loss(
         dtype_code(values), pointer(values), pointer(returns), pointer(old_values),

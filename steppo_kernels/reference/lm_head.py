@@ -16,7 +16,8 @@ def linear_token_log_probs(
 
     Everything is computed in `dtype`; differentiable. `temperature` is a number or ``[N]``.
     """
-    logits = hidden[index].to(dtype) @ weight.to(dtype).t()
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden[index].to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         logits = logits + bias.to(dtype)
     if isinstance(temperature, Tensor):

@@ -14,11 +14,8 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
         torch.addmm(bias, hidden, weight.t(), out=logits)
 
 
-def accumulate(total: Tensor, product: Tensor, unit: Tensor | None, is_first: bool) -> None:
+def accumulate(total: Tensor, product: Tensor, is_first: bool) -> None:
     """Run the operator `accumulate` of `steppo_kernels.ops`."""
-    if unit is not None:
-        # A 0-dim factor does not widen by itself.
-        product = product.float() * unit
     if is_first:
         total.copy_(product)
     else:

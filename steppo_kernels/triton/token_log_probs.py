@@ -4,8 +4,10 @@ A program takes a row. Forward reads it once, with a running maximum m and the s
 
     s = sum e^(z - m)    w = sum e^(z - m) (z - m)
 
-in every lane, scaled again only when m grows; then log sum e^z = m + log s, and the entropy is
-log s - w / s, two terms that are never negative. Backward reads it once and writes it once.
+in every lane, scaled again only when m grows, over all logits but the token's own; this one joins
+at the end. Then log sum e^z = m + log s, and the entropy is log s - w / s, two terms that are never
+negative. Where the token's is the largest, log s = log(1 + others) keeps the precision of the
+others, and so does p - 1 in backward, which reads a row once and writes it once.
 
 A lane takes the 16 bytes of one load, so that its maximum needs no other lane; all lanes meet once,
 at the end of the row. Fewer rows than a GPU has processors leave some of these idle: rows are not
@@ -78,20 +80,29 @@ def _load(p_row, b_column, i_chunk, num_columns, ALIGNED: tl.constexpr, BK: tl.c
 
 
 @triton.jit
-def _scalars(p_temperatures, i_row, inverse, softcap):
-    """Return 1 / temperature of a row, and the softcap, in fp64."""
+def _scalars(p_temperatures, i_row, inverse, softcap, dtype):
+    """Return 1 / temperature of a row in fp64; the softcap, and 1 / softcap in two parts."""
     zero = tl.full((), 0.0, tl.float64)
     inverse = zero + inverse
     if p_temperatures is not None:
         inverse = 1.0 / tl.load(p_temperatures + i_row)
-    return inverse, zero + softcap
+    cap = zero + softcap
+    high = (1.0 / cap).to(dtype)
+    return inverse, cap.to(dtype), high, (1.0 / cap - high).to(dtype)
 
 
 @triton.jit
-def _softcap(b_logit, cap):
+def _log1p(x):
+    """Return log(1 + x) of an fp64 number from 0, accurate however small it is."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _softcap(b_logit, cap, high, low):
     """Return cap tanh(x / cap) and its derivative, from e = e^(-2 |x| / cap) and r = 1 / (1 + e).
 
-    Half precision does not tell 2 r - 1 from tanh, though it cancels near 0.
+    ``high + low`` is 1 / cap: rounded to one number, it would move all logits the same way.
     """
     if b_logit.dtype == tl.float64:
         b_u = b_logit / cap
@@ -99,13 +110,14 @@ def _softcap(b_logit, cap):
         b_r = 1.0 / (1.0 + b_e)
         b_tanh = (1.0 - b_e) * b_r
     else:
-        b_u = b_logit.to(tl.float32) * (1.0 / cap)
+        b_x = b_logit.to(tl.float32)
+        b_u = b_x * high + b_x * low
         b_e = tl.exp2(tl.abs(b_u) * (-2.0 * _LOG2_E))
         # A division costs twice as much: 1 + e is neither large nor small.
         b_root = tl.rsqrt(1.0 + b_e)
         b_r = b_root * b_root
         b_r += b_r * (1.0 - b_r * (1.0 + b_e))
-        b_tanh = 2.0 * b_r - 1.0
+        b_tanh = (1.0 - b_e) * b_r
         if b_logit.dtype == tl.float32:
             b_u2 = b_u * b_u
             # A fit of (tanh(u) / u - 1) / u^2, good to 5e-9 of tanh.
@@ -131,9 +143,10 @@ def token_log_probs_kernel(
     count = num_columns
     if p_mask is not None:
         count = tl.where(tl.load(p_mask + i_row), num_columns, 0)
-    inverse, cap = _scalars(p_temperatures, i_row, inverse, softcap)
+    inverse, cap, high, low = _scalars(p_temperatures, i_row, inverse, softcap, dtype)
     scale = (inverse * _LOG2_E).to(dtype)
     p_row = p_logits + _row_start(i_row, row_length, stride_b, stride_t, ALIGNED, BK)
+    token = tl.load(p_ids + i_row)
 
     b_lane, b_entry = _columns(ALIGNED, BR, BK)
     b_column = b_lane + b_entry
@@ -145,8 +158,11 @@ def token_log_probs_kernel(
         b_z = b_logit.to(dtype)
         if SOFTCAP:
             m_in = _inside(b_column, i_chunk, count, ALIGNED, BK)
-            b_capped, _ = _softcap(b_logit, cap.to(dtype))
+            b_capped, _ = _softcap(b_logit, cap, high, low)
             b_z = tl.where(m_in, b_capped, float("-inf"))
+        if (token >= i_chunk) & (token < i_chunk + BR * BK):
+            m_token = b_entry == (token - i_chunk).to(tl.int32) - b_lane
+            b_z = tl.where(m_token, float("-inf"), b_z)
         b_old = b_max
         b_max = tl.maximum(b_max, tl.max(b_z, 1))
         b_from = tl.where(b_max == float("-inf"), 0.0, b_max)
@@ -159,26 +175,30 @@ def token_log_probs_kernel(
             b_weighted = b_moved * b_shrink + tl.sum(b_e * tl.maximum(b_d, _FAR), 1)
         b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
 
-    top = tl.max(b_max, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    b_down = (b_max - top) * scale
-    b_shrink = tl.exp2(b_down)
-    total = tl.where(count > 0, tl.sum(b_sum * b_shrink, 0), 1.0)
-    log_sum = tl.log(total)
-
-    token = tl.load(p_ids + i_row)
     m_valid = (token >= 0) & (token < count)
     logit = tl.load(p_row + token, mask=m_valid, other=float("nan"))
     z = logit.to(dtype)
     if SOFTCAP:
-        z, _ = _softcap(logit, cap.to(dtype))
-    log_prob = (z - top).to(tl.float64) * inverse - log_sum
+        z, _ = _softcap(logit, cap, high, low)
+    # NaN, of an id out of range as well, stays.
+    top = tl.maximum(tl.max(b_max, 0), z, propagate_nan=tl.PropagateNan.ALL)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    b_down = (b_max - top) * scale
+    b_shrink = tl.exp2(b_down)
+    others = tl.sum(b_sum * b_shrink, 0).to(tl.float64)
+    down = (z - top).to(tl.float64) * inverse
+    own = tl.exp(down)
+    total = others + own
+    log_sum = tl.where(own == 1.0, _log1p(others), tl.log(total))
+    log_prob = down - log_sum
     tl.store(p_log_probs + i_row, tl.where(count > 0, log_prob, 0.0))
     log_sum_exp = top.to(tl.float64) * inverse + log_sum
     tl.store(p_log_sum_exp + i_row, tl.where(count > 0, log_sum_exp, 0.0))
     if p_entropy is not None:
         b_moved = b_weighted + b_sum * tl.maximum(b_down, _FAR)
-        entropy = log_sum - tl.sum(b_moved * b_shrink, 0) / total * _LN_2
+        weighted = tl.sum(b_moved * b_shrink, 0).to(tl.float64) * _LN_2
+        weighted += own * tl.maximum(down, _FAR)
+        entropy = log_sum - weighted / total
         tl.store(p_entropy + i_row, tl.where(count > 0, entropy, 0.0))
 
 
@@ -216,7 +236,7 @@ def token_log_probs_backward_kernel(
 
     if is_live:
         p_row = p_logits + _row_start(i_from, row_length, stride_b, stride_t, ALIGNED, BK)
-        inverse, cap = _scalars(p_temperatures, i_from, inverse, softcap)
+        inverse, cap, high, low = _scalars(p_temperatures, i_from, inverse, softcap, dtype)
         # As far as it goes, log-sum-exp is taken off before anything is rounded.
         log_sum_exp = tl.load(p_log_sum_exp + i_from)
         top = (log_sum_exp / inverse).to(dtype)
@@ -233,7 +253,7 @@ def token_log_probs_backward_kernel(
             b_logit = _load(p_row, b_column, i_chunk, num_columns, ALIGNED, BK)
             b_z = b_logit.to(dtype)
             if SOFTCAP:
-                b_z, b_bend = _softcap(b_logit, cap.to(dtype))
+                b_z, b_bend = _softcap(b_logit, cap, high, low)
             b_d = (b_z - top) * scale - rest
             b_p = tl.exp2(b_d)
             b_less = b_p

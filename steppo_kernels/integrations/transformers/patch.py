@@ -177,7 +177,7 @@ class _AtHead:
         self.found, self.steppo = self.batch.evaluate(
             States(hidden, weight, bias, self.scaling, self.token_ids, self.attention_mask)
         )
-        probe = torch.tensor([[PROBE]], device=hidden.device)
+        probe = torch.tensor([[PROBE]], dtype=torch.float32, device=hidden.device)
         output: Tensor = _HeadOutput.apply(probe, *self.found.values())
         return output
 

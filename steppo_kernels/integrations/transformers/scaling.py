@@ -31,11 +31,11 @@ class Scaling(NamedTuple):
 
     def compare(self, made: object) -> None:
         """Raise unless `made` is what this makes of the probe."""
-        expected = torch.tensor(PROBE)
+        expected = torch.tensor(PROBE, dtype=torch.float32, device="cpu")
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
         expected = self.scale * expected
-        values = made.detach().float().cpu() if isinstance(made, Tensor) else torch.empty(0)
+        values = made.detach().float().cpu() if isinstance(made, Tensor) else expected[:0]
         if values.shape != (1, 1, len(PROBE)) or not torch.allclose(
             values[0, 0], expected, rtol=_TOLERANCE, atol=0.0
         ):
