@@ -64,11 +64,12 @@ def linear_steppo_loss(
         bias: ``[V]``.
         temperature: above 0, what logits are divided by; a number or one for each token.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
-        chunk_tokens: action tokens of a chunk. None takes as many as have 256 MiB of logits on a
-            CPU or 2.5 GiB on a GPU, and at least 128. With more than one chunk the weight's
-            gradient is summed in fp32 and read and written once per chunk, which makes small
-            chunks dear: the benchmarks have two of 128 tokens next to one of 256. On a CPU, up to
-            256 MiB stay allocated for the next call (`steppo_kernels.memory.release`).
+        chunk_tokens: action tokens of a chunk. None takes as many as have (fp32) logits of 256 MiB
+            on a CPU or of a sixteenth of a GPU's memory, and at least 128. With more than one chunk
+            the products of the weight's gradient, each rounded to its dtype, are summed in fp32: in
+            memory of its own, besides the gradient, that is read and written once per chunk, which
+            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). On a
+            CPU, up to 256 MiB stay allocated for the next call (`steppo_kernels.memory.release`).
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.

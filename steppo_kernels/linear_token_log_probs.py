@@ -45,8 +45,7 @@ def linear_token_log_probs(
         mask: bool or 0/1 ``[...]``; other rows cost nothing, and their results and gradients are 0.
             Their number is copied to the host.
         return_entropy: also return the entropies, differentiable as the log-probs are.
-        chunk_tokens: rows of a chunk. None takes as many as have 256 MiB of logits on a CPU or
-            2.5 GiB on a GPU, and at least 128, as in `linear_steppo_loss`.
+        chunk_tokens: rows of a chunk; None picks as `linear_steppo_loss` does.
         backend: implementation of what is not a matrix product.
 
     Returns:

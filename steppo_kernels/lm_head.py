@@ -19,9 +19,12 @@ from . import checks, ops
 from .memory import KEPT_BYTES, scratch
 from .token_log_probs import Targets
 
-# Logits of a chunk: few enough to leave memory to the model, enough rows for fast products.
-_CHUNK_BYTES = {"cpu": KEPT_BYTES, "cuda": 5 * 2**29}
+# Logits of a chunk: few enough to leave memory to the model, and so many that the sum of the
+# weight's gradient, which is read and written for each chunk, costs little next to the products.
+_CPU_BYTES, _GPU_SHARE = KEPT_BYTES, 16
 _MIN_ROWS = 128
+# Whether torch multiplies halves into fp32 on a GPU: since 2.8, though not in every build for ROCm.
+_GPU_KEEPS_FP32 = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
 # Rows of the weight whose gradient is formed at a time: their product stays in a cache until it is
 # added, and fresh memory is not needed for it.
 _SLICE = 4096
@@ -193,9 +196,11 @@ class HeadGradients:
 def logits_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a backend forms the logits of a head of `dtype`.
 
-    On the CPU, products of half precisions are kept in the fp32 that they are summed in.
+    Products of half precisions are kept in the fp32 that they are summed in: rounded, they move
+    log-probs by more than a step ratio is clipped at.
     """
-    return torch.promote_types(dtype, torch.float32) if backend == "cpu" else dtype
+    is_kept = backend == "cpu" or (backend == "triton" and _GPU_KEEPS_FP32)
+    return torch.promote_types(dtype, torch.float32) if is_kept else dtype
 
 
 def check_head(
@@ -247,9 +252,15 @@ def check_head(
 
 
 def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:
-    """Return the rows of a chunk: as given, or as many as fit into a fixed amount of memory."""
+    """Return the rows of a chunk: as given, or as many as fit into a share of the memory.
+
+    Not of what is free: results would differ in their last bits from call to call.
+    """
     if chunk_tokens is None:
-        budget = _CHUNK_BYTES.get(head.weight.device.type, _CHUNK_BYTES["cuda"])
+        device = head.weight.device
+        budget = _CPU_BYTES
+        if device.type == "cuda":
+            budget = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
         row = len(head.weight) * logits_dtype(head.backend, head.weight.dtype).itemsize
         rows = budget // row
         chunk_tokens = max(_MIN_ROWS, rows - rows % 64)

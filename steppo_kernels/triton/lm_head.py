@@ -7,11 +7,19 @@ from torch import Tensor
 
 
 def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Run the operator `head_logits` of `steppo_kernels.ops`, in one dtype."""
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=logits)
+    """Run the operator `head_logits` of `steppo_kernels.ops`."""
+    if logits.dtype == hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=logits)
+        return
+    if hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
     else:
-        torch.addmm(bias, hidden, weight.t(), out=logits)
+        torch.mm(hidden.to(logits.dtype), weight.to(logits.dtype).t(), out=logits)
+    if bias is not None:
+        logits += bias
 
 
 def accumulate(total: Tensor, product: Tensor, is_first: bool) -> None:
