@@ -820,6 +820,44 @@ def test_tokens_by_position_and_embeddings(backend: str) -> None:
         model(inputs_embeds=embeddings, steppo=LogProbBatch(batch.layout))
 
 
+@pytest.mark.parametrize("mode", ["loss", "log_probs"])
+def test_labels_are_the_tokens(mode: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training code has them, -100 where nothing is learned; nothing else is made of them."""
+    model, batch = make(), Batch()
+    values = old_and_ref(model, batch)
+    patch_lm_head(model)
+    monkeypatch.setattr(model, "_loss_function", None, raising=False)
+    embeddings = model.get_input_embeddings()(batch.ids).detach()
+    attention = batch.attention
+    labels = batch.ids.where(batch.mask, -100)
+    other = (batch.ids + 1) % VOCAB
+
+    def run(*args: Any, token_ids: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        if mode == "loss":
+            request: Any = fused_batch(batch, values, token_ids=token_ids, backend=backend)
+            out = model(*args, steppo=request, **kwargs).loss
+        else:
+            request = LogProbBatch(batch.layout, token_ids=token_ids, backend=backend)
+            out = model(*args, steppo=request, **kwargs).log_probs
+        out.square().sum().backward()
+        return {"out": out.detach(), "head": gradients(model)["model.embed_tokens.weight"]}
+
+    of_ids = run(**batch.inputs)
+    of_embeddings = run(inputs_embeds=embeddings, attention_mask=attention, token_ids=batch.ids)
+    position = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
+    by_position = (batch.ids, attention, *[None] * (position - 2), labels)
+    for got, expected in (
+        (run(**batch.inputs, labels=labels), of_ids),
+        (run(*by_position), of_ids),
+        (run(inputs_embeds=embeddings, attention_mask=attention, labels=labels), of_embeddings),
+        (run(**batch.inputs, labels=other, token_ids=batch.ids), of_ids),
+    ):
+        for name, value in expected.items():
+            assert torch.equal(got[name], value)
+    torch.testing.assert_close(of_embeddings["out"], of_ids["out"])
+    assert not torch.allclose(run(**batch.inputs, labels=other)["out"], of_ids["out"])
+
+
 # What it refuses
 
 
@@ -934,7 +972,16 @@ def test_bad_arguments() -> None:
     padded[1, 12] = True
     for arguments, error, text in (
         ({"steppo": batch.layout}, TypeError, "steppo: got StepLayout"),
-        ({"steppo": request, "labels": batch.ids}, ValueError, "labels: got them"),
+        (
+            {"steppo": request, "labels": batch.ids.where(batch.attention > 0, -100)[:, 1:]},
+            ValueError, "labels: got shape",
+        ),
+        (
+            {"steppo": request, "labels": torch.full_like(batch.ids, -100)},
+            ValueError, "labels: got -100 in row 0, column 1, expected token ids at action tokens",
+        ),
+        ({"steppo": request, "labels": batch.ids.double()}, TypeError, "labels: got"),
+        ({"steppo": request, "labels": batch.ids.tolist()}, TypeError, "labels: got list"),
         ({"steppo": request, "logits_to_keep": 3}, ValueError, "logits_to_keep: got it"),
         ({"steppo": request, "return_dict": False}, ValueError, "return_dict: got False"),
         ({"steppo": LogProbBatch(first)}, ValueError, "row 2, column 0"),

@@ -25,7 +25,8 @@ class StepPOBatch:
         advantages: per step ``[S]``, or of the shape of `input_ids`.
         layout: which tokens of `input_ids` were sampled, in which steps; or a 0/1 mask. The first
             token of a row is never one, and none is padding: both raise.
-        token_ids: the tokens, if the model is called with something else than `input_ids`.
+        token_ids: the tokens. None takes the `labels` that the model is called with, of which only
+            those at action tokens are looked at, or else its `input_ids`.
         temperature: what the policy's logits are divided by; a number or one for each token.
         chunk_tokens: as in `linear_steppo_loss`.
         config: as in `steppo_loss`.
@@ -74,7 +75,7 @@ class StepPOBatch:
         found = linear_steppo_loss(
             states.hidden,
             states.weight,
-            placed.tokens(states.token_ids),
+            placed.tokens(states.tokens.ids),
             placed.tokens(self.old_log_probs),
             placed.tokens(self.advantages),
             placed.layout,
@@ -131,7 +132,7 @@ class LogProbBatch:
         found = linear_token_log_probs(
             states.hidden,
             states.weight,
-            placed.tokens(states.token_ids),
+            placed.tokens(states.tokens.ids),
             bias=states.bias,
             temperature=states.scaling.temperature(placed.tokens(self.temperature)),
             softcap=states.scaling.softcap,

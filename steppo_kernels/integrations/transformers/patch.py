@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ...outputs import StepPOOutput
 from .batches import LogProbBatch, StepPOBatch
 from .outputs import StepPOCausalLMOutput
-from .placement import States
+from .placement import States, Tokens
 from .scaling import PROBE, Scaling, scaling_of
 
 # Of the output of the model's own forward.
@@ -28,11 +28,13 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
 
     Called with ``steppo=StepPOBatch(...)`` or ``steppo=LogProbBatch(...)``, next to its other
     arguments, the model returns a `StepPOCausalLMOutput`; called without, what it returned before.
-    In the former calls `use_cache` is False unless given.
+    In the former calls `use_cache` is False unless given, and `labels` are the tokens, as in
+    training code that has them next to `inputs_embeds`: they may be anything (-100) where no action
+    token is, and the model's own loss of them is not formed.
 
     A logit softcap and a logit scale of the model's configuration are part of the loss; what the
-    model does after its head is compared with them in the first call, which waits for the device
-    once.
+    model does after its head is compared with them in the first call. Each call waits for the
+    device: where the action tokens are is looked at on the host.
 
     Patch the model itself; wrap it before or after. A deep copy of a patched model is patched too;
     its own handle is ``copy.steppo_patch``.
@@ -119,13 +121,17 @@ class LMHeadPatch:
             raise TypeError(
                 f"steppo: got {type(batch).__name__}, expected a StepPOBatch or a LogProbBatch"
             )
-        given = dict(zip(inspect.signature(self._inner).parameters, args, strict=False)) | kwargs
+        names = [*inspect.signature(self._inner).parameters][: len(args)]
+        given = dict(zip(names, args, strict=False)) | kwargs
         _refuse_arguments(given)
-        token_ids = given.get("input_ids") if batch.token_ids is None else batch.token_ids
-        if token_ids is None:
-            raise ValueError("token_ids: got None without input_ids, expected the batch's tokens")
+        tokens = _tokens(batch, given)
+        # With labels, the model would form a cross entropy of the probe.
+        kwargs.pop("labels", None)
+        if "labels" in names:
+            at = names.index("labels")
+            args = (*args[:at], None, *args[at + 1 :])
         head = _check_linear(self.model)
-        work = _AtHead(batch, head, token_ids, given.get("attention_mask"), scaling_of(self.model))
+        work = _AtHead(batch, head, tokens, given.get("attention_mask"), scaling_of(self.model))
         kwargs["return_dict"] = True
         if "use_cache" not in given:
             kwargs["use_cache"] = False
@@ -153,12 +159,12 @@ class _AtHead:
         self,
         batch: StepPOBatch | LogProbBatch,
         head: nn.Linear,
-        token_ids: Tensor,
+        tokens: Tokens,
         attention_mask: Tensor | None,
         scaling: Scaling,
     ) -> None:
         self.batch, self.head = batch, head
-        self.token_ids, self.attention_mask = token_ids, attention_mask
+        self.tokens, self.attention_mask = tokens, attention_mask
         self.scaling = scaling
         self.found: dict[str, Tensor] | None = None
         self.steppo: StepPOOutput | None = None
@@ -175,7 +181,7 @@ class _AtHead:
                 "whole one: tensor parallelism of the head is not supported"
             )
         self.found, self.steppo = self.batch.evaluate(
-            States(hidden, weight, bias, self.scaling, self.token_ids, self.attention_mask)
+            States(hidden, weight, bias, self.scaling, self.tokens, self.attention_mask)
         )
         probe = torch.tensor([[PROBE]], dtype=torch.float32, device=hidden.device)
         output: Tensor = _HeadOutput.apply(probe, *self.found.values())
@@ -227,12 +233,18 @@ def _make_forward(signature: inspect.Signature) -> Any:
     return forward
 
 
+def _tokens(batch: StepPOBatch | LogProbBatch, given: dict[str, Any]) -> Tokens:
+    """Return the tokens of a call, and the argument that they were."""
+    if batch.token_ids is not None:
+        return Tokens("token_ids", batch.token_ids)
+    for name in ("labels", "input_ids"):
+        if given.get(name) is not None:
+            return Tokens(name, given[name])
+    raise ValueError("token_ids: got None without labels or input_ids, expected the batch's tokens")
+
+
 def _refuse_arguments(given: dict[str, Any]) -> None:
     """Raise for arguments of the model that mean nothing in a call without logits."""
-    if given.get("labels") is not None:
-        raise ValueError(
-            "labels: got them with steppo, expected None: steppo says what the loss is"
-        )
     if given.get("return_dict") is False:
         raise ValueError("return_dict: got False with steppo, expected True or None")
     for name in ("logits_to_keep", "num_logits_to_keep"):

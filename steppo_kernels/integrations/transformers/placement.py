@@ -14,6 +14,13 @@ from ...layout import StepLayout
 from .scaling import Scaling
 
 
+class Tokens(NamedTuple):
+    """The token ids of a call, and the name of the argument that they came as."""
+
+    name: str
+    ids: Tensor
+
+
 class States(NamedTuple):
     """What there is at the head: its input, itself, and what the call says about the tokens."""
 
@@ -21,7 +28,7 @@ class States(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     scaling: Scaling
-    token_ids: Tensor
+    tokens: Tokens
     attention_mask: Tensor | None
 
 
@@ -35,7 +42,11 @@ class Placed:
 
     def __init__(self, layout: StepLayout | Tensor, states: States, backend: Backend) -> None:
         """Check which tokens are actions, and move them."""
-        tokens = checks.integer("token_ids", states.token_ids)
+        name, ids = states.tokens
+        device = states.hidden.device
+        tokens = checks.integer(name, ids, device)
+        if name == "labels":
+            checks.same_shape(name, tokens, states.hidden.shape[:-1])
         if isinstance(layout, Tensor):
             layout = StepLayout.from_mask(checks.flags("layout", layout, (1, 2)), backend=backend)
         elif not isinstance(layout, StepLayout):
@@ -46,14 +57,22 @@ class Placed:
                 f"{tuple(tokens.shape)}"
             )
         self._num_tokens = tokens.numel()
-        index = checks.on_device("layout", layout.token_index, states.hidden.device)
+        index = checks.on_device("layout", layout.token_index, device)
         allowed = _predicted(layout, tokens.shape, states.attention_mask)
-        bad = index[~allowed[index]]
+        # Both at once, as each look at values waits for the device.
+        flat = tokens.reshape(-1)
+        bad = index[~allowed[index] | (flat[index] < 0)]
         if len(bad):
-            where = divmod(int(bad.min()), tokens.shape[-1])
+            first = int(bad.min())
+            row, column = divmod(first, tokens.shape[-1])
+            if allowed[first]:
+                raise ValueError(
+                    f"{name}: got {int(flat[first])} in row {row}, column {column}, "
+                    "expected token ids at action tokens"
+                )
             raise ValueError(
-                f"layout: got an action token in row {where[0]}, column {where[1]}, expected it "
-                "and the token before it to be in the row and in attention_mask"
+                f"layout: got an action token in row {row}, column {column}, expected it and the "
+                "token before it to be in the row and in attention_mask"
             )
         self.layout = replace(
             layout,
