@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -511,6 +513,85 @@ def test_data_parallel(wrapper: str, mode: str) -> None:
         for name, p in wrapped.named_parameters()
     }
     assert_same(found, expected, 1e-12)
+
+
+RANKS = 2
+# What is to be wrapped on its own: a tied head is with the embedding.
+OF_FAMILY = {"llama": True, "qwen2": False}
+
+
+def on_a_rank(rank: int, rendezvous: str) -> None:
+    """Compare the reduced gradients of one of the ranks with the mean of those of plain models."""
+    from datetime import timedelta
+
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    # A rank whose neighbour failed waits no longer than this.
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS,
+        timeout=timedelta(seconds=30),
+    )  # fmt: skip
+    batch = Batch()
+    advantages = batch.advantages * (1 - 3 * rank) + rank
+    weights = torch.randn(
+        ROWS, LENGTH, generator=torch.Generator().manual_seed(rank), dtype=torch.float64
+    )
+
+    def run(model: nn.Module, mode: str) -> None:
+        if mode == "loss":
+            request: Any = StepPOBatch(batch.old_noise - 4, advantages, batch.layout, config=CONFIG,
+                                       ref_log_probs=batch.ref_noise - 4)  # fmt: skip
+            model(**batch.inputs, steppo=request).loss.backward()
+        else:
+            out = model(**batch.inputs, steppo=LogProbBatch(batch.layout))
+            (out.log_probs * weights).sum().backward()
+
+    for family, mode in itertools.product(OF_FAMILY, ("loss", "log_probs")):
+        models = [make(family) for _ in range(3)]
+        for model in models:
+            patch_lm_head(model)
+        plain, replicated, sharded = models
+        run(plain, mode)
+        own = gradients(plain)
+        expected = {name: grad.clone() for name, grad in own.items()}
+        for name, grad in expected.items():
+            distributed.all_reduce(grad)
+            grad /= RANKS
+            # Else it would not show if nothing was reduced.
+            assert float((grad - own[name]).abs().max()) > 1e-3 * float(grad.abs().max()), name
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for module in (*sharded.model.layers, *[sharded.lm_head] * OF_FAMILY[family], sharded):
+            fully_shard(module, mesh=mesh)
+        for wrapped in (sharded, nn.parallel.DistributedDataParallel(replicated)):
+            # The second backward is of gathered weights that were freed after the first.
+            for _ in range(2):
+                wrapped.zero_grad()
+                run(wrapped, mode)
+            found = {
+                name.removeprefix("module."): getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
+                for name, p in wrapped.named_parameters()
+            }
+            assert_same(found, expected, 1e-10)
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_reduce_gradients(tmp_path: Any) -> None:
+    """Of batches that differ: with one rank alone, a sum that is missing shows nowhere."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    ranks = torch.multiprocessing.spawn(
+        on_a_rank, (str(tmp_path / "rendezvous"),), nprocs=RANKS, join=False
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while not ranks.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks take too long"
+    finally:
+        for process in ranks.processes:
+            process.kill()
 
 
 def test_accelerate_hooks_stay_around_the_head() -> None:
