@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from steppo_kernels import StepLayout, StepPOConfig, ops
@@ -52,11 +53,16 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
         assert 1 <= grid[0] < 2**31, kernel.__name__
         launches.append((kernel, args, options))
 
-    run, JITFunction.run = JITFunction.run, record
+    # What a kernel is depends on TRITON_INTERPRET.
+    kinds = (JITFunction, InterpretedFunction)
+    runs = [kind.run for kind in kinds]
+    for kind in kinds:
+        kind.run = record
     try:
         call()
     finally:
-        JITFunction.run = run
+        for kind, run in zip(kinds, runs, strict=True):
+            kind.run = run
     return launches
 
 
