@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 
+import steppo_kernels
+
 pytest.importorskip("triton")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = (
-    "segment", "broadcast", "gae", "value_loss", "policy_loss", "policy_loss_masked", "policy_sums",
-    "token_log_probs",
-)  # fmt: skip
+MODULES = [path.stem for path in Path(steppo_kernels.__file__).parent.glob("triton/[!_]*.py")]
+LOGITS = ("token_log_probs_kernel", "token_log_probs_backward_kernel")
+ASKED = ("entropy", "softcap")
 # These walk along rows; the others gather, as the first one does if it is given a layout.
 WIDE = {
     "log_ratio_sum_kernel",
@@ -81,7 +83,7 @@ def test_rows_are_loaded_128_bits_at_a_time(compiled: dict[str, Any], arch: str)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_logits_move_128_bits_at_a_time(compiled: dict[str, Any], arch: str) -> None:
     reports = [report for report in compiled["reports"] if report["arch"] == arch]
-    cases = dict.fromkeys(("token_log_probs_kernel", "token_log_probs_backward_kernel"), 0)
+    cases = dict.fromkeys(LOGITS, 0)
     for report in reports:
         kernel, wide = report["kernel"], "aligned" in report["case"]
         if kernel in cases:
@@ -91,6 +93,39 @@ def test_logits_move_128_bits_at_a_time(compiled: dict[str, Any], arch: str) -> 
             stores = 2 * report["wide_loads"] if "backward" in kernel else 0
             assert report["wide_stores"] == stores, report
     assert all(cases.values())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_are_compiled_with_all_that_can_be_asked(
+    compiled: dict[str, Any], arch: str
+) -> None:
+    cases = {
+        (report["kernel"], report["case"][0], *(part in report["case"] for part in ASKED))
+        for report in compiled["reports"]
+        if report["arch"] == arch and "aligned" in report["case"]
+    }
+    dtypes, yes_no = ("bf16", "fp16", "fp32", "fp64"), (False, True)
+    assert cases == set(itertools.product(LOGITS, dtypes, yes_no, yes_no))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_offsets_of_tensors_have_64_bits(compiled: dict[str, Any], arch: str) -> None:
+    """No test holds 2^31 elements: the code that would reach them is read instead."""
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    narrow = {report["kernel"] for report in reports if report["narrow"]}
+    # It numbers partial sums, of which there are at most 1024.
+    assert narrow <= {"finish_policy_loss_kernel"}
+    for report in reports:
+        strides = {
+            (pointer, width, scalar)
+            for pointer, width, scalars in report["offsets"]
+            for scalar in scalars
+            if "stride" in scalar
+        }
+        expected = {("p_logits", "i64", "stride_b"), ("p_logits", "i64", "stride_t")}
+        if "backward" in report["kernel"]:
+            expected |= {("p_grad", "i64", "grad_stride_b"), ("p_grad", "i64", "grad_stride_t")}
+        assert strides == (expected if report["kernel"] in LOGITS else set()), report
 
 
 def test_a_new_vocabulary_compiles_nothing(compiled: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ machine code of the same launches.
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton_offsets import offsets
 
 from steppo_kernels import StepLayout, StepPOConfig, ops
 from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
@@ -39,6 +42,11 @@ LOGITS_SHAPES = (
     [(2, 3, 4096), (1, 5, 151_936), (3, 1, 152_064), (7, 2, 32_000), (2, 17, 128)],
     [(2, 3, 4099), (1, 5, 50_257), (3, 1, 151_669), (7, 2, 32_001), (2, 17, 129)],
 )
+LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What a row of logits may carry beside its token.
+CARRIED = ("mask", "temperatures", "rows")
+# A processor of sm_90: registers, bytes of shared memory, warps and blocks at most.
+_REGISTERS, _SHARED, _MOST_WARPS, _MOST_BLOCKS = 65536, 228 * 1024, 64, 32
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 
 
@@ -106,33 +114,48 @@ def policy(layout: StepLayout, config: StepPOConfig, *, full: bool, masked: bool
 
 
 def logits(
-    shape: tuple[int, int, int], dtype: torch.dtype, *, full: bool, softcap: float = 0.0
-) -> None:
-    """Launch the kernels that read logits: with everything that a row can carry, or little."""
+    shape: tuple[int, int, int], dtype: torch.dtype, *, entropy: bool, softcap: bool,
+    carried: tuple[str, ...] = CARRIED,
+) -> None:  # fmt: skip
+    """Launch the kernels that read logits, on rows that carry what `carried` names."""
     values = torch.zeros(shape, dtype=dtype)[:, : max(1, shape[1] - 1)]
     rows = values.shape[0] * values.shape[1]
     # A slice, which need not begin at 16 bytes.
     ids = torch.zeros(rows + 1, dtype=torch.int64)[1:]
     one = torch.zeros(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    entropy = one if full else None
-    targets = (ids, ids == 0, one.double()) if full else (ids, None, None)
-    ops.launcher("triton", "token_log_probs")(values, *targets, 1.0, softcap, full)
+    targets = (
+        ids, ids == 0 if "mask" in carried else None,
+        one.double() if "temperatures" in carried else None, 1.0, 30.0 if softcap else 0.0,
+    )  # fmt: skip
+    if_entropy = one if entropy else None
+    ops.launcher("triton", "token_log_probs")(values, *targets, entropy)
     ops.launcher("triton", "token_log_probs_backward")(
-        torch.empty(values.shape, dtype=dtype), values, *targets, 1.0, softcap, one.double(),
-        entropy, one, entropy, ids if full else None,
+        torch.empty(values.shape, dtype=dtype), values, *targets, one.double(),
+        if_entropy, one, if_entropy, ids if "rows" in carried else None,
     )  # fmt: skip
 
 
 def logits_launches(shape: tuple[int, int, int]) -> list[Launch]:
-    """Return launches of the kernels that read logits, in every dtype."""
+    """Return launches of the kernels that read logits: on aligned rows, with all that can be asked.
+
+    What rows carry is read in one way whatever the dtype: in bf16 they carry any choice, else all.
+    Rows that are not aligned have every dtype, two of them with everything only.
+    """
+    work = list(itertools.product((False, True), repeat=2))
+    is_aligned = shape[2] % 16 == 0
+    choices = [
+        carried
+        for count in range(len(CARRIED) if is_aligned else 0)
+        for carried in itertools.combinations(CARRIED, count)
+    ]
 
     def everything() -> None:
-        for dtype in (torch.bfloat16, torch.float32):
-            logits(shape, dtype, full=False)
-            logits(shape, dtype, full=True)
-            logits(shape, dtype, full=True, softcap=30.0)
-        logits(shape, torch.float16, full=False)
-        logits(shape, torch.float64, full=True, softcap=30.0)
+        for dtype in LOGITS_DTYPES:
+            is_first = is_aligned or dtype in (torch.bfloat16, torch.float32)
+            for entropy, softcap in work if is_first else work[-1:]:
+                logits(shape, dtype, entropy=entropy, softcap=softcap)
+        for carried, (entropy, softcap) in zip(choices, itertools.cycle(work), strict=False):
+            logits(shape, torch.bfloat16, entropy=entropy, softcap=softcap, carried=carried)
 
     return recorded(everything)
 
@@ -195,9 +218,11 @@ def compiled(each: Launch, arch: str) -> tuple[Any, dict[str, Any]]:
         "case": _case(source),
         "threads": kernel.metadata.num_warps * target.warp_size,
         "shared": kernel.metadata.shared,
+        **offsets(kernel.asm["ttir"]),
     }  # fmt: skip
     if target.backend == "cuda":
-        return kernel, found | _cuda(kernel.asm["ptx"], log.getvalue())
+        found |= _cuda(kernel.asm["ptx"], log.getvalue())
+        return kernel, found | {"warps": _warps(found)}
     return kernel, found | _hip(kernel.asm["amdgcn"])
 
 
@@ -206,11 +231,20 @@ def _case(source: ASTSource) -> list[str]:
     if "p_logits" not in source.signature:
         return []
     constants = {source.fn.arg_names[at]: value for (at,), value in source.constants.items()}
+    given = [name for name, kind in source.signature.items() if kind != "constexpr"]
     return [
         source.signature["p_logits"].strip("*"),
         *(name.lower() for name in ("ALIGNED", "SOFTCAP") if constants[name]),
-        *(["entropy"] if source.signature["p_entropy"] != "constexpr" else []),
+        *(name for name in ("entropy", *CARRIED) if f"p_{name}" in given),
     ]
+
+
+def _warps(found: dict[str, Any]) -> int:
+    """Return the warps that a processor of sm_90 holds of a kernel."""
+    warps = found["threads"] // 32
+    registers = 256 * math.ceil(found["registers"] / 8) * warps
+    blocks = (_REGISTERS // registers, _SHARED // (1024 + found["shared"]), _MOST_WARPS // warps)
+    return min(*blocks, _MOST_BLOCKS) * warps
 
 
 def _cuda(ptx: str, log: str) -> dict[str, Any]:
