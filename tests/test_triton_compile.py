@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,29 @@ def test_offsets_of_tensors_have_64_bits(compiled: dict[str, Any], arch: str) ->
         if "backward" in report["kernel"]:
             expected |= {("p_grad", "i64", "grad_stride_b"), ("p_grad", "i64", "grad_stride_t")}
         assert strides == (expected if report["kernel"] in LOGITS else set()), report
+
+
+def test_as_many_warps_fit_as_the_account_of_an_h100_says(compiled: dict[str, Any]) -> None:
+    """`python -m benchmarks.triton_account --write` writes the page anew."""
+    page = (Path(__file__).parents[1] / "benchmarks" / "triton_account.md").read_text()
+    expected = {
+        (part, f"{dtype}, {rows}"): int(warps)
+        for part, dtype, rows, warps in re.findall(
+            r"^\| ([\w +]+) \| (\w+), (\w+) \| \d+ \| (\d+) \|",
+            page.split("<!-- code -->")[1].split("<!-- end of code -->")[0],
+            re.MULTILINE,
+        )
+    }
+    seen = set()
+    for report in compiled["reports"]:
+        if report["arch"] == "sm_90" and report["kernel"] in LOGITS:
+            rows = "aligned" if "aligned" in report["case"] else "any"
+            case = report["part"], f"{report['case'][0]}, {rows}"
+            if case in expected:
+                seen.add(case)
+                assert report["warps"] >= expected[case], report
+    assert seen == {case for case in expected if case[0] != "zeros"}
+    assert len(seen) == 2 * 2 * 2 * 4
 
 
 def test_a_new_vocabulary_compiles_nothing(compiled: dict[str, Any]) -> None:

@@ -213,9 +213,10 @@ def compiled(each: Launch, arch: str) -> tuple[Any, dict[str, Any]]:
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
         kernel = triton.compile(source, target=target, options=options)
+    case = _case(source)
     found: dict[str, Any] = {
         "kernel": source.fn.__name__, "arch": arch, "key": key,
-        "case": _case(source),
+        "case": case, "part": _part(source.fn.__name__, case),
         "threads": kernel.metadata.num_warps * target.warp_size,
         "shared": kernel.metadata.shared,
         **offsets(kernel.asm["ttir"]),
@@ -237,6 +238,12 @@ def _case(source: ASTSource) -> list[str]:
         *(name.lower() for name in ("ALIGNED", "SOFTCAP") if constants[name]),
         *(name for name in ("entropy", *CARRIED) if f"p_{name}" in given),
     ]
+
+
+def _part(kernel: str, case: list[str]) -> str:
+    """Return what a kernel that reads logits does, as `benchmarks/triton_account.md` names it."""
+    name = "backward" if "backward" in kernel else "forward"
+    return " + ".join([name, *(each for each in ("entropy", "softcap") if each in case)])
 
 
 def _warps(found: dict[str, Any]) -> int:
