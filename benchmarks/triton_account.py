@@ -33,6 +33,7 @@ _PAGE = Path(__file__).with_suffix(".md")
 # H100 SXM5: the rates of its data sheet, and of the CUDA programming guide for compute capability
 # 9.0 (results a clock and processor). The clock is what the tensor cores' peak implies.
 _BANDWIDTH = 3.35e12
+_MEMORY = 80 * 10**9
 _FLOPS = 989e12
 _PROCESSORS = 132
 _CLOCK = _FLOPS / (_PROCESSORS * 4096)
@@ -233,10 +234,13 @@ def logits_kernels() -> list[Kernel]:
     """Compile the kernels that read logits."""
     found: dict[tuple[str, str, str], Kernel] = {}
     for (rows, shape), (dtype, torch_dtype) in itertools.product(_SHAPES.items(), _DTYPES.items()):
-        for softcap, entropy in itertools.product((False, True), repeat=2):
+        # Of a head in bf16, logits are fp32 and gradients bf16.
+        halves = (False, True) if dtype == "fp32" else (False,)
+        for halved, softcap, entropy in itertools.product(halves, (False, True), (False, True)):
             call = functools.partial(
-                triton_compile.logits, shape, torch_dtype, entropy=entropy, softcap=softcap
-            )
+                triton_compile.logits, shape, torch_dtype, entropy=entropy, softcap=softcap,
+                halved=halved,
+            )  # fmt: skip
             for each in triton_compile.recorded(call):
                 kernel, report = triton_compile.compiled(each, "sm_90")
                 source, *_ = triton_compile.specialized(each, triton_compile.TARGETS["sm_90"])
@@ -409,12 +413,12 @@ def parts(live: float, chunk: int, changed: int = 0) -> list[Part]:
     vector = {
         each.part: each.operations
         for each in logits_kernels()
-        if (each.dtype, each.rows) == ("bf16", "aligned")
+        if (each.dtype, each.rows) == ("fp32", "aligned")
     }
     found = [
-        Part("logits = H W'", "2 M d V", "2 n V d + 2 M d + 2 M V"),
-        Part("row statistics", "", "2 M V", vector["forward"]),
-        Part("gradient rows", "", "4 f M V", live * vector["backward"]),
+        Part("logits = H W'", "2 M d V", "2 n V d + 2 M d + 4 M V"),
+        Part("row statistics", "", "4 M V", vector["forward"]),
+        Part("gradient rows", "", "6 f M V", live * vector["backward + halved"]),
         Part("dH = dZ W", "2 f M d V", "2 f M V + 2 n V d + 2 f M d"),
     ]
     read = "2 f M V + 2 s f M d"
@@ -505,7 +509,7 @@ def chunks() -> list[str]:
     """Return the lines of the table of chunk sizes."""
     lines = _header("rows of a chunk", "n", "logits of a chunk", *_COLUMNS)
     for chunk in sorted({512, 1024, _SMALL_CHUNK, default_chunk()}):
-        size = f"{2 * chunk * _VOCABULARY / 2**30:.2f} GiB"
+        size = f"{4 * chunk * _VOCABULARY / 2**30:.2f} GiB"
         lines.append(_cells(chunk, math.ceil(_ROWS / chunk), size, *_milliseconds(_totals(chunk))))
     return lines
 
@@ -543,7 +547,8 @@ def _milliseconds(times: list[float]) -> list[str]:
 def default_chunk() -> int:
     """Return the rows of a chunk on a GPU if none are given."""
     weight = torch.empty((_VOCABULARY, _HIDDEN), dtype=torch.bfloat16, device="meta")
-    return lm_head.check_chunk(None, _ROWS, lm_head.Head(weight, None, None, 1.0, 0.0, "triton"))
+    head = lm_head.Head(weight, None, None, 1.0, 0.0, "triton")
+    return min(_ROWS, lm_head.rows_within(_MEMORY // lm_head._GPU_SHARE, head))
 
 
 def device() -> list[str]:
@@ -553,7 +558,7 @@ def device() -> list[str]:
     once = 2 * _ROWS * _VOCABULARY / (_MEMORY_SHARE * _BANDWIDTH)
     return [
         f"- M = {_ROWS}, d = {_HIDDEN}, V = {_VOCABULARY:,}, bf16 where nothing else is said",
-        f"- data sheet: memory {_BANDWIDTH / 1e12:.2f} TB/s, bf16 products "
+        f"- data sheet: {_MEMORY / 1e9:.0f} GB at {_BANDWIDTH / 1e12:.2f} TB/s, bf16 products "
         f"{_FLOPS / 1e12:.0f} TFLOP/s, {_PROCESSORS} SMs, {_CLOCK / 1e9:.2f} GHz (what that peak "
         "implies)",
         f"- a clock and SM: {_RATES['issue']} results issued, at most {_RATES['ALU']} of them of "

@@ -261,14 +261,18 @@ def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:
         budget = _CPU_BYTES
         if device.type == "cuda":
             budget = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
-        row = len(head.weight) * logits_dtype(head.backend, head.weight.dtype).itemsize
-        rows = budget // row
-        chunk_tokens = max(_MIN_ROWS, rows - rows % 64)
+        chunk_tokens = rows_within(budget, head)
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int):
         raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, expected an int or None")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected at least 1")
     return max(1, min(chunk_tokens, num_rows))
+
+
+def rows_within(budget: int, head: Head) -> int:
+    """Return how many rows have logits of at most `budget` bytes, if not fewer than is sensible."""
+    rows = budget // (len(head.weight) * logits_dtype(head.backend, head.weight.dtype).itemsize)
+    return max(_MIN_ROWS, rows - rows % 64)
 
 
 def live_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:

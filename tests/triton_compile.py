@@ -115,10 +115,16 @@ def policy(layout: StepLayout, config: StepPOConfig, *, full: bool, masked: bool
 
 def logits(
     shape: tuple[int, int, int], dtype: torch.dtype, *, entropy: bool, softcap: bool,
-    carried: tuple[str, ...] = CARRIED,
+    carried: tuple[str, ...] = CARRIED, halved: bool = False,
 ) -> None:  # fmt: skip
-    """Launch the kernels that read logits, on rows that carry what `carried` names."""
+    """Launch the kernels that read logits, on rows that carry what `carried` names.
+
+    With `halved`, the gradients of fp32 logits are bf16, in the first half of each row.
+    """
     values = torch.zeros(shape, dtype=dtype)[:, : max(1, shape[1] - 1)]
+    grad = torch.empty(values.shape, dtype=dtype)
+    if halved:
+        grad = values.view(torch.bfloat16)[..., : shape[2]]
     rows = values.shape[0] * values.shape[1]
     # A slice, which need not begin at 16 bytes.
     ids = torch.zeros(rows + 1, dtype=torch.int64)[1:]
@@ -130,8 +136,8 @@ def logits(
     if_entropy = one if entropy else None
     ops.launcher("triton", "token_log_probs")(values, *targets, entropy)
     ops.launcher("triton", "token_log_probs_backward")(
-        torch.empty(values.shape, dtype=dtype), values, *targets, one.double(),
-        if_entropy, one, if_entropy, ids if "rows" in carried else None,
+        grad, values, *targets, one.double(), if_entropy, one, if_entropy,
+        ids if "rows" in carried else None,
     )  # fmt: skip
 
 
@@ -154,6 +160,8 @@ def logits_launches(shape: tuple[int, int, int]) -> list[Launch]:
             is_first = is_aligned or dtype in (torch.bfloat16, torch.float32)
             for entropy, softcap in work if is_first else work[-1:]:
                 logits(shape, dtype, entropy=entropy, softcap=softcap)
+        for entropy, softcap in work:
+            logits(shape, torch.float32, entropy=entropy, softcap=softcap, halved=True)
         for carried, (entropy, softcap) in zip(choices, itertools.cycle(work), strict=False):
             logits(shape, torch.bfloat16, entropy=entropy, softcap=softcap, carried=carried)
 
@@ -235,7 +243,7 @@ def _case(source: ASTSource) -> list[str]:
     given = [name for name, kind in source.signature.items() if kind != "constexpr"]
     return [
         source.signature["p_logits"].strip("*"),
-        *(name.lower() for name in ("ALIGNED", "SOFTCAP") if constants[name]),
+        *(name.lower() for name in ("ALIGNED", "SOFTCAP", "HALVED") if constants.get(name)),
         *(name for name in ("entropy", *CARRIED) if f"p_{name}" in given),
     ]
 
@@ -243,7 +251,7 @@ def _case(source: ASTSource) -> list[str]:
 def _part(kernel: str, case: list[str]) -> str:
     """Return what a kernel that reads logits does, as `benchmarks/triton_account.md` names it."""
     name = "backward" if "backward" in kernel else "forward"
-    return " + ".join([name, *(each for each in ("entropy", "softcap") if each in case)])
+    return " + ".join([name, *(each for each in ("entropy", "softcap", "halved") if each in case)])
 
 
 def _warps(found: dict[str, Any]) -> int:
