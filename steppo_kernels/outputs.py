@@ -73,7 +73,8 @@ class StepPOOutput:
         loss: 0-dim, a fresh tensor that may be modified in place.
         metrics: see `Metrics`.
         step_log_ratio: log-ratio of each step before the upper clamp, ``[S]`` without gradient;
-            0 for an empty step. None where no layout was given, and for the value loss.
+            0 for an empty step. None for the value loss, and where a mask was given instead of a
+            layout (`linear_steppo_loss` makes a layout of it).
     """
 
     loss: Tensor
