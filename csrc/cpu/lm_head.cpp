@@ -196,16 +196,16 @@ void add(const In* product, bool is_first, int64_t begin, int64_t end, float* to
 
 }  // namespace
 
-void accumulate(int dtype, const void* product, bool is_first, int64_t count,
-                float* total, int threads) {
-  parallel_blocks(
-      count, kBlock, worthwhile_threads(count, threads), [&](int64_t, int64_t begin, int64_t end) {
-        if (dtype == kBFloat16) {
-          add(static_cast<const BFloat16*>(product), is_first, begin, end, total);
-        } else {
-          add(static_cast<const Half*>(product), is_first, begin, end, total);
-        }
-      });
+void accumulate(int dtype, const void* product, bool is_first, int64_t count, float* total,
+                int threads) {
+  parallel_blocks(count, kBlock, worthwhile_threads(count, threads),
+                  [&](int64_t, int64_t begin, int64_t end) {
+                    if (dtype == kBFloat16) {
+                      add(static_cast<const BFloat16*>(product), is_first, begin, end, total);
+                    } else {
+                      add(static_cast<const Half*>(product), is_first, begin, end, total);
+                    }
+                  });
 }
 
 }  // namespace steppo::cpu::STEPPO_ISA
