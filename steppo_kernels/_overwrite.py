@@ -41,10 +41,12 @@ class Whole(NamedTuple):
             return cls(logits, None)
         vocabulary = logits.shape[-1]
         offset = int(logits.storage_offset() - base.storage_offset())
-        is_rest = torch.ones(base.numel() // vocabulary, dtype=torch.bool, device="cpu")
+        is_rest = torch.ones(base.numel() // vocabulary, dtype=torch.uint8, device=logits.device)
         strides = [stride // vocabulary for stride in logits.stride()[:-1]]
-        is_rest.as_strided(logits.shape[:-1], strides, offset // vocabulary).fill_(False)
-        rest = is_rest.nonzero().squeeze(1).to(logits.device)
+        is_rest.as_strided(logits.shape[:-1], strides, offset // vocabulary).fill_(0)
+        # Their number is known: nothing waits for the device.
+        count = len(is_rest) - logits.shape[:-1].numel()
+        rest = is_rest.argsort(descending=True)[:count]
         return cls(base, (logits.shape, logits.stride(), offset, rest))
 
     def logits_in(self, tensor: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ class StepPOConfig:
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("ratio", self.ratio, RATIOS)
-        _one_of("reduction", self.reduction, REDUCTIONS)
-        _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        one_of("ratio", self.ratio, RATIOS)
+        one_of("reduction", self.reduction, REDUCTIONS)
+        one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         _in_range("clip_low", self.clip_low, 0.0, 1.0, "[0, 1]")
         _in_range("clip_high", self.clip_high, 0.0, math.inf, "[0, inf)")
         _in_range("kl_coef", self.kl_coef, 0.0, math.inf, "[0, inf)")
@@ -71,7 +71,8 @@ class StepPOConfig:
                 raise ValueError("dual_clip: got 1.0, expected a number in (1, inf) or None")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of the names that are allowed."""
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _csr, _rows, checks, segment
 from .backends import Backend, resolve
-from .config import REDUCTIONS, Reduction
+from .config import REDUCTIONS, Reduction, one_of
 from .reference.policy_loss import reduction_weights
 
 
@@ -99,13 +99,13 @@ class StepLayout:
         Raises:
             ValueError: it is none of them.
         """
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
+        one_of("reduction", reduction, REDUCTIONS)
         weights, total = reduction_weights(
             self.step_lengths, self.trajectory_counts, reduction, torch.float64
         )
         # A part without steps adds nothing.
-        return weights, total if self.num_tokens or reduction == "sum" else total - total
+        is_part = self.num_tokens > 0 or reduction == "sum"
+        return weights, total if is_part else torch.zeros_like(total)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that it holds, by name."""

@@ -20,8 +20,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     """Lend an uninitialised tensor that nothing may refer to afterwards.
 
     torch keeps the memory of a GPU for the next call, but gives large blocks of a CPU back to the
-    system, whose fresh pages cost as much as half a matrix product that fills them. One block of
-    up to `KEPT_BYTES` is therefore kept.
+    system, which then has to find and clear fresh pages in every call. One block of up to
+    `KEPT_BYTES` is therefore kept.
     """
     fresh = torch.empty(0, dtype=dtype, device=device)
     # Neither a GPU's, nor compiled code's, nor what a mode of torch puts in place of tensors.

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import checks, ops
 from .backends import Backend, resolve
-from .config import REDUCTIONS, Reduction
+from .config import REDUCTIONS, Reduction, one_of
 from .layout import StepLayout, require_layout
 from .outputs import VALUE_METRICS, Metrics, StepPOOutput
 from .policy_loss import scaled
@@ -57,8 +57,7 @@ def step_value_loss(
     layout = require_layout(layout)
     device, shape, num_steps = layout.device, layout.shape, layout.num_steps
     dtype = checks.compute_dtype(checks.floating("values", values, device))
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
+    one_of("reduction", reduction, REDUCTIONS)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
         raise TypeError(f"clip: got {type(clip).__name__}, expected a number above 0")
     if not (math.isfinite(clip) and clip > 0):

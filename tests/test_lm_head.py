@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from head_cases import head_case, new_tensors, plain_log_probs, products
 
 from steppo_kernels import linear_token_log_probs, ops
-from steppo_kernels.lm_head import logits_dtype
+from steppo_kernels.lm_head import Head, check_chunk, logits_dtype
 from steppo_kernels.testing import Error
 
 
@@ -279,3 +282,24 @@ def test_autocast_leaves_double_precision(target, dtype):
     assert found.dtype == dtype
     allowed = 1e-12 if dtype == torch.float64 else 1e-5
     assert Error.between(found, expected).largest <= allowed
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("vocabulary", [1000, 151_936, 10**7])
+def test_rows_of_a_chunk_are_a_share_of_the_memory(monkeypatch, backend, vocabulary):
+    """Of a bf16 head: logits in fp32, 256 MiB on a CPU, a sixteenth of a GPU, at least 128 rows."""
+    device, budget = "cpu", 256 * 2**20
+    if backend == "triton":
+        device, budget = "cuda", 5 * 10**9
+        properties = SimpleNamespace(total_memory=16 * budget)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    # Stands for a tensor, as there need be no GPU.
+    weight = MagicMock(device=torch.device(device), dtype=torch.bfloat16)
+    weight.__len__.return_value = vocabulary
+    head = Head(weight, None, None, 1.0, 0.0, backend)
+    rows = check_chunk(None, 10**9, head)
+    assert rows % 64 == 0
+    assert rows >= 128
+    row = vocabulary * logits_dtype(backend, torch.bfloat16).itemsize
+    assert rows == 128 or budget - 64 * row < rows * row <= budget
+    assert check_chunk(None, 5, head) == 5
