@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
 
-.PHONY: install demo compare example test lint format bench sanitize clean
+.PHONY: install demo compare example test lint format peers bench sanitize clean
 
 $(VENV)/python: 
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE) $(wildcard tests/native/*.cpp))
+
+# The other projects of the benchmarks; without them their rows are left out.
+peers: install
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[peers]"
 
 bench: install
 	sh benchmarks/run.sh $(BIN) cpu

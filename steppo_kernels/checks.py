@@ -229,6 +229,14 @@ def fraction(name: str, value: object) -> float:
     return float(value)
 
 
+def positive_number(name: str, value: object) -> float:
+    """Return `value` if it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a finite number above 0")
+    _finite(name, value, positive=True)
+    return float(value)
+
+
 def compute_dtype(value: Tensor) -> torch.dtype:
     """Return the dtype a call computes in: fp64 stays fp64, everything else is fp32."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32

@@ -7,7 +7,6 @@ from logits to log-probs and from gradients of log-probs to gradients of logits,
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -226,12 +225,7 @@ def check_head(
             raise ValueError(
                 f"bias: got shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
             )
-    if softcap is None:
-        softcap = 0.0
-    elif isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-        raise TypeError(f"softcap: got {type(softcap).__name__}, expected a number or None")
-    elif not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap: got {softcap!r}, expected a finite number above 0 or None")
+    softcap = 0.0 if softcap is None else checks.positive_number("softcap", softcap)
     # As in torch's own products, double precision stays.
     if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -58,10 +57,7 @@ def step_value_loss(
     device, shape, num_steps = layout.device, layout.shape, layout.num_steps
     dtype = checks.compute_dtype(checks.floating("values", values, device))
     one_of("reduction", reduction, REDUCTIONS)
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)):
-        raise TypeError(f"clip: got {type(clip).__name__}, expected a number above 0")
-    if not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"clip: got {clip!r}, expected a finite number above 0")
+    clip = checks.positive_number("clip", clip)
     chosen = resolve(backend, device)
     new, by_token = checks.steps_or_tokens("values", values, num_steps, shape, device, dtype)
     returns = checks.vector("returns", returns, num_steps, "step", device, dtype).detach()
