@@ -220,6 +220,16 @@ def scalar(
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
+def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | None:
+    """Return what replaces the denominator of a reduction; None if nothing does.
+
+    Where a batch is known to be empty, there is nothing to divide, and 0 is what normalizers of
+    its parts add up to.
+    """
+    checked = scalar("normalizer", value, device, positive=not is_empty)
+    return None if is_empty else checked
+
+
 def fraction(name: str, value: object) -> float:
     """Return `value` if it is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -143,7 +143,7 @@ class _Steps:
                 layout.step_lengths, self.counts, inputs.config.reduction, torch.float64
             )[1]
         old, ref = inputs.old_log_probs, inputs.ref_log_probs
-        self.needs_center = inputs.config.ratio == "centered" and center is None and old is not None
+        self.needs_center = inputs.config.ratio == "centered" and center is None
         self.inputs = inputs._replace(
             shape=index.shape, layout=None, advantages=advantages, advantages_per_token=False,
             old_log_probs=None if old is None else old[index],

@@ -112,7 +112,9 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         gradients = HeadGradients(
             head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk)
         )
-        with head.buffer(min(ctx.chunk, len(live))) as buffer:
+        # Autocast would round what the forward did not. It may be on here where it was off there.
+        is_off = torch.autocast(hidden.device.type, enabled=False)
+        with is_off, head.buffer(min(ctx.chunk, len(live))) as buffer:
             for part in live.split(ctx.chunk) if len(live) else ():
                 at = index[part]
                 rows = head.evaluate(hidden[at], token_ids, at, e is not None, buffer)

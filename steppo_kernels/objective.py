@@ -85,13 +85,13 @@ def check_objective(
     if config.kl_coef != 0 and ref is None:
         raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
     center = checks.scalar("ratio_center", ratio_center, device)
-    if old is None:
+    if old is None and config.ratio == "centered":
         # On-policy every ratio is 1, whatever the center of an earlier batch was.
-        center = None
+        center = checks.scalar("ratio_center", 0.0, device)
     return Objective(
         chosen, shape, device, dtype, steps, mask, old, advantages.detach(), by_token, ref,
         is_weights, weights_by_token, step_weights, center,
-        checks.scalar("normalizer", normalizer, device, positive=True), config,
+        checks.normalizer(normalizer, device, steps is not None and steps.num_tokens == 0), config,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def steppo_loss(
             back in the dtype of the input. Other inputs are converted to the dtype of the
             computation: fp64 if `log_probs` is, else fp32.
         old_log_probs: those of the policy that acted; None if that is the current one: then every
-            ratio is exactly 1. No gradient.
+            ratio is exactly 1 (NaN where a log-prob is not finite). No gradient.
         advantages: per step ``[S]``, or of the token shape: then the entry at the step's first
             action token counts. Where a packed ``[N]`` has N steps, per step. No gradient.
         layout: the steps; or a mask, bool or 0/1, ``[B, T]`` or ``[N]`` (one row) whose runs of
@@ -72,7 +72,8 @@ def steppo_loss(
             host sync). A part of a batch (micro-batch, data-parallel rank) passes that of the
             whole, ``whole_layout.reduction_weights(reduction)[1]``, divided by what its gradients
             are divided by later: DDP and FSDP average over ranks; transformers' Trainer and
-            accelerate divide by the accumulation steps.
+            accelerate divide by the accumulation steps. With a StepLayout that has no action token
+            it may be 0, and makes no difference.
         ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
             of this call. It plays no part in the other ratios, nor on-policy (no
             `old_log_probs`).

@@ -67,7 +67,7 @@ def step_value_loss(
             "old_values", old_values, num_steps, shape, device, dtype
         )
         old = old.detach()
-    total = checks.scalar("normalizer", normalizer, device, positive=True)
+    total = checks.normalizer(normalizer, device, layout.num_tokens == 0)
     args = (
         new, returns, old, by_token, old_by_token, layout.state_index, layout.step_lengths,
         layout.trajectory_counts, total, float(clip),

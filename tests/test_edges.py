@@ -69,6 +69,25 @@ def test_a_nan_on_an_action_token_reaches_its_step_and_the_loss(target):
         assert out.metrics["dead_token_fraction"] == 0
 
 
+@pytest.mark.parametrize("ratio", ["geometric", "centered"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf], ids=str)
+def test_what_is_not_finite_shows_on_policy(target, value, ratio):
+    """In its step and in the loss; other steps have the ratio 1 that they have without it."""
+    mask, layout = two_steps(target)
+    config = StepPOConfig(ratio=ratio)
+    for steps, advantages in ((layout, [1.0, 1.0]), (mask, [[1.0] * 4])):
+        x = tensor([[-1.0, value, 0.0, -1.0]], target.device, requires_grad=True)
+        out = steppo_loss(
+            x, None, tensor(advantages, target.device), steps, config=config,
+            backend=target.backend,
+        )  # fmt: skip
+        out.loss.backward()
+        assert out.loss.isnan()
+        assert out.metrics["ratio_mean"].isnan()
+        assert x.grad.isnan().tolist() == [[True, True, False, False]]
+        assert x.grad[0, 3] == -0.5
+
+
 def test_an_impossible_token(target):
     """log pi = -inf: the ratio is 0, the loss is finite."""
     _, layout = two_steps(target)

@@ -284,6 +284,22 @@ def test_autocast_leaves_double_precision(target, dtype):
     assert Error.between(found, expected).largest <= allowed
 
 
+def test_autocast_around_backward_alone(kernel):
+    """Changes nothing: the products are those of the forward pass."""
+    case = head_case(12).to(torch.float32, kernel.device)
+    found = []
+    for enabled in (False, True):
+        log_probs = linear_token_log_probs(
+            case.hidden, case.weight, case.token_ids, bias=case.bias, mask=case.mask,
+            backend=kernel.backend,
+        )  # fmt: skip
+        with torch.autocast(kernel.device, torch.bfloat16, enabled=enabled):
+            loss = log_probs.square().sum()
+            found.append(torch.autograd.grad(loss, (case.hidden, case.weight, case.bias)))
+    for plain, autocast in zip(*found, strict=True):
+        assert torch.equal(plain, autocast)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("vocabulary", [1000, 151_936, 10**7])
 def test_rows_of_a_chunk_are_a_share_of_the_memory(monkeypatch, backend, vocabulary):

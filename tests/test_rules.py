@@ -424,6 +424,29 @@ def test_normalizers_of_parts_add_up(target, reduction):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_normalizer_of_a_batch_without_actions(target, reduction):
+    """It is 0, and given to the losses of that batch it changes nothing."""
+    mask = torch.zeros(2, 5, dtype=torch.bool, device=target.device)
+    layout = StepLayout.from_mask(mask, backend=target.backend)
+    weights, normalizer = layout.reduction_weights(reduction)
+    leaf = torch.randn(2, 5, device=target.device).requires_grad_()
+    none = leaf.detach().new_zeros(0)
+    config = StepPOConfig(reduction=reduction)
+    for given in (normalizer, float(normalizer)):
+        parts = {"normalizer": given, "backend": target.backend}
+        for out in (
+            steppo_loss(leaf, None, none, layout, config=config, step_weights=weights, **parts),
+            step_value_loss(leaf, none, layout, reduction=reduction, **parts),
+        ):
+            assert out.loss == 0
+            assert all(math.isfinite(value) for value in out.metrics.as_dict().values())
+            (grad,) = torch.autograd.grad(out.loss, leaf)
+            assert not grad.any()
+    with pytest.raises(ValueError, match=r"^normalizer: got nan"):
+        steppo_loss(leaf, None, none, layout, normalizer=math.nan, backend=target.backend)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_value_micro_batches_with_a_global_normalizer(target, reduction):
     target.thin(REDUCTIONS.index(reduction), every=3)
     batch = random_batch(8, 7, 24, dtype=torch.float64, device=target.device)

@@ -229,6 +229,22 @@ def test_logits_that_are_not_finite(target, case, dtype, padding):
             assert not found[name][0][(p == 0)[0] & (logits != logits[0, token + padding])[0]].any()
 
 
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_words_at_the_lowest_number_count_nothing(target, dtype):
+    """As at -inf, under any upstream gradient: how trainers write banned words."""
+    row = [1.0, torch.finfo(dtype).min, 3.0, torch.finfo(dtype).min, 0.5]
+    logits = torch.tensor([row], dtype=dtype, device=target.device)
+    ids = torch.tensor([0], device=target.device)
+    factor = 1.0 if dtype == torch.float16 else 2.0**16
+    grads = torch.tensor([[1.0], [-factor]])
+    found = results(fused(target.backend), logits, ids, grads=grads)
+    banned = logits.masked_fill(logits < -1.0, -_INF)
+    expected = results(fused(target.backend), banned, ids, grads=grads)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+        assert value.isfinite().all()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by mprotect")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_masked_rows_may_be_unreadable(dtype):

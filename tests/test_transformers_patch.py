@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -85,10 +86,22 @@ def test_patching_twice() -> None:
     patch_lm_head(model).remove()
 
 
-def test_a_deep_copy_is_patched_on_its_own() -> None:
+def _pickled(model: nn.Module) -> nn.Module:
+    """As `spawn`, ray and ``torch.save(model)`` send models."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, _pickled])
+def test_a_copy_is_patched_on_its_own(copy_of: Callable[[nn.Module], Any]) -> None:
     model, batch = make(), Batch()
     handle = patch_lm_head(model)
-    twin = copy.deepcopy(model)
+    twin = copy_of(model)
+    assert twin.steppo_patch.model is twin
+    with pytest.raises(RuntimeError, match="is patched already"):
+        patch_lm_head(twin)
     with torch.no_grad():
         twin.model.embed_tokens.weight.zero_()
         request = LogProbBatch(batch.layout)
@@ -214,6 +227,19 @@ def test_bad_heads() -> None:
             patch_lm_head(model)
     model, batch = make("llama", torch.float32), Batch()
     patch_lm_head(model)
+    request = LogProbBatch(batch.layout)
+    with torch.no_grad():
+        expected = model(**batch.inputs, steppo=request).log_probs
+        # What accelerate leaves behind where its hooks are removed again.
+        plain = model.lm_head.forward = model.lm_head.forward
+        assert torch.equal(model(**batch.inputs, steppo=request).log_probs, expected)
+    model.lm_head.forward = lambda hidden: 10 * plain(hidden)
+    with pytest.raises(TypeError, match="forward of its output head was replaced"):
+        model(**batch.inputs, steppo=request)
+    other = make("llama")
+    other.lm_head.forward = model.lm_head.forward
+    with pytest.raises(TypeError, match="forward of its output head was replaced"):
+        patch_lm_head(other)
     model.lm_head = _Quantised(WIDTH, VOCAB)
     with pytest.raises(TypeError, match=r"_Quantised, expected a plain nn\.Linear"):
         model(**batch.inputs, steppo=LogProbBatch(batch.layout))

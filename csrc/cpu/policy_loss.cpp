@@ -8,7 +8,7 @@ namespace {
 template <class T>
 double mean_log_ratio(const T* now, const T* old, const int64_t* token_index, int64_t num_actions,
                       int threads) {
-  if (old == nullptr || num_actions == 0) return 0;
+  if (num_actions == 0) return 0;
   Buffer<double> partial(ceil_div(num_actions, kBlock));
   parallel_blocks(num_actions, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     double sum = 0;

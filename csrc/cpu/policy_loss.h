@@ -26,7 +26,8 @@ struct PolicyCall {
   double total = 1;   // the normalizer
 };
 
-// A call on pointers to numbers of type T.
+// A call on pointers to numbers of type T. On-policy, the old log-probs are the new ones: what is
+// not finite gives NaN, as everywhere.
 template <class T>
 static inline PolicyCall<T> policy_call(const void* log_probs, const void* old_log_probs,
                                         const void* advantages, const void* ref_log_probs,
@@ -34,7 +35,7 @@ static inline PolicyCall<T> policy_call(const void* log_probs, const void* old_l
                                         bool is_weights_per_token, void* grad_log_probs,
                                         void* grad_entropy, const PolicyConfig& config) {
   return {static_cast<const T*>(log_probs),
-          static_cast<const T*>(old_log_probs),
+          static_cast<const T*>(old_log_probs != nullptr ? old_log_probs : log_probs),
           static_cast<const T*>(advantages),
           static_cast<const T*>(ref_log_probs),
           static_cast<const T*>(entropy),
@@ -154,10 +155,7 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   const PolicyConfig& config = call.config;
   const double n = static_cast<double>(length);
   const double scale = ratio_scale(config.ratio, n);
-  double z = 0;
-  if (call.old_log_probs != nullptr) {
-    z = sum_log_ratios(call.log_probs, call.old_log_probs, at, length, k3);
-  }
+  const double z = sum_log_ratios(call.log_probs, call.old_log_probs, at, length, k3);
   const double log_ratio = call.center + scale * (z - call.center * n);
   const StepLoss loss = step_loss(log_ratio, advantage, config);
 

@@ -56,7 +56,7 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
     if (config.ratio == kCentered) {
       if (ratio_center != nullptr) {
         call.center = *ratio_center;
-      } else if (call.old_log_probs != nullptr) {
+      } else {
         Buffer<double> z(blocks), tokens(blocks);
         parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
           double z_sum = 0, count = 0;

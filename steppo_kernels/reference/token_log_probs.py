@@ -32,9 +32,9 @@ def token_log_probs(
         temperature = temperature[rows]
     log_p = torch.log_softmax(scaled_logits(logits[rows], temperature, softcap, dtype), -1)
     chosen = log_p.gather(-1, token_ids[rows].unsqueeze(-1)).squeeze(-1)
-    # p log p tends to 0 with p; the product of 0 and -inf would not, nor would its derivative.
-    is_zero = log_p == -torch.inf
-    entropy = -(log_p.exp() * log_p.masked_fill(is_zero, 0.0)).sum(-1)
+    # p log p tends to 0 with p; the product of 0 and what is, or overflows to, -inf would not.
+    p = log_p.exp()
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
     zeros = torch.zeros(len(token_ids), dtype=dtype, device=logits.device)
     return zeros.index_put((rows,), chosen), zeros.index_put((rows,), entropy)
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -36,8 +36,8 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
     model does after its head is compared with them in the first call. Each call waits for the
     device: where the action tokens are is looked at on the host.
 
-    Patch the model itself; wrap it before or after. A deep copy of a patched model is patched too;
-    its own handle is ``copy.steppo_patch``.
+    Patch the model itself; wrap it before or after. A copy or pickle of a patched model is patched
+    too; its own handle is ``copy.steppo_patch``.
 
     Args:
         model: a causal LM of transformers whose output head is an `nn.Linear`, tied or not; or a
@@ -77,9 +77,7 @@ class LMHeadPatch:
         self._inner = model.forward
         self._was_set = model.__dict__.get("forward")
         self._proven: Scaling | None = None
-        made = _make_forward(inspect.signature(model.forward))
-        # Methods of the model, not closures over it: a deep copy of the model gets its own.
-        self._set = model.forward = MethodType(made, model)
+        self._set = model.forward = _PatchedForward(self)
         model.steppo_patch = self
 
     def remove(self) -> None:
@@ -112,6 +110,15 @@ class LMHeadPatch:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """That of the model's own forward, and `steppo`."""
+        signature = inspect.signature(self._inner)
+        own = [*signature.parameters.values()]
+        rest = [own.pop()] if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+        extra = inspect.Parameter("steppo", inspect.Parameter.KEYWORD_ONLY, default=None)
+        return signature.replace(parameters=[*own, extra, *rest])
 
     def call(self, batch: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's forward, with `batch` evaluated in the place of its head."""
@@ -150,6 +157,25 @@ class LMHeadPatch:
         if work.steppo is not None:
             found["steppo"] = replace(work.steppo, loss=found["loss"])
         return StepPOCausalLMOutput(**found, **{name: outputs.get(name) for name in _OF_THE_MODEL})
+
+
+class _PatchedForward:
+    """The forward of a patched model.
+
+    An object, neither a closure nor a method: a deep copy or a pickle of the model has its own.
+    """
+
+    def __init__(self, patch: LMHeadPatch) -> None:
+        self.patch = patch
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What others read to know its arguments."""
+        return self.patch.signature
+
+    def __call__(self, *args: Any, steppo: Any = None, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.patch.call(steppo, args, kwargs)
 
 
 class _AtHead:
@@ -218,21 +244,6 @@ class _AfterLogits(torch.autograd.Function):
         return ctx.like, *grads
 
 
-def _make_forward(signature: inspect.Signature) -> Any:
-    """Return a forward of that signature and `steppo`, which others read to know its arguments."""
-
-    def forward(self: Any, *args: Any, steppo: Any = None, **kwargs: Any) -> Any:
-        return self.steppo_patch.call(steppo, args, kwargs)
-
-    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = [*signature.parameters.values()]
-    rest = [own.pop()] if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    extra = inspect.Parameter("steppo", inspect.Parameter.KEYWORD_ONLY, default=None)
-    shown = [inspect.Parameter("self", positional), *own, extra, *rest]
-    forward.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-    return forward
-
-
 def _tokens(batch: StepPOBatch | LogProbBatch, given: dict[str, Any]) -> Tokens:
     """Return the tokens of a call, and the argument that they were."""
     if batch.token_ids is not None:
@@ -260,7 +271,13 @@ def _check_linear(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     head = getattr(head, "_fsdp_wrapped_module", head)
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
-        return head
+        own = head.__dict__.get(_forward_name(head))
+        if own is None or getattr(own, "__func__", None) is nn.Linear.forward:
+            return head
+        raise TypeError(
+            "model: the forward of its output head was replaced, expected that of nn.Linear (what "
+            "the replacement does would be left out)"
+        )
     kind = f"{type(head).__module__}.{type(head).__name__}"
     message = (
         f"model: its output head is a {kind}, expected a plain nn.Linear; linear_steppo_loss takes "
@@ -274,13 +291,15 @@ def _check_linear(model: PreTrainedModel) -> nn.Linear:
     raise TypeError(message)
 
 
+def _forward_name(head: nn.Module) -> str:
+    """Return where the forward of `head` is: accelerate moves weights around one it keeps aside."""
+    return "_old_forward" if "_old_forward" in head.__dict__ else "forward"
+
+
 @contextlib.contextmanager
 def _forward_replaced(head: nn.Module, work: _AtHead) -> Iterator[None]:
-    """Let `head` run `work` in the place of its forward, inside of its hooks.
-
-    accelerate moves weights around the forward that it finds, and keeps that under another name.
-    """
-    name = "_old_forward" if "_old_forward" in head.__dict__ else "forward"
+    """Let `head` run `work` in the place of its forward, inside of its hooks."""
+    name = _forward_name(head)
     before = head.__dict__.get(name)
     setattr(head, name, work)
     try:
