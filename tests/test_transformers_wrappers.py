@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import time
@@ -261,6 +262,26 @@ def test_accelerate_mixed_precision_wrapper() -> None:
     torch.testing.assert_close(out.loss, expected.loss)
     with pytest.raises(RuntimeError, match="forward: was replaced"):
         handle.remove()
+
+
+def test_accelerate_unwraps() -> None:
+    """Its mixed precision replaces the forward, and puts back a method that it makes anew."""
+    accelerate = pytest.importorskip("accelerate", reason="the demo's extra is not installed")
+    model, batch = make("llama", torch.float32), Batch(torch.float32)
+    handle = patch_lm_head(model)
+    request = StepPOBatch(batch.old_noise - 4, batch.advantages, batch.layout)
+    expected = model(**batch.inputs, steppo=request).loss
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        prepared = accelerator.prepare(model)
+        assert "steppo" in inspect.signature(prepared.forward).parameters
+        assert prepared(**batch.inputs, steppo=request).loss != expected
+        assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    torch.testing.assert_close(model(**batch.inputs, steppo=request).loss, expected)
+    handle.remove()
+    assert "forward" not in model.__dict__
 
 
 def test_wrappers_leave_the_batch_alone() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
     model does after its head is compared with them in the first call. Each call waits for the
     device: where the action tokens are is looked at on the host.
 
-    Patch the model itself; wrap it before or after. A copy or pickle of a patched model is patched
-    too; its own handle is ``copy.steppo_patch``.
+    Patch the model itself; wrap it before or after. A deep copy of a patched model is patched too;
+    its own handle is ``copy.steppo_patch``. A pickle of one (``torch.save(model)``) raises.
 
     Args:
         model: a causal LM of transformers whose output head is an `nn.Linear`, tied or not; or a
@@ -77,7 +78,9 @@ class LMHeadPatch:
         self._inner = model.forward
         self._was_set = model.__dict__.get("forward")
         self._proven: Scaling | None = None
-        self._set = model.forward = _PatchedForward(self)
+        made = _make_forward(inspect.signature(model.forward))
+        # Methods of the model, not closures over it: a deep copy of the model gets its own.
+        self._set = model.forward = MethodType(made, model)
         model.steppo_patch = self
 
     def remove(self) -> None:
@@ -89,7 +92,8 @@ class LMHeadPatch:
         model = self.model
         if model.__dict__.get("steppo_patch") is not self:
             return
-        if model.__dict__.get("forward") is not self._set:
+        # Equal, not the same: what accelerate puts back when it unwraps is a method made anew.
+        if model.__dict__.get("forward") != self._set:
             raise RuntimeError(
                 "forward: was replaced after patch_lm_head (by accelerate, perhaps), expected the "
                 "patch: undo what came after it first"
@@ -99,6 +103,19 @@ class LMHeadPatch:
         else:
             model.forward = self._was_set
         del model.steppo_patch
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LMHeadPatch:
+        """Return the handle of a copy of the model."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce__(self) -> Any:
+        """Refuse: pickle would take the class's forward for that of the model."""
+        raise TypeError(
+            "model: a patched model cannot be pickled; call remove() of its patch_lm_head before, "
+            "or save its state_dict"
+        )
 
     def __enter__(self) -> LMHeadPatch:
         return self
@@ -110,15 +127,6 @@ class LMHeadPatch:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
-
-    @property
-    def signature(self) -> inspect.Signature:
-        """That of the model's own forward, and `steppo`."""
-        signature = inspect.signature(self._inner)
-        own = [*signature.parameters.values()]
-        rest = [own.pop()] if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-        extra = inspect.Parameter("steppo", inspect.Parameter.KEYWORD_ONLY, default=None)
-        return signature.replace(parameters=[*own, extra, *rest])
 
     def call(self, batch: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's forward, with `batch` evaluated in the place of its head."""
@@ -157,25 +165,6 @@ class LMHeadPatch:
         if work.steppo is not None:
             found["steppo"] = replace(work.steppo, loss=found["loss"])
         return StepPOCausalLMOutput(**found, **{name: outputs.get(name) for name in _OF_THE_MODEL})
-
-
-class _PatchedForward:
-    """The forward of a patched model.
-
-    An object, neither a closure nor a method: a deep copy or a pickle of the model has its own.
-    """
-
-    def __init__(self, patch: LMHeadPatch) -> None:
-        self.patch = patch
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """What others read to know its arguments."""
-        return self.patch.signature
-
-    def __call__(self, *args: Any, steppo: Any = None, **kwargs: Any) -> Any:
-        """Run the model."""
-        return self.patch.call(steppo, args, kwargs)
 
 
 class _AtHead:
@@ -242,6 +231,21 @@ class _AfterLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return ctx.like, *grads
+
+
+def _make_forward(signature: inspect.Signature) -> Any:
+    """Return a forward of that signature and `steppo`, which others read to know its arguments."""
+
+    def forward(self: Any, *args: Any, steppo: Any = None, **kwargs: Any) -> Any:
+        return self.steppo_patch.call(steppo, args, kwargs)
+
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [*signature.parameters.values()]
+    rest = [own.pop()] if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    extra = inspect.Parameter("steppo", inspect.Parameter.KEYWORD_ONLY, default=None)
+    shown = [inspect.Parameter("self", positional), *own, extra, *rest]
+    forward.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return forward
 
 
 def _tokens(batch: StepPOBatch | LogProbBatch, given: dict[str, Any]) -> Tokens:
