@@ -69,7 +69,8 @@ def linear_steppo_loss(
             the products of the weight's gradient, each rounded to its dtype, are summed in fp32: in
             memory of its own, besides the gradient, that is read and written once per chunk, which
             makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). On a
-            CPU, up to 256 MiB stay allocated for the next call (`steppo_kernels.memory.release`).
+            CPU, up to 256 MiB stay allocated for the next call, and so does a gradient of the
+            weight of up to 2 GiB after it was dropped (`steppo_kernels.memory.release`).
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .memory import KEPT_BYTES, scratch
+from .memory import KEPT_BYTES, gradient, scratch
 from .token_log_probs import Targets
 
 # Logits of a chunk: few enough to leave memory to the model, and so many that the sum of the
@@ -139,7 +139,7 @@ class HeadGradients:
         if need_weight:
             # The first product is written, the others are added.
             dtype = weight.dtype if self._single else wide
-            self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            self.weight = gradient(weight.shape, dtype, weight.device)
         if need_bias:
             self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device)
 

@@ -121,6 +121,7 @@ def poisoned_allocations(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
         return
     # What is kept for the next call would not be poisoned again.
     monkeypatch.setattr(memory, "KEPT_BYTES", 0)
+    monkeypatch.setattr(memory, "KEPT_GRADIENT_BYTES", 0)
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

@@ -21,8 +21,6 @@ from .cases import CONFIG, HeadCase, Shape, head_case, row_log_probs
 
 Call = Callable[[], None]
 
-# Products that are written into slices of the weight's gradient have this many of its rows.
-_SLICE = 4096
 # Of the expected root mean square. bf16 rounds the logits of likely tokens by up to 3 hundredths,
 # and with them their probabilities and the ratios.
 _TOLERANCE = 0.03
@@ -35,7 +33,9 @@ def step_of(shape: Shape, variant: str) -> tuple[Call, Call]:
     case = head_case(shape)
     if variant in _PRODUCTS:
         kept: list[Tensor] = []
-        products = _PRODUCTS[variant]
+        products = _products
+        if variant == _PRODUCTS[1]:
+            products = functools.partial(_products_into, _places(shape))
         hidden = peers.rows_of(case)[0].detach()
         weight = case.weight.detach()
         return lambda: kept.extend(products(hidden, weight)), kept.clear
@@ -200,13 +200,23 @@ def _products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.mm(logits, weight), torch.mm(logits.t(), hidden)
 
 
-def _sliced_products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, with the weight's gradient a slice at a time."""
-    logits = torch.mm(hidden, weight.t())
-    grad = torch.empty_like(weight)
-    for part, columns in zip(grad.split(_SLICE), logits.split(_SLICE, 1), strict=True):
-        torch.mm(columns.t(), hidden, out=part)
-    return torch.mm(logits, weight), grad
+@functools.cache
+def _places(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the outputs of the three products."""
+    case = head_case(shape)
+    hidden = torch.empty_like(peers.rows_of(case)[0])
+    return hidden.new_empty(len(hidden), len(case.weight)), hidden, torch.empty_like(case.weight)
 
 
-_PRODUCTS = {"bare products": _products, "bare products, sliced": _sliced_products}
+def _products_into(
+    places: tuple[Tensor, Tensor, Tensor], hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, into memory that is kept."""
+    logits, grad_hidden, grad_weight = places
+    torch.mm(hidden, weight.t(), out=logits)
+    torch.mm(logits, weight, out=grad_hidden)
+    torch.mm(logits.t(), hidden, out=grad_weight)
+    return grad_hidden, grad_weight
+
+
+_PRODUCTS = ("bare products", "bare products, kept memory")

@@ -16,7 +16,7 @@ _LOGITS, _HEAD = "[256, 151936]", "1024 tokens, 8 steps of 32, V 151936"
 _COLORS = {
     "fused": "#0b6e4f", "fused, in place": "#0b6e4f", "fused, 2 chunks": "#54a98b",
     "fused, twice the products": "#9ccdb9", "bare products": "#444444",
-    "bare products, sliced": "#444444", "eager": "#c0504d", "eager bf16": "#c0504d",
+    "bare products, kept memory": "#444444", "eager": "#c0504d", "eager bf16": "#c0504d",
     "eager fp32": "#d98880", "eager, action tokens": "#d98880", "torch.compile": "#e0a030",
     "torch.compile fp32": "#e0a030", "torch.compile, action tokens": "#ecc67a",
     "Liger grpo": "#7a5ea8", "Liger grpo, action tokens": "#a994c9", "Liger scaled CE": "#a994c9",

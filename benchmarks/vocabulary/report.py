@@ -13,7 +13,7 @@ LOGITS = "[256, 151936]"
 ALL_LOGITS = "512 tokens, 4 steps of 32, V 151936"
 HEAD = "1024 tokens, 8 steps of 32, V 151936"
 TEN = "1280 tokens, 10 steps of 32, V 151936"
-_PRODUCTS = ("bare products", "bare products, sliced")
+_PRODUCTS = ("bare products", "bare products, kept memory")
 _TITLES = {
     "log_probs_forward": "token_log_probs of bf16, forward",
     "log_probs_both": "token_log_probs of bf16, forward + backward",
@@ -33,7 +33,8 @@ what the task must move at least: logits once forward, again backward, and their
 
 Eager takes the logits of all tokens, as trainers do; "action tokens" are variants that are given
 those alone. Bare products are `H W^T`, `dZ W` and `dZ^T H` of the action tokens with `torch.mm` and
-nothing else, all outputs allocated; sliced writes 4096 rows of the weight's gradient at a time.
+nothing else, all outputs allocated or, as "kept memory", in the same places every time: the package
+keeps the memory of its scratch and of the weight's last gradient that was dropped.
 "Twice the products" is `linear_token_log_probs` and then `steppo_loss`, which forms the logits
 again in its backward pass; "2 chunks" has half the logits and sums the weight's gradient in fp32.
 Liger grpo is `LigerFusedLinearGRPOLoss` at the sequence level; TRL chunked and Liger scaled CE are

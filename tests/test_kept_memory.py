@@ -1,7 +1,10 @@
-"""Scratch memory: lent to one caller at a time, kept for the next, in any mode of torch."""
+"""Memory that is kept: lent to one caller at a time, kept for the next, in any mode of torch."""
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -35,18 +38,18 @@ def test_is_kept_for_the_next_call_that_it_is_large_enough_for():
     first = place(1000)
     assert place(500) == first
     place(1001)
-    assert [block.numel() for block in memory._kept] == [1001]
+    assert [block.numel() for block in memory._kept_scratch] == [1001]
     place(250, torch.float64)
-    assert [block.dtype for block in memory._kept] == [torch.float64]
+    assert [block.dtype for block in memory._kept_scratch] == [torch.float64]
     memory.release()
-    assert not memory._kept
+    assert not memory._kept_scratch
 
 
 def test_is_not_kept_beyond_the_limit(monkeypatch):
     monkeypatch.setattr(memory, "KEPT_BYTES", 4000)
     place(1001)
-    assert not memory._kept
-    assert place(1000) == memory._kept[0].data_ptr()
+    assert not memory._kept_scratch
+    assert place(1000) == memory._kept_scratch[0].data_ptr()
 
 
 def test_is_lent_once_at_a_time():
@@ -56,19 +59,20 @@ def test_is_lent_once_at_a_time():
         memory.scratch((8, 4), torch.float32, _CPU) as two,
     ):
         assert one.data_ptr() != two.data_ptr()
-    assert len(memory._kept) == 1
+    assert len(memory._kept_scratch) == 1
 
 
 def test_comes_back_from_a_caller_that_raises():
     with pytest.raises(KeyError), memory.scratch((8,), torch.float32, _CPU) as block:
         raise KeyError
-    assert memory._kept[0].data_ptr() == block.data_ptr()
+    assert memory._kept_scratch[0].data_ptr() == block.data_ptr()
 
 
 def test_of_fake_tensors_is_not_kept():
     with FakeTensorMode(), memory.scratch((8, 4), torch.float32, _CPU) as block:
         assert block.shape == (8, 4)
-    assert not memory._kept
+        assert type(memory.gradient((8, 4), torch.float32, _CPU)) is not torch.Tensor
+    assert not memory._kept_scratch
     first = place(32)
     with FakeTensorMode(), memory.scratch((8, 4), torch.float32, _CPU) as block:
         assert type(block) is not torch.Tensor
@@ -78,7 +82,84 @@ def test_of_fake_tensors_is_not_kept():
 def test_default_device_of_torch_is_not_its_own():
     with torch.device("meta"):
         place(32)
-    assert memory._kept[0].device == _CPU
+        gradient = memory.gradient((8, 4), torch.float32, _CPU)
+    assert memory._kept_scratch[0].device == _CPU
+    assert gradient.device == _CPU
+
+
+def test_of_a_gradient_is_kept_when_its_last_tensor_ends(monkeypatch):
+    def gradient(*shape, dtype=torch.bfloat16):
+        made = memory.gradient(shape, dtype, _CPU)
+        assert made.shape == shape
+        assert made.dtype == dtype
+        assert made.is_contiguous()
+        return made.zero_()
+
+    one, two = gradient(8, 4), gradient(8, 4)
+    places = one.data_ptr(), two.data_ptr()
+    assert len(set(places)) == 2
+    assert not memory._kept_gradient
+    part, twin = one[2:, :1].detach(), copy.deepcopy(one)
+    del one
+    assert not memory._kept_gradient
+    del part
+    assert gradient(4, 8).data_ptr() == places[0]
+    del two
+    assert [block.data_ptr() for block in memory._kept_gradient] == [places[1]]
+    assert not twin.any()
+    gradient(8, 4, dtype=torch.float32)
+    assert [block.dtype for block in memory._kept_gradient] == [torch.float32]
+    memory.release()
+    assert not memory._kept_gradient
+    monkeypatch.setattr(memory, "KEPT_GRADIENT_BYTES", 63)
+    gradient(8, 4)
+    assert not memory._kept_gradient
+    assert gradient(0, 4).numel() == 0
+
+
+def test_the_weight_gets_its_gradient_without_a_copy(kernel):
+    """And in the next step in the same memory, whatever is in it by then."""
+    case = head_case(4, rows=3, length=20).to(torch.float32, kernel.device)
+    leaves = case.hidden, case.weight, case.bias
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        run(case, kernel)[1].backward()
+        return case.weight.grad
+
+    expected = step().clone()
+    place = case.weight.grad.data_ptr()
+    kept = case.weight.grad
+    assert torch.equal(step(), expected)
+    assert case.weight.grad.data_ptr() != place
+    assert torch.equal(kept, expected)
+    kept.fill_(torch.nan)
+    case.weight.grad = None
+    del kept
+    if kernel.device == "cpu":
+        assert memory._kept_gradient[0].data_ptr() == place
+    assert torch.equal(step(), expected)
+    run(case, kernel)[1].backward()
+    torch.testing.assert_close(case.weight.grad, 2 * expected)
+
+
+def test_gradients_may_outlive_the_interpreter():
+    program = """
+import threading, time, torch
+from steppo_kernels import memory
+kept = [memory.gradient((1000,), torch.float32, torch.device("cpu")) for _ in range(3)]
+torch.kept = kept[1]
+parameter = torch.nn.Parameter(torch.zeros(1000))
+parameter.grad = kept.pop()
+def work():
+    held = memory.gradient((1000,), torch.float32, torch.device("cpu"))
+    time.sleep(60)
+threading.Thread(target=work, daemon=True).start()
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, "done", "")
 
 
 def test_compiled_code_with_changing_sizes(kernel):
@@ -124,7 +205,7 @@ def test_serves_inference_mode_and_training_in_turn(kernel):
 def test_outlives_inference_mode():
     with torch.inference_mode():
         place(8)
-    assert not memory._kept[0].is_inference()
+    assert not memory._kept_scratch[0].is_inference()
 
 
 def test_stale_contents_do_not_show(kernel):
