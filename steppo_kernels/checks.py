@@ -196,8 +196,9 @@ def vector(
 
 
 def scalar(
-    name: str, value: object, device: torch.device, *, positive: bool = False
-) -> Tensor | None:
+    name: str, value: object, device: torch.device, *, positive: bool = False,
+    or_zero: bool = False,
+) -> Tensor | None:  # fmt: skip
     """Return a number or 0-dim tensor as a 0-dim tensor; a number becomes one on the CPU.
 
     Kernels take a 0-dim CPU tensor as a plain argument, as torch's own operators do.
@@ -212,11 +213,11 @@ def scalar(
         if value.device.type != "cpu":
             on_device(name, value, device)
         elif not torch.compiler.is_compiling():
-            _finite(name, value.item(), positive)
+            _finite(name, value.item(), positive, or_zero)
         return value.detach().to(torch.float64)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number or 0-dim tensor")
-    _finite(name, value, positive)
+    _finite(name, value, positive, or_zero)
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
@@ -226,7 +227,7 @@ def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | 
     Where a batch is known to be empty, there is nothing to divide, and 0 is what normalizers of
     its parts add up to.
     """
-    checked = scalar("normalizer", value, device, positive=not is_empty)
+    checked = scalar("normalizer", value, device, positive=True, or_zero=is_empty)
     return None if is_empty else checked
 
 
@@ -276,8 +277,10 @@ def wants_gradient(*values: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(value.requires_grad for value in given)
 
 
-def _finite(name: str, value: float, positive: bool) -> None:
+def _finite(name: str, value: float, positive: bool, or_zero: bool = False) -> None:
     # Comparisons, which compiled code can put off where a number changes from call to call.
+    if or_zero and value == 0:
+        return
     if not (0.0 if positive else -math.inf) < value < math.inf:
         expected = "a finite number above 0" if positive else "a finite number"
         raise ValueError(f"{name}: got {value!r}, expected {expected}")

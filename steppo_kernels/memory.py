@@ -6,8 +6,8 @@ system, which then has to find and clear fresh pages in every call.
 
 from __future__ import annotations
 
-import ctypes
-import weakref
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +19,7 @@ KEPT_BYTES, KEPT_GRADIENT_BYTES = 256 * 2**20, 2**31
 
 # One block at most of each; whoever uses it has taken it out.
 _kept_scratch: list[Tensor] = []
-_kept_gradient: list[Tensor] = []
+_kept_gradient: list[torch.UntypedStorage] = []
 
 
 @contextmanager
@@ -31,28 +31,51 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if not _can_keep(device):
         yield torch.empty(shape, dtype=dtype, device=device)
         return
-    count = torch.Size(shape).numel()
-    block = _take(_kept_scratch, count, dtype)
+    count = math.prod(shape)
+    try:
+        block = _kept_scratch.pop()
+    except IndexError:
+        block = None
+    if block is None or block.dtype != dtype or len(block) < count:
+        del block
+        # A block outlives torch.inference_mode(), whose tensors may not be written elsewhere.
+        with torch.inference_mode(False):
+            block = torch.empty(count, dtype=dtype, device="cpu")
     try:
         yield block[:count].view(shape)
     finally:
-        _keep(_kept_scratch, block, KEPT_BYTES)
+        if 0 < block.nbytes <= KEPT_BYTES:
+            _kept_scratch[:] = [block]
 
 
 def gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor whose memory is kept once nothing refers to it any more.
+    """Return an uninitialised tensor, in memory that is kept when the tensor is dropped.
 
-    Training drops a gradient in every step, and asks for the same in the next. One block of up to
-    `KEPT_GRADIENT_BYTES` is kept.
+    Training drops a gradient in every step, and asks for the same in the next. The last storage is
+    kept, if it has up to `KEPT_GRADIENT_BYTES`; it is used again if nothing else refers to it.
     """
-    count = torch.Size(shape).numel()
-    if count == 0 or not _can_keep(device):
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not (_ALONE and 0 < nbytes <= KEPT_GRADIENT_BYTES and _can_keep(device)):
         return torch.empty(shape, dtype=dtype, device=device)
-    block = _take(_kept_gradient, count, dtype)
-    # What the tensor's storage refers to: it ends with the last of the tensors that share it.
-    lease = (ctypes.c_char * block.nbytes).from_address(block.data_ptr())
-    weakref.finalize(lease, _end, block).atexit = False
-    return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)
+    # Taken out first: of two threads, one at most finds it.
+    try:
+        storage = _kept_gradient.pop()
+    except IndexError:
+        storage = None
+    with torch.inference_mode(False):
+        if (
+            storage is not None
+            and _references(storage) == _ALONE
+            and storage.nbytes() == nbytes
+            # Of what another process may have too.
+            and not storage.is_shared()
+        ):
+            made = torch.empty(0, dtype=dtype, device="cpu").set_(storage).resize_(shape)
+        else:
+            del storage
+            made = torch.empty(shape, dtype=dtype, device="cpu")
+    _kept_gradient[:] = [made.untyped_storage()]
+    return made
 
 
 def release() -> None:
@@ -70,25 +93,24 @@ def _can_keep(device: torch.device) -> bool:
     )
 
 
-def _take(kept: list[Tensor], count: int, dtype: torch.dtype) -> Tensor:
-    """Return a block of at least `count` numbers: the kept one if it is one."""
-    try:
-        block = kept.pop()
-    except IndexError:
-        pass
-    else:
-        if block.dtype == dtype and len(block) >= count:
-            return block
-        del block
-    # A block outlives torch.inference_mode(), whose tensors may not be written elsewhere.
-    with torch.inference_mode(False):
-        return torch.empty(count, dtype=dtype, device="cpu")
+def _references(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """Return how many refer to the Python object of a storage, and to its memory."""
+    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
 
 
-def _keep(kept: list[Tensor], block: Tensor, most: int) -> None:
-    if 0 < block.nbytes <= most:
-        kept[:] = [block]
+def _alone() -> tuple[int, int] | None:
+    """Return the references of a storage that is one function's alone.
+
+    None if they do not tell: no torch promises to count them.
+    """
+    if not hasattr(torch._C, "_storage_Use_Count"):
+        return None
+    tensor = torch.empty(1, device="cpu")
+    storage = tensor.untyped_storage()
+    held = _references(storage)
+    del tensor
+    alone = _references(storage)
+    return alone if alone[1] < held[1] else None
 
 
-def _end(block: Tensor) -> None:
-    _keep(_kept_gradient, block, KEPT_GRADIENT_BYTES)
+_ALONE = _alone()

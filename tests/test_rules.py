@@ -442,8 +442,9 @@ def test_the_normalizer_of_a_batch_without_actions(target, reduction):
             assert all(math.isfinite(value) for value in out.metrics.as_dict().values())
             (grad,) = torch.autograd.grad(out.loss, leaf)
             assert not grad.any()
-    with pytest.raises(ValueError, match=r"^normalizer: got nan"):
-        steppo_loss(leaf, None, none, layout, normalizer=math.nan, backend=target.backend)
+    for wrong in (math.nan, -1.0):
+        with pytest.raises(ValueError, match=rf"^normalizer: got {wrong}"):
+            steppo_loss(leaf, None, none, layout, normalizer=wrong, backend=target.backend)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

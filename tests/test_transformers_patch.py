@@ -235,9 +235,10 @@ def test_bad_heads() -> None:
         # What accelerate leaves behind where its hooks are removed again.
         plain = model.lm_head.forward = model.lm_head.forward
         assert torch.equal(model(**batch.inputs, steppo=request).log_probs, expected)
-    model.lm_head.forward = lambda hidden: 10 * plain(hidden)
-    with pytest.raises(TypeError, match="forward of its output head was replaced"):
-        model(**batch.inputs, steppo=request)
+    for other in (lambda hidden: 10 * plain(hidden), nn.Linear(WIDTH, VOCAB).forward):
+        model.lm_head.forward = other
+        with pytest.raises(TypeError, match="forward of its output head was replaced"):
+            model(**batch.inputs, steppo=request)
     other = make("llama")
     other.lm_head.forward = model.lm_head.forward
     with pytest.raises(TypeError, match="forward of its output head was replaced"):

@@ -276,7 +276,7 @@ def _check_linear(model: PreTrainedModel) -> nn.Linear:
     head = getattr(head, "_fsdp_wrapped_module", head)
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
         own = head.__dict__.get(_forward_name(head))
-        if own is None or getattr(own, "__func__", None) is nn.Linear.forward:
+        if own is None or own == MethodType(nn.Linear.forward, head):
             return head
         raise TypeError(
             "model: the forward of its output head was replaced, expected that of nn.Linear (what "
