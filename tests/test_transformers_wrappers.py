@@ -271,6 +271,9 @@ def test_accelerate_unwraps() -> None:
     handle = patch_lm_head(model)
     request = StepPOBatch(batch.old_noise - 4, batch.advantages, batch.layout)
     expected = model(**batch.inputs, steppo=request).loss
+    # One of the process, which a Trainer may have left behind.
+    forget = accelerate.state.AcceleratorState._reset_state
+    forget(reset_partial_state=True)
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     try:
         prepared = accelerator.prepare(model)
@@ -278,7 +281,7 @@ def test_accelerate_unwraps() -> None:
         assert prepared(**batch.inputs, steppo=request).loss != expected
         assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
     finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        forget(reset_partial_state=True)
     torch.testing.assert_close(model(**batch.inputs, steppo=request).loss, expected)
     handle.remove()
     assert "forward" not in model.__dict__
