@@ -215,10 +215,9 @@ def scalar(
         elif not torch.compiler.is_compiling():
             _finite(name, value.item(), positive, or_zero)
         return value.detach().to(torch.float64)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number or 0-dim tensor")
-    _finite(name, value, positive, or_zero)
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    number = _number(name, value, "a number or 0-dim tensor")
+    _finite(name, number, positive, or_zero)
+    return torch.tensor(float(number), dtype=torch.float64, device="cpu")
 
 
 def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | None:
@@ -233,19 +232,17 @@ def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | 
 
 def fraction(name: str, value: object) -> float:
     """Return `value` if it is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number in [0, 1]")
-    if not 0.0 <= value <= 1.0:
+    number = _number(name, value, "a number in [0, 1]")
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1]")
-    return float(value)
+    return float(number)
 
 
 def positive_number(name: str, value: object) -> float:
     """Return `value` if it is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a finite number above 0")
-    _finite(name, value, positive=True)
-    return float(value)
+    number = _number(name, value, "a finite number above 0")
+    _finite(name, number, positive=True)
+    return float(number)
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
@@ -275,6 +272,12 @@ def wants_gradient(*values: Tensor | None) -> bool:
             "forward-mode differentiation: got a dual number, expected reverse mode alone"
         )
     return torch.is_grad_enabled() and any(value.requires_grad for value in given)
+
+
+def _number(name: str, value: object, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    return value
 
 
 def _finite(name: str, value: float, positive: bool, or_zero: bool = False) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 # The most that is kept of scratch memory, and of gradients.
 KEPT_BYTES, KEPT_GRADIENT_BYTES = 256 * 2**20, 2**31
 
-# One block at most of each; whoever uses it has taken it out.
+# One at most of each. Scratch is not here while it is in use; the storage of a gradient may be.
 _kept_scratch: list[Tensor] = []
 _kept_gradient: list[torch.UntypedStorage] = []
 

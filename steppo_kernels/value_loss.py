@@ -70,7 +70,7 @@ def step_value_loss(
     total = checks.normalizer(normalizer, device, layout.num_tokens == 0)
     args = (
         new, returns, old, by_token, old_by_token, layout.state_index, layout.step_lengths,
-        layout.trajectory_counts, total, float(clip),
+        layout.trajectory_counts, total, clip,
     )  # fmt: skip
     if chosen == "reference":
         loss, metrics = reference.value_loss(*args, reduction)

@@ -88,6 +88,30 @@ def test_what_is_not_finite_shows_on_policy(target, value, ratio):
         assert x.grad[0, 3] == -0.5
 
 
+@pytest.mark.parametrize("ratio", ["geometric", "centered"])
+def test_what_is_not_finite_shows_on_policy_from_hidden_states(target, ratio):
+    _, layout = two_steps(target)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn((1, 4, 3), generator=generator, dtype=torch.float64).to(target.device)
+    weight = torch.randn((7, 3), generator=generator, dtype=torch.float64).to(target.device)
+    ids = torch.tensor([[1, 2, 3, 4]], device=target.device)
+    broken = clean.clone()
+    broken[0, 1, 0] = torch.nan
+    found = []
+    for hidden in (clean, broken):
+        leaf = hidden.requires_grad_()
+        out = linear_steppo_loss(
+            leaf, weight, ids, None, tensor([1.0, -2.0], target.device), layout,
+            config=StepPOConfig(ratio=ratio), backend=target.backend,
+        )  # fmt: skip
+        out.loss.backward()
+        found.append((out.loss, leaf.grad))
+    assert found[0][0].isfinite()
+    assert found[1][0].isnan()
+    assert found[1][1][0, :2].isnan().all()
+    torch.testing.assert_close(found[1][1][0, 2:], found[0][1][0, 2:], rtol=1e-12, atol=0)
+
+
 def test_an_impossible_token(target):
     """log pi = -inf: the ratio is 0, the loss is finite."""
     _, layout = two_steps(target)
