@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from steppo_kernels import backends
+from steppo_kernels.backends import choice
 
 
-def fused_backend() -> backends.Backend:
+def fused_backend() -> choice.Backend:
     """Return the compiled backend that is measured, or raise saying why there is none."""
-    if why := backends.why_not_cpu():
+    if why := choice.why_not_cpu():
         raise RuntimeError(f"the C++ backend cannot run here: {why}")
     return "cpu"
 

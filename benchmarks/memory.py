@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from steppo_kernels.memory import release
+from steppo_kernels.log_probs.memory import release
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -46,9 +46,11 @@ class Run:
 
 
 def runs(
-    case: str, variants: Iterable[str] | Mapping[str, int], threads: Iterable[int] = THREADS,
+    case: str,
+    variants: Iterable[str] | Mapping[str, int],
+    threads: Iterable[int] = THREADS,
     turns: int = TURNS,
-) -> list[Run]:  # fmt: skip
+) -> list[Run]:
     """Return the timings of a case, the variants side by side in each turn.
 
     Variants that are given with a number take part in that many turns, the first ones.

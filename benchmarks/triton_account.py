@@ -23,10 +23,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from triton.tools.disasm import get_sass
 
-from steppo_kernels import lm_head
+from steppo_kernels.log_probs import lm_head
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import triton_compile
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+import compiled_kernels
 
 _PAGE = Path(__file__).with_suffix(".md")
 
@@ -50,9 +50,27 @@ _PRODUCT_SHARE = 0.74
 
 # Instructions of the pipe that does 64 results a clock: comparisons, integers, conversions.
 _ALU_NAMES = {
-    "FMNMX", "FSETP", "FSEL", "FSET", "ISETP", "SEL", "IADD3", "VIADD", "LEA", "LOP3", "SHF",
-    "PRMT", "PLOP3", "P2R", "R2P", "MOV", "F2FP", "I2FP", "IMNMX", "VIMNMX",
-}  # fmt: skip
+    "FMNMX",
+    "FSETP",
+    "FSEL",
+    "FSET",
+    "ISETP",
+    "SEL",
+    "IADD3",
+    "VIADD",
+    "LEA",
+    "LOP3",
+    "SHF",
+    "PRMT",
+    "PLOP3",
+    "P2R",
+    "R2P",
+    "MOV",
+    "F2FP",
+    "I2FP",
+    "IMNMX",
+    "VIMNMX",
+}
 # Operations on floating-point numbers; comparisons, selections and conversions are none.
 _OPERATIONS = {"FADD": 1, "FMUL": 1, "FFMA": 2, "FMNMX": 1, "MUFU": 1}
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -238,12 +256,16 @@ def logits_kernels() -> list[Kernel]:
         halves = (False, True) if dtype == "fp32" else (False,)
         for halved, softcap, entropy in itertools.product(halves, (False, True), (False, True)):
             call = functools.partial(
-                triton_compile.logits, shape, torch_dtype, entropy=entropy, softcap=softcap,
+                compiled_kernels.logits,
+                shape,
+                torch_dtype,
+                entropy=entropy,
+                softcap=softcap,
                 halved=halved,
-            )  # fmt: skip
-            for each in triton_compile.recorded(call):
-                kernel, report = triton_compile.compiled(each, "sm_90")
-                source, *_ = triton_compile.specialized(each, triton_compile.TARGETS["sm_90"])
+            )
+            for each in compiled_kernels.recorded(call):
+                kernel, report = compiled_kernels.compiled(each, "sm_90")
+                source, *_ = compiled_kernels.specialized(each, compiled_kernels.TARGETS["sm_90"])
                 carried = {
                     name: _SIZES[kind]
                     for name, kind in source.signature.items()
@@ -273,9 +295,18 @@ def logits_kernels() -> list[Kernel]:
 def code() -> list[str]:
     """Return the lines of the table of what the kernels are compiled to."""
     lines = _header(
-        "kernel", "logits", "registers", "warps / SM", "loads", "stores", "KB in flight / SM",
-        "operations", "instructions", "ALU", "MUFU",
-    )  # fmt: skip
+        "kernel",
+        "logits",
+        "registers",
+        "warps / SM",
+        "loads",
+        "stores",
+        "KB in flight / SM",
+        "operations",
+        "instructions",
+        "ALU",
+        "MUFU",
+    )
     for each in logits_kernels():
         counts = each.loop.counts
         moves = [
@@ -302,10 +333,16 @@ def code() -> list[str]:
 def tokens() -> list[str]:
     """Return the lines of the table of what a token costs."""
     lines = _header(
-        "kernel", "logits", "bytes", "operations", "instructions",
-        *(f"{name} ms" for name in ("memory", *_RATES)), "bound by", "bandwidth",
+        "kernel",
+        "logits",
+        "bytes",
+        "operations",
+        "instructions",
+        *(f"{name} ms" for name in ("memory", *_RATES)),
+        "bound by",
+        "bandwidth",
         f"{_MEMORY_SHARE:.0%} met",
-    )  # fmt: skip
+    )
     for each in logits_kernels():
         seconds, shares = each.seconds, each.shares(_LATENCIES[0])
         instructions = _VOCABULARY * each.loop.counts["issue"] / each.logits
@@ -402,9 +439,13 @@ def _amount(work: str, sizes: dict[str, float]) -> float:
 def sizes_of(live: float, chunk: int) -> dict[str, float]:
     """Return what the letters of formulas stand for."""
     return {
-        "M": _ROWS, "d": _HIDDEN, "V": _VOCABULARY, "f": live, "n": math.ceil(_ROWS / chunk),
+        "M": _ROWS,
+        "d": _HIDDEN,
+        "V": _VOCABULARY,
+        "f": live,
+        "n": math.ceil(_ROWS / chunk),
         "s": math.ceil(_VOCABULARY / lm_head._SLICE),
-    }  # fmt: skip
+    }
 
 
 def parts(live: float, chunk: int, changed: int = 0) -> list[Part]:
@@ -464,10 +505,14 @@ def one_pass() -> list[str]:
         f"n = {sizes['n']} of {chunk} rows, s = {sizes['s']}; KB are thousands of bytes.",
         "",
         *_header(
-            "part", "operations", "bytes", "operations a token, f = 1", "bytes a token, f = 1",
+            "part",
+            "operations",
+            "bytes",
+            "operations a token, f = 1",
+            "bytes a token, f = 1",
             *_COLUMNS,
         ),
-    ]  # fmt: skip
+    ]
     found = parts(1.0, chunk)
     for part, times in zip(found, _times(chunk), strict=True):
         lines.append(
@@ -577,9 +622,14 @@ def device() -> list[str]:
 
 
 _TABLES = {
-    "device": device, "code": code, "tokens": tokens, "targets": targets, "one pass": one_pass,
-    "chunks": chunks, "changes": changes,
-}  # fmt: skip
+    "device": device,
+    "code": code,
+    "tokens": tokens,
+    "targets": targets,
+    "one pass": one_pass,
+    "chunks": chunks,
+    "changes": changes,
+}
 
 
 def main() -> None:

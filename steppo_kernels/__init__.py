@@ -1,18 +1,18 @@
 """Step-level policy optimization (StepPO, arXiv 2604.18401), fused, for LLM agents."""
 
 from ._version import __version__
-from .broadcast import broadcast_to_tokens
 from .config import StepPOConfig
-from .gae import step_gae
-from .layout import StepLayout
-from .linear_steppo_loss import linear_steppo_loss
-from .linear_token_log_probs import linear_token_log_probs
-from .logits_loss import steppo_loss_from_logits
-from .modules import StepPOLoss, StepValueLoss
+from .layout.broadcast import broadcast_to_tokens
+from .layout.step_layout import StepLayout
+from .log_probs.linear_token_log_probs import linear_token_log_probs
+from .log_probs.token_log_probs import token_log_probs
+from .losses.gae import step_gae
+from .losses.linear_steppo_loss import linear_steppo_loss
+from .losses.logits_loss import steppo_loss_from_logits
+from .losses.modules import StepPOLoss, StepValueLoss
+from .losses.policy_loss import steppo_loss
+from .losses.value_loss import step_value_loss
 from .outputs import Metrics, StepAdvantages, StepPOOutput
-from .policy_loss import steppo_loss
-from .token_log_probs import token_log_probs
-from .value_loss import step_value_loss
 
 __all__ = [
     "Metrics",

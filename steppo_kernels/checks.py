@@ -101,9 +101,13 @@ def tokens(
 
 
 def steps_or_tokens(
-    name: str, value: object, num_steps: int | None, shape: torch.Size, device: torch.device,
+    name: str,
+    value: object,
+    num_steps: int | None,
+    shape: torch.Size,
+    device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Tensor, bool]:  # fmt: skip
+) -> tuple[Tensor, bool]:
     """Return a floating tensor, flat and in `dtype`, and whether it has one entry per token.
 
     Without `num_steps` it must.
@@ -122,9 +126,13 @@ def steps_or_tokens(
 
 
 def flags(
-    name: str, value: object, allowed: Iterable[int] | None, device: torch.device | None = None, *,
+    name: str,
+    value: object,
+    allowed: Iterable[int] | None,
+    device: torch.device | None = None,
+    *,
     wait: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return a bool, or int or float 0/1, tensor of `allowed` dimensions (None is any) as bool.
 
     The values are checked where that costs no wait for a GPU, or where `wait` allows one.
@@ -196,9 +204,13 @@ def vector(
 
 
 def scalar(
-    name: str, value: object, device: torch.device, *, positive: bool = False,
+    name: str,
+    value: object,
+    device: torch.device,
+    *,
+    positive: bool = False,
     or_zero: bool = False,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor | None:
     """Return a number or 0-dim tensor as a 0-dim tensor; a number becomes one on the CPU.
 
     Kernels take a 0-dim CPU tensor as a plain argument, as torch's own operators do.

@@ -16,7 +16,8 @@ import hypothesis
 import numpy as np
 import pytest
 
-from steppo_kernels import backends, memory
+from steppo_kernels.backends import choice
+from steppo_kernels.log_probs import memory
 
 hypothesis.settings.register_profile(
     "derandomized",
@@ -46,7 +47,7 @@ class Target(NamedTuple):
 
 
 def _kernels() -> list[object]:
-    on_gpu = ["triton"] if backends.why_not_cuda() else ["triton", "cuda"]
+    on_gpu = ["triton"] if choice.why_not_cuda() else ["triton", "cuda"]
     return [
         *(_target(Target(name, "cpu")) for name in ("cpu", "triton")),
         *(_target(Target(name, "cuda"), pytest.mark.gpu) for name in on_gpu),
@@ -54,7 +55,7 @@ def _kernels() -> list[object]:
 
 
 def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
-    why = backends.unavailable(target.backend, torch.device(target.device))
+    why = choice.unavailable(target.backend, torch.device(target.device))
     if target.device == "cuda" and not torch.cuda.is_available():
         why = "torch sees no GPU"
     if why is not None:
@@ -66,7 +67,7 @@ def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
 def pytest_configure(config: pytest.Config) -> None:
     # Tests run side by side; the tensors are small.
     torch.set_num_threads(1)
-    if backends.triton_interprets():
+    if choice.triton_interprets():
         _round_to_bfloat16()
 
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from batches import ragged_mask
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steppo_kernels import StepLayout, steppo_loss
-from steppo_kernels.testing import ragged_mask
 
 
 @dataclass
@@ -52,9 +52,16 @@ class HeadCase:
 
 
 def head_case(
-    seed: int, rows: int = 3, length: int = 17, size: int = 5, vocabulary: int = 11, *,
-    mean_step: float = 4.0, sharp: float = 1.0, moved: float = 0.1,
-) -> HeadCase:  # fmt: skip
+    seed: int,
+    rows: int = 3,
+    length: int = 17,
+    size: int = 5,
+    vocabulary: int = 11,
+    *,
+    mean_step: float = 4.0,
+    sharp: float = 1.0,
+    moved: float = 0.1,
+) -> HeadCase:
     """Draw a case in fp64 (hidden states and weight are exact in bf16); log-ratios are `moved`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,9 +96,13 @@ def head_case(
 
 
 def plain_log_probs(
-    case: HeadCase, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
-    softcap: float | None = None, softmax_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    case: HeadCase,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    softmax_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies as a trainer would write them; masked ones are 0.
 
     The logits have the dtype of the hidden states, the softmax has `softmax_dtype`.
@@ -121,9 +132,14 @@ def plain_loss(case: HeadCase, head: dict, **options: object):
     log_probs, entropy = plain_log_probs(case, **head)
     config = options.get("config")
     return steppo_loss(
-        log_probs, case.old_log_probs, case.advantages, case.layout, backend="reference",
-        entropy=entropy if config is not None and config.entropy_coef else None, **options,
-    )  # fmt: skip
+        log_probs,
+        case.old_log_probs,
+        case.advantages,
+        case.layout,
+        backend="reference",
+        entropy=entropy if config is not None and config.entropy_coef else None,
+        **options,
+    )
 
 
 class _Sizes(TorchDispatchMode):

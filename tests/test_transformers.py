@@ -30,7 +30,8 @@ from tiny_models import (
     unfused_loss,
 )
 
-from steppo_kernels import StepLayout, StepPOConfig, backends
+from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels.backends import choice
 from steppo_kernels.integrations.transformers import (
     LogProbBatch,
     StepPOBatch,
@@ -306,7 +307,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["loss", "log_probs"])
 def test_no_tensor_of_all_logits(mode: str) -> None:
-    if why := backends.unavailable("cpu", torch.device("cpu")):
+    if why := choice.unavailable("cpu", torch.device("cpu")):
         pytest.skip(f"cpu: {why}")
     config = transformers.LlamaConfig(**{**SIZES, "vocab_size": 4000, "head_dim": 8})
     model = transformers.LlamaForCausalLM(config).train()

@@ -13,7 +13,8 @@ pytest.importorskip("transformers", reason="the demo's extra is not installed")
 import transformers
 from transformers import PreTrainedModel
 
-from steppo_kernels import StepLayout, StepPOConfig, backends, steppo_loss
+from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
+from steppo_kernels.backends import choice
 from steppo_kernels.integrations.transformers import StepPOBatch
 
 ROWS, LENGTH, VOCAB, WIDTH = 3, 14, 53, 16
@@ -145,6 +146,6 @@ ON_BACKENDS = pytest.mark.parametrize(
     [
         pytest.param(name, marks=pytest.mark.skipif(why is not None, reason=f"{name}: {why}"))
         for name in ("reference", "cpu")
-        for why in (backends.unavailable(name, torch.device("cpu")),)
+        for why in (choice.unavailable(name, torch.device("cpu")),)
     ],
 )

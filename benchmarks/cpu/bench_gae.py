@@ -211,9 +211,13 @@ def row_gate(variant: str, num_threads: int) -> None:
     """Raise unless the variant gives the fp64 reference."""
     case = row_case()
     out = sk.step_gae(
-        case["rewards"].double(), case["values"].double(), row_layout(), gamma=GAMMA, lam=LAM,
+        case["rewards"].double(),
+        case["values"].double(),
+        row_layout(),
+        gamma=GAMMA,
+        lam=LAM,
         backend="reference",
-    )  # fmt: skip
+    )
     with threads(num_threads):
         found = row_gae(variant)()
     for name, got, wanted in zip(

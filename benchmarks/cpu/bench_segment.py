@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import steppo_kernels as sk
-from steppo_kernels.backends import Backend
+from steppo_kernels.backends.choice import Backend
 
 from ..gates import fused_backend
 from ..machine import DEFAULT_THREADS, threads

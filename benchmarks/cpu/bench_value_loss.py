@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import steppo_kernels as sk
-from steppo_kernels.backends import Backend
+from steppo_kernels.backends.choice import Backend
 
 from ..gates import assert_close, fused_backend
 from ..machine import threads

@@ -88,9 +88,14 @@ def token_gae_loop(
 
 
 def step_gae_tables(
-    rewards: Tensor, values: Tensor, mask: Tensor, trajectory_uids: np.ndarray[Any, Any],
-    step_indices: np.ndarray[Any, Any], gamma: float, lam: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    trajectory_uids: np.ndarray[Any, Any],
+    step_indices: np.ndarray[Any, Any],
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
     """Step-level GAE by the method of the StepPO authors.
 
     One row a step. Rewards are summed over the response, the value is that of column 0, both are

@@ -17,11 +17,17 @@ _PANELS = (
     ("step_gae", "rows 2688x512", "step GAE from rows\n[2688, 512]"),
 )
 _COLORS = {
-    "fused, layout": "#0b6e4f", "fused": "#0b6e4f", "fused, mask": "#54a98b",
-    "fused, per token": "#54a98b", "fused, layout + per token": "#9ccdb9", "eager": "#c0504d",
-    "torch.compile": "#e0a030", "verl gspo": "#7a5ea8", "verl loop": "#7a5ea8",
+    "fused, layout": "#0b6e4f",
+    "fused": "#0b6e4f",
+    "fused, mask": "#54a98b",
+    "fused, per token": "#54a98b",
+    "fused, layout + per token": "#9ccdb9",
+    "eager": "#c0504d",
+    "torch.compile": "#e0a030",
+    "verl gspo": "#7a5ea8",
+    "verl loop": "#7a5ea8",
     "authors' tables": "#4a78b5",
-}  # fmt: skip
+}
 _CURVES = {
     ("policy_loss", "fused, layout"): ("steppo_loss, layout", "#0b6e4f", "o"),
     ("policy_loss", "fused, mask"): ("steppo_loss, mask", "#54a98b", "s"),

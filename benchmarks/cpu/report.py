@@ -21,9 +21,16 @@ _NAMES = {
 # The variant that the others of a suite are divided by.
 _OURS = {"policy_loss": "fused, layout"}
 _COLUMNS = (
-    "variant", "threads", "median", "ns/token", "first is faster by", "GB/s", "% of copy",
-    "% same size", "fp32 a token",
-)  # fmt: skip
+    "variant",
+    "threads",
+    "median",
+    "ns/token",
+    "first is faster by",
+    "GB/s",
+    "% of copy",
+    "% same size",
+    "fp32 a token",
+)
 NOTE = (
     "Medians over interleaved turns. GB/s counts the bytes that the task must move at least, not "
     "what a variant moves. % of copy compares with `torch.Tensor.copy_` of 256 MB in the same "

@@ -9,16 +9,23 @@ from .page import digits, time_text
 from .results import Line, Results
 
 STYLE = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.axisbelow": True, "figure.facecolor": "white",
-}  # fmt: skip
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+}
 OTHER = "#888888"
 
 
 def bars(
-    axis: Any, title: str, lines: Sequence[Line], ratios: Sequence[float | None],
-    colors: dict[str, str], slots: int,
-) -> None:  # fmt: skip
+    axis: Any,
+    title: str,
+    lines: Sequence[Line],
+    ratios: Sequence[float | None],
+    colors: dict[str, str],
+    slots: int,
+) -> None:
     """Draw the times of variants with how often the first fits into them, `slots` bars high."""
     seconds = [line.median for line in lines]
     names = [line.variant for line in lines]

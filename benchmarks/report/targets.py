@@ -38,17 +38,26 @@ class Targets:
         self.found: list[Target] = []
 
     def add(
-        self, name: str, wanted: str, measured: float | None, holds: Callable[[float], bool],
+        self,
+        name: str,
+        wanted: str,
+        measured: float | None,
+        holds: Callable[[float], bool],
         unit: str = "x",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Make a promise."""
         met = None if measured is None else holds(measured)
         self.found.append(Target(name, wanted, measured, met, unit))
 
     def faster(
-        self, name: str, peer: Line | None, factor: float, ours: Line | None, *,
+        self,
+        name: str,
+        peer: Line | None,
+        factor: float,
+        ours: Line | None,
+        *,
         ratio_of: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Promise that `peer` takes at least `factor` times as long."""
         label = f"{name}: faster than {ratio_of or (peer.variant if peer else 'a peer')}"
         ratio = self.results.ratio(peer, ours)

@@ -23,10 +23,8 @@ CURVES: dict[str, dict[float, Shape]] = {
     "live": {
         round(100 * live / 16, 1): Shape(16, 32, 32, live, _SMALLER) for live in (0, 4, 8, 12, 16)
     },
-    "vocabulary": {
-        size: Shape(8, 64, 16, 8, size) for size in (4096, 16_384, 65_536, VOCABULARY)
-    },
-}  # fmt: skip
+    "vocabulary": {size: Shape(8, 64, 16, 8, size) for size in (4096, 16_384, 65_536, VOCABULARY)},
+}
 # With the turns in which they take part.
 VARIANTS = {
     "share": {"fused": 3, "eager": 2, "eager, action tokens": 2, "Liger grpo": 1},
@@ -39,10 +37,11 @@ _RUNS = [
     for name, places in CURVES.items()
     for x, shape in places.items()
     for run in runs(
-        str(shape), {v: VARIANTS[name][v] for v in available(tuple(VARIANTS[name]))},
+        str(shape),
+        {v: VARIANTS[name][v] for v in available(tuple(VARIANTS[name]))},
         [DEFAULT_THREADS],
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("run", "name", "x", "shape"), _RUNS)

@@ -17,22 +17,39 @@ SHAPE = Shape(8, 128, 32, 8)
 CASE = str(SHAPE)
 # With the turns in which they take part: those that take long in fewer.
 TURNS = {
-    "fused": 5, "bare products": 5, "bare products, kept memory": 5, "fused, 2 chunks": 3,
-    "fused, twice the products": 3, "eager": 3, "eager, action tokens": 3, "torch.compile": 3,
-    "torch.compile, action tokens": 3, "CCE torch_compile": 3, "F.linear_cross_entropy": 3,
-    "F.linear_cross_entropy, chunk": 1, "Liger scaled CE": 3, "TRL chunked": 2, "Liger grpo": 2,
+    "fused": 5,
+    "bare products": 5,
+    "bare products, kept memory": 5,
+    "fused, 2 chunks": 3,
+    "fused, twice the products": 3,
+    "eager": 3,
+    "eager, action tokens": 3,
+    "torch.compile": 3,
+    "torch.compile, action tokens": 3,
+    "CCE torch_compile": 3,
+    "F.linear_cross_entropy": 3,
+    "F.linear_cross_entropy, chunk": 1,
+    "Liger scaled CE": 3,
+    "TRL chunked": 2,
+    "Liger grpo": 2,
     "Liger grpo, action tokens": 1,
-}  # fmt: skip
+}
 # What is compared most closely is called twice a turn, and once before, untimed: a system that
 # takes freed memory back from an idle process would let whoever comes first in a turn pay for it.
 _ROUNDS = dict.fromkeys(
     (
-        "fused", "bare products", "bare products, kept memory", "fused, 2 chunks",
-        "fused, twice the products", "eager, action tokens", "torch.compile, action tokens",
-        "CCE torch_compile", "F.linear_cross_entropy",
+        "fused",
+        "bare products",
+        "bare products, kept memory",
+        "fused, 2 chunks",
+        "fused, twice the products",
+        "eager, action tokens",
+        "torch.compile, action tokens",
+        "CCE torch_compile",
+        "F.linear_cross_entropy",
     ),
     2,
-)  # fmt: skip
+)
 
 # More steps, so that 70 % of them can be clipped.
 TEN = {"none clipped": Shape(10, 128, 32, 10), "7 of 10 clipped": Shape(10, 128, 32, 3)}

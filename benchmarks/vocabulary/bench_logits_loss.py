@@ -21,9 +21,13 @@ from .cases import CONFIG, Shape, logits_case, row_log_probs
 SHAPE = Shape(4, 128, 32, 4)
 CASE = str(SHAPE)
 VARIANTS = (
-    "fused, in place", "fused, in place, of a slice", "fused", "fused, of a slice", "eager bf16",
+    "fused, in place",
+    "fused, in place, of a slice",
+    "fused",
+    "fused, of a slice",
+    "eager bf16",
     "eager fp32",
-)  # fmt: skip
+)
 
 # As in `bench_token_log_probs`; ratios are off by what the log-probs are.
 _TOLERANCES = {"fused": 4e-3, "fp32": 4e-3, "bf16": 0.02}
@@ -37,9 +41,15 @@ def step_of(variant: str) -> Callable[[], Tensor]:
     def loss(logits: Tensor) -> Tensor:
         if variant.startswith("fused"):
             return sk.steppo_loss_from_logits(
-                logits, steps.token_ids, steps.old_log_probs, steps.advantages, steps.layout,
-                inplace_backward="in place" in variant, config=CONFIG, backend=fused_backend(),
-            ).loss  # fmt: skip
+                logits,
+                steps.token_ids,
+                steps.old_log_probs,
+                steps.advantages,
+                steps.layout,
+                inplace_backward="in place" in variant,
+                config=CONFIG,
+                backend=fused_backend(),
+            ).loss
         upcast = variant.endswith("fp32")
         found = row_log_probs(logits.float() if upcast else logits, steps.token_ids)
         return steps.loss(found.float())

@@ -89,9 +89,11 @@ def expected() -> list[tuple[Tensor, Tensor]]:
     parts = (
         values.split(_ROWS)
         for values in (
-            case.logits.detach().flatten(0, 1), case.steps.token_ids.view(-1), _upstream().view(-1)
+            case.logits.detach().flatten(0, 1),
+            case.steps.token_ids.view(-1),
+            _upstream().view(-1),
         )
-    )  # fmt: skip
+    )
     for logits, ids, upstream in zip(*parts, strict=True):
         x = logits.double().requires_grad_()
         log_probs = row_log_probs(x, ids)
@@ -106,9 +108,7 @@ def check(variant: str, num_threads: int) -> dict[str, float]:
         forward, both = (call_of(variant, backward=backward) for backward in (False, True))
         forward()
         found, grad = both()
-        memory = {
-            "forward_bytes": peak_bytes(forward), "both_bytes": peak_bytes(both)
-        }  # fmt: skip
+        memory = {"forward_bytes": peak_bytes(forward), "both_bytes": peak_bytes(both)}
     error = squares = wanted_squares = 0.0
     every = zip(
         expected(),

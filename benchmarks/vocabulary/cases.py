@@ -74,9 +74,13 @@ class Steps:
         else:
             old, layout = self.old_log_probs, self.layout
         return sk.steppo_loss(
-            log_probs.view(old.shape), old, self.advantages, layout, config=CONFIG,
+            log_probs.view(old.shape),
+            old,
+            self.advantages,
+            layout,
+            config=CONFIG,
             backend="reference",
-        ).loss  # fmt: skip
+        ).loss
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,11 @@ def head_case(shape: Shape) -> HeadCase:
     with torch.no_grad():
         log_probs[index] = row_log_probs(hidden[index].float() @ weight.float().t(), ids[index])
     return HeadCase(
-        shape, hidden.view(shape.rows, shape.length, -1).requires_grad_(),
-        weight.detach().requires_grad_(), _steps(shape, mask, ids, log_probs, generator),
-    )  # fmt: skip
+        shape,
+        hidden.view(shape.rows, shape.length, -1).requires_grad_(),
+        weight.detach().requires_grad_(),
+        _steps(shape, mask, ids, log_probs, generator),
+    )
 
 
 @functools.cache
@@ -151,9 +157,10 @@ def logits_case(shape: Shape) -> LogitsCase:
     log_probs = torch.zeros(shape.tokens)
     log_probs[index] = row_log_probs(logits[index].float(), ids[index, 0])
     return LogitsCase(
-        shape, logits.view(shape.rows, shape.length, -1).requires_grad_(),
+        shape,
+        logits.view(shape.rows, shape.length, -1).requires_grad_(),
         _steps(shape, mask, ids[:, 0], log_probs, generator),
-    )  # fmt: skip
+    )
 
 
 def row_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -190,6 +197,11 @@ def _steps(
     every = torch.ones(layout.num_tokens, dtype=torch.bool)
     borders = torch.arange(shape.rows + 1) * shape.actions
     return Steps(
-        mask, layout, ids.view(mask.shape), old, advantages, layout.token_index,
+        mask,
+        layout,
+        ids.view(mask.shape),
+        old,
+        advantages,
+        layout.token_index,
         sk.StepLayout.from_mask(every, cu_seqlens=borders),
-    )  # fmt: skip
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import steppo_kernels as sk
-from steppo_kernels.lm_head import logits_dtype
+from steppo_kernels.log_probs.lm_head import logits_dtype
 
 from ..gates import fused_backend
 from ..machine import threads
@@ -50,10 +50,19 @@ def loss_of(case: HeadCase, variant: str) -> Callable[[], Tensor]:
         if variant == "fused, twice the products":
             return lambda: _two_calls(case)
         rows = case.shape.action_tokens // 2 if variant == "fused, 2 chunks" else None
-        return lambda: sk.linear_steppo_loss(
-            case.hidden, case.weight, steps.token_ids, steps.old_log_probs, steps.advantages,
-            steps.layout, chunk_tokens=rows, config=CONFIG, backend=fused_backend(),
-        ).loss  # fmt: skip
+        return lambda: (
+            sk.linear_steppo_loss(
+                case.hidden,
+                case.weight,
+                steps.token_ids,
+                steps.old_log_probs,
+                steps.advantages,
+                steps.layout,
+                chunk_tokens=rows,
+                config=CONFIG,
+                backend=fused_backend(),
+            ).loss
+        )
     if variant.startswith("torch.compile"):
         return _compiled(case.shape, variant, torch.get_num_threads())
     rows = case.shape.action_tokens
@@ -175,9 +184,13 @@ def _two_calls(case: HeadCase) -> Tensor:
     )
     assert isinstance(log_probs, Tensor)
     return sk.steppo_loss(
-        log_probs, steps.old_log_probs, steps.advantages, steps.layout, config=CONFIG,
+        log_probs,
+        steps.old_log_probs,
+        steps.advantages,
+        steps.layout,
+        config=CONFIG,
         backend=backend,
-    ).loss  # fmt: skip
+    ).loss
 
 
 def _eager_rows(case: HeadCase) -> Tensor:

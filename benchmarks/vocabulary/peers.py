@@ -75,10 +75,15 @@ def liger_grpo(
         hidden, ids = hidden.view(*packed, -1), flat.view(packed)
         mask, old = torch.ones(packed), old.view(-1)[steps.index].view(packed)
     loss = project("liger-kernel").LigerFusedLinearGRPOLoss(  # type: ignore[union-attr]
-        beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=chunk_rows,
-        epsilon_low=CONFIG.clip_low, epsilon_high=CONFIG.clip_high, loss_type="grpo",
+        beta=0.0,
+        compiled=compiled,
+        use_ref_model=False,
+        chunk_size=chunk_rows,
+        epsilon_low=CONFIG.clip_low,
+        epsilon_high=CONFIG.clip_high,
+        loss_type="grpo",
         importance_sampling_level="sequence",
-    )  # fmt: skip
+    )
     return _first(loss(hidden, case.weight, ids, mask, steps.advantages, old_per_token_logps=old))
 
 

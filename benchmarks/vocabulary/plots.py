@@ -14,18 +14,31 @@ from ..report.results import Line, Results
 
 _LOGITS, _HEAD = "[256, 151936]", "1024 tokens, 8 steps of 32, V 151936"
 _COLORS = {
-    "fused": "#0b6e4f", "fused, in place": "#0b6e4f", "fused, 2 chunks": "#54a98b",
-    "fused, twice the products": "#9ccdb9", "bare products": "#444444",
-    "bare products, kept memory": "#444444", "eager": "#c0504d", "eager bf16": "#c0504d",
-    "eager fp32": "#d98880", "eager, action tokens": "#d98880", "torch.compile": "#e0a030",
-    "torch.compile fp32": "#e0a030", "torch.compile, action tokens": "#ecc67a",
-    "Liger grpo": "#7a5ea8", "Liger grpo, action tokens": "#a994c9", "Liger scaled CE": "#a994c9",
-    "TRL chunked": "#4a78b5", "TRL selective": "#4a78b5",
-}  # fmt: skip
+    "fused": "#0b6e4f",
+    "fused, in place": "#0b6e4f",
+    "fused, 2 chunks": "#54a98b",
+    "fused, twice the products": "#9ccdb9",
+    "bare products": "#444444",
+    "bare products, kept memory": "#444444",
+    "eager": "#c0504d",
+    "eager bf16": "#c0504d",
+    "eager fp32": "#d98880",
+    "eager, action tokens": "#d98880",
+    "torch.compile": "#e0a030",
+    "torch.compile fp32": "#e0a030",
+    "torch.compile, action tokens": "#ecc67a",
+    "Liger grpo": "#7a5ea8",
+    "Liger grpo, action tokens": "#a994c9",
+    "Liger scaled CE": "#a994c9",
+    "TRL chunked": "#4a78b5",
+    "TRL selective": "#4a78b5",
+}
 _MARKERS = {"fused": "o", "eager": "^", "Liger grpo": "D"}
 _AXES = {
-    "share": "action tokens, % of 512", "live": "steps not clipped, % of 16", "vocabulary": "V",
-}  # fmt: skip
+    "share": "action tokens, % of 512",
+    "live": "steps not clipped, % of 16",
+    "vocabulary": "V",
+}
 
 
 def draw_speed(results: Results, path: Path) -> None:
@@ -78,9 +91,11 @@ def draw_curves(results: Results, path: Path) -> None:
                 points = sorted(curve.items())
                 places = [x for x, _ in points]
                 style = {
-                    "color": _COLORS.get(variant, OTHER), "marker": _MARKERS.get(variant, "s"),
-                    "markersize": 5, "linewidth": 1.6,
-                }  # fmt: skip
+                    "color": _COLORS.get(variant, OTHER),
+                    "marker": _MARKERS.get(variant, "s"),
+                    "markersize": 5,
+                    "linewidth": 1.6,
+                }
                 (handles[variant],) = time.plot(places, [ln.median for _, ln in points], **style)
                 extra = [(ln.over_turns("extra_bytes") or 0) / 2**20 for _, ln in points]
                 memory.plot(places, extra, **style)
@@ -95,8 +110,12 @@ def draw_curves(results: Results, path: Path) -> None:
                 axis.grid(color="#e5e5e5")
         if handles:
             figure.legend(
-                handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles),
-                frameon=False, fontsize=9,
-            )  # fmt: skip
+                handles.values(),
+                handles.keys(),
+                loc="outside lower center",
+                ncols=len(handles),
+                frameon=False,
+                fontsize=9,
+            )
         top_line(figure, f"linear_steppo_loss, d = 896. {caption(results, 'bf16')}")
         figure.savefig(path, dpi=150)

@@ -52,9 +52,12 @@ def promise(targets: Targets) -> None:
         ours = results.get(suite, LOGITS, "fused")
         for peer, factor in factors:
             targets.faster(
-                f"token_log_probs, {LOGITS} bf16, {title}", results.get(suite, LOGITS, peer),
-                factor, ours, ratio_of=peer,
-            )  # fmt: skip
+                f"token_log_probs, {LOGITS} bf16, {title}",
+                results.get(suite, LOGITS, peer),
+                factor,
+                ours,
+                ratio_of=peer,
+            )
     error, upcast = (
         _of(results.get("log_probs_forward", LOGITS, variant), "error_log_probs")
         for variant in ("fused", "eager fp32")
@@ -91,8 +94,11 @@ def _promise_head(targets: Targets) -> None:
     for peer, factor in (("eager", 5), ("Liger grpo", 2.5)):
         targets.faster(
             "linear_steppo_loss, a quarter of 1024 tokens",
-            results.get("linear_loss", HEAD, peer), factor, fused, ratio_of=peer,
-        )  # fmt: skip
+            results.get("linear_loss", HEAD, peer),
+            factor,
+            fused,
+            ratio_of=peer,
+        )
     extra, chunk = _of(fused, "extra_bytes"), _of(fused, "chunk_bytes")
     targets.add(
         "linear_steppo_loss: peak extra memory beyond the gradients, in logits of the chunk",

@@ -1,4 +1,4 @@
-// Steps to tokens and back: see steppo_kernels/broadcast.py.
+// Steps to tokens and back: see steppo_kernels/layout/broadcast.py.
 #include "kernel.h"
 
 namespace steppo::cpu::STEPPO_ISA {

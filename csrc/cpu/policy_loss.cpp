@@ -1,4 +1,4 @@
-// The policy loss on a StepLayout: see steppo_kernels/policy_loss.py and ops.py.
+// The policy loss on a StepLayout: see losses/policy_loss.py and backends/operators.py of the package.
 #include "policy_loss.h"
 
 namespace steppo::cpu::STEPPO_ISA {

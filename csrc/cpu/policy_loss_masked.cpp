@@ -1,5 +1,5 @@
 // The policy loss on a mask whose runs of ones are the steps: segmentation, sums and loss in one
-// pass over the tokens. See steppo_kernels/policy_loss.py and ops.py.
+// pass over the tokens. See losses/policy_loss.py and backends/operators.py of the package.
 #include "policy_loss.h"
 #include "runs.h"
 

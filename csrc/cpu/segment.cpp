@@ -1,4 +1,4 @@
-// Step segmentation: see steppo_kernels/segment.py. Every operator first counts by block, then
+// Step segmentation: see steppo_kernels/layout/segment.py. Every operator first counts by block, then
 // numbers each block from the counts before it, so that blocks are independent.
 #include "runs.h"
 

@@ -1,4 +1,4 @@
-// Log-probs and entropies of tokens from their logits: see steppo_kernels/token_log_probs.py.
+// Log-probs and entropies of tokens from their logits: see steppo_kernels/log_probs/token_log_probs.py.
 #include <cmath>
 #include <limits>
 

@@ -1,4 +1,4 @@
-// The clipped value loss on steps: see steppo_kernels/value_loss.py.
+// The clipped value loss on steps: see steppo_kernels/losses/value_loss.py.
 #include <cmath>
 
 #include "kernel.h"

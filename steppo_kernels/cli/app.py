@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .. import __version__, backends
+from .. import __version__
+from ..backends import choice
 from . import info as info_facts
 from . import report
 
@@ -55,7 +56,7 @@ def _root(
     ] = False,
 ) -> None:
     try:
-        backends.why_not_cpu()
+        choice.why_not_cpu()
     except ValueError as error:
         typer.secho(str(error), fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
@@ -131,10 +132,14 @@ def validate(
     with _console(stderr=True).status("") as status:
         for where, names in chosen.items():
             rows += validation.validate(
-                cases, names, where, seed=seed, batches=batches,
+                cases,
+                names,
+                where,
+                seed=seed,
+                batches=batches,
                 dtypes=[known_dtypes[name] for name in dtype or known_dtypes],
                 on_case=lambda name: status.update(escape(name)),
-            )  # fmt: skip
+            )
     shown = rows if verbose else validation.widest(rows)
     if as_json:
         typer.echo(json.dumps(report.as_json(shown, seed, batches), indent=2, allow_nan=False))
@@ -174,9 +179,9 @@ def demo(
 
 
 def _known_backend(name: str) -> str:
-    if name not in backends.BACKENDS:
+    if name not in choice.BACKENDS:
         raise typer.BadParameter(
-            f"got {name!r}, expected one of {', '.join(backends.BACKENDS)}",
+            f"got {name!r}, expected one of {', '.join(choice.BACKENDS)}",
             param_hint="--backend",
         )
     return name
@@ -196,14 +201,14 @@ def _targets(names: list[str], devices: list[str]) -> dict[torch.device, list[st
                 "'auto' is not an implementation; it picks one", param_hint="--backend"
             )
         _known_backend(name)
-        reasons = [backends.unavailable(name, where) for where in wanted]
+        reasons = [choice.unavailable(name, where) for where in wanted]
         if all(reasons):
             raise typer.BadParameter(
                 f"{name!r} does not run here: {reasons[-1]}", param_hint="--backend"
             )
-    asked = list(dict.fromkeys(names)) or [n for n in backends.BACKENDS if n != "auto"]
+    asked = list(dict.fromkeys(names)) or [n for n in choice.BACKENDS if n != "auto"]
     return {
-        where: [name for name in asked if backends.unavailable(name, where) is None]
+        where: [name for name in asked if choice.unavailable(name, where) is None]
         for where in wanted
     }
 

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__, backends
+from .. import __version__
+from ..backends import choice
 
 
 def collect() -> dict[str, Any]:
@@ -29,7 +30,7 @@ def collect() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "backends": {name: _backend(name) for name in backends.BACKENDS if name != "auto"},
+        "backends": {name: _backend(name) for name in choice.BACKENDS if name != "auto"},
         "devices": _devices(),
     }
 
@@ -69,7 +70,7 @@ def _version(package: str) -> str | None:
 
 def _backend(name: str) -> dict[str, Any]:
     kinds = {str(device).split(":")[0]: device for device in reversed(torch_devices())}
-    reasons = {kind: backends.unavailable(name, device) for kind, device in kinds.items()}
+    reasons = {kind: choice.unavailable(name, device) for kind, device in kinds.items()}
     runs_on = sorted(kind for kind, why in reasons.items() if why is None)
     # A backend that is whole, but has no device of its kind here, is missing all the same.
     why_not = None if runs_on else next(iter(reasons.values()))
@@ -82,7 +83,7 @@ def _backend(name: str) -> dict[str, Any]:
             "compiler": module.compiler(),
         }
     elif runs_on and name == "triton":
-        details = {"interpreter": "on, on CPU tensors" if backends.triton_interprets() else "off"}
+        details = {"interpreter": "on, on CPU tensors" if choice.triton_interprets() else "off"}
     return {
         "available": bool(runs_on),
         "why_not": why_not,
@@ -116,7 +117,7 @@ def _devices() -> list[dict[str, Any]]:
                 "device": str(device),
                 "name": name,
                 "about": about,
-                "auto": backends.resolve("auto", device),
+                "auto": choice.resolve("auto", device),
             }
         )
     return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 try:
-    from .run import DemoResult, Run, run_demo
+    from .results import DemoResult, Run
+    from .run import run_demo
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] == "steppo_kernels":
         raise

@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from .results import Run
 from .train import IterationReport, TrajectoryTrace
-
-if TYPE_CHECKING:
-    from .run import Run
 
 INK, GRID = "#1f2933", "#d9dee4"
 BLUE, ORANGE, GREEN, RED = "#2166ac", "#d9730d", "#2e8b57", "#b2333a"
@@ -76,10 +74,16 @@ def learning_curve(path: Path, run: Run) -> None:
         label=f"evaluation, {run.after.episodes} episodes",
     )
     note: dict[str, Any] = {"textcoords": "offset points", "color": RED, "fontweight": "bold"}
-    top.annotate(f"{run.before.sampled:.1%}", (rounds[0] - 1, run.before.sampled),
-                 xytext=(8, -13), **note)  # fmt: skip
-    top.annotate(f"{run.after.sampled:.1%}", (rounds[-1] + 1, run.after.sampled),
-                 xytext=(4, -36), ha="right", **note)  # fmt: skip
+    top.annotate(
+        f"{run.before.sampled:.1%}", (rounds[0] - 1, run.before.sampled), xytext=(8, -13), **note
+    )
+    top.annotate(
+        f"{run.after.sampled:.1%}",
+        (rounds[-1] + 1, run.after.sampled),
+        xytext=(4, -36),
+        ha="right",
+        **note,
+    )
     _percent(top)
     top.legend(loc="center right", frameon=False)
 
@@ -139,8 +143,15 @@ def trajectory(path: Path, trace: TrajectoryTrace) -> None:
     ratios.axhline(1, color=INK, linewidth=0.8)
     ratios.plot(steps, trace.ratios, "D", color=ORANGE, markersize=8)
     ratios.set_ylim(min(low, *trace.ratios) - trace.clip, max(high, *trace.ratios) + trace.clip)
-    ratios.text(0.005, high, "not clipped", transform=ratios.get_yaxis_transform(), va="top",
-                fontsize=8, color=INK)  # fmt: skip
+    ratios.text(
+        0.005,
+        high,
+        "not clipped",
+        transform=ratios.get_yaxis_transform(),
+        va="top",
+        fontsize=8,
+        color=INK,
+    )
     _label(ratios, steps, trace.ratios, "{:.2f}")
 
     for axes in (values, advantages, ratios):
@@ -156,9 +167,16 @@ def trajectory(path: Path, trace: TrajectoryTrace) -> None:
 def _label(axes: Any, steps: np.ndarray, heights: Sequence[float], form: str) -> None:
     for step, height in zip(steps, heights, strict=True):
         above = height >= 0
-        axes.annotate(form.format(height), (step, height), xytext=(0, 6 if above else -6),
-                      textcoords="offset points", ha="center", va="bottom" if above else "top",
-                      fontsize=8, color=INK)  # fmt: skip
+        axes.annotate(
+            form.format(height),
+            (step, height),
+            xytext=(0, 6 if above else -6),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=8,
+            color=INK,
+        )
 
 
 def _draw_lake(axes: Any, trace: TrajectoryTrace) -> None:
@@ -168,8 +186,15 @@ def _draw_lake(axes: Any, trace: TrajectoryTrace) -> None:
                 Rectangle((column, row), 1, 1, facecolor=TILES[tile], edgecolor="white", lw=2)
             )
             name = {"H": "hole", "G": "goal"}.get(tile, "")
-            axes.text(column + 0.5, row + 0.88, name, ha="center", va="center", fontsize=9,
-                      color="white" if tile == "H" else INK)  # fmt: skip
+            axes.text(
+                column + 0.5,
+                row + 0.88,
+                name,
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if tile == "H" else INK,
+            )
     badge = {"boxstyle": "circle,pad=0.25", "facecolor": BLUE, "edgecolor": "white"}
     stays: dict[tuple[int, int], int] = {}
     for number, (start, end) in enumerate(itertools.pairwise(trace.path), start=1):
@@ -183,22 +208,33 @@ def _draw_lake(axes: Any, trace: TrajectoryTrace) -> None:
             # Every arrow keeps to its right, so that there and back lie side by side.
             x, y = start[1] + 0.5 - 0.1 * south, start[0] + 0.5 + 0.1 * east
             arrow = {"arrowstyle": "-|>", "color": BLUE, "lw": 2.2, "shrinkA": 0, "shrinkB": 0}
-            axes.annotate("", (x + 0.88 * east, y + 0.88 * south),
-                          (x + 0.12 * east, y + 0.12 * south), arrowprops=arrow)  # fmt: skip
+            axes.annotate(
+                "",
+                (x + 0.88 * east, y + 0.88 * south),
+                (x + 0.12 * east, y + 0.12 * south),
+                arrowprops=arrow,
+            )
             x, y = x + 0.46 * east, y + 0.46 * south
-        axes.text(x, y, str(number), ha="center", va="center", fontsize=8, color="white",
-                  bbox=badge)  # fmt: skip
+        axes.text(
+            x, y, str(number), ha="center", va="center", fontsize=8, color="white", bbox=badge
+        )
     row, column = trace.path[0]
-    axes.plot(column + 0.5, row + 0.5, "o", color=RED, markersize=11, markeredgecolor="white",
-              mew=2)  # fmt: skip
+    axes.plot(
+        column + 0.5, row + 0.5, "o", color=RED, markersize=11, markeredgecolor="white", mew=2
+    )
     axes.text(column + 0.07, row + 0.88, "start", va="center", fontsize=9, color=INK)
     axes.set_xlim(0, len(trace.lake[0]))
     axes.set_ylim(len(trace.lake), 0)
     axes.set_aspect("equal")
     axes.axis("off")
     ends = {"goal": "goal reached", "hole": "ends in a hole", "time": "out of time"}
-    axes.set_title(f"Round {trace.iteration}: {len(trace.actions)} steps, {ends[trace.outcome]}",
-                   loc="left", fontsize=11, fontweight="bold", color=INK)  # fmt: skip
+    axes.set_title(
+        f"Round {trace.iteration}: {len(trace.actions)} steps, {ends[trace.outcome]}",
+        loc="left",
+        fontsize=11,
+        fontweight="bold",
+        color=INK,
+    )
 
 
 def comparison(path: Path, runs: Sequence[Run]) -> None:
@@ -224,8 +260,15 @@ def comparison(path: Path, runs: Sequence[Run]) -> None:
         ends.plot(places, after, "o", color=colour, markersize=7)
     before = float(np.mean([run.before.sampled for run in runs]))
     ends.axhline(before, color=INK, linewidth=1, linestyle="--")
-    ends.annotate(f"before: {before:.1%}", (len(methods) - 0.52, before), xytext=(0, 4),
-                  textcoords="offset points", ha="right", fontsize=9, color=INK)  # fmt: skip
+    ends.annotate(
+        f"before: {before:.1%}",
+        (len(methods) - 0.52, before),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+        color=INK,
+    )
     ends.set_xticks(range(len(methods)), methods)
     ends.set_xlim(-0.5, len(methods) - 0.5)
     _percent(curves)

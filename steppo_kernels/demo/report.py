@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from . import figures
+from .results import Run
 from .train import IterationReport, TrainConfig
-
-if TYPE_CHECKING:
-    from .run import Run
 
 # What an action of the MDP is.
 ACTIONS = {
@@ -50,8 +47,15 @@ def show(console: Console, runs: Sequence[Run], files: Sequence[Path], seconds: 
 def _rounds(run: Run) -> Table:
     table = Table(title=f"{run.method}, seed {run.seed}: the rounds", title_justify="left")
     for name in (
-        "round", "success", "turns", "policy loss", "value loss", "clipped", "approx. KL", "tok/s",
-    ):  # fmt: skip
+        "round",
+        "success",
+        "turns",
+        "policy loss",
+        "value loss",
+        "clipped",
+        "approx. KL",
+        "tok/s",
+    ):
         table.add_column(name, justify="right")
     every = max(1, len(run.reports) // 8)
     for report in run.reports:

@@ -6,65 +6,26 @@ import contextlib
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from ..backends import Backend
+from ..backends.choice import Backend
 from . import report
 from .agent import Agent
 from .environment import TextFrozenLake
 from .progress import Live
+from .results import DemoResult, Run
 from .text import ChatText, build_tokenizer
 from .train import (
     LEVELS,
     Evaluation,
-    IterationReport,
     TrainConfig,
     Trainer,
-    TrajectoryTrace,
     evaluate,
 )
 from .warmup import warm_up
-
-
-@dataclass(frozen=True)
-class Run:
-    """One agent's training.
-
-    Attributes:
-        method: a name in `LEVELS`.
-        seed: of everything random in it.
-        before, after: the evaluations around the reinforcement learning.
-        reports: one a round.
-        trace: a trajectory of a round in the first half; only where steps are turns.
-        seconds: wall-clock time of the reinforcement learning.
-    """
-
-    method: str
-    seed: int
-    before: Evaluation
-    after: Evaluation
-    reports: list[IterationReport]
-    trace: TrajectoryTrace | None
-    seconds: float = field(compare=False)
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What `run_demo` did.
-
-    Attributes:
-        runs: one a method and seed; the first is StepPO with the first seed.
-        files: what was written.
-        seconds: wall-clock time of everything.
-    """
-
-    runs: list[Run]
-    files: list[Path]
-    seconds: float = field(compare=False)
 
 
 def run_demo(
@@ -111,15 +72,25 @@ def run_demo(
         for run_seed in all_seeds:
             live.begin(f"warm-up, seed {run_seed}")
             agent = _new_agent(text, run_seed)
-            warm_up(agent, text, TextFrozenLake(), steps=warmup_steps, seed=run_seed,
-                    on_step=live.warmup_step)  # fmt: skip
+            warm_up(
+                agent,
+                text,
+                TextFrozenLake(),
+                steps=warmup_steps,
+                seed=run_seed,
+                on_step=live.warmup_step,
+            )
             before = evaluate(agent, text, episodes=eval_episodes, seed=run_seed)
             for method in methods:
                 live.begin(f"{method}, seed {run_seed}")
                 trainer = Trainer(
-                    copy.deepcopy(agent), text, method=method, config=config, seed=run_seed,
+                    copy.deepcopy(agent),
+                    text,
+                    method=method,
+                    config=config,
+                    seed=run_seed,
                     backend=backend,
-                )  # fmt: skip
+                )
                 runs.append(_train(trainer, before, run_seed, eval_episodes, live))
     out_dir.mkdir(parents=True, exist_ok=True)
     files = report.write(out_dir, runs, config)

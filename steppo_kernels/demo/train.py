@@ -11,14 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import (
-    StepLayout,
-    StepPOConfig,
-    step_gae,
-    step_value_loss,
-    steppo_loss,
-)
-from ..backends import Backend
+from .. import StepLayout, StepPOConfig, step_gae, step_value_loss, steppo_loss
+from ..backends.choice import Backend
 from .agent import Agent
 from .environment import TextFrozenLake, parse_action
 from .rollout import Rollouts, collect

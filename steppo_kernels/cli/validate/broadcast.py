@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...backends import Backend
-from ...broadcast import broadcast_to_tokens
+from ...backends.choice import Backend
+from ...layout.broadcast import broadcast_to_tokens
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 from .layouts import random_layout

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...backends import Backend
+from ...backends.choice import Backend
 from .draw import Draw
 
 Inputs = Mapping[str, Tensor]

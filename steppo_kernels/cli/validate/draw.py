@@ -9,14 +9,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...testing import ragged_mask
-
 T = TypeVar("T")
 
 _KINDS = (
-    "ragged", "long steps", "many rows", "no action", "single tokens", "all action", "one step",
     "ragged",
-)  # fmt: skip
+    "long steps",
+    "many rows",
+    "no action",
+    "single tokens",
+    "all action",
+    "one step",
+    "ragged",
+)
 
 
 class Draw:
@@ -33,9 +37,15 @@ class Draw:
     """
 
     def __init__(
-        self, seed: int, name: str, batch: int, dtype: torch.dtype, device: torch.device,
-        *, small: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        seed: int,
+        name: str,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        small: bool = False,
+    ) -> None:
         self.dtype = dtype
         self.device = device
         self._kind = _KINDS[batch % len(_KINDS)]
@@ -124,3 +134,22 @@ def border(values: Tensor, beyond: float, default: float, *, least: float) -> fl
     if float(gaps[widest]) < least:
         return max(default, 2 * float(points[-1]) - beyond + least)
     return float(half[widest : widest + 2].mean())
+
+
+def ragged_mask(
+    rows: int, length: int, *, mean_step: float = 6.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return a bool ``[rows, length]`` mask of runs and gaps of random lengths from 1 up.
+
+    Every seventh row has no action token. Some rows begin or end inside a run.
+    """
+    # Enough pieces to fill a row even if all of them have length 1.
+    pieces = length + 1
+    draws = torch.rand((rows, pieces), dtype=torch.float64, generator=generator)
+    ends = (1 + (-torch.log1p(-draws) * (mean_step - 1)).floor()).cumsum(1)
+    position = torch.arange(length, dtype=torch.float64).expand(rows, length).contiguous()
+    piece = torch.searchsorted(ends, position, right=True)
+    phase = torch.randint(2, (rows, 1), generator=generator)
+    mask = (piece + phase) % 2 == 0
+    mask[6::7] = False
+    return mask

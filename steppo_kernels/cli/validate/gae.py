@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...backends import Backend
-from ...gae import step_gae
+from ...backends.choice import Backend
+from ...losses.gae import step_gae
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 from .layouts import random_layout
@@ -39,9 +39,15 @@ def _case(variant: str, *, per_token: bool, bootstrap: bool, whiten: bool) -> Ca
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             found = step_gae(
-                inputs["rewards"], inputs["values"], layout, gamma=gamma, lam=lam, whiten=whiten,
-                bootstrap_values=inputs.get("bootstrap_values"), backend=backend,
-            )  # fmt: skip
+                inputs["rewards"],
+                inputs["values"],
+                layout,
+                gamma=gamma,
+                lam=lam,
+                whiten=whiten,
+                bootstrap_values=inputs.get("bootstrap_values"),
+                backend=backend,
+            )
             return {"advantages": found.advantages, "returns": found.returns}
 
         return Problem(run, inputs, unread)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...backends import Backend
-from ...layout import StepLayout
+from ...backends.choice import Backend
+from ...layout.step_layout import StepLayout
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 

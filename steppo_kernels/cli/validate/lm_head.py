@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Backend
+from ...backends.choice import Backend
 from ...config import StepPOConfig
-from ...layout import StepLayout
-from ...linear_steppo_loss import linear_steppo_loss
-from ...linear_token_log_probs import linear_token_log_probs
-from ...logits_loss import steppo_loss_from_logits
-from ...token_log_probs import token_log_probs
+from ...layout.step_layout import StepLayout
+from ...log_probs.linear_token_log_probs import linear_token_log_probs
+from ...log_probs.token_log_probs import token_log_probs
+from ...losses.linear_steppo_loss import linear_steppo_loss
+from ...losses.logits_loss import steppo_loss_from_logits
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 from .token_log_probs import WIDE
@@ -68,22 +68,30 @@ def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = Fal
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             leaves = _leaves(inputs)
             options: dict[str, Any] = {
-                "temperature": heat, "mask": mask, "return_entropy": True, "backend": backend
-            }  # fmt: skip
+                "temperature": heat,
+                "mask": mask,
+                "return_entropy": True,
+                "backend": backend,
+            }
             if backend == "reference" and leaves["weight"].dtype in _HALVES:
                 found = token_log_probs(_plain_logits(leaves, mask), ids, **options)
             else:
                 found = linear_token_log_probs(
-                    leaves["hidden"], leaves["weight"], ids, bias=leaves.get("bias"),
-                    chunk_tokens=chunk, **options,
-                )  # fmt: skip
+                    leaves["hidden"],
+                    leaves["weight"],
+                    ids,
+                    bias=leaves.get("bias"),
+                    chunk_tokens=chunk,
+                    **options,
+                )
             log_probs, entropy = found
             total = (log_probs * inputs["upstream"]).sum()
             total = total + (entropy * inputs["upstream_entropy"]).sum()
             return {
-                "log_probs": log_probs.detach(), "entropy": entropy.detach(),
+                "log_probs": log_probs.detach(),
+                "entropy": entropy.detach(),
                 **_gradients(total, leaves),
-            }  # fmt: skip
+            }
 
         return Problem(run, inputs, {"hidden": (~mask)[..., None].expand_as(inputs["hidden"])})
 
@@ -115,14 +123,17 @@ def _loss_case(variant: str, *, bias: bool = False, **chosen: Any) -> Case:
                 )
             else:
                 found = linear_steppo_loss(
-                    leaves["hidden"], leaves["weight"], *rest, bias=leaves.get("bias"),
-                    config=config, chunk_tokens=chunk, backend=backend,
-                )  # fmt: skip
+                    leaves["hidden"],
+                    leaves["weight"],
+                    *rest,
+                    bias=leaves.get("bias"),
+                    config=config,
+                    chunk_tokens=chunk,
+                    backend=backend,
+                )
             return {"loss": found.loss.detach(), **_gradients(found.loss, leaves, upstream)}
 
-        unread = {
-            "hidden": (~mask)[..., None].expand_as(inputs["hidden"]), "old_log_probs": ~mask
-        }  # fmt: skip
+        unread = {"hidden": (~mask)[..., None].expand_as(inputs["hidden"]), "old_log_probs": ~mask}
         return Problem(run, inputs, unread)
 
     return Case("linear_steppo_loss", variant, draw_problem)

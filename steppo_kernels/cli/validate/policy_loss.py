@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Backend
-from ...broadcast import broadcast_to_tokens
+from ...backends.choice import Backend
 from ...config import StepPOConfig
-from ...layout import StepLayout
-from ...policy_loss import steppo_loss
+from ...layout.broadcast import broadcast_to_tokens
+from ...layout.step_layout import StepLayout
+from ...losses.policy_loss import steppo_loss
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw, border
 from .layouts import random_layout
@@ -58,9 +58,11 @@ _VARIANTS = (
     _Variant(
         "all options",
         {**_KL, "ratio": "centered", "reduction": "trajectory_mean", "entropy_coef": 0.02},
-        dual_clip=True, is_weights="per token", normalizer=True,
+        dual_clip=True,
+        is_weights="per token",
+        normalizer=True,
     ),
-)  # fmt: skip
+)
 _LAYOUT_VARIANTS = (
     _Variant("is_weights per step", is_weights="per step"),
     _Variant("step_weights", step_weights=True),
@@ -102,19 +104,29 @@ def _case(variant: _Variant, *, fused: bool) -> Case:
 
 
 def _run(
-    inputs: Inputs, layout: StepLayout | Tensor, config: StepPOConfig, upstream: float,
+    inputs: Inputs,
+    layout: StepLayout | Tensor,
+    config: StepPOConfig,
+    upstream: float,
     options: Mapping[str, Any],
-) -> Outputs:  # fmt: skip
+) -> Outputs:
     leaves = {
         name: inputs[name].detach().clone().requires_grad_()
         for name in ("log_probs", "entropy")
         if name in inputs
     }
     found = steppo_loss(
-        leaves["log_probs"], inputs.get("old_log_probs"), inputs["advantages"], layout,
-        config=config, ref_log_probs=inputs.get("ref_log_probs"), entropy=leaves.get("entropy"),
-        is_weights=inputs.get("is_weights"), step_weights=inputs.get("step_weights"), **options,
-    )  # fmt: skip
+        leaves["log_probs"],
+        inputs.get("old_log_probs"),
+        inputs["advantages"],
+        layout,
+        config=config,
+        ref_log_probs=inputs.get("ref_log_probs"),
+        entropy=leaves.get("entropy"),
+        is_weights=inputs.get("is_weights"),
+        step_weights=inputs.get("step_weights"),
+        **options,
+    )
     grads = torch.autograd.grad(
         found.loss, list(leaves.values()), torch.full_like(found.loss, upstream)
     )
@@ -172,16 +184,22 @@ def _inputs(
 
 
 def _keep_clear(
-    config: StepPOConfig, variant: _Variant, inputs: Inputs, layout: StepLayout,
+    config: StepPOConfig,
+    variant: _Variant,
+    inputs: Inputs,
+    layout: StepLayout,
     options: Mapping[str, Any],
-) -> StepPOConfig:  # fmt: skip
+) -> StepPOConfig:
     """Return `config` with its borders in gaps of the step ratios of these rounded inputs."""
     found = steppo_loss(
         inputs["log_probs"].double(),
         inputs["old_log_probs"].double() if "old_log_probs" in inputs else None,
-        inputs["advantages"].double(), layout, config=StepPOConfig(ratio=config.ratio),
-        backend="reference", **options,
-    )  # fmt: skip
+        inputs["advantages"].double(),
+        layout,
+        config=StepPOConfig(ratio=config.ratio),
+        backend="reference",
+        **options,
+    )
     assert found.step_log_ratio is not None
     log_ratio = found.step_log_ratio[layout.step_lengths > 0]
     least = 2e-5

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...backends import Backend
+from ...backends import choice
+from ...backends.choice import Backend
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 
@@ -69,9 +69,15 @@ class Miss(Exception):
 
 
 def validate(
-    cases: Iterable[Case], names: Sequence[str], device: torch.device, *, seed: int, batches: int,
-    dtypes: Sequence[torch.dtype] = DTYPES, on_case: Callable[[str], None] = lambda name: None,
-) -> list[Row]:  # fmt: skip
+    cases: Iterable[Case],
+    names: Sequence[str],
+    device: torch.device,
+    *,
+    seed: int,
+    batches: int,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    on_case: Callable[[str], None] = lambda name: None,
+) -> list[Row]:
     """Check backends on a device.
 
     Args:
@@ -87,7 +93,7 @@ def validate(
         One row a case, backend and dtype.
     """
     # Kernels that are interpreted, a line of Python at a time, get small batches of their own.
-    interpreted = {"triton"} if device.type == "cpu" and backends.triton_interprets() else set()
+    interpreted = {"triton"} if device.type == "cpu" and choice.triton_interprets() else set()
     groups = (
         ([name for name in names if name not in interpreted], False),
         ([name for name in names if name in interpreted], True),
@@ -166,9 +172,15 @@ def _bound(backend: str, dtype: torch.dtype, plain: float) -> float:
 
 
 def _check(
-    case: Case, names: Sequence[str], device: torch.device, dtype: torch.dtype, seed: int,
-    batches: int, *, small: bool,
-) -> list[Row]:  # fmt: skip
+    case: Case,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    batches: int,
+    *,
+    small: bool,
+) -> list[Row]:
     tallies = {name: _Tally() for name in names}
     for batch in range(batches):
         draw = Draw(seed, f"{case.operation} {case.variant}", batch, dtype, device, small=small)

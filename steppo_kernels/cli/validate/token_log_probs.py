@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Backend
+from ...backends.choice import Backend
 from ...config import StepPOConfig
-from ...layout import StepLayout
-from ...logits_loss import steppo_loss_from_logits
-from ...token_log_probs import token_log_probs
+from ...layout.step_layout import StepLayout
+from ...log_probs.token_log_probs import token_log_probs
+from ...losses.logits_loss import steppo_loss_from_logits
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 
@@ -49,15 +49,22 @@ def _log_probs_case(
             leaf = inputs["logits"].detach().clone().requires_grad_()
             logits = leaf[:, :length, :vocabulary] if strided else leaf * 1
             log_probs, entropy = token_log_probs(
-                logits, ids, temperature=temperatures, mask=mask, return_entropy=True,
-                inplace_backward=inplace, backend=backend,
-            )  # fmt: skip
+                logits,
+                ids,
+                temperature=temperatures,
+                mask=mask,
+                return_entropy=True,
+                inplace_backward=inplace,
+                backend=backend,
+            )
             total = (log_probs * inputs["upstream"]).sum()
             total = total + (entropy * inputs["upstream_entropy"]).sum()
             (grad,) = torch.autograd.grad(total, leaf)
             return {
-                "log_probs": log_probs.detach(), "entropy": entropy.detach(), "grad_logits": grad
-            }  # fmt: skip
+                "log_probs": log_probs.detach(),
+                "entropy": entropy.detach(),
+                "grad_logits": grad,
+            }
 
         return Problem(run, inputs, {"logits": unread})
 
@@ -86,9 +93,14 @@ def _loss_case(variant: str, *, masked: bool = False, entropy_coef: float = 0.0)
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             leaf = inputs["logits"].detach().clone().requires_grad_()
             found = steppo_loss_from_logits(
-                leaf, ids, inputs["old_log_probs"], inputs["advantages"],
-                mask if masked else layout, config=config, backend=backend,
-            )  # fmt: skip
+                leaf,
+                ids,
+                inputs["old_log_probs"],
+                inputs["advantages"],
+                mask if masked else layout,
+                config=config,
+                backend=backend,
+            )
             (grad,) = torch.autograd.grad(found.loss, leaf, torch.full_like(found.loss, upstream))
             return {"loss": found.loss.detach(), "grad_logits": grad}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import Backend
+from ...backends.choice import Backend
 from ...config import Reduction
-from ...layout import StepLayout
-from ...value_loss import step_value_loss
+from ...layout.step_layout import StepLayout
+from ...losses.value_loss import step_value_loss
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw, border
 from .layouts import random_layout
@@ -43,9 +43,15 @@ def _case(
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             values = inputs["values"].detach().clone().requires_grad_()
             found = step_value_loss(
-                values, inputs["returns"], layout, old_values=inputs.get("old_values"), clip=clip,
-                reduction=reduction, normalizer=total, backend=backend,
-            )  # fmt: skip
+                values,
+                inputs["returns"],
+                layout,
+                old_values=inputs.get("old_values"),
+                clip=clip,
+                reduction=reduction,
+                normalizer=total,
+                backend=backend,
+            )
             (grad,) = torch.autograd.grad(found.loss, values, torch.full_like(found.loss, upstream))
             metrics = zip(found.metrics.names, found.metrics.values, strict=True)
             return {

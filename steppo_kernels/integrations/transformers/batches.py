@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...backends import Backend
+from ...backends.choice import Backend
 from ...config import DEFAULT_CONFIG, StepPOConfig
-from ...layout import StepLayout
-from ...linear_steppo_loss import linear_steppo_loss
-from ...linear_token_log_probs import linear_token_log_probs
+from ...layout.step_layout import StepLayout
+from ...log_probs.linear_token_log_probs import linear_token_log_probs
+from ...losses.linear_steppo_loss import linear_steppo_loss
 from ...outputs import StepPOOutput
 from .placement import Placed, States
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ...backends import Backend
-from ...layout import StepLayout
+from ...backends.choice import Backend
+from ...layout.step_layout import StepLayout
 from .scaling import Scaling
 
 

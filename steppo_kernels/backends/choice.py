@@ -1,0 +1,107 @@
+"""Which implementation runs: what is installed, what a device can use, what `auto` means."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+_log = logging.getLogger("steppo_kernels")
+_PACKAGE = Path(__file__).parents[1]
+
+
+@functools.cache
+def why_not_cpu() -> str | None:
+    """Return why the C++ backend cannot run here, or None if it can.
+
+    Raises:
+        ValueError: the environment variable STEPPO_ISA asks for what this CPU does not run.
+    """
+    try:
+        module: Any = importlib.import_module("steppo_kernels._C_cpu")
+    except ImportError as error:
+        note = _PACKAGE / "_C_cpu.missing"
+        return note.read_text().strip() if note.exists() else f"not built: {error}"
+    module.isa()
+    return None
+
+
+@functools.cache
+def why_not_triton() -> str | None:
+    """Return why the Triton backend cannot run here at all, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not (torch.cuda.is_available() or triton_interprets()):
+        return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+@functools.cache
+def triton_interprets() -> bool:
+    """Return whether Triton kernels run under its CPU interpreter (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def why_not_cuda() -> str | None:
+    """Return why the CUDA C++ backend cannot run here, or None if it can."""
+    return "this version has no CUDA C++ kernels; use 'triton' on GPUs"
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Return why `backend` cannot run on tensors of `device`, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return why_not_cpu() or (None if device.type == "cpu" else "it takes CPU tensors")
+    if backend == "triton":
+        if why := why_not_triton():
+            return why
+        runs = device.type == "cuda" or (device.type == "cpu" and triton_interprets())
+        return None if runs else "it takes GPU tensors (or CPU tensors under TRITON_INTERPRET=1)"
+    return why_not_cuda()
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """Return the backend that runs a call on `device`.
+
+    ``"auto"`` picks the fastest that runs there. A backend named explicitly never falls back.
+
+    Raises:
+        ValueError: `backend` is not one of `BACKENDS`.
+        RuntimeError: the named backend cannot run on `device`; the text says why.
+    """
+    if backend == "auto":
+        return _fastest(device.type)
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}"
+        )
+    if why := unavailable(backend, device):
+        raise RuntimeError(f"backend: {backend!r} cannot run on {device.type} tensors here: {why}")
+    return backend
+
+
+# What `torch.compiler.assume_constant_result` sets, without its import of all of dynamo: a compiled
+# graph takes the answer as a constant instead of tracing the imports behind it.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _fastest(device_type: str) -> str:
+    device = torch.device(device_type)
+    wanted = "cpu" if device_type == "cpu" else "triton"
+    why = unavailable(wanted, device)
+    if why is None:
+        return wanted
+    _log.info("backend 'auto' is 'reference' on %s tensors: no %r: %s", device_type, wanted, why)
+    return "reference"

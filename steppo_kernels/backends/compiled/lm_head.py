@@ -1,0 +1,57 @@
+"""Logits of the output head on a CPU: torch's product, or ours where torch's would round."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .launch import address, dtype_code, kernels, pointer, threads
+
+# Rows of the weight that are converted at a time where no kernel multiplies bf16 into fp32.
+_SLICE = 4096
+
+
+def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Run the operator `head_logits` of `steppo_kernels.backends.operators`."""
+    num_rows, size = hidden.shape
+    if logits.dtype == hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=logits)
+    elif (
+        hidden.dtype == torch.bfloat16
+        and size % 2 == weight.stride(0) % 2 == 0
+        and weight.stride(1) == 1
+        and kernels.multiplies_bf16()
+    ):
+        bias = None if bias is None else bias.float()
+        kernels.head_logits(
+            pointer(hidden),
+            address(weight),
+            weight.stride(0),
+            pointer(bias),
+            num_rows,
+            size,
+            len(weight),
+            pointer(logits),
+            threads(),
+        )
+    else:
+        hidden = hidden.float()
+        for part, columns in zip(weight.split(_SLICE), logits.split(_SLICE, 1), strict=True):
+            torch.mm(hidden, part.float().t(), out=columns)
+        if bias is not None:
+            logits += bias
+
+
+def accumulate(total: Tensor, product: Tensor, is_first: bool) -> None:
+    """Run the operator `accumulate` of `steppo_kernels.backends.operators`."""
+    kernels.accumulate(
+        dtype_code(product),
+        pointer(product),
+        is_first,
+        total.numel(),
+        pointer(total),
+        threads(),
+    )

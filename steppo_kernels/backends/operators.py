@@ -1,0 +1,415 @@
+"""The native operators: schema, fake and dispatch of each, and the two ways to call one.
+
+Eager code calls the launcher of a backend directly; under `torch.compile` the same call becomes
+the registered operator ``torch.ops.steppo.<name>``, so that the graph does not break. Autograd
+lives outside, in the public functions: an operator returns what backward needs.
+
+A launcher is the function ``<name>`` in ``<stem>.py`` of the backend's folder. It takes checked,
+contiguous tensors on one device and the schema's arguments without the last, `backend`. To add an
+operator: a row below, a launcher per backend, and tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..outputs import POLICY_METRICS, VALUE_METRICS
+
+_library = torch.library.Library("steppo", "DEF")
+# Backends whose launchers stand in a folder of another name.
+_FOLDERS = {"cpu": "compiled"}
+_stems: dict[str, str] = {}
+_handles: dict[str, Any] = {}
+
+
+def call(name: str, backend: str, *args: Any) -> Any:
+    """Run the operator `name` on `backend`, through the dispatcher only while compiling."""
+    if torch.compiler.is_compiling():
+        return _handles[name](*args, backend)
+    return launcher(backend, name)(*args)
+
+
+@functools.cache
+def launcher(backend: str, name: str) -> Callable[..., Any]:
+    """Return the function that runs the operator `name` on `backend`."""
+    folder = _FOLDERS.get(backend, backend)
+    module = importlib.import_module(f"{__package__}.{folder}.{_stems[name]}")
+    run: Callable[..., Any] = getattr(module, name)
+    return run
+
+
+def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the fake of an operator with this schema."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        name = fake.__name__
+
+        def dispatch(*args: Any) -> Any:
+            return launcher(args[-1], name)(*args[:-1])
+
+        _stems[name] = stem
+        _library.define(f"{name}{schema}")
+        _library.impl(name, dispatch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"steppo::{name}", fake, lib=_library)
+        _handles[name] = getattr(torch.ops.steppo, name).default
+        return fake
+
+    return register
+
+
+@_operator(
+    "segment",
+    "(Tensor mask, Tensor? boundaries, Tensor row_offsets, str backend) "
+    "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
+)
+def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
+    """Fake: see `steppo_kernels.segment`."""
+    return _segments(mask.numel(), row_offsets)
+
+
+@_operator(
+    "segment",
+    "(Tensor ids, Tensor row_offsets, str backend) "
+    "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
+)
+def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
+    """Fake: see `steppo_kernels.segment`."""
+    return _segments(ids.numel(), row_offsets)
+
+
+@_operator(
+    "segment",
+    "(Tensor mask, Tensor? valid, str backend) "
+    "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
+)
+def segment_rows(mask: Tensor, valid: Tensor | None, backend: str) -> Any:
+    """Fake: see `steppo_kernels.segment`."""
+    row_offsets = mask.new_empty((mask.shape[0] + 1,), dtype=torch.int64)
+    return _segments(mask.numel(), row_offsets)
+
+
+@_operator(
+    "segment",
+    "(Tensor token_ids, Tensor row_offsets, Tensor start, int end, str backend) -> Tensor",
+)
+def mark_actions(
+    token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int, backend: str
+) -> Any:
+    """Fake: see `steppo_kernels.segment`."""
+    return token_ids.new_empty(token_ids.shape, dtype=torch.bool)
+
+
+@_operator(
+    "segment",
+    "(Tensor step_ids, SymInt num_steps, SymInt num_tokens, str backend) "
+    "-> (Tensor token_index, Tensor step_offsets, Tensor step_lengths)",
+)
+def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> Any:
+    """Fake: see `steppo_kernels.segment`."""
+    return (
+        step_ids.new_empty((num_tokens,), dtype=torch.int64),
+        step_ids.new_empty((num_steps + 1,), dtype=torch.int64),
+        step_ids.new_empty((num_steps,), dtype=torch.int32),
+    )
+
+
+@_operator(
+    "broadcast",
+    "(Tensor per_step, Tensor step_ids, str backend) -> Tensor",
+)
+def broadcast_to_tokens(per_step: Tensor, step_ids: Tensor, backend: str) -> Any:
+    """Fake: ``[S]`` to ``[N]``, 0 where there is no step."""
+    return per_step.new_empty((step_ids.numel(),))
+
+
+@_operator(
+    "broadcast",
+    "(Tensor per_token, Tensor token_index, Tensor step_offsets, str backend) -> Tensor",
+)
+def sum_over_steps(
+    per_token: Tensor, token_index: Tensor, step_offsets: Tensor, backend: str
+) -> Any:
+    """Fake: ``[N]`` to ``[S]``, the transpose of `broadcast_to_tokens`."""
+    return per_token.new_empty((step_offsets.shape[0] - 1,))
+
+
+@_operator(
+    "gae",
+    "(Tensor rewards, Tensor values, bool rewards_per_token, bool values_per_token, "
+    "Tensor step_ids, Tensor row_offsets, Tensor state_index, Tensor trajectory_steps, "
+    "Tensor trajectory_offsets, Tensor? bootstrap_values, float gamma, float lam, bool whiten, "
+    "str backend) -> (Tensor advantages, Tensor returns)",
+)
+def step_gae(
+    rewards: Tensor,
+    values: Tensor,
+    rewards_per_token: bool,
+    values_per_token: bool,
+    step_ids: Tensor,
+    row_offsets: Tensor,
+    state_index: Tensor,
+    trajectory_steps: Tensor,
+    trajectory_offsets: Tensor,
+    bootstrap_values: Tensor | None,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    backend: str,
+) -> Any:
+    """Fake: see `steppo_kernels.gae`."""
+    num_steps = state_index.shape[0]
+    return values.new_empty((num_steps,)), values.new_empty((num_steps,))
+
+
+@_operator(
+    "value_loss",
+    "(Tensor values, Tensor returns, Tensor? old_values, bool values_per_token, "
+    "bool old_values_per_token, Tensor state_index, Tensor step_lengths, "
+    "Tensor trajectory_counts, Tensor? normalizer, float clip, int reduction, bool need_grad, "
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values, Tensor grad_scale)",
+)
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor | None,
+    values_per_token: bool,
+    old_values_per_token: bool,
+    state_index: Tensor,
+    step_lengths: Tensor,
+    trajectory_counts: Tensor,
+    normalizer: Tensor | None,
+    clip: float,
+    reduction: int,
+    need_grad: bool,
+    backend: str,
+) -> Any:
+    """Fake: see `steppo_kernels.value_loss`.
+
+    The gradient is `grad_values` (of the shape of `values`, empty without `need_grad`) times
+    `grad_scale`.
+    """
+    return (
+        values.new_empty(()),
+        values.new_empty((len(VALUE_METRICS),), dtype=torch.float64),
+        values.new_empty((values.numel() if need_grad else 0,)),
+        values.new_empty(()),
+    )
+
+
+_POLICY_SCALARS = (
+    "Tensor? ratio_center, Tensor? normalizer, int ratio, float clip_low, float clip_high, "
+    "float dual_clip, float log_ratio_max, int reduction, float kl_coef, int kl_estimator, "
+    "float entropy_coef, bool need_grad, bool need_entropy_grad, str backend"
+)
+
+
+@_operator(
+    "policy_loss",
+    "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
+    "Tensor? entropy, Tensor? is_weights, Tensor? step_weights, bool advantages_per_token, "
+    "bool is_weights_per_token, Tensor step_ids, Tensor token_index, Tensor step_offsets, "
+    f"Tensor trajectory_counts, {_POLICY_SCALARS}) "
+    "-> (Tensor loss, Tensor metrics, Tensor step_log_ratio, Tensor grad_log_probs, "
+    "Tensor grad_entropy, Tensor grad_scale)",
+)
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    ref_log_probs: Tensor | None,
+    entropy: Tensor | None,
+    is_weights: Tensor | None,
+    step_weights: Tensor | None,
+    advantages_per_token: bool,
+    is_weights_per_token: bool,
+    step_ids: Tensor,
+    token_index: Tensor,
+    step_offsets: Tensor,
+    trajectory_counts: Tensor,
+    ratio_center: Tensor | None,
+    normalizer: Tensor | None,
+    ratio: int,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    log_ratio_max: float,
+    reduction: int,
+    kl_coef: float,
+    kl_estimator: int,
+    entropy_coef: float,
+    need_grad: bool,
+    need_entropy_grad: bool,
+    backend: str,
+) -> Any:
+    """Fake: see `steppo_kernels.policy_loss`. `dual_clip` 0 is off.
+
+    The gradients of the loss are `grad_log_probs` and `grad_entropy` (``[N]``, 0 at masked tokens,
+    empty where not needed) times `grad_scale`: so the normalizer may be known last.
+    """
+    step_log_ratio = log_probs.new_empty((step_offsets.shape[0] - 1,))
+    loss, metrics, *grads = _loss_outputs(log_probs, need_grad, need_entropy_grad)
+    return loss, metrics, step_log_ratio, *grads
+
+
+@_operator(
+    "policy_loss",
+    "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
+    f"Tensor? entropy, Tensor? is_weights, Tensor mask, SymInt row_length, {_POLICY_SCALARS}) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy, "
+    "Tensor grad_scale)",
+)
+def policy_loss_masked(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    ref_log_probs: Tensor | None,
+    entropy: Tensor | None,
+    is_weights: Tensor | None,
+    mask: Tensor,
+    row_length: int,
+    ratio_center: Tensor | None,
+    normalizer: Tensor | None,
+    ratio: int,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    log_ratio_max: float,
+    reduction: int,
+    kl_coef: float,
+    kl_estimator: int,
+    entropy_coef: float,
+    need_grad: bool,
+    need_entropy_grad: bool,
+    backend: str,
+) -> Any:
+    """Fake: the fused form. Runs of ones of `mask` (bool ``[N]``) are the steps.
+
+    Everything else is per token, rows are `row_length` long.
+    """
+    return _loss_outputs(log_probs, need_grad, need_entropy_grad)
+
+
+_HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"
+
+
+@_operator(
+    "token_log_probs",
+    f"(Tensor logits, Tensor token_ids, {_HEAD}, bool need_entropy, str backend) "
+    "-> (Tensor log_probs, Tensor entropy, Tensor log_sum_exp)",
+)
+def token_log_probs(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    need_entropy: bool,
+    backend: str,
+) -> Any:
+    """Fake: see `steppo_kernels.token_log_probs`.
+
+    `logits` ``[B, T, V]`` of any floating dtype may be strided, but for its last dimension;
+    `token_ids` (int64), `mask` (bool) and `temperatures` are ``[B * T]``. With z the logits, capped
+    (`softcap` 0 is off) and divided by `temperatures` or, without them, by `temperature`, the row
+    has the log-prob z_y - log_sum_exp and the entropy log_sum_exp - sum p z. The outputs are
+    ``[B * T]`` in the dtype of the computation (fp64 for fp64 logits, else fp32), 0 where `mask` is
+    False, and `entropy` is empty where not needed. `log_sum_exp` is fp64: with logits around 1000
+    its fp32 rounding would be that of the probabilities. An id out of range is an error where the
+    backend can raise one, else NaN.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = token_ids.shape[0]
+    return (
+        logits.new_empty((rows,), dtype=dtype),
+        logits.new_empty((rows if need_entropy else 0,), dtype=dtype),
+        logits.new_empty((rows,), dtype=torch.float64),
+    )
+
+
+@_operator(
+    "token_log_probs",
+    f"(Tensor(a!) grad_logits, Tensor logits, Tensor token_ids, {_HEAD}, Tensor log_sum_exp, "
+    "Tensor? entropy, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? rows, str backend) "
+    "-> ()",
+)
+def token_log_probs_backward(
+    grad_logits: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    log_sum_exp: Tensor,
+    entropy: Tensor | None,
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    rows: Tensor | None,
+    backend: str,
+) -> Any:
+    """Fake: write the gradient of the logits into `grad_logits`, which may be `logits` itself.
+
+    With c and e the gradients of a row's log-prob and entropy H, p its probabilities and z as
+    above, d/dz_v = c [v = y] - p_v (c + e (z_v - log_sum_exp + H)); the rules of temperature and
+    softcap follow. Rows that are masked, or whose c and e are 0, are zeroed without being read.
+    `grad_logits` has the shape of `logits`, strides of its own, and its dtype or, on the CPU and of
+    fp32 logits, a half precision; where the two share memory, their rows begin at the same places.
+    With `rows` (int64 ``[n]``, n <= B * T), only rows 0 to n - 1 of `grad_logits` are written, row
+    j with the gradient of row ``rows[j]``; in shared memory ``rows[j]`` is j or at least n, and no
+    two are the same. `entropy` goes with `grad_entropy`.
+    """
+
+
+@_operator(
+    "lm_head",
+    "(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, str backend) -> ()",
+)
+def head_logits(
+    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> Any:
+    """Fake: write ``hidden @ weight.T + bias`` into `logits`.
+
+    `hidden` ``[n, d]`` and `logits` ``[n, V]`` are contiguous, `weight` ``[V, d]`` may be strided.
+    `logits` has the dtype of the others, or is fp32 and theirs a half precision: then products are
+    summed in fp32 and not rounded (`steppo_kernels.lm_head.logits_dtype` is what a backend does
+    well).
+    """
+
+
+@_operator(
+    "lm_head",
+    "(Tensor(a!) total, Tensor product, bool is_first, str backend) -> ()",
+)
+def accumulate(total: Tensor, product: Tensor, is_first: bool, backend: str) -> Any:
+    """Fake: add `product` (fp16 or bf16) to `total` (fp32).
+
+    Both are contiguous and of one shape. With `is_first`, `total` is written instead.
+    """
+
+
+def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        row_offsets.new_empty((num_tokens,), dtype=torch.int32),
+        row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
+        row_offsets.new_empty((2,), dtype=torch.int64),
+    )
+
+
+def _loss_outputs(
+    log_probs: Tensor, need_grad: bool, need_entropy_grad: bool
+) -> tuple[Tensor, ...]:
+    num_tokens = log_probs.numel()
+    return (
+        log_probs.new_empty(()),
+        log_probs.new_empty((len(POLICY_METRICS),), dtype=torch.float64),
+        log_probs.new_empty((num_tokens if need_grad else 0,)),
+        log_probs.new_empty((num_tokens if need_entropy_grad else 0,)),
+        log_probs.new_empty(()),
+    )

@@ -1,0 +1,216 @@
+"""The clipped step objective in plain PyTorch: equations of StepPO (arXiv 2604.18401).
+
+Only action tokens are gathered, so that nothing of a masked token can reach the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...config import StepPOConfig
+from .broadcast import sum_over_steps
+from .reductions import reduction_weights
+
+
+def kl_penalty(d: Tensor, estimator: str) -> Tensor:
+    """Return the KL estimate of each token from d = log pi_ref - log pi.
+
+    d is clamped to +-20 and the value to +-10, the bounds of verl's ``low_var_kl``.
+    """
+    return _kl_value(d.clamp(-20.0, 20.0), estimator).clamp(-10.0, 10.0)
+
+
+def kl_slope(d: Tensor, estimator: str) -> Tensor:
+    """Return the derivative of `kl_penalty` with respect to log pi = log pi_ref - d."""
+    slope = {"k1": torch.ones_like(d), "k2": -d, "k3": -torch.expm1(d)}[estimator]
+    unclamped = (d.abs() <= 20.0) & (_kl_value(d, estimator).abs() <= 10.0)
+    return torch.where(unclamped, slope, 0.0)
+
+
+def _kl_value(d: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return -d
+    return 0.5 * d * d if estimator == "k2" else torch.expm1(d) - d
+
+
+def clipped_loss(
+    ratio: Tensor, advantages: Tensor, config: StepPOConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return l = max(-A ratio, -A clip(ratio)), bounded by the dual clip where A < 0.
+
+    Returns:
+        The loss; whether the clipped branch is strictly larger; whether the loss has a gradient.
+        At a tie the unclipped branch keeps its gradient.
+    """
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high)
+    is_clipped = clipped > unclipped
+    active = ~is_clipped & (advantages != 0)
+    loss = torch.where(is_clipped, clipped, unclipped)
+    if config.dual_clip is not None:
+        bound = -config.dual_clip * advantages
+        is_bounded = (advantages < 0) & (loss > bound)
+        loss = torch.where(is_bounded, bound, loss)
+        active &= ~is_bounded
+    return loss, is_clipped, active
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    ref_log_probs: Tensor | None,
+    entropy: Tensor | None,
+    is_weights: Tensor | None,
+    step_weights: Tensor | None,
+    advantages_per_token: bool,
+    is_weights_per_token: bool,
+    step_ids: Tensor,
+    token_index: Tensor,
+    step_offsets: Tensor,
+    trajectory_counts: Tensor,
+    ratio_center: Tensor | None,
+    normalizer: Tensor | None,
+    config: StepPOConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss (differentiable), the metric vector and the step log-ratios.
+
+    Arguments are those of the operator `policy_loss` in `steppo_kernels.backends.operators`.
+    """
+    dtype = log_probs.dtype
+    step_of = step_ids[token_index].to(torch.int64)  # [M]
+    lengths = step_offsets.diff()  # [S]
+    nonempty = lengths > 0
+    divisor = lengths.clamp_min(1).to(dtype)
+    token_starts = token_index.new_zeros(1).expand_as(lengths)
+    if token_index.numel():
+        token_starts = token_index[step_offsets[:-1].clamp_max(token_index.numel() - 1)]
+    if advantages_per_token:
+        advantages = advantages[token_starts] if advantages.numel() else divisor * 0
+    advantages = torch.where(nonempty, advantages, torch.zeros_like(divisor))
+
+    def per_step(values: Tensor) -> Tensor:
+        """Add up ``[M]`` token values by step."""
+        every = torch.arange(values.numel(), device=values.device)
+        return sum_over_steps(values, every, step_offsets)
+
+    def per_step_mean(values: Tensor) -> Tensor:
+        return per_step(values) / divisor
+
+    def token_mean(values: Tensor) -> Tensor:
+        return values.sum() / max(values.numel(), 1)
+
+    # The step log-ratio: log rho = mu + L^-p sum(z - mu).
+    new = log_probs[token_index]
+    old = new.detach() if old_log_probs is None else old_log_probs[token_index]
+    z = new - old
+    power = {"geometric": 1.0, "product": 0.0, "centered": 0.5}[config.ratio]
+    scale = divisor**-power
+    if config.ratio == "centered":
+        mu = token_mean(z.detach()) if ratio_center is None else ratio_center.to(z)
+        step_log_ratio = torch.where(nonempty, mu + scale * per_step(z - mu), 0.0)
+    else:
+        step_log_ratio = scale * per_step(z)
+    ratio = _ratio(step_log_ratio, config.log_ratio_max)
+
+    loss, is_clipped, active = clipped_loss(ratio, advantages, config)
+    if is_weights is not None and is_weights_per_token:
+        # The token form: each token carries the step's ratio, but a gradient of its own.
+        step_part = step_log_ratio.detach()[step_of]
+        own_part = (scale * divisor)[step_of] * (z - z.detach())
+        token_ratio = _ratio(step_part + own_part, config.log_ratio_max)
+        token_loss, _, moving = clipped_loss(token_ratio, advantages[step_of], config)
+        loss = per_step_mean(_weighted(token_loss, is_weights[token_index], moving))
+    elif is_weights is not None:
+        loss = _weighted(loss, is_weights, active)
+
+    kl = entropy_mean = torch.zeros_like(divisor)
+    if ref_log_probs is not None:
+        kl = per_step_mean(kl_penalty(ref_log_probs[token_index] - new, config.kl_estimator))
+    if entropy is not None:
+        entropy_mean = per_step_mean(entropy[token_index])
+
+    weights, count = reduction_weights(lengths, trajectory_counts, config.reduction, dtype)
+    if step_weights is not None:
+        weights = torch.where(nonempty, step_weights, 0.0)
+    total = count if normalizer is None else normalizer.to(device=count.device, dtype=dtype)
+    policy_term, kl_term, entropy_term = (
+        (weights * torch.where(nonempty, term, 0.0)).sum() / total
+        for term in (loss, kl, entropy_mean)
+    )
+    objective = policy_term + config.kl_coef * kl_term - config.entropy_coef * entropy_term
+    # Without action tokens the graph must still reach the inputs.
+    objective = objective + log_probs[:0].sum()
+    with torch.no_grad():
+        # A token is dead if its whole coefficient is 0: policy and KL together, and entropy.
+        moving = active & ~(step_log_ratio > config.log_ratio_max)
+        coefficient = torch.where(moving, -advantages * ratio * weights * scale, 0.0)[step_of]
+        if is_weights is not None:
+            by_token = is_weights[token_index] if is_weights_per_token else is_weights[step_of]
+            coefficient = torch.where(coefficient == 0, 0.0, coefficient * by_token)
+        if ref_log_probs is not None and config.kl_coef != 0:
+            slope = kl_slope(ref_log_probs[token_index] - new, config.kl_estimator)
+            coefficient = coefficient + config.kl_coef * (weights / divisor)[step_of] * slope
+        dead = coefficient == 0
+        if entropy is not None and config.entropy_coef != 0:
+            dead &= weights[step_of] == 0
+        metrics = _metrics(
+            (policy_term, kl_term, entropy_term), ratio, is_clipped, advantages, lengths, z, dead
+        )
+    return objective, metrics, step_log_ratio.detach()
+
+
+def _weighted(loss: Tensor, weights: Tensor, moving: Tensor) -> Tensor:
+    """Return loss times weights; what is not `moving` has no gradient, whatever its weight is."""
+    return torch.where(moving, loss * weights.where(moving, 1.0), loss.detach() * weights)
+
+
+def _ratio(log_ratio: Tensor, log_ratio_max: float) -> Tensor:
+    """Return e^x with x clamped above, without gradient beyond; a NaN stays one, gradient too."""
+    return torch.where(log_ratio > log_ratio_max, log_ratio_max, log_ratio).exp()
+
+
+def _metrics(
+    terms: tuple[Tensor, Tensor, Tensor],
+    ratio: Tensor,
+    is_clipped: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    z: Tensor,
+    dead: Tensor,
+) -> Tensor:
+    """Return `POLICY_METRICS` as fp64; of no step, ratios are 1 and everything else is 0."""
+    nonempty = lengths > 0
+    num_steps, num_tokens = nonempty.sum(), lengths.sum()
+    ratio = ratio.to(torch.float64)
+
+    def over_steps(values: Tensor) -> Tensor:
+        return torch.where(nonempty, values, 0).sum() / num_steps.clamp_min(1)
+
+    def over_tokens(values: Tensor) -> Tensor:
+        return values.sum() / num_tokens.clamp_min(1)
+
+    # An entry of 1 stands in where there is no step.
+    stand_in = torch.where(num_steps == 0, 1.0, torch.nan).to(ratio).reshape(1)
+    seen = torch.cat((torch.where(nonempty, ratio, torch.nan), stand_in))
+    bounds = [
+        torch.where(seen.isnan(), sign * torch.inf, seen).mul(sign).min().mul(sign)
+        for sign in (1.0, -1.0)
+    ]
+    clipped = is_clipped & nonempty
+    values = (
+        *terms,
+        torch.where(num_steps == 0, 1.0, over_steps(ratio)),
+        *bounds,
+        over_steps(clipped.to(ratio)),
+        over_steps((clipped & (advantages < 0)).to(ratio)),
+        over_steps((clipped & (advantages > 0)).to(ratio)),
+        over_tokens((clipped * lengths).to(ratio)),
+        over_tokens(-z.to(ratio)),
+        over_tokens(kl_penalty(z, "k3").to(ratio)),
+        over_tokens(dead.to(ratio)),
+        num_steps,
+        num_tokens,
+    )
+    return torch.stack([value.to(torch.float64) for value in values])

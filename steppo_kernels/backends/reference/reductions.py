@@ -1,0 +1,24 @@
+"""What a reduction multiplies and divides the loss of a step by (the table of reductions)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reduction_weights(
+    lengths: Tensor, trajectory_counts: Tensor, reduction: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return w_s ``[S]`` (0 for an empty step) and the normalizer of a reduction, at least 1."""
+    nonempty = (lengths > 0).to(dtype)
+    if reduction == "step_mean":
+        weights, total = nonempty, nonempty.sum()
+    elif reduction == "trajectory_mean":
+        weights = nonempty / trajectory_counts.clamp_min(1).to(dtype)
+        # Every trajectory adds 1, up to rounding.
+        total = weights.to(torch.float64).sum().round().to(dtype)
+    elif reduction == "token_mean":
+        weights, total = lengths.to(dtype), lengths.sum().to(dtype)
+    else:
+        weights, total = nonempty, nonempty.new_ones(())
+    return weights, total.clamp_min(1.0)

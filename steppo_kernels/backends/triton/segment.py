@@ -1,0 +1,327 @@
+"""Step segmentation: see `steppo_kernels.segment` for the contract.
+
+Two walks over the rows, one that counts and one that numbers; between them a running sum over rows
+(or blocks) makes first numbers of counts. All of it is integer arithmetic.
+"""
+
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import FLAT_BLOCK, aligned, cdiv, device_guard, programs, row_block, threads
+from .tiles import chunk, running_max
+
+_LENGTHS = ["num_rows", "row_length", "num_tokens", "num_start", "num_steps", "num_actions"]
+_SEARCH_BLOCK = 512
+_NONE = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def _walk_row(
+    p_mask,
+    p_boundaries,
+    p_ids,
+    p_step_ids,
+    i_begin,
+    length,
+    first_step,
+    ALIGNED: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Number the steps of a row from `first_step`, storing them if `p_step_ids` is given.
+
+    A step begins at the first token of a run or at a boundary (masks), or at an id larger than all
+    before it (ids). Returns the number of steps and of action tokens, and the first position with
+    an id smaller than one before it.
+    """
+    steps = tl.full((), 0, tl.int64)
+    tokens = tl.full((), 0, tl.int64)
+    decreasing = tl.full((), _NONE, tl.int64)
+    largest = tl.full((), -1, tl.int64)
+    for t in range(0, length, BT):
+        i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
+        m_before = m_row & (t + b_lane > 0)
+        if p_ids is not None:
+            b_id = tl.load(p_ids + i_flat + b_lane, mask=m_row, other=-1)
+            b_before = tl.load(p_ids + i_flat - 1 + b_lane, mask=m_before, other=-1)
+            b_before = tl.maximum(running_max(b_before), largest)
+            m_action = b_id >= 0
+            m_first = m_action & (b_id > b_before)
+            m_wrong = m_action & (b_id < b_before)
+            b_wrong = tl.where(m_wrong, i_flat + b_lane, _NONE)
+            decreasing = tl.minimum(decreasing, tl.min(b_wrong, 0))
+            largest = tl.max(tl.maximum(b_before, b_id), 0)
+        else:
+            m_action = tl.load(p_mask + i_flat + b_lane, mask=m_row, other=0) != 0
+            b_before = tl.load(p_mask + i_flat - 1 + b_lane, mask=m_before, other=0)
+            m_first = m_action & (b_before == 0)
+            if p_boundaries is not None:
+                b_boundary = tl.load(p_boundaries + i_flat + b_lane, mask=m_row, other=0)
+                m_first = m_action & ((b_before == 0) | (b_boundary != 0))
+        if p_step_ids is not None:
+            b_number = first_step + steps + tl.cumsum(m_first.to(tl.int32), 0) - 1
+            b_number = tl.where(m_action, b_number, -1).to(tl.int32)
+            tl.store(p_step_ids + i_flat + b_lane, b_number, mask=m_row)
+        steps += tl.sum(m_first.to(tl.int32), 0)
+        tokens += tl.sum(m_action.to(tl.int32), 0)
+    return steps, tokens, decreasing
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def segment_kernel(
+    p_mask,
+    p_boundaries,
+    p_ids,
+    p_row_offsets,
+    p_row_steps,
+    p_step_ids,
+    p_steps,
+    p_tokens,
+    p_decreasing,
+    num_rows,
+    BT: tl.constexpr,
+):
+    """Count steps by row, or number them where `p_step_ids` is given."""
+    for i_row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        i_begin = tl.load(p_row_offsets + i_row)
+        length = tl.load(p_row_offsets + i_row + 1) - i_begin
+        first_step = tl.full((), 0, tl.int64)
+        if p_step_ids is not None:
+            first_step = tl.load(p_row_steps + i_row)
+        # Rows that begin and end at multiples of 16 take wide loads.
+        if (i_begin % 16 == 0) & (length % 16 == 0):
+            steps, tokens, decreasing = _walk_row(
+                p_mask, p_boundaries, p_ids, p_step_ids, i_begin, length, first_step, True, BT
+            )
+        else:
+            steps, tokens, decreasing = _walk_row(
+                p_mask, p_boundaries, p_ids, p_step_ids, i_begin, length, first_step, False, BT
+            )
+        if p_step_ids is None:
+            tl.store(p_steps + i_row, steps)
+            tl.store(p_tokens + i_row, tokens)
+            tl.store(p_decreasing + i_row, decreasing)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def segment_rows_kernel(
+    p_mask,
+    p_valid,
+    p_step_ids,
+    p_tokens,
+    num_rows,
+    row_length,
+    ALIGNED: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Write the row's number at its action tokens."""
+    length = row_length.to(tl.int64)
+    for i_row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        i_begin = i_row * length
+        if ALIGNED:
+            i_begin = tl.multiple_of(i_begin, 16)
+        tokens = tl.full((), 0, tl.int64)
+        valid = tl.full((), 1, tl.uint8)
+        if p_valid is not None:
+            valid = tl.load(p_valid + i_row)
+        for t in range(0, length, BT):
+            i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
+            b_action = tl.load(p_mask + i_flat + b_lane, mask=m_row, other=0) & valid
+            b_number = tl.where(b_action != 0, i_row, -1).to(tl.int32)
+            tl.store(p_step_ids + i_flat + b_lane, b_number, mask=m_row)
+            tokens += tl.sum((b_action != 0).to(tl.int32), 0)
+        tl.store(p_tokens + i_row, tokens)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def mark_actions_kernel(
+    p_ids, p_row_offsets, p_start, p_mask, num_rows, num_start, end: tl.int64, BT: tl.constexpr
+):
+    """Mark a token if the last start or end before it is a start."""
+    for i_row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        i_begin = tl.load(p_row_offsets + i_row)
+        i_end = tl.load(p_row_offsets + i_row + 1)
+        is_open = tl.full((), 0, tl.int32)
+        for t in range(i_begin, i_end, BT):
+            b_lane = tl.arange(0, BT)
+            b_pos = t + b_lane
+            # The token before decides, so that the running maximum of events excludes this one.
+            b_before = b_pos - 1
+            m_before = (b_before >= i_begin) & (b_pos < i_end)
+            m_opens = m_before & (b_before - i_begin >= num_start - 1)
+            m_complete = m_opens
+            for k in range(num_start):
+                b_id = tl.load(p_ids + b_before - k, mask=m_complete, other=0)
+                m_opens = m_opens & (b_id == tl.load(p_start + num_start - 1 - k))
+            m_closes = m_before & (tl.load(p_ids + b_before, mask=m_before, other=0) == end)
+            b_event = tl.where(m_opens, 2 * b_lane + 3, tl.where(m_closes, 2 * b_lane + 2, 0))
+            b_event = tl.maximum(running_max(b_event), is_open)
+            tl.store(p_mask + b_pos, (b_event & 1).to(tl.uint8), mask=b_pos < i_end)
+            is_open = tl.max(b_event, 0) & 1
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def compact_kernel(
+    p_step_ids, p_first, p_index, p_counts, num_tokens, ALIGNED: tl.constexpr, BT: tl.constexpr
+):
+    """Count the action tokens of a block, or write where they are if `p_index` is given."""
+    i_p = tl.program_id(0).to(tl.int64)
+    length = num_tokens.to(tl.int64)
+    i_flat, b_lane, m_token = chunk(0, i_p * BT, length, ALIGNED, BT)
+    b_step = tl.load(p_step_ids + i_flat + b_lane, mask=m_token, other=-1)
+    b_action = (b_step >= 0).to(tl.int32)
+    if p_index is None:
+        tl.store(p_counts + i_p, tl.sum(b_action, 0).to(tl.int64))
+    else:
+        b_rank = tl.load(p_first + i_p) + tl.cumsum(b_action, 0) - 1
+        tl.store(p_index + b_rank, i_flat + b_lane, mask=b_action != 0)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def step_offsets_kernel(
+    p_step_ids, p_index, p_offsets, p_lengths, num_steps, num_actions, BS: tl.constexpr
+):
+    """Find the first action token of each step and of the one after it by bisection."""
+    b_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    b_begin = _first_at_least(p_step_ids, p_index, b_s, num_actions, BS)
+    b_end = _first_at_least(p_step_ids, p_index, b_s + 1, num_actions, BS)
+    tl.store(p_offsets + b_s, b_begin, mask=b_s <= num_steps)
+    tl.store(p_lengths + b_s, (b_end - b_begin).to(tl.int32), mask=b_s < num_steps)
+
+
+@triton.jit
+def _first_at_least(p_step_ids, p_index, b_s, num_actions, BS: tl.constexpr):
+    b_low = tl.zeros([BS], tl.int64)
+    b_high = tl.zeros([BS], tl.int64) + num_actions
+    width = tl.full((), 0, tl.int64) + num_actions
+    while width > 0:
+        b_middle = (b_low + b_high) // 2
+        m_open = b_low < b_high
+        b_pos = tl.load(p_index + b_middle, mask=m_open, other=0)
+        m_less = tl.load(p_step_ids + b_pos, mask=m_open, other=0) < b_s
+        b_low = tl.where(m_open & m_less, b_middle + 1, b_low)
+        b_high = tl.where(m_open & ~m_less, b_middle, b_high)
+        width = width // 2
+    return b_low
+
+
+def segment_mask(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the runs of ones of each row."""
+    bounds = None if boundaries is None else boundaries.view(torch.uint8)
+    return _segment(mask.view(torch.uint8), bounds, None, row_offsets)
+
+
+def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the distinct (row, id) pairs with id >= 0."""
+    return _segment(None, None, ids, row_offsets)
+
+
+def _segment(
+    mask: Tensor | None, boundaries: Tensor | None, ids: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = row_offsets.numel() - 1
+    tokens = mask if ids is None else ids
+    assert tokens is not None
+    step_ids = row_offsets.new_empty((tokens.numel(),), dtype=torch.int32)
+    row_steps = row_offsets.new_zeros((num_rows + 1,))
+    counts = row_offsets.new_tensor([0, -1])
+    if num_rows == 0:
+        return step_ids, row_steps, counts
+    by_row = row_offsets.new_empty((3, num_rows))
+    block = row_block(cdiv(tokens.numel(), num_rows))
+    options = threads(block, _elements(tokens))
+    grid = (programs(num_rows),)
+    inputs = (mask, boundaries, ids, row_offsets, row_steps)
+    with device_guard(tokens):
+        segment_kernel[grid](*inputs, None, *by_row.unbind(), num_rows, BT=block, **options)
+        torch.cumsum(by_row[0], 0, out=row_steps[1:])
+        counts[0] = by_row[1].sum()
+        if ids is not None:
+            decreasing = by_row[2].min()
+            counts[1] = torch.where(decreasing == _NONE.value, -1, decreasing)
+        segment_kernel[grid](*inputs, step_ids, None, None, None, num_rows, BT=block, **options)
+    return step_ids, row_steps, counts
+
+
+def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Make each row a step."""
+    num_rows, row_length = mask.shape
+    step_ids = mask.new_empty((num_rows * row_length,), dtype=torch.int32)
+    row_steps = torch.arange(num_rows + 1, device=mask.device)
+    tokens = row_steps.new_empty((num_rows,))
+    block = row_block(row_length)
+    if num_rows:
+        with device_guard(mask):
+            segment_rows_kernel[(programs(num_rows),)](
+                mask.view(torch.uint8),
+                None if valid is None else valid.contiguous().view(torch.uint8),
+                step_ids,
+                tokens,
+                num_rows,
+                row_length,
+                ALIGNED=aligned(row_length),
+                BT=block,
+                **threads(block, _elements(mask)),
+            )
+    return step_ids, row_steps, torch.stack((tokens.sum(), row_steps.new_tensor(-1)))
+
+
+def _elements(tokens: Tensor) -> int:
+    """Return how many elements a thread takes at a time: 128 bits of them."""
+    return 16 // tokens.element_size()
+
+
+def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int) -> Tensor:
+    """Return the mask of tokens after a `start` sequence up to the next `end`."""
+    num_rows = row_offsets.numel() - 1
+    mask = token_ids.new_empty(token_ids.shape, dtype=torch.bool)
+    if num_rows:
+        block = row_block(cdiv(token_ids.numel(), num_rows))
+        with device_guard(token_ids):
+            mark_actions_kernel[(programs(num_rows),)](
+                token_ids,
+                row_offsets,
+                start,
+                mask.view(torch.uint8),
+                num_rows,
+                start.numel(),
+                end,
+                BT=block,
+                **threads(block),
+            )
+    return mask
+
+
+def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the CSR form of ascending `step_ids`."""
+    length = step_ids.numel()
+    blocks = cdiv(length, FLAT_BLOCK)
+    token_index = step_ids.new_empty((num_tokens,), dtype=torch.int64)
+    step_offsets = step_ids.new_empty((num_steps + 1,), dtype=torch.int64)
+    step_lengths = step_ids.new_empty((num_steps,))
+    first = step_ids.new_zeros((blocks + 1,), dtype=torch.int64)
+    options = {"ALIGNED": aligned(length), "BT": FLAT_BLOCK} | threads(FLAT_BLOCK)
+    with device_guard(step_ids):
+        if blocks:
+            compact_kernel[(blocks,)](step_ids, None, None, first[1:], length, **options)
+            first = first.cumsum(0)
+            compact_kernel[(blocks,)](step_ids, first, token_index, None, length, **options)
+        step_offsets_kernel[(cdiv(num_steps + 1, _SEARCH_BLOCK),)](
+            step_ids,
+            token_index,
+            step_offsets,
+            step_lengths,
+            num_steps,
+            num_tokens,
+            BS=_SEARCH_BLOCK,
+            **threads(_SEARCH_BLOCK),
+        )
+    return token_index, step_offsets, step_lengths

@@ -1,0 +1,71 @@
+"""Per-step numbers on tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import operators
+from ..backends.choice import Backend, resolve
+from .step_layout import StepLayout, require_layout
+
+
+def broadcast_to_tokens(
+    per_step: Tensor, layout: StepLayout, *, backend: Backend = "auto"
+) -> Tensor:
+    """Give every action token the entry of its step; other tokens get 0.
+
+    Args:
+        per_step: floating ``[S]``; gradients flow back to it, summed over the tokens of a step.
+        layout: the steps.
+        backend: implementation.
+
+    Returns:
+        A tensor of the token shape, fp32 (fp64 if `per_step` is).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    layout = require_layout(layout)
+    dtype = checks.compute_dtype(checks.floating("per_step", per_step))
+    per_step = checks.vector("per_step", per_step, layout.num_steps, "step", layout.device, dtype)
+    chosen = resolve(backend, layout.device)
+    step_ids = layout.step_ids.view(-1)
+    if checks.wants_gradient(per_step):
+        flat: Tensor = _Linear.apply(
+            per_step, step_ids, layout.token_index, layout.step_offsets, True, chosen
+        )
+    else:
+        flat = operators.call("broadcast_to_tokens", chosen, per_step, step_ids)
+    return flat.view(layout.shape)
+
+
+class _Linear(torch.autograd.Function):
+    """Steps to tokens, or its transpose: each is the backward of the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        step_ids: Tensor,
+        token_index: Tensor,
+        step_offsets: Tensor,
+        to_tokens: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(step_ids, token_index, step_offsets)
+        ctx.to_tokens, ctx.backend = to_tokens, backend
+        moved: Tensor = (
+            operators.call("broadcast_to_tokens", backend, values, step_ids)
+            if to_tokens
+            else operators.call("sum_over_steps", backend, values, token_index, step_offsets)
+        )
+        return moved
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back = _Linear.apply(grad.contiguous(), *ctx.saved_tensors, not ctx.to_tokens, ctx.backend)
+        return back, None, None, None, None, None

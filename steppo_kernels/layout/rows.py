@@ -1,0 +1,118 @@
+"""Rows of a batch: where they begin, and the order in time of rows that are steps."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+
+def uniform_offsets(num_rows: int, row_length: int, device: torch.device) -> Tensor:
+    """Return where rows of one length begin, int64 ``[R + 1]``."""
+    return torch.arange(num_rows + 1, device=device) * row_length
+
+
+def row_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return where the rows of `values` begin, int64 ``[R + 1]``; its argument is called `name`.
+
+    Those are the rows of a 2-D input, or those of `cu_seqlens` of a packed one, ``[N]`` or
+    ``[1, N]``.
+    """
+    if cu_seqlens is None:
+        if values.dim() == 2:
+            return uniform_offsets(values.shape[0], values.shape[1], values.device)
+        return uniform_offsets(1, values.shape[0], values.device)
+    offsets = checks.dims("cu_seqlens", checks.integer("cu_seqlens", cu_seqlens), (1,))
+    checks.on_device("cu_seqlens", offsets, values.device)
+    if values.dim() != 1 and values.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens: got it with {name} of shape {tuple(values.shape)}, expected a packed "
+            "input, [N] or [1, N]"
+        )
+    numel = values.numel()
+    ends = (0, numel)
+    if offsets.numel() < 1 or (int(offsets[0]), int(offsets[-1])) != ends:
+        raise ValueError(
+            f"cu_seqlens: got {_ends(offsets)}, expected offsets from 0 to {numel}, the number of "
+            "tokens"
+        )
+    if bool((offsets.diff() < 0).any()):
+        where = int((offsets.diff() < 0).nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens: got {int(offsets[where + 1])} after {int(offsets[where])} at position "
+            f"{where + 1}, expected offsets that do not decrease"
+        )
+    return offsets.to(torch.int64).contiguous()
+
+
+def _ends(offsets: Tensor) -> str:
+    if offsets.numel() == 0:
+        return "an empty tensor"
+    return f"offsets from {int(offsets[0])} to {int(offsets[-1])}"
+
+
+def in_time_order(
+    trajectory_ids: Tensor | Sequence[int] | Sequence[str],
+    step_indices: Tensor | Sequence[int],
+    keep: Tensor,
+    num_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Return rows `keep` by trajectory and step, and the CSR offsets of the trajectories."""
+    codes = _trajectory_codes(trajectory_ids, num_rows, keep)
+    indices = checks.integers("step_indices", step_indices).cpu().to(torch.int64)
+    checks.same_shape("step_indices", indices, torch.Size((num_rows,)))
+    return _order_rows(codes, indices[keep], keep)
+
+
+def _trajectory_codes(
+    ids: Tensor | Sequence[int] | Sequence[str], num_rows: int, keep: Tensor
+) -> Tensor:
+    """Return the trajectories of rows `keep` as 0, 1, ... in the order of first appearance."""
+    if not isinstance(ids, Iterable) or isinstance(ids, str):
+        raise TypeError(
+            f"trajectory_ids: got {type(ids).__name__}, expected a tensor or a sequence of "
+            "integers or strings"
+        )
+    values: Tensor | list[Any] = (
+        checks.integer("trajectory_ids", ids) if isinstance(ids, Tensor) else list(ids)
+    )
+    shape = tuple(values.shape) if isinstance(values, Tensor) else (len(values),)
+    if shape != (num_rows,):
+        raise ValueError(f"trajectory_ids: got shape {shape}, expected {(num_rows,)}")
+    if isinstance(values, Tensor):
+        distinct, codes = torch.unique(values.cpu()[keep], return_inverse=True)
+        first = torch.full_like(distinct, num_rows, dtype=torch.int64)
+        first.scatter_reduce_(0, codes, torch.arange(len(codes), device="cpu"), "amin")
+        return first.argsort().argsort()[codes]
+    for kind in set(map(type, values)):
+        if kind is bool or not (issubclass(kind, str) or hasattr(kind, "__index__")):
+            raise TypeError(
+                f"trajectory_ids: got an entry of type {kind.__name__}, expected integers or "
+                "strings"
+            )
+    numbers: dict[object, int] = {}
+    keys = [value if isinstance(value, str) else operator.index(value) for value in values]
+    kept = [numbers.setdefault(keys[row], len(numbers)) for row in keep.tolist()]
+    return torch.tensor(kept, dtype=torch.int64, device="cpu")
+
+
+def _order_rows(codes: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rows` sorted by (trajectory code, step index), and the CSR offsets of the codes."""
+    by_index = torch.argsort(indices, stable=True)
+    order = by_index[torch.argsort(codes[by_index], stable=True)]
+    codes, indices, rows = codes[order], indices[order], rows[order]
+    same = (codes.diff() == 0) & (indices.diff() == 0)
+    if bool(same.any()):
+        where = int(same.nonzero()[0])
+        raise ValueError(
+            f"step_indices: got step {int(indices[where])} of one trajectory in rows "
+            f"{int(rows[where])} and {int(rows[where + 1])}, expected distinct steps"
+        )
+    starts = torch.ones(len(codes), dtype=torch.bool, device="cpu")
+    starts[1:] = codes.diff() != 0
+    return rows, torch.cat((starts.nonzero().squeeze(1), torch.tensor([len(codes)], device="cpu")))

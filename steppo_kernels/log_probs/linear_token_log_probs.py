@@ -1,0 +1,135 @@
+"""Log-probs and entropies of tokens from hidden states and the output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from ..backends.choice import Backend, resolve
+from ..backends.reference import lm_head as reference
+from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
+
+
+def linear_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    chunk_tokens: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Return `token_log_probs` of ``hidden @ weight.T + bias`` without ever having those logits.
+
+    Rows are taken in chunks; of their logits, only log-sum-exps (and entropies) are kept. Backward
+    forms them again, for the rows whose upstream gradient is not 0: 2 + 6f times M d V operations,
+    with f the share of those among the M rows of `mask`. Without gradients (``torch.no_grad()``,
+    for the old and the reference policy) it is 2. `torch.compile` breaks its graph here.
+
+    Args:
+        hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
+        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast, but not fp64);
+            may be strided, tied to an embedding or frozen.
+        token_ids: int ``[...]``, or a view with as many elements.
+        bias: ``[V]``.
+        temperature: above 0, what logits are divided by; a number, or one for each token.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first.
+        mask: bool or 0/1 ``[...]``; other rows cost nothing, and their results and gradients are 0.
+            Their number is copied to the host.
+        return_entropy: also return the entropies, differentiable as the log-probs are.
+        chunk_tokens: rows of a chunk; None picks as `linear_steppo_loss` does.
+        backend: implementation of what is not a matrix product.
+
+    Returns:
+        fp32 (fp64 for fp64 inputs) of the shape of `token_ids`; with `return_entropy` a pair.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    hidden = checks.floating("hidden", hidden)
+    shape, device = hidden.shape[:-1], hidden.device
+    if mask is not None:
+        mask = checks.row_mask("mask", mask, shape, device)
+    rows, head = check_head(
+        hidden, weight, bias, temperature, softcap, mask, resolve(backend, device)
+    )
+    ids = checks.token_ids("token_ids", token_ids, shape, device)
+    index = torch.arange(len(rows), device=device) if mask is None else mask.nonzero().squeeze(1)
+    chunk = check_chunk(chunk_tokens, len(index), head)
+    if head.backend == "reference":
+        log_probs, entropy = reference.linear_token_log_probs(
+            rows,
+            head.weight,
+            head.bias,
+            ids,
+            index,
+            head.temperature if head.temperatures is None else head.temperatures,
+            head.softcap,
+            checks.compute_dtype(rows),
+        )
+    else:
+        log_probs, entropy = _LinearTokenLogProbs.apply(
+            rows, head.weight, head.bias, head, ids, index, chunk, return_entropy
+        )
+    log_probs = log_probs.view(token_ids.shape)
+    return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
+
+
+class _LinearTokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        token_ids: Tensor,
+        index: Tensor,
+        chunk: int,
+        need_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        log_probs = hidden.new_zeros(len(token_ids), dtype=checks.compute_dtype(hidden))
+        entropy = log_probs.new_zeros(len(token_ids) if need_entropy else 0)
+        with head.buffer(min(chunk, len(index))) as buffer:
+            for part in index.split(chunk) if len(index) else ():
+                rows = head.evaluate(hidden[part], token_ids, part, need_entropy, buffer)
+                log_probs[part] = rows.log_probs
+                if need_entropy:
+                    entropy[part] = rows.entropy
+        ctx.save_for_backward(hidden, weight, bias, token_ids, index)
+        ctx.head, ctx.chunk = head, chunk
+        ctx.set_materialize_grads(False)
+        if not need_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        hidden, weight, bias, token_ids, index = ctx.saved_tensors
+        # The head of the forward pass, with the tensors that autograd has watched since.
+        head: Head = ctx.head._replace(weight=weight, bias=bias)
+        zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
+        c = zeros if grad is None else grad[index]
+        e = None if grad_entropy is None else grad_entropy[index]
+        live = live_rows(c, e)
+        gradients = HeadGradients(
+            head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk)
+        )
+        # Autocast would round what the forward did not. It may be on here where it was off there.
+        is_off = torch.autocast(hidden.device.type, enabled=False)
+        with is_off, head.buffer(min(ctx.chunk, len(live))) as buffer:
+            for part in live.split(ctx.chunk) if len(live) else ():
+                at = index[part]
+                rows = head.evaluate(hidden[at], token_ids, at, e is not None, buffer)
+                grad_logits = head.differentiate(rows, c[part], None if e is None else e[part])
+                gradients.add(grad_logits, rows.hidden, at)
+        return *gradients.finish(), None, None, None, None, None

@@ -1,0 +1,314 @@
+"""The output head, a chunk of rows at a time: its logits, their log-probs, and its gradients.
+
+Only the rows of a chunk ever have logits. Matrix products are torch's; what stands between them,
+from logits to log-probs and from gradients of log-probs to gradients of logits, is one kernel each
+(`steppo_kernels.token_log_probs`).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import operators
+from .memory import KEPT_BYTES, gradient, scratch
+from .token_log_probs import Targets
+
+# Logits of a chunk: few enough to leave memory to the model, and so many that the sum of the
+# weight's gradient, which is read and written for each chunk, costs little next to the products.
+_CPU_BYTES, _GPU_SHARE = KEPT_BYTES, 16
+_MIN_ROWS = 128
+# Whether torch multiplies halves into fp32 on a GPU: since 2.8, though not in every build for ROCm.
+_GPU_KEEPS_FP32 = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
+# Rows of the weight whose gradient is formed at a time: their product stays in a cache until it is
+# added, and fresh memory is not needed for it.
+_SLICE = 4096
+
+
+class Head(NamedTuple):
+    """A linear output head, checked.
+
+    Attributes:
+        weight: ``[V, d]``.
+        bias: ``[V]`` or None.
+        temperatures: fp64 ``[N]``, or None: then `temperature` is that of all rows.
+        softcap: logits are capped to +- this before they are divided; 0 is off.
+        backend: what runs the row kernels.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    softcap: float
+    backend: str
+
+    def buffer(self, rows: int) -> AbstractContextManager[Tensor]:
+        """Lend uninitialised memory for the logits of `rows` rows."""
+        dtype = logits_dtype(self.backend, self.weight.dtype)
+        return scratch((rows, len(self.weight)), dtype, self.weight.device)
+
+    def evaluate(
+        self, hidden: Tensor, token_ids: Tensor, index: Tensor, need_entropy: bool, buffer: Tensor
+    ) -> Evaluated:
+        """Return what ``[n, d]`` hidden states, of the flat positions `index`, give.
+
+        Their logits take the first n rows of `buffer`.
+        """
+        logits = buffer[: len(hidden)]
+        operators.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
+        temperatures = None if self.temperatures is None else self.temperatures[index]
+        targets = Targets(token_ids[index], None, temperatures, self.temperature, self.softcap)
+        found = operators.call(
+            "token_log_probs", self.backend, logits.unsqueeze(0), *targets, need_entropy
+        )
+        return Evaluated(hidden, index, logits, targets, *found)
+
+    def differentiate(
+        self,
+        rows: Evaluated,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """Overwrite logits with their gradients: of all rows, or the first n with those of `order`.
+
+        `order` ``[n]`` is as `packed` returns it. The gradients have the dtype of the weight; where
+        that is narrower, they take the first half of each row's memory.
+        """
+        logits = grad_logits = rows.logits
+        if logits.dtype != self.weight.dtype:
+            grad_logits = logits.view(self.weight.dtype)[:, : logits.shape[1]]
+        operators.call(
+            "token_log_probs_backward",
+            self.backend,
+            grad_logits.unsqueeze(0),
+            logits.unsqueeze(0),
+            *rows.targets,
+            rows.log_sum_exp,
+            None if grad_entropy is None else rows.entropy,
+            grad_log_probs,
+            grad_entropy,
+            order,
+        )
+        return grad_logits if order is None else grad_logits[: len(order)]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """Rows of a head and what they gave.
+
+    The gradient takes sums and logits of one evaluation: a product of other rows beside them may
+    round differently, and what is left of a confident token's gradient is smaller than that.
+
+    Attributes:
+        hidden, index: hidden states ``[n, d]`` and their flat positions.
+        logits: ``[n, V]``, in memory that the next evaluation overwrites.
+        targets: what was taken from them.
+        log_probs, entropy, log_sum_exp: ``[n]``; entropy is empty where it was not needed.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    logits: Tensor
+    targets: Targets
+    log_probs: Tensor
+    entropy: Tensor
+    log_sum_exp: Tensor
+
+
+class HeadGradients:
+    """Gradients of a loss through the head, summed over chunks.
+
+    The gradient of the weight is summed in fp32 where there is more than one chunk; a product alone
+    is rounded once, to the dtype of the weight.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        needed: tuple[bool, bool, bool],
+        num_chunks: int,
+        *,
+        scaled_later: bool = False,
+    ) -> None:
+        """Start with nothing; `needed` says which of hidden, weight and bias want a gradient.
+
+        With `scaled_later` the upstream gradient is not known yet: then sums stay in fp32 where the
+        dtype is fp16, whose range asks for that gradient first.
+        """
+        self.head = head
+        need_hidden, need_weight, need_bias = needed
+        weight = head.weight
+        self.keeps_fp32 = scaled_later and weight.dtype == torch.float16
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self._single, self._empty = num_chunks <= 1 and not self.keeps_fp32, True
+        self.hidden = self.weight = self.bias = None
+        if need_hidden:
+            self.hidden = torch.zeros_like(hidden, dtype=wide if self.keeps_fp32 else hidden.dtype)
+        if need_weight:
+            # The first product is written, the others are added.
+            dtype = weight.dtype if self._single else wide
+            self.weight = gradient(weight.shape, dtype, weight.device)
+        if need_bias:
+            self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device)
+
+    @property
+    def any(self) -> bool:
+        """Whether a gradient is wanted at all."""
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def add(
+        self, grad_logits: Tensor, hidden: Tensor, index: Tensor, unit: Tensor | None = None
+    ) -> None:
+        """Add the products of ``[n, V]`` gradients, given in `unit`s; rows are those at `index`."""
+        is_first, self._empty = self._empty, False
+
+        def in_full(product: Tensor) -> Tensor:
+            return product if unit is None else product.to(torch.float32) * unit
+
+        if self.hidden is not None:
+            product = torch.mm(grad_logits, self.head.weight)
+            self.hidden.index_copy_(0, index, in_full(product))
+        if self.bias is not None:
+            self.bias += in_full(grad_logits.sum(0, dtype=self.bias.dtype))
+        if self.weight is None:
+            return
+        # The unit is that of a row's largest gradient: a sum over rows may not be formed in fp16.
+        hidden = in_full(hidden)
+        for part, columns in zip(
+            self.weight.split(_SLICE), grad_logits.split(_SLICE, dim=1), strict=True
+        ):
+            columns = columns.t().to(hidden.dtype)
+            if self._single:
+                torch.mm(columns, hidden, out=part)
+            elif part.dtype == hidden.dtype:
+                torch.addmm(part, columns, hidden, beta=0.0 if is_first else 1.0, out=part)
+            else:
+                product = torch.mm(columns, hidden)
+                operators.call("accumulate", self.head.backend, part, product, is_first)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden states, weight and bias.
+
+        They have the dtypes of the inputs, or are fp32 (`keeps_fp32`).
+        """
+        weight, bias = self.weight, self.bias
+        if weight is not None and self._empty:
+            weight.zero_()
+        if not self.keeps_fp32:
+            weight = None if weight is None else weight.to(self.head.weight.dtype)
+            bias = None if bias is None else bias.to(self.head.weight.dtype)
+        return self.hidden, weight, bias
+
+
+def logits_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a backend forms the logits of a head of `dtype`.
+
+    Products of half precisions are kept in the fp32 that they are summed in: rounded, they move
+    log-probs by more than a step ratio is clipped at.
+    """
+    is_kept = backend == "cpu" or (backend == "triton" and _GPU_KEEPS_FP32)
+    return torch.promote_types(dtype, torch.float32) if is_kept else dtype
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Head]:
+    """Return hidden states ``[N, d]`` and the head; under autocast, both in its dtype.
+
+    Temperatures where `mask` (bool ``[N]``) is False may be anything.
+    """
+    checks.floating("hidden", hidden)
+    device = hidden.device
+    checks.floating("weight", weight, device)
+    checks.dims("weight", weight, (2,))
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)} with hidden of shape {tuple(hidden.shape)}, "
+            "expected [V, d] with [..., d], V and d above 0"
+        )
+    if bias is not None:
+        checks.floating("bias", bias, device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"bias: got shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
+            )
+    softcap = 0.0 if softcap is None else checks.positive_number("softcap", softcap)
+    # As in torch's own products, double precision stays.
+    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: got {value.dtype}, expected {hidden.dtype}, the dtype of hidden"
+            )
+    temperatures, number = checks.temperature(
+        "temperature", temperature, hidden.shape[:-1], device, mask
+    )
+    return (
+        hidden.reshape(-1, hidden.shape[-1]),
+        Head(weight, bias, temperatures, number, float(softcap), backend),
+    )
+
+
+def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:
+    """Return the rows of a chunk: as given, or as many as fit into a share of the memory.
+
+    Not of what is free: results would differ in their last bits from call to call.
+    """
+    if chunk_tokens is None:
+        device = head.weight.device
+        budget = _CPU_BYTES
+        if device.type == "cuda":
+            budget = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
+        chunk_tokens = rows_within(budget, head)
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int):
+        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, expected an int or None")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected at least 1")
+    return max(1, min(chunk_tokens, num_rows))
+
+
+def rows_within(budget: int, head: Head) -> int:
+    """Return how many rows have logits of at most `budget` bytes, if not fewer than is sensible."""
+    rows = budget // (len(head.weight) * logits_dtype(head.backend, head.weight.dtype).itemsize)
+    return max(_MIN_ROWS, rows - rows % 64)
+
+
+def live_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """Return the positions of rows with a gradient. Their number is copied to the host."""
+    live = grad_log_probs != 0
+    if grad_entropy is not None:
+        live |= grad_entropy != 0
+    return live.nonzero().squeeze(1)
+
+
+def packed(live: Tensor, num_rows: int) -> Tensor:
+    """Return the n ascending positions `live`, ordered so that entry j is j or at least n.
+
+    The gradient of row ``order[j]`` can then be written to row j while others are read: the rows
+    that make room are dead.
+    """
+    count = len(live)
+    if count in (0, num_rows):
+        return live
+    order = torch.arange(count, device=live.device)
+    is_dead = torch.ones(num_rows, dtype=torch.bool, device=live.device)
+    is_dead[live] = False
+    order[is_dead[:count]] = live[live >= count]
+    return order

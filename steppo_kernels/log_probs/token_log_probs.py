@@ -1,0 +1,207 @@
+"""Log-probs and entropies of tokens from their logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from ..backends import operators
+from ..backends.choice import Backend, resolve
+from ..backends.reference import token_log_probs as reference
+from .overwrite import Whole
+
+
+def token_log_probs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    return_entropy: bool = False,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Return log softmax(logits / temperature) at the given tokens, and the entropy if asked for.
+
+    One pass over the logits forward, with sums in fp32 (fp64 for fp64 logits) whatever their dtype,
+    and one backward; nothing of the size of the logits is allocated but their gradient.
+
+    Args:
+        logits: ``[..., V]``; position i predicts ``token_ids[i]``. fp32, fp64, fp16 or bf16. Slices
+            such as ``logits[:, :-1]`` are read as they are.
+        token_ids: int ``[...]``, or a view with as many elements; below V where `mask` is True. On
+            a GPU, where no call waits to look, an id out of range gives NaN.
+        temperature: above 0; a number, or one for each token, ``[...]``.
+        return_entropy: also return the entropies, differentiable as the log-probs are.
+        mask: bool or 0/1 ``[...]``; where it is False, logits are not read (and may hold anything),
+            the result is 0 and so is the gradient.
+        inplace_backward: let backward overwrite `logits` with their gradient, so that no second
+            tensor of that size exists. Of a slice, such as ``logits[:, :-1]`` of what a model
+            returned, all of the sliced tensor is overwritten, and the gradient goes to it. Only if
+            nothing else needs the logits after that; a second backward raises. The reference
+            backend has no use for it.
+        backend: implementation.
+
+    Returns:
+        fp32 (fp64 for fp64 logits) of the shape of `token_ids`; with `return_entropy` a pair.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    shape, device = rows_of("logits", logits)
+    if mask is not None:
+        mask = checks.row_mask("mask", mask, shape, device)
+    targets = Targets(
+        checks.token_ids("token_ids", token_ids, shape, device),
+        mask,
+        *checks.temperature("temperature", temperature, shape, device, mask),
+        0.0,
+    )
+    log_probs, entropy = log_probs_of(
+        logits, targets, return_entropy, inplace_backward, resolve(backend, device)
+    )
+    log_probs = log_probs.view(token_ids.shape)
+    return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
+
+
+class Targets(NamedTuple):
+    """What to take from N rows of logits.
+
+    Attributes:
+        token_ids: int64 ``[N]``.
+        mask: bool ``[N]``, the rows that count; None is all.
+        temperatures: fp64 ``[N]``, or None: then `temperature` is that of all rows.
+        softcap: logits are capped to +- this before; 0 is off.
+    """
+
+    token_ids: Tensor
+    mask: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    softcap: float
+
+
+def rows_of(name: str, values: Tensor) -> tuple[torch.Size, torch.device]:
+    """Return the token shape and the device of ``[..., V]`` values, checked."""
+    checks.floating(name, values)
+    if values.dim() < 1 or values.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected [..., V] with V > 0")
+    return values.shape[:-1], values.device
+
+
+def log_probs_of(
+    logits: Tensor, targets: Targets, need_entropy: bool, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies ``[N]`` of checked arguments; no entropies are ``[0]``."""
+    if backend == "reference":
+        every = torch.arange(targets.token_ids.numel(), device=logits.device)
+        rows = every if targets.mask is None else targets.mask.nonzero().squeeze(1)
+        temperatures = targets.temperatures
+        log_probs, entropy = reference.token_log_probs(
+            logits.reshape(-1, logits.shape[-1]),
+            targets.token_ids,
+            rows,
+            targets.temperature if temperatures is None else temperatures,
+            targets.softcap,
+            checks.compute_dtype(logits),
+        )
+        return log_probs, entropy if need_entropy else entropy[:0]
+    rows = _three_dims(logits)
+    if inplace_backward and not _overwritable(rows, logits):
+        raise ValueError(
+            f"inplace_backward: got logits of shape {tuple(logits.shape)} with strides "
+            f"{logits.stride()}, expected contiguous rows of their own memory, at strides that "
+            "two dimensions can tell"
+        )
+    if checks.wants_gradient(logits):
+        whole = Whole.of(logits) if inplace_backward else None
+        found: tuple[Tensor, Tensor] = _TokenLogProbs.apply(
+            logits if whole is None else whole.tensor, *targets, need_entropy, whole, backend
+        )
+        return found
+    log_probs, entropy, _ = operators.call("token_log_probs", backend, rows, *targets, need_entropy)
+    return log_probs, entropy
+
+
+def _three_dims(logits: Tensor) -> Tensor:
+    """Return logits as ``[B, T, V]`` with a contiguous last dimension, a view where one exists."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    while logits.dim() < 3:
+        logits = logits.unsqueeze(0)
+    return logits if logits.dim() == 3 else logits.flatten(0, -3)
+
+
+def _overwritable(rows: Tensor, logits: Tensor) -> bool:
+    """Whether rows ``[B, T, V]`` of logits are a view of them, and no two share memory."""
+    (b, t, v), (stride_b, stride_t, _) = rows.shape, rows.stride()
+    by_b = (t == 1 or stride_t >= v) and (b == 1 or stride_b >= (t - 1) * stride_t + v)
+    by_t = (b == 1 or stride_b >= v) and (t == 1 or stride_t >= (b - 1) * stride_b + v)
+    return (by_b or by_t) and rows.data_ptr() == logits.data_ptr()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        need_entropy: bool,
+        overwritten: Whole | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        targets = token_ids, mask, temperatures, temperature, softcap
+        values = logits.detach()
+        if overwritten is not None:
+            values = overwritten.logits_in(values)
+        log_probs, entropy, log_sum_exp = operators.call(
+            "token_log_probs", backend, _three_dims(values), *targets, need_entropy
+        )
+        ctx.save_for_backward(logits, token_ids, mask, temperatures, log_sum_exp, entropy)
+        ctx.scalars = temperature, softcap
+        ctx.overwritten, ctx.backend = overwritten, backend
+        ctx.set_materialize_grads(False)
+        if not need_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        whole, token_ids, mask, temperatures, log_sum_exp, entropy = ctx.saved_tensors
+        whole = whole.detach()
+        overwritten: Whole | None = ctx.overwritten
+        logits = whole if overwritten is None else overwritten.logits_in(whole)
+        grad_whole = whole.new_empty(whole.shape) if overwritten is None else whole
+        grad_logits = grad_whole if overwritten is None else logits
+        grad = torch.zeros_like(log_sum_exp, dtype=entropy.dtype) if grad is None else grad
+        if grad_entropy is not None:
+            grad_entropy = grad_entropy.contiguous()
+        operators.call(
+            "token_log_probs_backward",
+            ctx.backend,
+            _three_dims(grad_logits),
+            _three_dims(logits),
+            token_ids,
+            mask,
+            temperatures,
+            *ctx.scalars,
+            log_sum_exp,
+            None if grad_entropy is None else entropy,
+            grad.contiguous(),
+            grad_entropy,
+            None,
+        )
+        if overwritten is not None:
+            overwritten.clear_rest(whole)
+            # The kernel wrote behind autograd's back: a second backward must not take it.
+            torch.autograd.graph.increment_version(whole)
+        return grad_whole, *[None] * 8

@@ -1,0 +1,1 @@
+"""Advantages and losses of steps, from log-probs, from logits and from hidden states."""

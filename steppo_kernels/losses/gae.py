@@ -1,0 +1,110 @@
+"""Step-level generalized advantage estimation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import operators
+from ..backends.choice import Backend, resolve
+from ..layout.step_layout import StepLayout, require_layout
+from ..outputs import StepAdvantages
+
+
+def step_gae(
+    rewards: Tensor,
+    values: Tensor,
+    layout: StepLayout,
+    *,
+    gamma: float = 0.99,
+    lam: float = 1.0,
+    bootstrap_values: Tensor | None = None,
+    whiten: bool = True,
+    backend: Backend = "auto",
+) -> StepAdvantages:
+    r"""Return GAE over the steps of each trajectory (StepPO, arXiv 2604.18401, section 3).
+
+    .. math:: \delta_t = r_t + \gamma V_{t+1} - V_t, \quad
+              \hat A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}, \quad R_t = \hat A_t + V_t
+
+    With ``layout.per_token()`` it is the token-level GAE over action tokens. Nothing here carries
+    a gradient.
+
+    Args:
+        rewards: per step ``[S]``, or of the token shape: then they are summed into the step they
+            fall in; a finite reward on a non-action token goes to the latest step before it in its
+            row, else to the first one.
+        values: per step ``[S]``, or of the token shape with position i the value of the state
+            before token i.
+        layout: the steps.
+        gamma: discount factor per step, in [0, 1].
+        lam: GAE factor per step, in [0, 1].
+        bootstrap_values: ``[G]``, the value after the last step of each trajectory: 0 (the
+            default) where it terminated, V where it was truncated.
+        whiten: shift and scale the advantages to mean 0 and unbiased standard deviation 1 over all
+            steps that belong to a trajectory. With fewer than 2 of them they are only shifted.
+        backend: implementation.
+
+    Returns:
+        fp32 (fp64 if `values` is) ``[S]`` tensors; a step of no trajectory gets 0.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    layout = require_layout(layout)
+    if not isinstance(whiten, bool):
+        raise TypeError(f"whiten: got {type(whiten).__name__}, expected a bool")
+    device, dtype = layout.device, checks.compute_dtype(checks.floating("values", values))
+    num_steps, shape = layout.num_steps, layout.shape
+    chosen = resolve(backend, device)
+    with torch.no_grad():
+        rewards, rewards_per_token = checks.steps_or_tokens(
+            "rewards", rewards, num_steps, shape, device, dtype
+        )
+        values, values_per_token = checks.steps_or_tokens(
+            "values", values, num_steps, shape, device, dtype
+        )
+        if rewards_per_token and layout.has_empty_rows:
+            # Rows are steps: then a row's rewards are its step's, action tokens or not.
+            counts = (layout.step_ids.view(-1) >= 0) | rewards.isfinite()
+            rewards = torch.where(counts, rewards, 0.0).view(layout.shape).sum(1)
+            rewards_per_token = False
+        elif rewards_per_token and layout.reward_homes is not None:
+            # What empty rows keep counts for nobody: they hold no step.
+            homes = layout.reward_homes
+            of_rows = rewards.nan_to_num(0.0, 0.0, 0.0).view(shape).sum(1)
+            moved = operators.call(
+                "sum_over_steps", chosen, of_rows, layout.reward_rows, layout.reward_offsets
+            )
+            rewards = rewards.index_put((homes,), rewards[homes] + moved)
+        if values_per_token and values.numel() == 0:
+            # Rows of length 0 may be steps, but have no position to hold a value.
+            values, values_per_token = values.new_zeros(num_steps), False
+        if bootstrap_values is not None:
+            bootstrap_values = checks.vector(
+                "bootstrap_values",
+                bootstrap_values,
+                layout.num_trajectories,
+                "trajectory",
+                device,
+                dtype,
+            )
+        advantages, returns = operators.call(
+            "step_gae",
+            chosen,
+            rewards,
+            values,
+            rewards_per_token,
+            values_per_token,
+            layout.step_ids.view(-1),
+            layout.row_offsets,
+            layout.state_index,
+            layout.trajectory_steps,
+            layout.trajectory_offsets,
+            bootstrap_values,
+            checks.fraction("gamma", gamma),
+            checks.fraction("lam", lam),
+            whiten,
+        )
+    return StepAdvantages(advantages, returns)

@@ -1,0 +1,374 @@
+"""The StepPO objective from hidden states and the output head, in one pass over its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from ..backends.choice import Backend
+from ..backends.reference import lm_head as reference
+from ..backends.reference.reductions import reduction_weights
+from ..config import DEFAULT_CONFIG, StepPOConfig
+from ..layout.step_layout import StepLayout
+from ..log_probs.lm_head import (
+    Evaluated,
+    Head,
+    HeadGradients,
+    check_chunk,
+    check_head,
+    live_rows,
+    packed,
+)
+from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
+from .inputs import LossInputs, check_loss_inputs
+from .policy_loss import loss_of, run_operator, scaled_gradient
+
+
+def linear_steppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    layout: StepLayout | Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+    config: StepPOConfig = DEFAULT_CONFIG,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    ratio_center: float | Tensor | None = None,
+    backend: Backend = "auto",
+) -> StepPOOutput:
+    """Return `steppo_loss` of ``hidden @ weight.T + bias``, and form its gradients in one pass.
+
+    Only action tokens enter a product. Whole steps are packed into chunks; within a chunk the
+    log-probs give the step ratios, these the gradient of every token, and the logits are
+    overwritten by it, for live rows only (a clipped step has none): 2 + 4f times M d V operations
+    for M action tokens of which f are live, and no tensor of the size of all logits. A step longer
+    than a chunk takes its logits twice, as all steps do with the ratio ``"centered"`` if
+    `ratio_center` is not given. Gradients are formed in the forward pass; backward scales them.
+    `torch.compile` breaks its graph here, as the work depends on what is found.
+
+    Args:
+        hidden: ``[*shape, d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``,
+            whose place in `layout` is i.
+        weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast, but not fp64);
+            may be strided or tied. If it needs no gradient, none is formed; the same holds for
+            `hidden`.
+        token_ids: int, of the token shape or a view of it; may hold anything at masked tokens.
+        old_log_probs: as in `steppo_loss`.
+        advantages: as in `steppo_loss`.
+        layout: as in `steppo_loss`; of a mask, a layout is made first.
+        bias: ``[V]``.
+        temperature: above 0, what logits are divided by; a number or one for each token.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first.
+        chunk_tokens: action tokens of a chunk. None takes as many as have (fp32) logits of 256 MiB
+            on a CPU or of a sixteenth of a GPU's memory, and at least 128. With more than one chunk
+            the products of the weight's gradient, each rounded to its dtype, are summed in fp32: in
+            memory of its own, besides the gradient, that is read and written once per chunk, which
+            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). On a
+            CPU, up to 256 MiB stay allocated for the next call, and so does a gradient of the
+            weight of up to 2 GiB after it was dropped (`steppo_kernels.memory.release`).
+        config: as in `steppo_loss`.
+        ref_log_probs: as in `steppo_loss`.
+        is_weights: as in `steppo_loss`.
+        step_weights: as in `steppo_loss`.
+        normalizer: as in `steppo_loss`.
+        ratio_center: as in `steppo_loss`.
+        backend: implementation of what is not a matrix product.
+
+    Returns:
+        As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    inputs = check_loss_inputs(
+        "hidden",
+        hidden,
+        old_log_probs,
+        advantages,
+        layout,
+        config,
+        ref_log_probs,
+        is_weights,
+        step_weights,
+        normalizer,
+        ratio_center,
+        backend,
+    )
+    if hidden.dim() < 1 or hidden.shape[:-1].numel() != inputs.shape.numel():
+        raise ValueError(
+            f"hidden: got shape {tuple(hidden.shape)}, expected the token shape "
+            f"{tuple(inputs.shape)} or a view of it, and the hidden size"
+        )
+    if inputs.mask is not None:
+        steps = StepLayout.from_mask(inputs.mask, backend=backend)
+        inputs = inputs._replace(layout=steps, mask=None)
+    assert inputs.layout is not None
+    is_action = inputs.layout.step_ids.reshape(-1) >= 0
+    rows, head = check_head(hidden, weight, bias, temperature, softcap, is_action, inputs.backend)
+    ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
+    chunk = check_chunk(chunk_tokens, inputs.layout.num_tokens, head)
+    index = inputs.layout.token_index
+    if head.backend == "reference":
+        log_probs, entropy = reference.linear_token_log_probs(
+            rows,
+            head.weight,
+            head.bias,
+            ids,
+            index,
+            head.temperature if head.temperatures is None else head.temperatures,
+            head.softcap,
+            inputs.dtype,
+        )
+        return loss_of(inputs, log_probs, entropy if config.entropy_coef != 0 else None)
+    loss, metrics, step_log_ratio = _LinearStepPO.apply(
+        rows, head.weight, head.bias, head, _Steps(inputs), ids, chunk, torch.is_grad_enabled()
+    )
+    return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS), step_log_ratio)
+
+
+class _Steps:
+    """The objective on action tokens alone, step by step: any range of steps is a range of rows."""
+
+    def __init__(self, inputs: LossInputs) -> None:
+        """Gather what is given per token."""
+        layout = inputs.layout
+        assert layout is not None
+        self.index = index = layout.token_index
+        self.offsets = layout.step_offsets
+        self.counts = layout.trajectory_counts
+        # The only copy to the host that does not depend on the loss.
+        self.borders: list[int] = self.offsets.tolist()
+        advantages = inputs.advantages
+        if inputs.advantages_per_token:
+            first = self.offsets[:-1].clamp_max(max(len(index) - 1, 0))
+            advantages = (
+                advantages[index[first]] if len(index) else advantages.new_zeros(len(self.counts))
+            )
+        weights = inputs.is_weights
+        if weights is not None and inputs.is_weights_per_token:
+            weights = weights[index]
+        center = inputs.ratio_center
+        total = inputs.normalizer
+        if total is None:
+            total = reduction_weights(
+                layout.step_lengths, self.counts, inputs.config.reduction, torch.float64
+            )[1]
+        old, ref = inputs.old_log_probs, inputs.ref_log_probs
+        self.needs_center = inputs.config.ratio == "centered" and center is None
+        self.inputs = inputs._replace(
+            shape=index.shape,
+            layout=None,
+            advantages=advantages,
+            advantages_per_token=False,
+            old_log_probs=None if old is None else old[index],
+            ref_log_probs=None if ref is None else ref[index],
+            is_weights=weights,
+            normalizer=total,
+        )
+
+    def groups(self, chunk: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges of steps of at most `chunk` tokens, or of one step that is longer."""
+        begin, borders = 0, self.borders
+        for step in range(1, len(borders)):
+            if borders[step] - borders[begin] > chunk and step - 1 > begin:
+                yield begin, step - 1
+                begin = step - 1
+        if len(borders) - 1 > begin:
+            yield begin, len(borders) - 1
+
+    def objective(self, begin: int, end: int) -> LossInputs:
+        """Return the objective of steps `begin` to `end`, with rows as positions."""
+        first, last = self.borders[begin], self.borders[end]
+        inputs = self.inputs
+
+        def tokens(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[first:last]
+
+        def steps(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[begin:end]
+
+        offsets = self.offsets[begin : end + 1] - first
+        lengths = offsets.diff()
+        device = offsets.device
+        every = torch.arange(last - first, device=device)
+        number = torch.arange(end - begin, device=device, dtype=torch.int32)
+        layout = StepLayout(
+            step_ids=torch.repeat_interleave(number, lengths, output_size=last - first),
+            token_index=every,
+            step_offsets=offsets,
+            step_lengths=lengths.to(torch.int32),
+            # Trajectories take part through their counts alone.
+            trajectory_steps=offsets[:0],
+            trajectory_offsets=offsets[:1],
+            trajectory_counts=self.counts[begin:end],
+            state_index=offsets[:0],
+            row_offsets=offsets[:0],
+        )
+        by_token = inputs.is_weights_per_token
+        return inputs._replace(
+            shape=every.shape,
+            layout=layout,
+            advantages=inputs.advantages[begin:end],
+            old_log_probs=tokens(inputs.old_log_probs),
+            ref_log_probs=tokens(inputs.ref_log_probs),
+            is_weights=tokens(inputs.is_weights) if by_token else steps(inputs.is_weights),
+            step_weights=steps(inputs.step_weights),
+        )
+
+
+class _Pass:
+    """One evaluation of the loss and its gradients."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        steps: _Steps,
+        token_ids: Tensor,
+        chunk: int,
+        needed: tuple[bool, bool, bool],
+    ) -> None:
+        """Allocate what is kept of all logits."""
+        num_rows = len(steps.index)
+        self.hidden, self.head, self.steps, self.token_ids = hidden, head, steps, token_ids
+        self.chunk = chunk
+        self.need_entropy = steps.inputs.config.entropy_coef != 0
+        dtype = steps.inputs.dtype
+        self.log_probs = hidden.new_empty(num_rows, dtype=dtype)
+        self.entropy = hidden.new_empty(num_rows if self.need_entropy else 0, dtype=dtype)
+        groups = [(0, len(steps.counts))] if steps.needs_center else list(steps.groups(chunk))
+        self.groups = groups if num_rows else []
+        products = sum(
+            -(-(steps.borders[end] - steps.borders[begin]) // chunk) for begin, end in self.groups
+        )
+        self.gradients = HeadGradients(head, hidden, needed, products, scaled_later=True)
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, metrics and step log-ratios; the gradients add up in `gradients`."""
+        with self.head.buffer(min(self.chunk, len(self.steps.index))) as logits:
+            for begin, end in self.groups:
+                first, last = self.steps.borders[begin], self.steps.borders[end]
+                if last - first <= self.chunk:
+                    self._one_pass(begin, end, logits)
+                else:
+                    self._two_passes(begin, end, logits)
+        every = self.steps.objective(0, len(self.steps.counts))
+        entropy = self.entropy if self.need_entropy else None
+        loss, metrics, step_log_ratio, *_ = run_operator(
+            every, self.log_probs, entropy, False, False
+        )
+        return loss, metrics, step_log_ratio
+
+    def _one_pass(self, begin: int, end: int, buffer: Tensor) -> None:
+        """Handle steps whose logits fit into a chunk."""
+        first, last = self.steps.borders[begin], self.steps.borders[end]
+        if first == last:
+            return
+        rows = self._keep(first, last, buffer)
+        if not self.gradients.any:
+            return
+        grad, grad_entropy, unit = self._coefficients(begin, end)
+        live = live_rows(grad, grad_entropy)
+        if len(live) == 0:
+            return
+        order = packed(live, last - first)
+        grad_logits = self.head.differentiate(rows, grad, grad_entropy, order)
+        self.gradients.add(grad_logits, rows.hidden[order], rows.index[order], unit)
+
+    def _two_passes(self, begin: int, end: int, buffer: Tensor) -> None:
+        """Handle steps whose logits do not fit: once for the log-probs, once for the gradients."""
+        first, last = self.steps.borders[begin], self.steps.borders[end]
+        for at in range(first, last, self.chunk):
+            self._keep(at, min(at + self.chunk, last), buffer)
+        if not self.gradients.any:
+            return
+        grad, grad_entropy, unit = self._coefficients(begin, end)
+        for live in live_rows(grad, grad_entropy).split(self.chunk):
+            if len(live) == 0:
+                continue
+            rows = self._evaluate(self.steps.index[first + live], buffer)
+            grad_logits = self.head.differentiate(
+                rows, grad[live], None if grad_entropy is None else grad_entropy[live]
+            )
+            self.gradients.add(grad_logits, rows.hidden, rows.index, unit)
+
+    def _keep(self, first: int, last: int, buffer: Tensor) -> Evaluated:
+        """Evaluate rows `first` to `last`, and keep what all of them have."""
+        rows = self._evaluate(self.steps.index[first:last], buffer)
+        self.log_probs[first:last] = rows.log_probs
+        if self.need_entropy:
+            self.entropy[first:last] = rows.entropy
+        return rows
+
+    def _evaluate(self, index: Tensor, buffer: Tensor) -> Evaluated:
+        return self.head.evaluate(
+            self.hidden[index], self.token_ids, index, self.need_entropy, buffer
+        )
+
+    def _coefficients(self, begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients of the loss by log-probs and entropies of steps, and their unit.
+
+        The unit brings them near 1 where gradients of logits would leave the range of fp16.
+        """
+        first, last = self.steps.borders[begin], self.steps.borders[end]
+        entropy = self.entropy[first:last] if self.need_entropy else None
+        *_, grad, grad_entropy, scale = run_operator(
+            self.steps.objective(begin, end),
+            self.log_probs[first:last],
+            entropy,
+            True,
+            self.need_entropy,
+        )
+        unit = None
+        if self.gradients.keeps_fp32:
+            unit = torch.cat((grad, grad_entropy)).abs().amax()
+            # What is below has no reciprocal, and is 0 in fp16 as well.
+            least = torch.finfo(unit.dtype).tiny
+            scale, unit = 1.0 / torch.where(unit >= least, unit, 1.0), unit * scale
+        return grad * scale, grad_entropy * scale if self.need_entropy else None, unit
+
+
+class _LinearStepPO(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        steps: _Steps,
+        token_ids: Tensor,
+        chunk: int,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        for_hidden, for_weight, for_bias = (grad_enabled and n for n in ctx.needs_input_grad[:3])
+        needed = (for_hidden, for_weight, for_bias)
+        one = _Pass(hidden, head, steps, token_ids, chunk, needed)
+        loss, metrics, step_log_ratio = one.run()
+        gradients = one.gradients.finish()
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(metrics, step_log_ratio)
+        return loss, metrics, step_log_ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        gradients = (
+            None if grad is None else scaled_gradient(grad, grad_loss, None, grad.shape, ctx.dtype)
+            for grad in ctx.saved_tensors
+        )
+        return *gradients, None, None, None, None, None

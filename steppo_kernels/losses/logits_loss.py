@@ -1,0 +1,100 @@
+"""The StepPO objective from logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import checks
+from ..backends.choice import Backend
+from ..config import DEFAULT_CONFIG, StepPOConfig
+from ..layout.step_layout import StepLayout
+from ..log_probs.token_log_probs import Targets, log_probs_of, rows_of
+from ..outputs import StepPOOutput
+from .inputs import check_loss_inputs
+from .policy_loss import loss_of
+
+
+def steppo_loss_from_logits(
+    logits: Tensor,
+    token_ids: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    layout: StepLayout | Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    inplace_backward: bool = False,
+    config: StepPOConfig = DEFAULT_CONFIG,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    ratio_center: float | Tensor | None = None,
+    backend: Backend = "auto",
+) -> StepPOOutput:
+    """Return `steppo_loss` of the log-probs (and, with an `entropy_coef`, entropies) of logits.
+
+    Rows of masked tokens are never read, those of clipped steps are only zeroed by backward.
+    Positions are aligned: position i of `logits` predicts ``token_ids[i]``, whose place in `layout`
+    is i. For a causal LM that is ``logits[:, :-1]`` with ``token_ids[:, 1:]`` and a layout of the
+    latter's shape.
+
+    Args:
+        logits: ``[*shape, V]``, fp32, fp64, fp16 or bf16; slices are read as they are. The gradient
+            comes back in the same dtype.
+        token_ids: int, of the token shape or a view of it; may hold anything at masked tokens.
+        old_log_probs: as in `steppo_loss`.
+        advantages: as in `steppo_loss`.
+        layout: as in `steppo_loss`.
+        temperature: above 0, what logits are divided by; a number or one for each token.
+        inplace_backward: let backward overwrite `logits` (of a slice, all of the sliced tensor)
+            with their gradient: no second tensor of that size exists then. As in
+            `token_log_probs`; a second backward raises.
+        config: as in `steppo_loss`.
+        ref_log_probs: as in `steppo_loss`.
+        is_weights: as in `steppo_loss`.
+        step_weights: as in `steppo_loss`.
+        normalizer: as in `steppo_loss`.
+        ratio_center: as in `steppo_loss`.
+        backend: implementation; one named explicitly never falls back.
+
+    Returns:
+        As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    shape, _ = rows_of("logits", logits)
+    inputs = check_loss_inputs(
+        "logits",
+        logits,
+        old_log_probs,
+        advantages,
+        layout,
+        config,
+        ref_log_probs,
+        is_weights,
+        step_weights,
+        normalizer,
+        ratio_center,
+        backend,
+    )
+    device = inputs.device
+    if shape.numel() != inputs.shape.numel():
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, expected the token shape "
+            f"{tuple(inputs.shape)} or a view of it, and the vocabulary"
+        )
+    steps = inputs.mask if inputs.layout is None else inputs.layout.step_ids >= 0
+    assert steps is not None
+    steps = steps.reshape(-1).contiguous()
+    targets = Targets(
+        checks.token_ids("token_ids", token_ids, inputs.shape, device),
+        steps,
+        *checks.temperature("temperature", temperature, inputs.shape, device, steps),
+        0.0,
+    )
+    need_entropy = config.entropy_coef != 0
+    log_probs, entropy = log_probs_of(
+        logits, targets, need_entropy, inplace_backward, inputs.backend
+    )
+    return loss_of(inputs, log_probs, entropy if need_entropy else None)

@@ -1,0 +1,258 @@
+"""The StepPO objective from token log-probs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from ..backends import operators
+from ..backends.choice import Backend
+from ..backends.reference import policy_loss as reference
+from ..config import DEFAULT_CONFIG, KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
+from ..layout.step_layout import StepLayout
+from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
+from .inputs import LossInputs, check_entropy, check_loss_inputs
+
+# Whether the running backward was called with retain_graph; a torch without the answer says yes.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def steppo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    layout: StepLayout | Tensor,
+    *,
+    config: StepPOConfig = DEFAULT_CONFIG,
+    ref_log_probs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    ratio_center: float | Tensor | None = None,
+    backend: Backend = "auto",
+) -> StepPOOutput:
+    r"""Return the clipped step-level policy loss (StepPO, arXiv 2604.18401, section 3).
+
+    With z the token log-ratios of a step of L tokens and A its advantage:
+
+    .. math:: \log\rho = \mu + L^{-p} \sum_i (z_i - \mu), \quad
+              \ell = \max(-A\rho, -A\,\mathrm{clip}(\rho, 1-\epsilon_{low}, 1+\epsilon_{high}))
+
+        total = sum_s w_s (l_s + kl_coef mean_i KL_i - entropy_coef mean_i H_i) / normalizer
+
+    The forward pass computes the gradients, so that backward only scales them. Masked tokens may
+    hold anything. Under ``layout.per_token()`` this is PPO, under ``layout.per_trajectory()``
+    GSPO.
+
+    Args:
+        log_probs: log-probs of the taken tokens under the current policy, of the token shape (or a
+            view with as many elements). fp16 and bf16 are computed in fp32; the gradient comes
+            back in the dtype of the input. Other inputs are converted to the dtype of the
+            computation: fp64 if `log_probs` is, else fp32.
+        old_log_probs: those of the policy that acted; None if that is the current one: then every
+            ratio is exactly 1 (NaN where a log-prob is not finite). No gradient.
+        advantages: per step ``[S]``, or of the token shape: then the entry at the step's first
+            action token counts. Where a packed ``[N]`` has N steps, per step. No gradient.
+        layout: the steps; or a mask, bool or 0/1, ``[B, T]`` or ``[N]`` (one row) whose runs of
+            ones are the steps. With a mask, segmentation is part of the loss, and everything is
+            given per token. On a GPU, and in a compiled graph, the mask's values are not
+            checked, as that would wait for the device: what is not 0 is 1.
+        config: hyper-parameters.
+        ref_log_probs: reference policy for the KL penalty, of the token shape. No gradient.
+        entropy: per-token entropies, of the token shape; gradients flow back to it.
+        is_weights: rollout correction. Per step ``[S]`` it multiplies l_s; per token the value
+            becomes l_s mean(w_i) and the gradient of token i is scaled by w_i. No gradient.
+        step_weights: ``[S]``, replaces w_s.
+        normalizer: replaces the denominator of the reduction; a number, or a 0-dim tensor (no
+            host sync). A part of a batch (micro-batch, data-parallel rank) passes that of the
+            whole, ``whole_layout.reduction_weights(reduction)[1]``, divided by what its gradients
+            are divided by later: DDP and FSDP average over ranks; transformers' Trainer and
+            accelerate divide by the accumulation steps. With a StepLayout that has no action token
+            it may be 0, and makes no difference.
+        ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
+            of this call. It plays no part in the other ratios, nor on-policy (no
+            `old_log_probs`).
+        backend: implementation; one named explicitly never falls back.
+
+    Returns:
+        `StepPOOutput` with `POLICY_METRICS`: `ratio_*` and `clip_fraction*` are over non-empty
+        steps, `token_clip_fraction`, `approx_kl` (mean of -z), `approx_kl_k3` (mean of
+        e^z - 1 - z) and `dead_token_fraction` (no gradient at all) over action tokens. `num_steps`
+        counts non-empty steps.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument.
+    """
+    inputs = check_loss_inputs(
+        "log_probs",
+        log_probs,
+        old_log_probs,
+        advantages,
+        layout,
+        config,
+        ref_log_probs,
+        is_weights,
+        step_weights,
+        normalizer,
+        ratio_center,
+        backend,
+    )
+    checks.token_count("log_probs", log_probs, inputs.shape, inputs.device)
+    entropy = check_entropy(entropy, inputs)
+    return loss_of(inputs, log_probs, entropy)
+
+
+def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> StepPOOutput:
+    """Return the loss of checked arguments: `log_probs` and `entropy` carry the gradients."""
+    layout, config = inputs.layout, inputs.config
+    if inputs.backend == "reference":
+        if layout is None:
+            assert inputs.mask is not None
+            layout = StepLayout.from_mask(inputs.mask, backend="reference")
+        loss, metrics, step_log_ratio = reference.policy_loss(
+            checks.flat(log_probs, inputs.dtype),
+            inputs.old_log_probs,
+            inputs.advantages,
+            inputs.ref_log_probs,
+            None if entropy is None else checks.flat(entropy, inputs.dtype),
+            inputs.is_weights,
+            inputs.step_weights,
+            inputs.advantages_per_token,
+            inputs.is_weights_per_token,
+            *_step_tensors(layout),
+            inputs.ratio_center,
+            inputs.normalizer,
+            config,
+        )
+    elif checks.wants_gradient(log_probs, entropy):
+        loss, metrics, step_log_ratio = _PolicyLoss.apply(log_probs, entropy, inputs)
+    else:
+        loss, metrics, step_log_ratio = run_operator(inputs, log_probs, entropy, False, False)[:3]
+    return StepPOOutput(
+        loss, Metrics(metrics, POLICY_METRICS), None if inputs.layout is None else step_log_ratio
+    )
+
+
+def run_operator(
+    inputs: LossInputs,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    need_grad: bool,
+    need_entropy_grad: bool,
+) -> tuple[Any, ...]:
+    """Run the operator that fits; a mask has no step log-ratios: None."""
+    config = inputs.config
+    log_probs = checks.flat(log_probs.detach(), inputs.dtype)
+    if entropy is not None:
+        entropy = checks.flat(entropy.detach(), inputs.dtype)
+    scalars = (
+        inputs.ratio_center,
+        inputs.normalizer,
+        RATIOS.index(config.ratio),
+        float(config.clip_low),
+        float(config.clip_high),
+        float(config.dual_clip or 0.0),
+        float(config.log_ratio_max),
+        REDUCTIONS.index(config.reduction),
+        float(config.kl_coef),
+        KL_ESTIMATORS.index(config.kl_estimator),
+        float(config.entropy_coef),
+        need_grad,
+        need_entropy_grad,
+    )
+    tokens = (
+        log_probs,
+        inputs.old_log_probs,
+        inputs.advantages,
+        inputs.ref_log_probs,
+        entropy,
+        inputs.is_weights,
+    )
+    if inputs.mask is None:
+        assert inputs.layout is not None
+        outputs: tuple[Tensor, ...] = operators.call(
+            "policy_loss",
+            inputs.backend,
+            *tokens,
+            inputs.step_weights,
+            inputs.advantages_per_token,
+            inputs.is_weights_per_token,
+            *_step_tensors(inputs.layout),
+            *scalars,
+        )
+        return outputs
+    mask = inputs.mask
+    loss, metrics, *grads = operators.call(
+        "policy_loss_masked",
+        inputs.backend,
+        *tokens,
+        mask.reshape(-1).contiguous(),
+        mask.shape[-1],
+        *scalars,
+    )
+    return loss, metrics, None, *grads
+
+
+def scaled_gradient(
+    grad: Tensor, upstream: Tensor, grad_scale: Tensor | None, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """Return a saved gradient times one or two 0-dim factors, in the shape and dtype of its input.
+
+    If this is the last use of the saved tensor, it is multiplied in place and given away. On the
+    CPU the factors can be looked at without waiting, and in a plain ``loss.backward()`` they are 1:
+    then there is nothing to do.
+    """
+    is_last = not torch.compiler.is_compiling() and not _keeps_graph()
+    factors = [upstream] if grad_scale is None else [upstream, grad_scale]
+    if not (is_last and grad.device.type == "cpu" and all(f.item() == 1.0 for f in factors)):
+        factor = functools.reduce(torch.mul, factors)
+        grad = grad.mul_(factor) if is_last else grad * factor
+    return grad.view(shape).to(dtype)
+
+
+def _step_tensors(layout: StepLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        layout.step_ids.view(-1),
+        layout.token_index,
+        layout.step_offsets,
+        layout.trajectory_counts,
+    )
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """The loss is differentiable; the metrics and the step log-ratios are not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_probs: Tensor, entropy: Tensor | None, inputs: LossInputs
+    ) -> tuple[Tensor, ...]:
+        need_grad, need_entropy_grad, _ = ctx.needs_input_grad
+        loss, metrics, step_log_ratio, grad, grad_entropy, grad_scale = run_operator(
+            inputs, log_probs, entropy, need_grad, need_entropy_grad
+        )
+        ctx.save_for_backward(
+            grad if need_grad else None, grad_entropy if need_entropy_grad else None, grad_scale
+        )
+        ctx.log_probs = log_probs.shape, log_probs.dtype
+        ctx.entropy = None if entropy is None else (entropy.shape, entropy.dtype)
+        fixed = (metrics,) if step_log_ratio is None else (metrics, step_log_ratio)
+        ctx.mark_non_differentiable(*fixed)
+        return loss, metrics, step_log_ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad, grad_entropy, grad_scale = ctx.saved_tensors
+        return (
+            None if grad is None else scaled_gradient(grad, grad_loss, grad_scale, *ctx.log_probs),
+            None
+            if grad_entropy is None
+            else scaled_gradient(grad_entropy, grad_loss, grad_scale, *ctx.entropy),
+            None,
+        )

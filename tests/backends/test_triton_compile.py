@@ -1,0 +1,183 @@
+"""Every Triton kernel compiles for every GPU, without one, and is what it should be."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import steppo_kernels
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+MODULES = [
+    path.stem for path in Path(steppo_kernels.__file__).parent.glob("backends/triton/[!_]*.py")
+]
+LOGITS = ("token_log_probs_kernel", "token_log_probs_backward_kernel")
+ASKED = ("entropy", "softcap")
+# These walk along rows; the others gather, as the first one does if it is given a layout.
+WIDE = {
+    "log_ratio_sum_kernel",
+    "segment_kernel",
+    "segment_rows_kernel",
+    "compact_kernel",
+    "broadcast_kernel",
+    "policy_loss_kernel",
+    "policy_loss_masked_kernel",
+    "finish_policy_loss_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Compile in processes of their own, as this one may interpret Triton."""
+    tools = Path(__file__).parents[2] / "tools"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(tools.parent)
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(tools / "compiled_kernels.py"), *part],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in (ARCHITECTURES[::2], ARCHITECTURES[1::2])
+    ]
+    found = []
+    for process in running:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        found.append(json.loads(out))
+    reports = [report for part in found for report in part["reports"]]
+    print("\n" + _table(reports))
+    return found[0] | {"reports": reports}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(compiled: dict[str, Any], arch: str) -> None:
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    kernels = {
+        name
+        for module in MODULES
+        for name in vars(importlib.import_module(f"steppo_kernels.backends.triton.{module}"))
+        if name.endswith("_kernel")
+    }
+    assert {report["kernel"] for report in reports} == kernels
+    assert [report for report in reports if report["spills"]] == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_are_loaded_128_bits_at_a_time(compiled: dict[str, Any], arch: str) -> None:
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    wide = {report["kernel"] for report in reports if report["wide_loads"]}
+    narrow = {report["kernel"] for report in reports if not report["wide_loads"]}
+    assert wide >= WIDE
+    assert narrow & WIDE <= {"log_ratio_sum_kernel"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_move_128_bits_at_a_time(compiled: dict[str, Any], arch: str) -> None:
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    cases = dict.fromkeys(LOGITS, 0)
+    for report in reports:
+        kernel, wide = report["kernel"], "aligned" in report["case"]
+        if kernel in cases:
+            cases[kernel] += wide
+            assert (report["wide_loads"] > 0) == wide, report
+            # What is written is a gradient or zeros; of fp32 logits perhaps as bf16.
+            stores = (1 if "halved" in report["case"] else 2) * report["wide_loads"]
+            stores = stores if "backward" in kernel else 0
+            assert report["wide_stores"] == stores, report
+    assert all(cases.values())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logits_are_compiled_with_all_that_can_be_asked(
+    compiled: dict[str, Any], arch: str
+) -> None:
+    cases = {
+        (report["kernel"], report["case"][0], *(part in report["case"] for part in ASKED))
+        for report in compiled["reports"]
+        if report["arch"] == arch and "aligned" in report["case"]
+    }
+    dtypes, yes_no = ("bf16", "fp16", "fp32", "fp64"), (False, True)
+    assert cases == set(itertools.product(LOGITS, dtypes, yes_no, yes_no))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_offsets_of_tensors_have_64_bits(compiled: dict[str, Any], arch: str) -> None:
+    """No test holds 2^31 elements: the code that would reach them is read instead."""
+    reports = [report for report in compiled["reports"] if report["arch"] == arch]
+    narrow = {report["kernel"] for report in reports if report["narrow"]}
+    # It numbers partial sums, of which there are at most 1024.
+    assert narrow <= {"finish_policy_loss_kernel"}
+    for report in reports:
+        strides = {
+            (pointer, width, scalar)
+            for pointer, width, scalars in report["offsets"]
+            for scalar in scalars
+            if "stride" in scalar
+        }
+        expected = {("p_logits", "i64", "stride_b"), ("p_logits", "i64", "stride_t")}
+        if "backward" in report["kernel"]:
+            expected |= {("p_grad", "i64", "grad_stride_b"), ("p_grad", "i64", "grad_stride_t")}
+        assert strides == (expected if report["kernel"] in LOGITS else set()), report
+
+
+def test_as_many_warps_fit_as_the_account_of_an_h100_says(compiled: dict[str, Any]) -> None:
+    """`python -m benchmarks.triton_account --write` writes the page anew."""
+    page = (Path(__file__).parents[2] / "benchmarks" / "triton_account.md").read_text()
+    expected = {
+        (part, f"{dtype}, {rows}"): int(warps)
+        for part, dtype, rows, warps in re.findall(
+            r"^\| ([\w +]+) \| (\w+), (\w+) \| \d+ \| (\d+) \|",
+            page.split("<!-- code -->")[1].split("<!-- end of code -->")[0],
+            re.MULTILINE,
+        )
+    }
+    seen = set()
+    for report in compiled["reports"]:
+        if report["arch"] == "sm_90" and report["kernel"] in LOGITS:
+            rows = "aligned" if "aligned" in report["case"] else "any"
+            case = report["part"], f"{report['case'][0]}, {rows}"
+            if case in expected:
+                seen.add(case)
+                assert report["warps"] >= expected[case], report
+    assert seen == {case for case in expected if case[0] != "zeros"}
+    # Of two dtypes, forward and backward; backward of fp32 to bf16 besides.
+    assert len(seen) == 2 * 4 * (2 * 2 + 1)
+
+
+def test_a_new_vocabulary_compiles_nothing(compiled: dict[str, Any]) -> None:
+    """Nor do other numbers of rows, or strides: kernels depend on whether rows are aligned."""
+    for group in compiled["logits_keys"]:
+        assert all(keys == group[0] for keys in group)
+
+
+def test_a_new_length_compiles_nothing(compiled: dict[str, Any]) -> None:
+    aligned, other_aligned, ragged, other_ragged = compiled["keys"]
+    assert aligned == other_aligned
+    assert ragged == other_ragged
+
+
+def _table(reports: list[dict[str, Any]]) -> str:
+    columns = ("arch", "kernel", "case", "threads", "registers", "spills", "shared", "wide_loads")
+    reports = [report | {"case": " ".join(report["case"])} for report in reports]
+    rows = [[str(report[column]) for column in columns] for report in reports]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (columns, *rows)
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,438 @@
+"""`steppo-kernels validate` must find what is wrong, so here things are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels.backends import choice, operators
+from steppo_kernels.backends.reference import policy_loss, token_log_probs, value_loss
+from steppo_kernels.cli import main
+from steppo_kernels.cli import validate as validation
+from steppo_kernels.cli.validate.draw import Draw, border
+from steppo_kernels.cli.validate.run import relative_error
+from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
+from steppo_kernels.outputs import POLICY_METRICS
+
+CPU = torch.device("cpu")
+Spoil = Callable[..., Any]
+
+
+def _policy_loss(*args: Any) -> tuple[Tensor, ...]:
+    """The operator `policy_loss`, by autograd over the reference."""
+    *tensors, center, total = args[:15]
+    (
+        ratio,
+        clip_low,
+        clip_high,
+        dual_clip,
+        log_ratio_max,
+        reduction,
+        kl_coef,
+        estimator,
+        entropy_coef,
+        need_grad,
+        need_entropy_grad,
+    ) = args[15:]
+    config = StepPOConfig(
+        ratio=RATIOS[ratio],
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip or None,
+        log_ratio_max=log_ratio_max,
+        reduction=REDUCTIONS[reduction],
+        kl_coef=kl_coef,
+        kl_estimator=KL_ESTIMATORS[estimator],
+        entropy_coef=entropy_coef,
+    )
+    with torch.enable_grad():
+        new = tensors[0].detach().requires_grad_()
+        entropy = None if tensors[4] is None else tensors[4].detach().requires_grad_()
+        tensors[0], tensors[4] = new, entropy
+        loss, metrics, log_ratio = policy_loss.policy_loss(*tensors, center, total, config)
+        grad = torch.autograd.grad(loss, new, retain_graph=True)[0] if need_grad else new[:0]
+        other = torch.autograd.grad(loss, entropy)[0] if need_entropy_grad else new[:0]
+    one = loss.new_ones(()).detach()
+    return loss.detach(), metrics, log_ratio, grad.detach(), other.detach(), one
+
+
+def _policy_loss_masked(*args: Any) -> tuple[Tensor, ...]:
+    tensors, mask, row_length, rest = args[:6], args[6], args[7], args[8:]
+    shape = (-1, row_length) if row_length else (0, 0)
+    layout = StepLayout.from_mask(mask.view(shape), backend="reference")
+    steps = (
+        layout.step_ids.view(-1),
+        layout.token_index,
+        layout.step_offsets,
+        layout.trajectory_counts,
+    )
+    loss, metrics, _, *grads = _policy_loss(*tensors, None, True, True, *steps, *rest)
+    return loss, metrics, *grads
+
+
+def _value_loss(*args: Any) -> tuple[Tensor, ...]:
+    *rest, reduction, need_grad = args[1:]
+    with torch.enable_grad():
+        values = args[0].detach().requires_grad_()
+        loss, metrics = value_loss.value_loss(values, *rest, REDUCTIONS[reduction])
+        grad = torch.autograd.grad(loss, values)[0] if need_grad else values[:0]
+    return loss.detach(), metrics, grad.detach(), loss.new_ones(()).detach()
+
+
+def _token_log_probs(
+    logits, token_ids, mask, temperatures, temperature, softcap, need_entropy
+) -> tuple[Tensor, ...]:
+    z = _scaled(logits, temperatures, temperature)
+    rows = _rows(mask, token_ids)
+    found = token_log_probs.token_log_probs(z, token_ids, rows, 1.0, softcap, z.dtype)
+    log_sum_exp = torch.logsumexp(z.double(), -1)
+    return found[0], found[1] if need_entropy else found[1][:0], log_sum_exp
+
+
+def _token_log_probs_backward(
+    out,
+    logits,
+    token_ids,
+    mask,
+    temperatures,
+    temperature,
+    softcap,
+    log_sum_exp,
+    entropy,
+    grad,
+    grad_entropy,
+    rows,
+) -> None:
+    leaf = logits.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        z = _scaled(leaf, temperatures, temperature)
+        used = _rows(mask, token_ids)
+        one, other = token_log_probs.token_log_probs(z, token_ids, used, 1.0, softcap, z.dtype)
+        total = (
+            (one * grad).sum()
+            if grad_entropy is None
+            else ((one * grad + other * grad_entropy).sum())
+        )
+        (found,) = torch.autograd.grad(total, leaf)
+    found = found.reshape(-1, found.shape[-1]).to(out.dtype)
+    if rows is None:
+        out.copy_(found.view(out.shape))
+    else:
+        out[0, : len(rows)] = found[rows]
+
+
+def _scaled(logits, temperatures, temperature) -> Tensor:
+    z = logits.reshape(-1, logits.shape[-1])
+    z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return z / (temperature if temperatures is None else temperatures[:, None].to(z.dtype))
+
+
+def _rows(mask, token_ids) -> Tensor:
+    return torch.arange(len(token_ids)) if mask is None else mask.nonzero().squeeze(1)
+
+
+def _head_logits(logits, hidden, weight, bias) -> None:
+    found = hidden.to(logits.dtype) @ weight.to(logits.dtype).t()
+    logits.copy_(found if bias is None else found + bias)
+
+
+def _accumulate(total, product, is_first) -> None:
+    total.copy_(product if is_first else total + product)
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Stand the reference in for the CPU backend, with one operator spoiled."""
+    launcher = operators.launcher
+    right = {
+        "policy_loss": _policy_loss,
+        "policy_loss_masked": _policy_loss_masked,
+        "value_loss": _value_loss,
+        "token_log_probs": _token_log_probs,
+        "token_log_probs_backward": _token_log_probs_backward,
+        "head_logits": _head_logits,
+        "accumulate": _accumulate,
+    }
+
+    def set_wrong(wrong: str = "", spoil: Spoil = lambda *outputs: outputs) -> None:
+        def launch(backend: str, name: str) -> Callable[..., Any]:
+            if backend == "reference":
+                return launcher(backend, name)
+            run = right.get(name) or launcher("reference", name)
+            if name != wrong:
+                return run
+
+            def spoiled(*args: Any) -> Any:
+                outputs = run(*args)
+                if outputs is None:
+                    # What it computes is written into its first argument.
+                    spoil(args[0])
+                    return None
+                return spoil(*outputs) if isinstance(outputs, tuple) else spoil(outputs)
+
+            return spoiled
+
+        monkeypatch.setattr(operators, "launcher", launch)
+
+    monkeypatch.setattr(
+        choice,
+        "unavailable",
+        lambda name, device: None if name in ("reference", "cpu") else "not here",
+    )
+    set_wrong()
+    return set_wrong
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Batches are small: beside other processes, threads would mostly wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*words: str, operation: str = "") -> tuple[int, dict[str, Any]]:
+    """Run the command on the stand-in; return its exit code and what it printed."""
+    found = CliRunner().invoke(
+        main,
+        [
+            "validate",
+            "--backend",
+            "cpu",
+            "--seed",
+            "3",
+            "--batches",
+            "1",
+            "--json",
+            "--operation",
+            operation,
+            *words,
+        ],
+    )
+    assert found.exit_code in (0, 1), found.output
+    return found.exit_code, json.loads(found.output)
+
+
+def test_a_right_backend_passes(native):
+    code, found = run()
+    assert (code, found["ok"]) == (0, True), [row for row in found["rows"] if not row["ok"]]
+    assert {row["operation"] for row in found["rows"]} == {
+        case.operation for case in validation.CASES
+    }
+
+
+def _entry(number: int, change: Callable[[Tensor], Tensor]) -> Spoil:
+    """Spoil one of the outputs."""
+
+    def spoil(*outputs: Tensor) -> Any:
+        changed = list(outputs)
+        changed[number] = change(outputs[number].clone())
+        return tuple(changed) if len(changed) > 1 else changed[0]
+
+    return spoil
+
+
+def _first(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Change the first entry that is not 0."""
+
+    def changed(value: Tensor) -> Tensor:
+        where = value.nonzero()
+        if len(where):
+            value[tuple(where[0])] = change(value[tuple(where[0])])
+        return value
+
+    return changed
+
+
+def _off(value: Tensor) -> Tensor:
+    return value * (1 + 1e-4)
+
+
+WRONG = [
+    ("StepLayout.from_mask", "segment_mask", _entry(0, lambda ids: ids.clamp_max(1))),
+    ("StepLayout.from_mask", "segment_mask", _entry(0, lambda ids: ids.to(torch.int64))),
+    ("StepLayout.from_mask", "compact", _entry(0, lambda index: index.flip(0))),
+    ("StepLayout.from_step_ids", "segment_ids", _entry(0, lambda ids: ids.clamp_max(1))),
+    ("StepLayout.from_rows", "segment_rows", _entry(0, lambda ids: ids.clamp_max(1))),
+    ("StepLayout.from_markers", "mark_actions", _entry(0, lambda mask: ~mask)),
+    ("StepLayout.per_token", "compact", _entry(0, lambda index: index.flip(0))),
+    ("StepLayout.per_trajectory", "compact", _entry(0, lambda index: index.flip(0))),
+    ("broadcast_to_tokens", "broadcast_to_tokens", _entry(0, _first(_off))),
+    ("broadcast_to_tokens", "broadcast_to_tokens", _entry(0, lambda value: value + 1e-3)),
+    ("broadcast_to_tokens", "sum_over_steps", _entry(0, _first(lambda value: value + 1e-1))),
+    ("step_gae", "step_gae", _entry(0, _off)),
+    ("step_gae", "step_gae", _entry(1, _off)),
+    ("step_gae", "step_gae", lambda advantages, returns: (returns, returns)),
+    ("step_value_loss", "value_loss", _entry(0, _off)),
+    ("step_value_loss", "value_loss", _entry(1, _off)),
+    ("step_value_loss", "value_loss", _entry(2, lambda grad: -grad)),
+    ("step_value_loss", "value_loss", _entry(2, lambda grad: grad + 1e-30)),
+    ("steppo_loss", "policy_loss", _entry(0, lambda loss: loss + 1e-4)),
+    ("steppo_loss", "policy_loss", _entry(1, _off)),
+    ("steppo_loss", "policy_loss", _entry(2, _off)),
+    ("steppo_loss", "policy_loss", _entry(3, _off)),
+    ("steppo_loss", "policy_loss", _entry(3, lambda grad: grad + 1e-30)),
+    ("steppo_loss", "policy_loss", _entry(4, _off)),
+    ("steppo_loss", "policy_loss", _entry(5, _off)),
+    ("steppo_loss (mask)", "policy_loss_masked", _entry(0, lambda loss: loss + 1e-4)),
+    ("steppo_loss (mask)", "policy_loss_masked", _entry(1, _off)),
+    ("steppo_loss (mask)", "policy_loss_masked", _entry(2, _off)),
+    ("steppo_loss (mask)", "policy_loss_masked", _entry(3, _off)),
+    ("token_log_probs", "token_log_probs", _entry(0, _off)),
+    ("token_log_probs", "token_log_probs", _entry(1, _off)),
+    ("token_log_probs", "token_log_probs_backward", lambda out: out.mul_(1 + 1e-4)),
+    ("token_log_probs", "token_log_probs_backward", lambda out: out.add_(1e-30)),
+    ("steppo_loss_from_logits", "token_log_probs_backward", lambda out: out.mul_(1 + 1e-4)),
+    ("linear_token_log_probs", "head_logits", lambda out: out.mul_(1 + 1e-4)),
+    ("linear_steppo_loss", "token_log_probs_backward", lambda out: out.mul_(1 + 1e-3)),
+    ("linear_steppo_loss", "head_logits", lambda out: out.mul_(1 + 1e-3)),
+]
+
+
+@pytest.mark.parametrize(("operation", "name", "spoil"), WRONG)
+def test_a_wrong_output_is_missed(native, operation, name, spoil):
+    native(name, spoil)
+    code, found = run("--dtype", "float32", operation=operation)
+    assert (code, found["ok"]) == (1, False)
+    missed = {row["operation"] for row in found["rows"] if not row["ok"]}
+    assert operation in missed
+    # Nothing that does not use the operator is blamed.
+    assert all(operation in name for name in missed)
+
+
+@pytest.mark.parametrize("metric", range(len(POLICY_METRICS)))
+def test_each_metric_of_the_policy_loss_is_looked_at(native, metric):
+    def spoil(loss: Tensor, metrics: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        changed = metrics.clone()
+        changed[metric] += 1e-3
+        return loss, changed, *rest
+
+    native("policy_loss_masked", spoil)
+    last = [case for case in validation.CASES if case.operation == "steppo_loss (mask)"][-1:]
+    (row,) = validation.validate(last, ["cpu"], CPU, seed=3, batches=1, dtypes=(torch.float32,))
+    assert not row.ok
+    assert row.output == f"metrics.{POLICY_METRICS[metric]}"
+
+
+def test_a_leak_from_masked_slots_is_missed(native, monkeypatch):
+    def leaks(per_step: Tensor, step_ids: Tensor) -> Tensor:
+        # Multiplies by the mask instead of selecting.
+        return per_step[step_ids.clamp_min(0).long()] * (step_ids >= 0)
+
+    def launch(backend: str, name: str, before: Any = operators.launcher) -> Any:
+        wrong = (backend, name) == ("cpu", "broadcast_to_tokens")
+        return leaks if wrong else before(backend, name)
+
+    monkeypatch.setattr(operators, "launcher", launch)
+    code, _ = run("--batches", "8", operation="broadcast_to_tokens")
+    assert code == 1
+
+
+def test_another_answer_in_a_second_run_is_missed(native):
+    # Far below every bound.
+    flips = itertools.cycle((1 - 2e-16, 1 + 3e-16))
+    native("step_gae", _entry(1, lambda returns: returns * next(flips)))
+    code, found = run(operation="step_gae")
+    assert code == 1
+    assert "a second run gives other bits" in found["rows"][0]["note"]
+
+
+def test_nan_is_missed(native):
+    native("step_gae", _entry(0, lambda advantages: advantages * torch.nan))
+    code, found = run(operation="step_gae")
+    assert code == 1
+    assert "not finite" in found["rows"][0]["note"]
+
+
+def test_a_backend_that_raises_is_missed_and_named(native):
+    def fail(*outputs: Tensor) -> None:
+        raise RuntimeError("the abacus jams\nat bead 7")
+
+    native("step_gae", fail)
+    code, found = run(operation="step_gae")
+    assert code == 1
+    assert all("RuntimeError: the abacus jams (batch 0)" in row["note"] for row in found["rows"])
+
+
+def test_a_miss_is_told_in_the_table_and_below(native):
+    native("step_gae", _entry(0, _off))
+    found = CliRunner().invoke(
+        main, ["validate", "--batches", "1", "--operation", "step_gae", "--seed", "3"]
+    )
+    assert found.exit_code == 1
+    assert "x bound" in found.output
+    assert "--seed 3 repeats this" in found.output
+    # The reference beside it is right.
+    assert "No native backend" not in found.output
+    assert "ok" in found.output
+
+
+def test_a_reference_that_raises_is_a_miss_of_everything(native, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise IndexError("out of beads")
+
+    monkeypatch.setattr(operators, "launcher", lambda backend, name: fail)
+    code, found = run(operation="step_gae")
+    assert code == 1
+    assert "the reference: IndexError: out of beads" in found["rows"][0]["note"]
+
+
+def test_batches_depend_on_nothing_but_the_seed(native):
+    dtypes = (torch.float32,)
+    cases = [case for case in validation.CASES if case.operation == "step_gae"]
+    options = {"seed": 1, "batches": 2, "dtypes": dtypes}
+    alone = validation.validate(cases[-1:], ["cpu"], CPU, **options)
+    among = validation.validate(cases, ["reference", "cpu"], CPU, **options)
+    assert among[-1] == alone[0]
+
+
+@pytest.mark.parametrize("kind", range(8))
+@pytest.mark.parametrize("dtype", validation.DTYPES)
+def test_drawn_steps_keep_clear_of_the_clip(kind, dtype):
+    """No ratio of a batch is nearer to a border than rounding in fp32 can carry it."""
+    from steppo_kernels.cli.validate import policy_loss as drawn
+
+    draw = Draw(11, "clear", kind, dtype, CPU)
+    layout = StepLayout.from_mask(draw.mask(), backend="reference")
+    variant = drawn._Variant("", dual_clip=True, log_ratio_max=True)
+    inputs = drawn._inputs(draw, variant, layout, per_token=False)
+    config = drawn._keep_clear(StepPOConfig(), variant, inputs, layout, {})
+    z = torch.where(
+        layout.step_ids >= 0, inputs["log_probs"].double() - inputs["old_log_probs"].double(), 0
+    )
+    means = [
+        z.view(-1)[layout.token_index[a:b]].mean()
+        for a, b in itertools.pairwise(layout.step_offsets.tolist())
+    ]
+    for log_ratio in means:
+        assert abs(log_ratio - config.log_ratio_max) > 5e-6
+        ratio = log_ratio.clamp(max=config.log_ratio_max).exp()
+        for edge in (1 - config.clip_low, 1 + config.clip_high, config.dual_clip):
+            assert abs(ratio - edge) > 5e-6
+
+
+def test_border_lies_in_a_gap_with_values_on_both_sides():
+    values = torch.tensor([0.5, 1.1, 1.2, 1.3, 1.9, 2.0], dtype=torch.float64)
+    assert border(values, 1.0, 7.0, least=1e-3) == pytest.approx(1.6)
+    assert border(values, 2.0, 7.0, least=1e-3) == 7.0
+    # A gap too narrow to be trusted.
+    assert border(values, 1.0, 7.0, least=1.0) > 2.0
+
+
+def test_relative_error():
+    exact = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    assert relative_error(exact.float(), exact) == 0.0
+    assert relative_error(torch.tensor([0.1, 2.0]), exact) == pytest.approx(0.05)
+    assert relative_error(torch.tensor([0.1, 0.0]), torch.zeros(2)) == torch.inf
+    # A single number is a sum that may cancel.
+    assert relative_error(torch.tensor(0.1), torch.tensor(0.0)) == pytest.approx(0.1)
+    assert relative_error(torch.tensor([1, 2, 3]), torch.tensor([1, 0, 0])) == 2.0

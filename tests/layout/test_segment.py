@@ -1,0 +1,131 @@
+"""The segmentation operators at sizes where kernels work in blocks, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import ragged_mask
+
+from steppo_kernels import StepLayout
+from steppo_kernels.layout import segment
+
+# One row, many rows, rows of one token, and rows longer than any block of a kernel.
+_SHAPES = [(1, 1), (5, 7), (3, 2049), (1, 5000), (97, 31), (3000, 1)]
+
+
+def skip_in_interpreter(target, shape):
+    if target.interpreted and shape[0] * shape[1] > 50:
+        pytest.skip("the interpreter takes minutes for that many tokens and rows")
+
+
+def uneven_rows(numel: int, generator: torch.Generator) -> torch.Tensor:
+    """Row offsets with short, long and empty rows."""
+    cuts = torch.randint(numel + 1, (17,), generator=generator)
+    return torch.cat((torch.tensor([0, 0, numel]), cuts, cuts[:3])).sort().values
+
+
+def assert_equal(found, expected, target):
+    for name, value, wanted in zip(segment.Segments._fields, found, expected, strict=True):
+        assert value.dtype == wanted.dtype, name
+        assert value.device.type == target.device
+        assert torch.equal(value.cpu(), wanted), name
+
+
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize("with_boundaries", [False, True], ids=["runs", "boundaries"])
+def test_segment_mask(target, shape, with_boundaries):
+    skip_in_interpreter(target, shape)
+    generator = torch.Generator().manual_seed(shape[1])
+    mask = ragged_mask(*shape, mean_step=40, generator=generator).reshape(-1)
+    rows = uneven_rows(mask.numel(), generator)
+    opens = torch.rand(mask.shape, generator=generator) < 0.1 if with_boundaries else None
+    on_device = [None if t is None else t.to(target.device) for t in (mask, opens, rows)]
+    found = segment.segment_mask(*on_device, target.backend)
+    assert_equal(found, segment.segment_mask(mask, opens, rows, "reference"), target)
+
+
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "decreasing"])
+def test_segment_ids(target, shape, ordered):
+    skip_in_interpreter(target, shape)
+    generator = torch.Generator().manual_seed(shape[1])
+    numel = shape[0] * shape[1]
+    rows = uneven_rows(numel, generator)
+    action = torch.rand(numel, generator=generator) < 0.7
+    ids = torch.where(action, torch.arange(numel) // 3, -1)
+    if not ordered and numel > 1:
+        ids[numel // 2 :: 7] = 0
+    found = segment.segment_ids(ids.to(target.device), rows.to(target.device), target.backend)
+    expected = segment.segment_ids(ids, rows, "reference")
+    if expected.counts[1] >= 0:
+        # Of ids that decrease, only the place of the first is used: for the error.
+        assert found.counts[1].item() == expected.counts[1].item()
+    else:
+        assert_equal(found, expected, target)
+
+
+@pytest.mark.parametrize("shape", [*_SHAPES, (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["all-valid", "padded"])
+def test_segment_rows(target, shape, padded):
+    skip_in_interpreter(target, shape)
+    generator = torch.Generator().manual_seed(shape[1])
+    mask = torch.rand(shape, generator=generator) < 0.6
+    valid = torch.rand(shape[0], generator=generator) < 0.7 if padded else None
+    found = segment.segment_rows(
+        mask.to(target.device), None if valid is None else valid.to(target.device), target.backend
+    )
+    assert_equal(found, segment.segment_rows(mask, valid, "reference"), target)
+
+
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize("start", [[1], [1, 2], [0, 1, 0]], ids=str)
+def test_mark_actions(target, shape, start):
+    skip_in_interpreter(target, shape)
+    generator = torch.Generator().manual_seed(shape[1])
+    ids = torch.randint(6, (shape[0] * shape[1],), generator=generator)
+    rows = uneven_rows(ids.numel(), generator)
+    marker = torch.tensor(start)
+    found = segment.mark_actions(
+        ids.to(target.device), rows.to(target.device), marker.to(target.device), 5, target.backend
+    )
+    assert torch.equal(found.cpu(), segment.mark_actions(ids, rows, marker, 5, "reference"))
+
+
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+def test_compact(target, shape):
+    skip_in_interpreter(target, shape)
+    generator = torch.Generator().manual_seed(shape[1])
+    mask = ragged_mask(*shape, mean_step=40, generator=generator).reshape(-1)
+    rows = torch.arange(shape[0] + 1) * shape[1]
+    found = segment.segment_mask(mask, None, rows, "reference")
+    # Two steps more than there are ids: empty ones at the end.
+    sizes = int(found.row_steps[-1]) + 2, int(found.counts[0])
+    expected = segment.compact(found.step_ids, *sizes, "reference")
+    got = segment.compact(found.step_ids.to(target.device), *sizes, target.backend)
+    for value, wanted in zip(got, expected, strict=True):
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value.cpu(), wanted)
+
+
+@pytest.mark.parametrize("length", [33, 50])
+def test_rows_longer_than_a_block(kernel, length):
+    """What a row has open, and its largest id, are carried from block to block."""
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(0, 6, (2, length), generator=generator)
+    # A step whose tokens lie in three blocks, and ids that grow across their borders.
+    ids = torch.where(tokens == 0, -1, torch.arange(length) // 20 * 3)
+
+    def by_markers(values, backend):
+        return StepLayout.from_markers(values, [1], 2, backend=backend)
+
+    made = {
+        "ids": (StepLayout.from_step_ids, ids),
+        "markers": (by_markers, tokens),
+        "mask": (StepLayout.from_mask, tokens > 2),
+    }
+    for name, (build, values) in made.items():
+        found = build(values.to(kernel.device), backend=kernel.backend)
+        wanted = build(values, backend="reference")
+        assert wanted.num_steps > 1, name
+        for field, value in wanted.tensors().items():
+            assert torch.equal(found.tensors()[field].cpu(), value), (name, field)

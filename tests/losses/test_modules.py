@@ -1,0 +1,60 @@
+"""StepPOLoss and StepValueLoss keep hyper-parameters and call the functions."""
+
+from __future__ import annotations
+
+import torch
+from batches import random_batch
+
+from steppo_kernels import StepPOConfig, StepPOLoss, StepValueLoss, step_value_loss, steppo_loss
+
+
+def test_steppo_loss(target, masked):
+    batch = random_batch(1, device=target.device)
+    config = StepPOConfig(clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.2)
+    module = StepPOLoss(config, backend=target.backend)
+    args = (
+        batch.log_probs.requires_grad_(),
+        batch.old_log_probs,
+        batch.on_tokens(batch.advantages) if masked else batch.advantages,
+        batch.mask if masked else batch.layout,
+    )
+    options = {
+        "ref_log_probs": batch.ref_log_probs,
+        "entropy": batch.entropy,
+        "is_weights": batch.token_weights,
+        "normalizer": 3.0,
+    }
+    result = module(*args, **options)
+    expected = steppo_loss(*args, config=config, backend=target.backend, **options)
+    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(result.metrics.values, expected.metrics.values)
+    result.loss.backward()
+    (grad,) = torch.autograd.grad(expected.loss, args[0])
+    assert torch.equal(batch.log_probs.grad, grad)
+
+
+def test_step_value_loss(target):
+    batch = random_batch(2, device=target.device)
+    module = StepValueLoss(0.3, reduction="token_mean", backend=target.backend)
+    args = batch.values.requires_grad_(), batch.returns, batch.layout
+    result = module(*args, old_values=batch.old_values, normalizer=5.0)
+    expected = step_value_loss(
+        *args,
+        old_values=batch.old_values,
+        clip=0.3,
+        reduction="token_mean",
+        normalizer=5.0,
+        backend=target.backend,
+    )
+    assert torch.equal(result.loss, expected.loss)
+    other = StepValueLoss(backend=target.backend)(*args, old_values=batch.old_values)
+    assert not torch.equal(other.loss, result.loss)
+
+
+def test_modules_say_what_they_hold_and_have_no_parameters():
+    policy, value = StepPOLoss(), StepValueLoss(0.25, reduction="sum")
+    assert policy.config == StepPOConfig()
+    assert "clip_low=0.0003" in repr(policy)
+    assert "backend='auto'" in repr(policy)
+    assert "clip=0.25, reduction='sum', backend='auto'" in repr(value)
+    assert not list(policy.parameters()) + list(value.parameters())

@@ -1,0 +1,519 @@
+"""steppo_loss: values, gradients and metrics against loops, gradcheck, fp32 error and ties."""
+
+from __future__ import annotations
+
+import math
+
+import oracles
+import pytest
+import torch
+from batches import Error, policy_results, ragged_mask, random_batch
+from hypothesis import strategies as st
+from properties import examples
+
+from steppo_kernels import StepLayout, StepPOConfig, broadcast_to_tokens, steppo_loss
+from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
+from steppo_kernels.outputs import POLICY_METRICS
+
+_EPS = torch.finfo(torch.float32).eps
+
+configs = st.builds(
+    StepPOConfig,
+    ratio=st.sampled_from(RATIOS),
+    clip_low=st.sampled_from([0.0, 3e-4, 0.2, 1.0]),
+    clip_high=st.sampled_from([0.0, 4e-4, 0.3, 50.0]),
+    dual_clip=st.sampled_from([None, 1.5, 40.0]),
+    log_ratio_max=st.sampled_from([0.3, 10.0]),
+    reduction=st.sampled_from(REDUCTIONS),
+    kl_coef=st.sampled_from([0.0, 0.3]),
+    kl_estimator=st.sampled_from(KL_ESTIMATORS),
+    entropy_coef=st.sampled_from([0.0, 0.1, -0.2]),
+)
+
+
+@examples(
+    config=configs,
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 24)),
+    mean_step=st.sampled_from([1.0, 3.0, 30.0]),
+    log_ratios=st.sampled_from([(math.log(1e-4), 8.0), (-0.4, 0.4), (-1e-3, 1e-3)]),
+    weights=st.sampled_from(["none", "step", "token"]),
+    with_step_weights=st.booleans(),
+    normalizer=st.sampled_from([None, 3.5]),
+    ratio_center=st.sampled_from([None, 0.07]),
+)
+def test_loops(
+    target,
+    masked,
+    config,
+    seed,
+    shape,
+    mean_step,
+    log_ratios,
+    weights,
+    with_step_weights,
+    normalizer,
+    ratio_center,
+):
+    """Loss, both gradients, step log-ratios and each metric."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = random_batch(
+        seed,
+        mask=ragged_mask(*shape, mean_step=mean_step, generator=generator),
+        ratio=config.ratio,
+        log_ratios=log_ratios,
+        dtype=torch.float64,
+    )
+    on_target = batch.to(torch.float64, target.device)
+    options, expected_options = {"normalizer": normalizer, "ratio_center": ratio_center}, {}
+    if weights == "token":
+        options["is_weights"] = on_target.token_weights
+        expected_options["token_is_weights"] = batch.token_weights
+    elif weights == "step":
+        per_step = on_target.is_weights
+        options["is_weights"] = on_target.on_tokens(per_step) if masked else per_step
+        expected_options["step_is_weights"] = batch.is_weights.tolist()
+    if with_step_weights and not masked:
+        options["step_weights"] = on_target.step_weights
+        expected_options["step_weights"] = batch.step_weights.tolist()
+    found = policy_results(on_target, config, target.backend, masked=masked, **options)
+    expected = oracles.policy_loss(
+        oracles.of_layout(batch.layout),
+        batch.log_probs,
+        batch.old_log_probs,
+        batch.advantages.tolist(),
+        config,
+        ref_log_probs=batch.ref_log_probs if config.kl_coef else None,
+        entropy=batch.entropy if config.entropy_coef else None,
+        normalizer=normalizer,
+        ratio_center=ratio_center,
+        **expected_options,
+    )
+    if masked:
+        del expected["step_log_ratio"]
+    assert found.keys() == expected.keys()
+    # Terms of the size of the largest ratio cancel in the sums.
+    scale = max(1.0, float(expected["metrics"][POLICY_METRICS.index("ratio_max")]))
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name].cpu(),
+            value,
+            rtol=1e-10,
+            atol=1e-11 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.5], ids=["no-dual-clip", "dual-clip"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_gradcheck(target, masked, ratio, reduction, dual_clip):
+    target.thin(RATIOS.index(ratio), REDUCTIONS.index(reduction), bool(dual_clip), every=4)
+    estimators = KL_ESTIMATORS
+    if target.interpreted:
+        # One each, so that all are met over the reductions.
+        estimators = (KL_ESTIMATORS[REDUCTIONS.index(reduction) % 3],)
+    # Element by element where that is fast, else along random directions.
+    fast_mode = target.backend != "cpu"
+    batch = random_batch(
+        11,
+        2,
+        7,
+        ratio=ratio,
+        mean_step=2.0,
+        log_ratios=(-0.9, 0.9),
+        dtype=torch.float64,
+        device=target.device,
+    )
+    for estimator in estimators:
+        config = StepPOConfig(
+            ratio=ratio,
+            reduction=reduction,
+            dual_clip=dual_clip,
+            kl_estimator=estimator,
+            clip_low=0.2,
+            clip_high=0.3,
+            kl_coef=0.4,
+            entropy_coef=0.1,
+        )
+
+        def loss(log_probs, entropy, config=config):
+            # The default center has no gradient, but finite differences would see it move.
+            return steppo_loss(
+                log_probs,
+                batch.old_log_probs,
+                batch.on_tokens(batch.advantages) if masked else batch.advantages,
+                batch.mask if masked else batch.layout,
+                config=config,
+                ref_log_probs=batch.ref_log_probs,
+                entropy=entropy,
+                ratio_center=0.03,
+                backend=target.backend,
+            ).loss
+
+        inputs = batch.log_probs.requires_grad_(), batch.entropy.requires_grad_()
+        assert torch.autograd.gradcheck(loss, inputs, fast_mode=fast_mode)
+
+
+def away_from_borders(batch, config):
+    """Take the steps out, by A = 0, whose ratio is so near a border that fp32 may err on it.
+
+    There the value is continuous but the gradient jumps: which side is right is a matter of the
+    last bit.
+    """
+    log_ratio = policy_results(batch.to(torch.float64), config, "reference")["step_log_ratio"]
+    borders = [1 - config.clip_low, 1 + config.clip_high, math.exp(config.log_ratio_max)]
+    if config.dual_clip:
+        borders.append(config.dual_clip)
+    near = torch.zeros_like(log_ratio, dtype=torch.bool)
+    for border in borders:
+        near |= (log_ratio - math.log(border)).abs() < 1e-5
+    batch.advantages[near] = 0.0
+    assert int(near.sum()) <= 1
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel, masked, ratio, reduction):
+    """Against fp64, over batches with ratios from 1e-4 to e^8: the house rule on accuracy."""
+    config = StepPOConfig(
+        ratio=ratio,
+        reduction=reduction,
+        clip_low=0.2,
+        clip_high=0.3,
+        dual_clip=20.0,
+        kl_coef=0.1,
+        entropy_coef=0.05,
+    )
+    kernel.thin(RATIOS.index(ratio), REDUCTIONS.index(reduction), every=4)
+    sums, largest = {}, {}
+    for seed in range(3 if kernel.interpreted else 24):
+        batch = random_batch(seed, 6, 64, ratio=ratio, mean_step=8.0)
+        away_from_borders(batch, config)
+        weights = {} if masked else {"is_weights": batch.is_weights}
+        if ratio == "centered":
+            # Given, as its own error would be common to every step.
+            weights["ratio_center"] = 0.0
+        on_target = {k: v.to(kernel.device) if k == "is_weights" else v for k, v in weights.items()}
+        moved = batch.to(torch.float32, kernel.device)
+        found = {
+            "reference": policy_results(batch, config, "reference", masked=masked, **weights),
+            "kernel": policy_results(moved, config, kernel.backend, masked=masked, **on_target),
+        }
+        exact = policy_results(
+            batch.to(torch.float64), config, "reference", masked=masked, **weights
+        )
+        del exact["metrics"]
+        for who, results in found.items():
+            for name, value in exact.items():
+                error = Error.between(results[name], value)
+                sums[who, name] = sums.get((who, name), 0.0) + error.rms**2
+                largest[who, name] = max(largest.get((who, name), 0.0), error.largest)
+    for name in exact:
+        rms = [sums[who, name] ** 0.5 for who in ("kernel", "reference")]
+        top = [largest[who, name] for who in ("kernel", "reference")]
+        # A result that is right to its last bit has an error of up to half an eps of itself.
+        assert rms[0] <= 2 * rms[1] + _EPS, name
+        assert top[0] <= 2 * top[1] + _EPS, name
+        assert top[1] < 1e-4, name
+
+
+def token_form(batch, config, weights):
+    """The step ratio on each token, with a gradient to this token's log-prob alone."""
+    log_probs = batch.log_probs.detach().clone().requires_grad_()
+    loss = 0.0
+    for step, tokens in enumerate(oracles.of_layout(batch.layout).tokens):
+        index = torch.tensor(tokens, device=log_probs.device)
+        new = log_probs.reshape(-1)[index]
+        z = new - batch.old_log_probs.reshape(-1)[index]
+        ratio = z.mean().detach().exp() * (new - new.detach()).exp()
+        a = batch.advantages[step]
+        each = torch.maximum(
+            -a * ratio, -a * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        )
+        loss = loss + (weights.reshape(-1)[index] * each).mean()
+    loss = loss / batch.layout.num_steps
+    loss.backward()
+    return loss.detach(), log_probs.grad
+
+
+def test_token_weights_are_the_token_form(target, masked):
+    """Value l_s mean(w); the gradient of a token is scaled by its own w."""
+    batch = random_batch(4, log_ratios=(-0.5, 0.5), dtype=torch.float64, device=target.device)
+    config = StepPOConfig(clip_low=0.2, clip_high=0.2)
+    found = policy_results(
+        batch, config, target.backend, masked=masked, is_weights=batch.token_weights
+    )
+    loss, grad = token_form(batch, config, batch.token_weights)
+    torch.testing.assert_close(found["loss"], loss, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found["grad_log_probs"], grad, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1], ids=["no-entropy", "entropy"])
+@pytest.mark.parametrize("kl", [None, *KL_ESTIMATORS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dead_tokens_are_those_without_a_gradient(target, masked, dtype, kl, entropy_coef):
+    target.thin(len(kl or ""), KL_ESTIMATORS.index(kl or "k1"), bool(entropy_coef), every=4)
+    batch = random_batch(9, 7, 40, log_ratios=(-0.5, 0.5), dtype=dtype, device=target.device)
+    batch.advantages[::3] = 0.0
+    # Beyond the clamp of a penalty it has no gradient.
+    batch.ref_log_probs[:, ::2] += 30.0
+    config = StepPOConfig(
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_coef=0.0 if kl is None else 0.1,
+        kl_estimator=kl or "k3",
+        entropy_coef=entropy_coef,
+    )
+    weights = batch.on_tokens(torch.ones_like(batch.is_weights))
+    weights[1::2] = 0.0
+    found = policy_results(batch, config, target.backend, masked=masked, is_weights=weights)
+    dead = found["grad_log_probs"] == 0
+    if entropy_coef:
+        dead &= found["grad_entropy"] == 0
+    share = float(dead[batch.mask].double().mean())
+    assert float(found["metrics"][POLICY_METRICS.index("dead_token_fraction")]) == share
+    # With an entropy bonus every token is alive; else some are and some are not.
+    assert share == 0.0 if entropy_coef else 0.0 < share < 1.0
+
+
+def test_on_policy_ratios_are_exactly_one(target, masked):
+    batch = random_batch(5, device=target.device)
+    log_probs = batch.log_probs.requires_grad_()
+    result = steppo_loss(
+        log_probs,
+        None,
+        batch.on_tokens(batch.advantages) if masked else batch.advantages,
+        batch.mask if masked else batch.layout,
+        config=StepPOConfig(clip_low=0.0, clip_high=0.0),
+        backend=target.backend,
+    )
+    result.loss.backward()
+    metrics = result.metrics.as_dict()
+    assert metrics["ratio_min"] == metrics["ratio_max"] == metrics["ratio_mean"] == 1.0
+    assert metrics["clip_fraction"] == metrics["approx_kl"] == metrics["approx_kl_k3"] == 0.0
+    lengths = broadcast_to_tokens(batch.layout.step_lengths.float(), batch.layout)
+    slope = -batch.on_tokens(batch.advantages) / lengths / batch.layout.num_steps
+    expected = torch.where(batch.mask, slope, 0.0)
+    torch.testing.assert_close(log_probs.grad, expected, rtol=4 * _EPS, atol=0.0)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_layout_and_mask_agree(target, ratio):
+    """Two kernels, one definition: equal but for the order of sums."""
+    config = StepPOConfig(ratio=ratio, clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.1)
+    batch = random_batch(6, ratio=ratio, dtype=torch.float64, device=target.device)
+    by_layout, by_mask = (
+        policy_results(batch, config, target.backend, masked=masked) for masked in (False, True)
+    )
+    for name, value in by_mask.items():
+        torch.testing.assert_close(by_layout[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32], ids=str)
+def test_masks_of_every_dtype_and_one_dimension(target, dtype):
+    batch = random_batch(7, rows=1, length=40, device=target.device)
+    config = StepPOConfig(clip_low=0.2, clip_high=0.2)
+    expected = policy_results(batch, config, target.backend, masked=True)
+    for mask in (batch.mask.to(dtype), batch.mask.to(dtype)[0]):
+        result = steppo_loss(
+            batch.log_probs,
+            batch.old_log_probs,
+            batch.on_tokens(batch.advantages),
+            mask,
+            config=config,
+            backend=target.backend,
+        )
+        assert torch.equal(result.loss, expected["loss"])
+        assert result.step_log_ratio is None
+
+
+def test_advantages_count_at_the_first_token_of_a_step(target, masked):
+    batch = random_batch(8, device=target.device)
+    first = batch.layout.token_index[batch.layout.step_offsets[:-1]]
+    spread = torch.full_like(batch.log_probs, torch.nan)
+    spread.view(-1)[first] = batch.advantages
+    config = StepPOConfig(clip_low=0.2, clip_high=0.2)
+    found = steppo_loss(
+        batch.log_probs,
+        batch.old_log_probs,
+        spread,
+        batch.mask if masked else batch.layout,
+        config=config,
+        backend=target.backend,
+    )
+    expected = policy_results(batch, config, target.backend, masked=masked)
+    assert torch.equal(found.loss, expected["loss"])
+
+
+def one_step(target, log_ratios, advantage, config, masked, dtype=torch.float32):
+    """Return the metrics and the gradient of a single step with these token log-ratios."""
+    log_probs = torch.tensor(log_ratios, dtype=dtype, device=target.device).requires_grad_()
+    mask = torch.ones(len(log_ratios), dtype=torch.bool, device=target.device)
+    layout = StepLayout.from_mask(mask, backend="reference")
+    advantages = torch.full((len(log_ratios) if masked else 1,), advantage, dtype=dtype)
+    result = steppo_loss(
+        log_probs,
+        torch.zeros_like(log_probs),
+        advantages.to(target.device),
+        mask if masked else layout,
+        config=config,
+        backend=target.backend,
+    )
+    result.loss.backward()
+    return result.metrics.as_dict(), log_probs.grad
+
+
+_TIE_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@_TIE_DTYPES
+@pytest.mark.parametrize("side", ["high", "low"])
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_ratio_exactly_at_a_clip_border_keeps_its_gradient(target, masked, side, length, dtype):
+    target.thin([1, 3, 40].index(length), side == "low", every=3)
+    sign = 1.0 if side == "high" else -1.0
+    z = [sign * 0.25 + 0.001 * k for k in range(length)]
+    ratio = one_step(target, z, 1.0, StepPOConfig(), masked, dtype)[0]["ratio_mean"]
+    # Both differences are exact, as is adding them to 1 again.
+    at = StepPOConfig(clip_high=ratio - 1) if side == "high" else StepPOConfig(clip_low=1 - ratio)
+    metrics, grad = one_step(target, z, sign, at, masked, dtype)
+    assert metrics["clip_fraction"] == 0.0
+    assert metrics["dead_token_fraction"] == 0.0
+    expected = torch.full_like(grad, -sign * ratio / length)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0.0)
+    # One unit in the last place closer, it is clipped.
+    closer = torch.nextafter(torch.tensor(ratio, dtype=dtype), torch.tensor(1.0, dtype=dtype))
+    inside = abs(float(closer) - 1)
+    below = StepPOConfig(clip_high=inside) if side == "high" else StepPOConfig(clip_low=inside)
+    metrics, grad = one_step(target, z, sign, below, masked, dtype)
+    assert metrics["clip_fraction"] == metrics[f"clip_fraction_{side}"] == 1.0
+    assert metrics["dead_token_fraction"] == 1.0
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@_TIE_DTYPES
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_ratio_one_without_room_keeps_its_gradient(target, masked, ratio, dtype):
+    config = StepPOConfig(ratio=ratio, clip_low=0.0, clip_high=0.0)
+    for advantage in (2.0, -2.0):
+        metrics, grad = one_step(target, [0.0, 0.0, 0.0, 0.0], advantage, config, masked, dtype)
+        slope = {"geometric": 0.25, "product": 1.0, "centered": 0.5}[ratio]
+        assert grad.tolist() == [-advantage * slope] * 4
+        assert metrics["clip_fraction"] == 0.0
+
+
+@_TIE_DTYPES
+def test_log_ratio_at_its_maximum_keeps_its_gradient(target, masked, dtype):
+    z = torch.tensor(1.3, dtype=dtype)
+    beyond = torch.nextafter(z, torch.tensor(2.0, dtype=dtype))
+    config = StepPOConfig(log_ratio_max=float(z))
+    # The advantage is negative, so that the clip does not act.
+    at, grad = one_step(target, [float(z)], -1.0, config, masked, dtype)
+    assert float(grad) == pytest.approx(math.exp(float(z)), rel=1e-6)
+    past, grad = one_step(target, [float(beyond)], -1.0, config, masked, dtype)
+    assert float(grad) == 0.0
+    assert (at["dead_token_fraction"], past["dead_token_fraction"]) == (0.0, 1.0)
+    assert past["policy_loss"] == at["policy_loss"] == pytest.approx(math.exp(1.3), rel=1e-6)
+
+
+@_TIE_DTYPES
+def test_dual_clip_border_keeps_its_gradient(target, masked, dtype):
+    # Ratio and bound are powers of 2 times the advantage, so that their products are exact.
+    ratio = one_step(target, [0.8], -2.0, StepPOConfig(), masked, dtype)[0]["ratio_mean"]
+    at, grad = one_step(target, [0.8], -2.0, StepPOConfig(dual_clip=ratio), masked, dtype)
+    assert float(grad) == pytest.approx(2 * ratio, rel=1e-6)
+    inside = float(torch.nextafter(torch.tensor(ratio, dtype=dtype), torch.tensor(1.0).to(dtype)))
+    past, grad = one_step(target, [0.8], -2.0, StepPOConfig(dual_clip=inside), masked, dtype)
+    assert float(grad) == 0.0
+    assert (at["dead_token_fraction"], past["dead_token_fraction"]) == (0.0, 1.0)
+    # The dual clip bounds the loss; it is no clip of the ratio.
+    assert past["clip_fraction"] == at["clip_fraction"] == 0.0
+    assert past["policy_loss"] == 2 * inside
+
+
+def test_no_advantage_no_gradient(target, masked):
+    """Exactly 0, at any ratio, and no step counts as clipped."""
+    batch = random_batch(2, device=target.device)
+    batch.advantages.zero_()
+    found = policy_results(batch, StepPOConfig(), target.backend, masked=masked)
+    assert torch.equal(found["grad_log_probs"], torch.zeros_like(batch.log_probs))
+    metrics = dict(zip(POLICY_METRICS, found["metrics"].tolist(), strict=True))
+    assert metrics["clip_fraction"] == metrics["policy_loss"] == 0.0
+    assert metrics["dead_token_fraction"] == 1.0
+
+
+def test_penalties_are_clamped(target, masked):
+    """d to +-20, the value to +-10; beyond either, the gradient is 0."""
+    d = [0.5, 3.0, 25.0, -25.0, -15.0, 9.0, -9.0, 19.0]
+    log_probs = torch.zeros(8, dtype=torch.float64, device=target.device)
+    mask = torch.tensor([True] * 8, device=target.device)
+    ref = torch.tensor(d, dtype=torch.float64, device=target.device)
+    for estimator, slopes in {
+        "k1": [1.0, 1.0, 0, 0, 0, 1.0, 1.0, 0],
+        "k2": [-0.5, -3.0, 0, 0, 0, 0, 0, 0],
+        "k3": [-math.expm1(0.5), 0, 0, 0, 0, 0, -math.expm1(-9.0), 0],
+    }.items():
+        new = log_probs.clone().requires_grad_()
+        config = StepPOConfig(kl_coef=8.0, kl_estimator=estimator)
+        result = steppo_loss(
+            new,
+            None,
+            torch.zeros(8 if masked else 1, dtype=torch.float64, device=target.device),
+            mask if masked else StepLayout.from_mask(mask, backend="reference"),
+            config=config,
+            ref_log_probs=ref,
+            backend=target.backend,
+        )
+        result.loss.backward()
+        expected_slope = [float(slope) for slope in slopes]
+        if estimator == "k3":
+            # e^-9 + 9 - 1 < 10, e^3 - 4 > 10.
+            assert math.expm1(-9.0) + 9 < 10 < math.expm1(3.0) - 3
+        assert new.grad.tolist() == pytest.approx(expected_slope, rel=1e-12, abs=0.0)
+        values = [oracles._kl(x, estimator)[0] for x in d]
+        assert result.loss.item() == pytest.approx(math.fsum(values), rel=1e-12)
+        assert result.metrics.as_dict()["kl_loss"] == pytest.approx(math.fsum(values) / 8)
+
+
+def test_metrics_do_not_touch_the_host_until_asked(target):
+    batch = random_batch(1, device=target.device)
+    result = steppo_loss(
+        batch.log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.layout,
+        backend=target.backend,
+    )
+    assert result.metrics.names == POLICY_METRICS
+    assert result.metrics.values.device.type == target.device
+    assert result.metrics.values.dtype == torch.float64
+    assert not result.metrics.values.requires_grad
+    as_dict = result.metrics.as_dict()
+    assert list(as_dict) == list(POLICY_METRICS)
+    for name, value in as_dict.items():
+        assert isinstance(value, float)
+        assert float(result.metrics[name]) == value
+    assert result.step_log_ratio.shape == (batch.layout.num_steps,)
+
+
+def test_needs_no_gradient(target, masked):
+    """Without a gradient to compute, or under no_grad, the loss has no graph and one value."""
+    batch = random_batch(3, device=target.device)
+    expected = policy_results(batch, StepPOConfig(), target.backend, masked=masked)["loss"]
+    advantages = batch.on_tokens(batch.advantages) if masked else batch.advantages
+    steps = batch.mask if masked else batch.layout
+    plain = steppo_loss(
+        batch.log_probs, batch.old_log_probs, advantages, steps, backend=target.backend
+    )
+    with torch.no_grad():
+        inside = steppo_loss(
+            batch.log_probs.requires_grad_(),
+            batch.old_log_probs,
+            advantages,
+            steps,
+            backend=target.backend,
+        )
+    for result in (plain, inside):
+        assert not result.loss.requires_grad
+        assert torch.equal(result.loss, expected)

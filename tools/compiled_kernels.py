@@ -1,0 +1,385 @@
+"""Compile what the Triton launchers launch, for GPUs that need not be there, and read the result.
+
+Run as a script, in a process without TRITON_INTERPRET: `python compiled_kernels.py ARCH...` prints
+JSON. The launchers run on CPU tensors, with the launch itself replaced by a recorder: so
+what is compiled is what a GPU would be asked to run. `benchmarks/triton_account.py` reads the
+machine code of the same launches.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton_offsets import offsets
+
+from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels.backends import operators
+from steppo_kernels.backends.triton import launch
+from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+LENGTHS = (4096, 3600, 2051, 2077)
+# Rows, tokens of a row, vocabulary: what is alike in each group is whether rows are aligned.
+LOGITS_SHAPES = (
+    [(2, 3, 4096), (1, 5, 151_936), (3, 1, 152_064), (7, 2, 32_000), (2, 17, 128)],
+    [(2, 3, 4099), (1, 5, 50_257), (3, 1, 151_669), (7, 2, 32_001), (2, 17, 129)],
+)
+LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What a row of logits may carry beside its token.
+CARRIED = ("mask", "temperatures", "rows")
+# A processor of sm_90: registers, bytes of shared memory, warps and blocks at most.
+_REGISTERS, _SHARED, _MOST_WARPS, _MOST_BLOCKS = 65536, 228 * 1024, 64, 32
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """Return the kernel launches of `call`, which do nothing."""
+    launches: list[Launch] = []
+
+    def record(
+        kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any
+    ) -> None:
+        assert len(grid) == 1, kernel.__name__
+        assert 1 <= grid[0] < 2**31, kernel.__name__
+        launches.append((kernel, args, options))
+
+    # What a kernel is depends on TRITON_INTERPRET.
+    kinds = (JITFunction, InterpretedFunction)
+    runs = [kind.run for kind in kinds]
+    for kind in kinds:
+        kind.run = record
+    try:
+        call()
+    finally:
+        for kind, run in zip(kinds, runs, strict=True):
+            kind.run = run
+    return launches
+
+
+def specialized(each: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any], str]:
+    """Return the source of the kernel that Triton compiles for a launch, its options and key."""
+    kernel, args, given = each
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **given)
+    key = f"{kernel.__name__} {specialization} {options}"
+    parsed, signature, constexprs, attrs = kernel._pack_args(
+        backend, given, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constexprs, attrs), parsed.__dict__, key
+
+
+def batch(rows: int, length: int, run: int) -> StepLayout:
+    """Return a layout of `rows` rows that act in runs of `run` tokens, each after a pause."""
+    mask = (torch.arange(rows * length) % (run + 1) != 0).view(rows, length)
+    return StepLayout.from_mask(mask, backend="reference")
+
+
+def policy(layout: StepLayout, config: StepPOConfig, *, full: bool, masked: bool) -> None:
+    """Launch the policy loss: with everything that tokens can carry, or with as little."""
+    tokens, scalar = torch.zeros(layout.step_ids.numel()), torch.zeros((), dtype=torch.float64)
+    extra = tokens if full else None
+    given = (tokens, tokens, tokens, extra, extra, extra)
+    scalars = (
+        None,
+        scalar if full else None,
+        RATIOS.index(config.ratio),
+        3e-4,
+        4e-4,
+        0.0,
+        10.0,
+        REDUCTIONS.index(config.reduction),
+        0.1,
+        KL_ESTIMATORS.index(config.kl_estimator),
+        0.1,
+        True,
+        full,
+    )
+    if masked:
+        mask = layout.step_ids.view(-1) >= 0
+        operators.launcher("triton", "policy_loss_masked")(*given, mask, layout.shape[-1], *scalars)
+    else:
+        operators.launcher("triton", "policy_loss")(
+            *given,
+            None,
+            full,
+            full,
+            layout.step_ids.view(-1),
+            layout.token_index,
+            layout.step_offsets,
+            layout.trajectory_counts,
+            *scalars,
+        )
+
+
+def logits(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    entropy: bool,
+    softcap: bool,
+    carried: tuple[str, ...] = CARRIED,
+    halved: bool = False,
+) -> None:
+    """Launch the kernels that read logits, on rows that carry what `carried` names.
+
+    With `halved`, the gradients of fp32 logits are bf16, in the first half of each row.
+    """
+    values = torch.zeros(shape, dtype=dtype)[:, : max(1, shape[1] - 1)]
+    grad = torch.empty(values.shape, dtype=dtype)
+    if halved:
+        grad = values.view(torch.bfloat16)[..., : shape[2]]
+    rows = values.shape[0] * values.shape[1]
+    # A slice, which need not begin at 16 bytes.
+    ids = torch.zeros(rows + 1, dtype=torch.int64)[1:]
+    one = torch.zeros(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    targets = (
+        ids,
+        ids == 0 if "mask" in carried else None,
+        one.double() if "temperatures" in carried else None,
+        1.0,
+        30.0 if softcap else 0.0,
+    )
+    if_entropy = one if entropy else None
+    operators.launcher("triton", "token_log_probs")(values, *targets, entropy)
+    operators.launcher("triton", "token_log_probs_backward")(
+        grad,
+        values,
+        *targets,
+        one.double(),
+        if_entropy,
+        one,
+        if_entropy,
+        ids if "rows" in carried else None,
+    )
+
+
+def logits_launches(shape: tuple[int, int, int]) -> list[Launch]:
+    """Return launches of the kernels that read logits: on aligned rows, with all that can be asked.
+
+    What rows carry is read in one way whatever the dtype: in bf16 they carry any choice, else all.
+    Rows that are not aligned have every dtype, two of them with everything only.
+    """
+    work = list(itertools.product((False, True), repeat=2))
+    is_aligned = shape[2] % 16 == 0
+    choices = [
+        carried
+        for count in range(len(CARRIED) if is_aligned else 0)
+        for carried in itertools.combinations(CARRIED, count)
+    ]
+
+    def everything() -> None:
+        for dtype in LOGITS_DTYPES:
+            is_first = is_aligned or dtype in (torch.bfloat16, torch.float32)
+            for entropy, softcap in work if is_first else work[-1:]:
+                logits(shape, dtype, entropy=entropy, softcap=softcap)
+        for entropy, softcap in work:
+            logits(shape, torch.float32, entropy=entropy, softcap=softcap, halved=True)
+        for carried, (entropy, softcap) in zip(choices, itertools.cycle(work), strict=False):
+            logits(shape, torch.bfloat16, entropy=entropy, softcap=softcap, carried=carried)
+
+    return recorded(everything)
+
+
+def launches(length: int = LENGTHS[0]) -> list[Launch]:
+    """Return launches of every kernel that works on tokens, on rows of `length` of them."""
+    layout = batch(4, length, 511)
+    flat_ids, offsets = layout.step_ids.view(-1), layout.row_offsets
+    mask = flat_ids >= 0
+    tokens, steps = torch.zeros(mask.numel()), torch.zeros(layout.num_steps)
+    ids = flat_ids.to(torch.int64)
+    rich = StepPOConfig(ratio="centered", reduction="trajectory_mean")
+    run = operators.launcher
+
+    def everything() -> None:
+        run("triton", "segment_mask")(mask, mask, offsets)
+        run("triton", "segment_ids")(ids, offsets)
+        run("triton", "segment_rows")(mask.view(4, length), torch.ones(4, dtype=torch.bool))
+        run("triton", "mark_actions")(ids, offsets, torch.tensor([1, 2]), 3)
+        run("triton", "compact")(flat_ids, layout.num_steps, layout.num_tokens)
+        run("triton", "broadcast_to_tokens")(steps, flat_ids)
+        run("triton", "sum_over_steps")(tokens, layout.token_index, layout.step_offsets)
+        run("triton", "step_gae")(
+            tokens,
+            tokens,
+            True,
+            True,
+            flat_ids,
+            offsets,
+            layout.state_index,
+            layout.trajectory_steps,
+            layout.trajectory_offsets,
+            torch.zeros(4),
+            0.99,
+            0.95,
+            True,
+        )
+        run("triton", "step_gae")(
+            tokens,
+            tokens,
+            False,
+            False,
+            flat_ids,
+            offsets,
+            ids,
+            ids,
+            offsets,
+            None,
+            1.0,
+            1.0,
+            False,
+        )
+        run("triton", "value_loss")(
+            tokens,
+            steps,
+            tokens,
+            True,
+            True,
+            layout.state_index,
+            layout.step_lengths,
+            layout.trajectory_counts,
+            None,
+            0.5,
+            0,
+            True,
+        )
+        for size in (1, 20, 200, 511):
+            policy(batch(4, length, size), StepPOConfig(), full=False, masked=False)
+        policy(layout, rich, full=True, masked=False)
+        policy(layout, StepPOConfig(), full=False, masked=True)
+        policy(layout, rich, full=True, masked=True)
+
+    return recorded(everything)
+
+
+def keys(found: list[Launch]) -> list[str]:
+    """Return what Triton's cache knows the launches by: equal keys compile once."""
+    return sorted({specialized(each, TARGETS["sm_90"])[2] for each in found})
+
+
+def compiled(each: Launch, arch: str) -> tuple[Any, dict[str, Any]]:
+    """Compile the kernel of a launch; return that and its resources and widest global load."""
+    target = TARGETS[arch]
+    source, options, key = specialized(each, target)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        kernel = triton.compile(source, target=target, options=options)
+    case = _case(source)
+    found: dict[str, Any] = {
+        "kernel": source.fn.__name__,
+        "arch": arch,
+        "key": key,
+        "case": case,
+        "part": _part(source.fn.__name__, case),
+        "threads": kernel.metadata.num_warps * target.warp_size,
+        "shared": kernel.metadata.shared,
+        **offsets(kernel.asm["ttir"]),
+    }
+    if target.backend == "cuda":
+        found |= _cuda(kernel.asm["ptx"], log.getvalue())
+        return kernel, found | {"warps": _warps(found)}
+    return kernel, found | _hip(kernel.asm["amdgcn"])
+
+
+def _case(source: ASTSource) -> list[str]:
+    """Return what tells launches of the kernels that read logits apart."""
+    if "p_logits" not in source.signature:
+        return []
+    constants = {source.fn.arg_names[at]: value for (at,), value in source.constants.items()}
+    given = [name for name, kind in source.signature.items() if kind != "constexpr"]
+    return [
+        source.signature["p_logits"].strip("*"),
+        *(name.lower() for name in ("ALIGNED", "SOFTCAP", "HALVED") if constants.get(name)),
+        *(name for name in ("entropy", *CARRIED) if f"p_{name}" in given),
+    ]
+
+
+def _part(kernel: str, case: list[str]) -> str:
+    """Return what a kernel that reads logits does, as `benchmarks/triton_account.md` names it."""
+    name = "backward" if "backward" in kernel else "forward"
+    return " + ".join([name, *(each for each in ("entropy", "softcap", "halved") if each in case)])
+
+
+def _warps(found: dict[str, Any]) -> int:
+    """Return the warps that a processor of sm_90 holds of a kernel."""
+    warps = found["threads"] // 32
+    registers = 256 * math.ceil(found["registers"] / 8) * warps
+    blocks = (_REGISTERS // registers, _SHARED // (1024 + found["shared"]), _MOST_WARPS // warps)
+    return min(*blocks, _MOST_BLOCKS) * warps
+
+
+def _cuda(ptx: str, log: str) -> dict[str, Any]:
+    return {
+        "registers": _number(r"Used (\d+) registers", log),
+        "spills": _number(r"(\d+) bytes spill stores", log)
+        + _number(r"(\d+) bytes spill loads", log),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx)),
+    }
+
+
+def _hip(code: str) -> dict[str, Any]:
+    return {
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", code),
+        "spills": _number(r"\.vgpr_spill_count:\s*(\d+)", code)
+        + _number(r"\.private_segment_fixed_size:\s*(\d+)", code),
+        # Scalar registers go to lanes of vector registers, not to memory.
+        "moved": _number(r"\.sgpr_spill_count:\s*(\d+)", code),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, (pattern, text)
+    return int(match[1])
+
+
+def main(architectures: list[str]) -> None:
+    """Print the reports for the architectures, and the keys of launches on rows of other lengths.
+
+    The lengths are alike in what a kernel may depend on: divisible by 16 or not.
+    """
+    reports = []
+    for arch in architectures:
+        launch.warp_size = TARGETS[arch].warp_size
+        every = [
+            *launches(),
+            *(each for group in LOGITS_SHAPES for each in logits_launches(group[0])),
+        ]
+        distinct = {specialized(each, TARGETS[arch])[2]: each for each in every}
+        reports += [compiled(each, arch)[1] for each in distinct.values()]
+    found = {
+        "reports": reports,
+        "keys": [keys(launches(length)) for length in LENGTHS],
+        "logits_keys": [
+            [keys(logits_launches(shape)) for shape in group] for group in LOGITS_SHAPES
+        ],
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
