@@ -60,7 +60,7 @@ peers: install
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[peers]"
 
 bench: install
-	sh benchmarks/run.sh $(BIN) cpu
+	sh benchmarks/run.sh $(BIN) steps
 	sh benchmarks/run.sh $(BIN) vocabulary
 
 sanitize: install

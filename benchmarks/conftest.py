@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 
+from .families import FAMILIES
 from .machine import machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run say which family it measures: its report reads that."""
+    parser.addoption("--family", choices=FAMILIES, default=FAMILIES[0])
 
 
 def pytest_report_header() -> str:
@@ -14,13 +21,11 @@ def pytest_report_header() -> str:
     return "  ".join(f"{key}: {value}" for key, value in machine().items())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Keep what the report reads, and what tells one run from another.
-
-    The families add their name and the versions of their peers.
-    """
-    output_json["machine_info"] = machine()
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Keep what the report reads, and what tells one run from another."""
+    family = config.getoption("--family")
+    peers = importlib.import_module(f"{__package__}.{family}.peers").versions()
+    output_json["machine_info"] = machine() | {"family": family, "peers": peers}
     output_json["commit_info"] = {
         key: output_json["commit_info"].get(key) for key in ("id", "dirty", "time")
     }

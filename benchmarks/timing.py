@@ -14,22 +14,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .machine import COPY_BYTES, THREADS, copy_bandwidth, threads
+from .variants import Variant
 
 TURNS, GROWTH_TURNS = 5, 3
-
-# The largest size for which glibc still moves its threshold (32 MB).
-torch.empty(2**25 - 4096, dtype=torch.uint8)
 
 # Of one variant in one turn. A slow call is its own warm-up, and one round a turn has to do.
 _SECONDS, _MAX_ROUNDS = 0.12, 200
 _SLOW = 0.05
+
+
+def _free_a_large_block() -> None:
+    """Free the largest block for which glibc still moves its threshold (32 MB)."""
+    torch.empty(2**25 - 4096, dtype=torch.uint8)
+
+
+_free_a_large_block()
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Run:
     """One timing: a variant of a case in one turn."""
 
     case: str
-    variant: str
+    variant: Variant
     threads: int
     turn: int
 
@@ -47,15 +53,15 @@ class Run:
 
 def runs(
     case: str,
-    variants: Iterable[str] | Mapping[str, int],
+    variants: Iterable[Variant],
     threads: Iterable[int] = THREADS,
     turns: int = TURNS,
 ) -> list[Run]:
     """Return the timings of a case, the variants side by side in each turn.
 
-    Variants that are given with a number take part in that many turns, the first ones.
+    A variant with a number of turns of its own takes part in the first ones.
     """
-    turns_of = variants if isinstance(variants, Mapping) else dict.fromkeys(variants, turns)
+    turns_of = {variant: variant.turns or turns for variant in variants}
     return [
         Run(case, variant, count, turn)
         for count in threads
@@ -74,7 +80,6 @@ def measure(
     bytes_to_touch: int = 0,
     setup: Callable[[], object] | None = None,
     info: dict[str, Any] | None = None,
-    rounds: int | None = None,
 ) -> None:
     """Time `call` in rounds (`setup` untimed before each) and note what the report reads.
 
@@ -86,9 +91,10 @@ def measure(
         bytes_to_touch: what GB/s counts; 0 leaves it out.
         setup: e.g. a reset of gradients.
         info: anything else to keep.
-        rounds: None warms up and takes as many as fit into a fixed time; a number is for calls
-            that take long and have been made before.
+
+    A variant with a number of rounds takes long and has been called before: it is not warmed up.
     """
+    rounds = run.variant.rounds
 
     def prepare() -> None:
         if setup is not None:
@@ -111,7 +117,7 @@ def measure(
         seconds = benchmark.stats.stats.median
         noted = {
             "case": run.case,
-            "variant": run.variant,
+            "variant": run.variant.name,
             "threads": run.threads,
             "turn": run.turn,
             "tokens": tokens,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..variants import Variant
 from .page import digits, time_text
 from .results import Line, Results
 
@@ -15,7 +16,6 @@ STYLE = {
     "axes.axisbelow": True,
     "figure.facecolor": "white",
 }
-OTHER = "#888888"
 
 
 def bars(
@@ -23,13 +23,13 @@ def bars(
     title: str,
     lines: Sequence[Line],
     ratios: Sequence[float | None],
-    colors: dict[str, str],
+    variants: Iterable[Variant],
     slots: int,
 ) -> None:
     """Draw the times of variants with how often the first fits into them, `slots` bars high."""
     seconds = [line.median for line in lines]
     names = [line.variant for line in lines]
-    axis.barh(names, seconds, color=[colors.get(name, OTHER) for name in names], height=0.7)
+    axis.barh(names, seconds, color=colors_of(names, variants), height=0.7)
     for k, (line, ratio) in enumerate(zip(lines, ratios, strict=True)):
         factor = "" if ratio is None else f"   {digits(ratio)}x"
         axis.text(line.median * 1.08, k, time_text(line.median) + factor, va="center")
@@ -42,6 +42,12 @@ def bars(
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color="#e5e5e5")
     axis.set_xlabel("seconds (log scale)")
+
+
+def colors_of(names: Iterable[str], variants: Iterable[Variant]) -> list[str]:
+    """Return the colors of variants that are known by their names."""
+    colors = {variant.name: variant.color for variant in variants}
+    return [colors[name] for name in names]
 
 
 def head(axis: Any, title: str) -> None:

@@ -7,6 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from ..variants import Variant
+
 
 @dataclass(frozen=True)
 class Line:
@@ -38,11 +40,9 @@ class Results:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.machine: dict[str, Any] = document["machine_info"]
-        self.family: str = self.machine.get("family", "cpu")
+        self.family: str = self.machine["family"]
         # Versions by name, None for a peer that is not there.
-        self.peers: dict[str, str | None] = self.machine.get(
-            "peers", {"verl": self.machine.get("verl")}
-        )
+        self.peers: dict[str, str | None] = self.machine["peers"]
         self.lines: dict[tuple[str, str, str, int], Line] = {}
         self.curves: dict[tuple[str, str, str], dict[float, Line]] = {}
         for entry in document["benchmarks"]:
@@ -62,9 +62,11 @@ class Results:
         """What torch uses unless told otherwise."""
         return int(self.machine["threads"])
 
-    def get(self, suite: str, case: str, variant: str, threads: int | None = None) -> Line | None:
+    def get(
+        self, suite: str, case: str, variant: Variant, threads: int | None = None
+    ) -> Line | None:
         """Return a line, or None if it was not measured."""
-        return self.lines.get((suite, case, variant, threads or self.threads))
+        return self.lines.get((suite, case, variant.name, threads or self.threads))
 
     def of_case(self, suite: str, case: str, threads: int | None = None) -> list[Line]:
         """Return the lines of a case, in the order in which they were measured."""
@@ -87,14 +89,14 @@ class Results:
         """Return where on its axis the curves of a name were measured."""
         return sorted({x for (of, *_), curve in self.curves.items() if of == name for x in curve})
 
-    def slope(self, name: str, suite: str, variant: str) -> float | None:
+    def slope(self, name: str, suite: str, variant: Variant) -> float | None:
         """Return d log seconds / d log x of a curve by least squares.
 
         The constant cost of a call lowers it, leaving the caches raises it.
         """
         points = [
             (math.log(x), math.log(line.median))
-            for x, line in self.curves.get((name, suite, variant), {}).items()
+            for x, line in self.curves.get((name, suite, variant.name), {}).items()
         ]
         if len(points) < 3:
             return None

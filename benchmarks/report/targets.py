@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..variants import Variant
 from .page import digits
 from .results import Line, Results
 
@@ -52,13 +53,16 @@ class Targets:
     def faster(
         self,
         name: str,
+        variant: Variant,
         peer: Line | None,
         factor: float,
         ours: Line | None,
-        *,
-        ratio_of: str | None = None,
     ) -> None:
-        """Promise that `peer` takes at least `factor` times as long."""
-        label = f"{name}: faster than {ratio_of or (peer.variant if peer else 'a peer')}"
+        """Promise that `peer`, the line of `variant`, takes at least `factor` times as long."""
         ratio = self.results.ratio(peer, ours)
-        self.add(label, f">= {factor:g}x", ratio, lambda value: value >= factor)
+        self.add(
+            f"{name}: faster than {variant}",
+            f">= {factor:g}x",
+            ratio,
+            lambda value: value >= factor,
+        )

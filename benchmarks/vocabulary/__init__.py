@@ -1,1 +1,1 @@
-"""From logits or hidden states to log-probs and losses; results/vocabulary.md."""
+"""What the suites from logits and hidden states share; results/vocabulary.md."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,10 +16,31 @@ from steppo_kernels.log_probs.lm_head import logits_dtype
 from ..gates import fused_backend
 from ..machine import threads
 from ..memory import peak_bytes
+from ..variants import Variant
 from . import peers
 from .cases import CONFIG, HeadCase, Shape, head_case, row_log_probs
+from .variants import (
+    CCE,
+    COMPILED,
+    COMPILED_ACTIONS,
+    EAGER,
+    EAGER_ACTIONS,
+    FUSED,
+    LIGER,
+    LIGER_ACTIONS,
+    LIGER_SCALED,
+    PRODUCTS,
+    PRODUCTS_KEPT,
+    TORCH_LINEAR,
+    TORCH_LINEAR_CHUNK,
+    TRL_CHUNKED,
+    TWICE,
+    TWO_CHUNKS,
+)
 
 Call = Callable[[], None]
+# What is compiled for these.
+_COMPILED_FROM = {COMPILED: EAGER, COMPILED_ACTIONS: EAGER_ACTIONS}
 
 # Of the expected root mean square. bf16 rounds the logits of likely tokens by up to 3 hundredths,
 # and with them their probabilities and the ratios.
@@ -28,13 +49,13 @@ _TOLERANCE = 0.03
 _TRIAL_VOCABULARY = 8192
 
 
-def step_of(shape: Shape, variant: str) -> tuple[Call, Call]:
+def step_of(shape: Shape, variant: Variant) -> tuple[Call, Call]:
     """Return one forward + backward of a variant, and what has to be called before the next."""
     case = head_case(shape)
-    if variant in _PRODUCTS:
+    if variant in (PRODUCTS, PRODUCTS_KEPT):
         kept: list[Tensor] = []
         products = _products
-        if variant == _PRODUCTS[1]:
+        if variant == PRODUCTS_KEPT:
             products = functools.partial(_products_into, _places(shape))
         hidden = peers.rows_of(case)[0].detach()
         weight = case.weight.detach()
@@ -43,55 +64,56 @@ def step_of(shape: Shape, variant: str) -> tuple[Call, Call]:
     return lambda: loss().backward(), case.reset
 
 
-def loss_of(case: HeadCase, variant: str) -> Callable[[], Tensor]:
+def loss_of(case: HeadCase, variant: Variant) -> Callable[[], Tensor]:
     """Return the call of a variant that gives the loss."""
-    steps = case.steps
-    if variant.startswith("fused"):
-        if variant == "fused, twice the products":
-            return lambda: _two_calls(case)
-        rows = case.shape.action_tokens // 2 if variant == "fused, 2 chunks" else None
-        return lambda: (
-            sk.linear_steppo_loss(
-                case.hidden,
-                case.weight,
-                steps.token_ids,
-                steps.old_log_probs,
-                steps.advantages,
-                steps.layout,
-                chunk_tokens=rows,
-                config=CONFIG,
-                backend=fused_backend(),
-            ).loss
-        )
-    if variant.startswith("torch.compile"):
-        return _compiled(case.shape, variant, torch.get_num_threads())
     rows = case.shape.action_tokens
-    if variant.startswith("Liger grpo"):
-        chunk, compiled = best_liger_chunk()
-        only = variant.endswith("action tokens")
-        return lambda: peers.liger_grpo(case, chunk, compiled=compiled, actions_only=only)
-    log_probs: dict[str, Callable[[], Tensor]] = {
-        "eager": lambda: row_log_probs((case.hidden @ case.weight.t()).float(), steps.token_ids),
-        "eager, action tokens": lambda: _eager_rows(case),
-        "Liger scaled CE": lambda: peers.liger_scaled(case),
-        "TRL chunked": lambda: peers.trl_chunked(case),
-        "CCE torch_compile": lambda: peers.cut_cross_entropy(case),
-        "F.linear_cross_entropy": lambda: peers.torch_linear_cross_entropy(case, None),
-        "F.linear_cross_entropy, chunk": lambda: peers.torch_linear_cross_entropy(case, rows),
+    losses: dict[Variant, Callable[[], Tensor]] = {
+        FUSED: lambda: _fused(case, None),
+        TWO_CHUNKS: lambda: _fused(case, rows // 2),
+        TWICE: lambda: _two_calls(case),
+        LIGER: lambda: _liger(case, actions_only=False),
+        LIGER_ACTIONS: lambda: _liger(case, actions_only=True),
     }
+    log_probs: dict[Variant, Callable[[], Tensor]] = {
+        EAGER: lambda: row_log_probs((case.hidden @ case.weight.t()).float(), case.steps.token_ids),
+        EAGER_ACTIONS: lambda: _eager_rows(case),
+        LIGER_SCALED: lambda: peers.liger_scaled(case),
+        TRL_CHUNKED: lambda: peers.trl_chunked(case),
+        CCE: lambda: peers.cut_cross_entropy(case),
+        TORCH_LINEAR: lambda: peers.torch_linear_cross_entropy(case, None),
+        TORCH_LINEAR_CHUNK: lambda: peers.torch_linear_cross_entropy(case, rows),
+    }
+    if variant in _COMPILED_FROM:
+        return _compiled(case.shape, variant, torch.get_num_threads())
+    if variant in losses:
+        return losses[variant]
     found = log_probs[variant]
-    return lambda: steps.loss(found())
+    return lambda: case.steps.loss(found())
 
 
-def available(variants: tuple[str, ...]) -> tuple[str, ...]:
+def available(variants: Iterable[Variant]) -> list[Variant]:
     """Return those of the variants whose projects can be imported."""
-    needs = {"Liger": "liger-kernel", "TRL": "trl", "CCE": "cut-cross-entropy"}
-    return tuple(
-        variant
-        for variant in variants
-        if (name := needs.get(variant.split(" ")[0])) is None or peers.project(name)
-        if not variant.startswith("F.") or peers.has_linear_cross_entropy()
-    )
+    return [v for v in variants if v.project is None or peers.is_there(v.project)]
+
+
+def _fused(case: HeadCase, chunk_tokens: int | None) -> Tensor:
+    steps = case.steps
+    return sk.linear_steppo_loss(
+        case.hidden,
+        case.weight,
+        steps.token_ids,
+        steps.old_log_probs,
+        steps.advantages,
+        steps.layout,
+        chunk_tokens=chunk_tokens,
+        config=CONFIG,
+        backend=fused_backend(),
+    ).loss
+
+
+def _liger(case: HeadCase, *, actions_only: bool) -> Tensor:
+    chunk, compiled = best_liger_chunk()
+    return peers.liger_grpo(case, chunk, compiled=compiled, actions_only=actions_only)
 
 
 @functools.cache
@@ -117,16 +139,16 @@ def liger_chunks() -> dict[tuple[int, bool], float]:
 
 
 @functools.cache
-def check(shape: Shape, variant: str, num_threads: int) -> dict[str, Any]:
+def check(shape: Shape, variant: Variant, num_threads: int) -> dict[str, Any]:
     """Return peak memory and errors of one forward + backward, or raise if they are too large."""
     case = head_case(shape)
     step, reset = step_of(shape, variant)
     with threads(num_threads):
-        if variant.startswith(("torch.compile", "CCE")):
+        if variant in _COMPILED_FROM or variant == CCE:
             # What compiling allocates is not what a step does.
             step()
             reset()
-        if variant in _PRODUCTS:
+        if variant in (PRODUCTS, PRODUCTS_KEPT):
             return {}
         peak = peak_bytes(step)
     hidden, weight = case.hidden.grad, case.weight.grad
@@ -145,10 +167,10 @@ def check(shape: Shape, variant: str, num_threads: int) -> dict[str, Any]:
     reset()
     info: dict[str, Any] = {f"error_{name}": error for name, error in errors.items()}
     info["extra_bytes"] = peak - case.gradient_bytes
-    if variant == "fused":
+    if variant == FUSED:
         size = logits_dtype("cpu", case.weight.dtype).itemsize
         info["chunk_bytes"] = shape.action_tokens * shape.vocabulary * size
-    if variant == "Liger grpo":
+    if variant == LIGER:
         info["choices"] = [
             f"{rows}{' compiled' if compiled else ''} {seconds:.2f} s"
             for (rows, compiled), seconds in liger_chunks().items()
@@ -199,11 +221,11 @@ def _eager_rows(case: HeadCase) -> Tensor:
 
 
 @functools.cache
-def _compiled(shape: Shape, variant: str, num_threads: int) -> Callable[[], Tensor]:
+def _compiled(shape: Shape, variant: Variant, num_threads: int) -> Callable[[], Tensor]:
     """Return the compiled eager loss, for one shape and number of threads."""
     del num_threads
     case = head_case(shape)
-    eager = loss_of(case, variant.replace("torch.compile", "eager"))
+    eager = loss_of(case, _COMPILED_FROM[variant])
     return torch.compile(eager, dynamic=False, fullgraph=True)
 
 
@@ -230,6 +252,3 @@ def _products_into(
     torch.mm(logits, weight, out=grad_hidden)
     torch.mm(logits.t(), hidden, out=grad_weight)
     return grad_hidden, grad_weight
-
-
-_PRODUCTS = ("bare products", "bare products, kept memory")

@@ -116,9 +116,11 @@ def torch_linear_cross_entropy(case: HeadCase, chunk_rows: int | None) -> Tensor
     )
 
 
-def has_linear_cross_entropy() -> bool:
-    """Whether torch is new enough."""
-    return hasattr(functional, "linear_cross_entropy")
+def is_there(name: str) -> bool:
+    """Whether a project that a variant needs can be used; torch has to be new enough."""
+    if name.startswith("torch"):
+        return hasattr(functional, "linear_cross_entropy")
+    return project(name) is not None
 
 
 def rows_of(case: HeadCase) -> tuple[Tensor, Tensor]:

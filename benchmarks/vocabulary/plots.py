@@ -9,31 +9,11 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ..report.page import number
-from ..report.plots import OTHER, STYLE, bars, caption, head, top_line
+from ..report.plots import STYLE, bars, caption, colors_of, head, top_line
 from ..report.results import Line, Results
+from .variants import ALL
 
 _LOGITS, _HEAD = "[256, 151936]", "1024 tokens, 8 steps of 32, V 151936"
-_COLORS = {
-    "fused": "#0b6e4f",
-    "fused, in place": "#0b6e4f",
-    "fused, 2 chunks": "#54a98b",
-    "fused, twice the products": "#9ccdb9",
-    "bare products": "#444444",
-    "bare products, kept memory": "#444444",
-    "eager": "#c0504d",
-    "eager bf16": "#c0504d",
-    "eager fp32": "#d98880",
-    "eager, action tokens": "#d98880",
-    "torch.compile": "#e0a030",
-    "torch.compile fp32": "#e0a030",
-    "torch.compile, action tokens": "#ecc67a",
-    "Liger grpo": "#7a5ea8",
-    "Liger grpo, action tokens": "#a994c9",
-    "Liger scaled CE": "#a994c9",
-    "TRL chunked": "#4a78b5",
-    "TRL selective": "#4a78b5",
-}
-_MARKERS = {"fused": "o", "eager": "^", "Liger grpo": "D"}
 _AXES = {
     "share": "action tokens, % of 512",
     "live": "steps not clipped, % of 16",
@@ -56,7 +36,7 @@ def draw_speed(results: Results, path: Path) -> None:
             lines = results.of_case(suite, case)
             ratios = [results.ratio(line, lines[0]) for line in lines]
             ratios[:1] = [None] * len(ratios[:1])
-            bars(axis, f"{title}\n{shape}", lines, ratios, _COLORS, slots=max(5, len(lines)))
+            bars(axis, f"{title}\n{shape}", lines, ratios, ALL, slots=max(5, len(lines)))
         _memory(axes[1, 1], results.of_case("linear_loss", _HEAD))
         top_line(figure, f"How often the first fits into the others. {caption(results, 'bf16')}")
         figure.savefig(path, dpi=150)
@@ -67,7 +47,7 @@ def _memory(axis: Any, lines: list[Line]) -> None:
     measured = [(line, found) for line in lines if (found := line.over_turns("extra_bytes"))]
     names = [line.variant for line, _ in measured]
     sizes = [found / 2**20 for _, found in measured]
-    axis.barh(names, sizes, color=[_COLORS.get(name, OTHER) for name in names], height=0.7)
+    axis.barh(names, sizes, color=colors_of(names, ALL), height=0.7)
     for k, size in enumerate(sizes):
         axis.text(size + max(sizes) / 100, k, number(size), va="center")
     axis.set_ylim(max(5, len(lines)) - 0.4, -0.6)
@@ -84,6 +64,7 @@ def draw_curves(results: Results, path: Path) -> None:
         figure = Figure(figsize=(12, 6.4), layout="constrained")
         axes = figure.subplots(2, len(_AXES))
         handles: dict[str, Any] = {}
+        known = {variant.name: variant for variant in ALL}
         for (name, label), (time, memory) in zip(_AXES.items(), axes.T, strict=True):
             for (of, _, variant), curve in results.curves.items():
                 if of != name:
@@ -91,8 +72,8 @@ def draw_curves(results: Results, path: Path) -> None:
                 points = sorted(curve.items())
                 places = [x for x, _ in points]
                 style = {
-                    "color": _COLORS.get(variant, OTHER),
-                    "marker": _MARKERS.get(variant, "s"),
+                    "color": known[variant].color,
+                    "marker": known[variant].marker,
                     "markersize": 5,
                     "linewidth": 1.6,
                 }

@@ -8,12 +8,25 @@ from ..report.page import Block, Plot, Table, digits, number, time_text
 from ..report.results import Line, Results
 from ..report.targets import Targets
 from .plots import draw_curves, draw_speed
+from .variants import (
+    EAGER,
+    EAGER_FLOAT,
+    EAGER_HALF,
+    FUSED,
+    IN_PLACE,
+    IN_PLACE_SLICE,
+    LIGER,
+    MOST_CLIPPED,
+    NONE_CLIPPED,
+    PRODUCTS,
+    PRODUCTS_KEPT,
+)
 
 LOGITS = "[256, 151936]"
 ALL_LOGITS = "512 tokens, 4 steps of 32, V 151936"
 HEAD = "1024 tokens, 8 steps of 32, V 151936"
 TEN = "1280 tokens, 10 steps of 32, V 151936"
-_PRODUCTS = ("bare products", "bare products, kept memory")
+_PRODUCTS = (PRODUCTS, PRODUCTS_KEPT)
 _TITLES = {
     "log_probs_forward": "token_log_probs of bf16, forward",
     "log_probs_both": "token_log_probs of bf16, forward + backward",
@@ -46,21 +59,21 @@ def promise(targets: Targets) -> None:
     """Make every promise."""
     results = targets.results
     for suite, title, factors in (
-        ("log_probs_forward", "forward", (("eager bf16", 5), ("eager fp32", 10))),
-        ("log_probs_both", "forward + backward", (("eager bf16", 4), ("eager fp32", 4))),
+        ("log_probs_forward", "forward", ((EAGER_HALF, 5), (EAGER_FLOAT, 10))),
+        ("log_probs_both", "forward + backward", ((EAGER_HALF, 4), (EAGER_FLOAT, 4))),
     ):
-        ours = results.get(suite, LOGITS, "fused")
+        ours = results.get(suite, LOGITS, FUSED)
         for peer, factor in factors:
             targets.faster(
                 f"token_log_probs, {LOGITS} bf16, {title}",
+                peer,
                 results.get(suite, LOGITS, peer),
                 factor,
                 ours,
-                ratio_of=peer,
             )
     error, upcast = (
         _of(results.get("log_probs_forward", LOGITS, variant), "error_log_probs")
-        for variant in ("fused", "eager fp32")
+        for variant in (FUSED, EAGER_FLOAT)
     )
     targets.add(
         f"token_log_probs, {LOGITS} bf16: largest error over that of eager fp32",
@@ -68,9 +81,9 @@ def promise(targets: Targets) -> None:
         None if error is None or not upcast else error / upcast,
         lambda value: value <= 2,
     )
-    for variant in ("in place", "in place, of a slice"):
+    for variant in (IN_PLACE, IN_PLACE_SLICE):
         for key, what in (("extra", "peak extra"), ("resident", "peak resident")):
-            found = results.get("logits_loss", ALL_LOGITS, f"fused, {variant}")
+            found = results.get("logits_loss", ALL_LOGITS, variant)
             share = _of(found, f"{key}_of_logits")
             targets.add(
                 f"steppo_loss_from_logits, {variant}: {what} memory, of the logits",
@@ -84,20 +97,20 @@ def promise(targets: Targets) -> None:
 
 def _promise_head(targets: Targets) -> None:
     results = targets.results
-    fused = results.get("linear_loss", HEAD, "fused")
+    fused = results.get("linear_loss", HEAD, FUSED)
     targets.add(
         "linear_steppo_loss, a quarter of 1024 tokens: time over that of its bare products",
         "<= 1.15x",
-        results.ratio(fused, *(results.get("linear_loss", HEAD, name) for name in _PRODUCTS)),
+        results.ratio(fused, *(results.get("linear_loss", HEAD, variant) for variant in _PRODUCTS)),
         lambda value: value <= 1.15,
     )
-    for peer, factor in (("eager", 5), ("Liger grpo", 2.5)):
+    for peer, factor in ((EAGER, 5), (LIGER, 2.5)):
         targets.faster(
             "linear_steppo_loss, a quarter of 1024 tokens",
+            peer,
             results.get("linear_loss", HEAD, peer),
             factor,
             fused,
-            ratio_of=peer,
         )
     extra, chunk = _of(fused, "extra_bytes"), _of(fused, "chunk_bytes")
     targets.add(
@@ -114,7 +127,7 @@ def _promise_head(targets: Targets) -> None:
         results.ratio(
             *(
                 results.get("linear_loss_clipped", TEN, variant)
-                for variant in ("7 of 10 clipped", "none clipped")
+                for variant in (MOST_CLIPPED, NONE_CLIPPED)
             )
         ),
         lambda value: value <= 0.65,
@@ -157,7 +170,7 @@ def _sections(results: Results) -> list[Table]:
     cases = dict.fromkeys((line.suite, line.case) for line in results.lines.values())
     for suite, case in sorted(cases, key=lambda pair: list(_TITLES).index(pair[0])):
         lines = results.of_case(suite, case)
-        products = [line for line in lines if line.variant in _PRODUCTS]
+        products = [line for line in lines if line.variant in {v.name for v in _PRODUCTS}]
         columns = _columns(results, lines[0], products)
         filled = [
             (header, cells)
@@ -199,7 +212,7 @@ def _columns(results: Results, first: Line, products: list[Line]) -> list[Column
 
 def _choices(results: Results) -> str:
     """Return what the chunks of Liger's loss were chosen from, in a sentence."""
-    line = results.get("linear_loss", HEAD, "Liger grpo")
+    line = results.get("linear_loss", HEAD, LIGER)
     choices = [] if line is None else line.info[0].get("choices", [])
     if not choices:
         return ""

@@ -7,7 +7,9 @@ import math
 from ..report.page import Block, Plot, Table, digits, number, time_text
 from ..report.results import Results
 from ..report.targets import Targets
+from ..variants import Variant
 from .plots import draw_growth, draw_speed
+from .variants import COMPILED, EAGER, FUSED, GSPO, LAYOUT, MASK, TABLES, VERL_LOOP
 
 ROWS, TURNS = "rows 512x512", "turns 64x8192"
 _NAMES = {
@@ -19,7 +21,7 @@ _NAMES = {
     "broadcast": "broadcast_to_tokens, forward + backward",
 }
 # The variant that the others of a suite are divided by.
-_OURS = {"policy_loss": "fused, layout"}
+_OURS = {"policy_loss": LAYOUT}
 _COLUMNS = (
     "variant",
     "threads",
@@ -44,20 +46,22 @@ def promise(targets: Targets) -> None:
     """Make every promise."""
     results = targets.results
 
-    def faster(suite: str, case: str, peer: str, factor: float, ours: str, label: str) -> None:
+    def faster(
+        suite: str, case: str, peer: Variant, factor: float, ours: Variant, label: str
+    ) -> None:
         of_peer, of_ours = results.get(suite, case, peer), results.get(suite, case, ours)
-        targets.faster(label, of_peer, factor, of_ours, ratio_of=peer)
+        targets.faster(label, peer, of_peer, factor, of_ours)
 
     for case in (ROWS, TURNS):
         label = f"steppo_loss, {case}"
-        faster("policy_loss", case, "eager", 15, "fused, layout", label)
-        faster("policy_loss", case, "torch.compile", 4, "fused, layout", label)
+        faster("policy_loss", case, EAGER, 15, LAYOUT, label)
+        faster("policy_loss", case, COMPILED, 4, LAYOUT, label)
         if case == ROWS and results.peers["verl"]:
-            faster("policy_loss", case, "verl gspo", 10, "fused, layout", label)
-        for variant in ("fused, layout", "fused, mask"):
+            faster("policy_loss", case, GSPO, 10, LAYOUT, label)
+        for variant in (LAYOUT, MASK):
             line = results.get("policy_loss", case, variant)
             # The mask form has to touch less: its share stands in the table.
-            if variant == "fused, layout":
+            if variant == LAYOUT:
                 targets.add(
                     f"{label}: share of copy bandwidth",
                     ">= 40 %",
@@ -74,8 +78,8 @@ def promise(targets: Targets) -> None:
                 lambda value: value <= 2.01,
                 " fp32 a token",
             )
-    faster("token_gae", "tokens 64x8192", "verl loop", 200, "fused", "token GAE, 64x8192")
-    single = results.get("token_gae", "tokens 64x8192", "fused", 1)
+    faster("token_gae", "tokens 64x8192", VERL_LOOP, 200, FUSED, "token GAE, 64x8192")
+    single = results.get("token_gae", "tokens 64x8192", FUSED, 1)
     targets.add(
         "token GAE, 64x8192, one thread: cost of a token",
         "<= 3 ns",
@@ -83,12 +87,12 @@ def promise(targets: Targets) -> None:
         lambda value: value <= 3,
         " ns",
     )
-    faster("step_gae", "rows 2688x512", "authors' tables", 5, "fused", "step GAE, 2688x512")
+    faster("step_gae", "rows 2688x512", TABLES, 5, FUSED, "step GAE, 2688x512")
     for suite, variant in (
-        ("policy_loss", "fused, layout"),
-        ("policy_loss", "fused, mask"),
-        ("token_gae", "fused"),
-        ("segment", "fused"),
+        ("policy_loss", LAYOUT),
+        ("policy_loss", MASK),
+        ("token_gae", FUSED),
+        ("segment", FUSED),
     ):
         targets.add(
             f"{_NAMES[suite].split(',')[0]}, {variant}: exponent of the growth with tokens",
@@ -120,7 +124,7 @@ def _sections(results: Results) -> list[Table]:
     """Return a table for each suite and case."""
     tables: dict[str, list[tuple[str, ...]]] = {}
     for line in results.lines.values():
-        ours = results.get(line.suite, line.case, _OURS.get(line.suite, "fused"), line.threads)
+        ours = results.get(line.suite, line.case, _OURS.get(line.suite, FUSED), line.threads)
         ratio = None if line is ours else results.ratio(line, ours)
         fraction, gbps = line.over_turns("copy_fraction"), line.over_turns("gbps")
         same_size = line.over_turns("copy_gbps_same_size")
@@ -145,7 +149,7 @@ def _growth_rows(results: Results) -> list[tuple[str, ...]]:
     """Return for each curve its exponent and its ns/token by size."""
     rows = []
     for (name, suite, variant), curve in results.curves.items():
-        slope = results.slope(name, suite, variant)
+        slope = results.slope(name, suite, Variant(variant))
         rows.append(
             (
                 f"{_NAMES[suite].split(',')[0]}, {variant}",

@@ -16,19 +16,27 @@ from ..gates import fused_backend
 from ..machine import DEFAULT_THREADS, threads
 from ..memory import peak_bytes
 from ..timing import Run, measure, runs
-from . import peers
-from .cases import Shape, head_case, row_log_probs
-from .heads import available
+from ..variants import Variant
+from ..vocabulary import peers
+from ..vocabulary.cases import Shape, head_case, row_log_probs
+from ..vocabulary.heads import available
+from ..vocabulary.variants import (
+    BARE_PRODUCT,
+    EAGER_ACTIONS,
+    FUSED,
+    LIGER_SCALED,
+    LINEAR_LOG_PROBS,
+    TRL_CHUNKED,
+)
 
 SHAPE = Shape(8, 128, 32, 8)
 CASE = str(SHAPE)
-VARIANTS = ("fused", "bare product", "eager, action tokens", "Liger scaled CE", "TRL chunked")
 
 # bf16 logits of up to 22 are rounded by up to 6 hundredths, and so are the log-sum-exps.
 _TOLERANCE = 0.15
 
 
-def call_of(variant: str) -> Callable[[], Tensor]:
+def call_of(variant: Variant) -> Callable[[], Tensor]:
     """Return the call of a variant that gives log-probs: ``[256]``, or of every token."""
     case = head_case(SHAPE)
     backend = fused_backend()
@@ -37,14 +45,14 @@ def call_of(variant: str) -> Callable[[], Tensor]:
         hidden, ids = peers.rows_of(case)
         return row_log_probs((hidden @ case.weight.t()).float(), ids)
 
-    calls: dict[str, Callable[[], Tensor]] = {
-        "fused": lambda: sk.linear_token_log_probs(  # type: ignore[dict-item,return-value]
+    calls: dict[Variant, Callable[[], Tensor]] = {
+        FUSED: lambda: sk.linear_token_log_probs(  # type: ignore[dict-item,return-value]
             case.hidden, case.weight, case.steps.token_ids, mask=case.steps.mask, backend=backend
         ),
-        "bare product": lambda: torch.mm(peers.rows_of(case)[0], case.weight.t()),
-        "eager, action tokens": plain,
-        "Liger scaled CE": lambda: peers.liger_scaled(case),
-        "TRL chunked": lambda: peers.trl_chunked(case),
+        BARE_PRODUCT: lambda: torch.mm(peers.rows_of(case)[0], case.weight.t()),
+        EAGER_ACTIONS: plain,
+        LIGER_SCALED: lambda: peers.liger_scaled(case),
+        TRL_CHUNKED: lambda: peers.trl_chunked(case),
     }
     call = calls[variant]
 
@@ -56,12 +64,12 @@ def call_of(variant: str) -> Callable[[], Tensor]:
 
 
 @functools.cache
-def check(variant: str, num_threads: int) -> dict[str, float]:
+def check(variant: Variant, num_threads: int) -> dict[str, float]:
     """Return the largest error of a log-prob and the peak memory, or raise if it is too large."""
     case = head_case(SHAPE)
     with threads(num_threads):
         call = call_of(variant)
-        if variant == "bare product":
+        if variant == BARE_PRODUCT:
             return {"extra_bytes": peak_bytes(call)}
         found = call().view(-1)
         peak = peak_bytes(call)
@@ -78,9 +86,7 @@ def check(variant: str, num_threads: int) -> dict[str, float]:
     return {"error_log_probs": error, "extra_bytes": peak}
 
 
-@pytest.mark.parametrize(
-    "run", runs(CASE, available(VARIANTS), [DEFAULT_THREADS], turns=3), ids=str
-)
+@pytest.mark.parametrize("run", runs(CASE, available(LINEAR_LOG_PROBS), [DEFAULT_THREADS]), ids=str)
 def bench_linear_log_probs(benchmark: Any, run: Run) -> None:
     """Only the action tokens of the case of `bench_linear_loss`."""
     info = check(run.variant, run.threads)
@@ -89,6 +95,5 @@ def bench_linear_log_probs(benchmark: Any, run: Run) -> None:
         run,
         call_of(run.variant),
         tokens=SHAPE.action_tokens,
-        rounds=2,
         info={"suite": "linear_log_probs", **info},
     )

@@ -16,42 +16,43 @@ from ..gates import fused_backend
 from ..machine import DEFAULT_THREADS, threads
 from ..memory import peak_bytes, peak_resident_bytes
 from ..timing import Run, measure, runs
-from .cases import CONFIG, Shape, logits_case, row_log_probs
+from ..variants import Variant
+from ..vocabulary.cases import CONFIG, Shape, logits_case, row_log_probs
+from ..vocabulary.variants import (
+    EAGER_FLOAT,
+    EAGER_HALF,
+    IN_PLACE,
+    IN_PLACE_SLICE,
+    LOGITS_LOSS,
+    OF_SLICE,
+)
 
 SHAPE = Shape(4, 128, 32, 4)
 CASE = str(SHAPE)
-VARIANTS = (
-    "fused, in place",
-    "fused, in place, of a slice",
-    "fused",
-    "fused, of a slice",
-    "eager bf16",
-    "eager fp32",
-)
 
 # As in `bench_token_log_probs`; ratios are off by what the log-probs are.
-_TOLERANCES = {"fused": 4e-3, "fp32": 4e-3, "bf16": 0.02}
+_TOLERANCE, _HALF_TOLERANCE = 4e-3, 0.02
+_EAGER = (EAGER_HALF, EAGER_FLOAT)
 
 
-def step_of(variant: str) -> Callable[[], Tensor]:
+def step_of(variant: Variant) -> Callable[[], Tensor]:
     """Return forward + backward of a variant, which returns the gradient."""
     case = logits_case(SHAPE)
     steps = case.steps
 
     def loss(logits: Tensor) -> Tensor:
-        if variant.startswith("fused"):
+        if variant not in _EAGER:
             return sk.steppo_loss_from_logits(
                 logits,
                 steps.token_ids,
                 steps.old_log_probs,
                 steps.advantages,
                 steps.layout,
-                inplace_backward="in place" in variant,
+                inplace_backward=variant in (IN_PLACE, IN_PLACE_SLICE),
                 config=CONFIG,
                 backend=fused_backend(),
             ).loss
-        upcast = variant.endswith("fp32")
-        found = row_log_probs(logits.float() if upcast else logits, steps.token_ids)
+        found = row_log_probs(logits.float() if variant == EAGER_FLOAT else logits, steps.token_ids)
         return steps.loss(found.float())
 
     def of_a_slice() -> Tensor:
@@ -60,7 +61,7 @@ def step_of(variant: str) -> Callable[[], Tensor]:
         loss(_Model.apply(anchor, _whole(), grads)[:, :-1]).backward()
         return grads[0][:, :-1]
 
-    if variant.endswith("of a slice"):
+    if variant in (IN_PLACE_SLICE, OF_SLICE):
         return of_a_slice
     return lambda: torch.autograd.grad(loss(case.logits), case.logits)[0]
 
@@ -99,7 +100,7 @@ def reset() -> None:
 
 
 @functools.cache
-def check(variant: str, num_threads: int) -> dict[str, float]:
+def check(variant: Variant, num_threads: int) -> dict[str, float]:
     """Return error and peak memory of a variant, or raise if the error is too large."""
     case = logits_case(SHAPE)
     reset()
@@ -116,10 +117,10 @@ def check(variant: str, num_threads: int) -> dict[str, float]:
     loss = case.steps.loss(row_log_probs(rows, ids[index]))
     (wanted,) = torch.autograd.grad(loss, rows)
     error = float((grad[index] - wanted).norm() / wanted.norm())
-    kind = "fused" if variant.startswith("fused") else variant.split(" ")[1]
-    if not error <= _TOLERANCES[kind]:
+    allowed = _HALF_TOLERANCE if variant == EAGER_HALF else _TOLERANCE
+    if not error <= allowed:
         raise AssertionError(
-            f"{CASE}, {variant}: gradient off by {error:.1e}, allowed is {_TOLERANCES[kind]:.0e}; "
+            f"{CASE}, {variant}: gradient off by {error:.1e}, allowed is {allowed:.0e}; "
             "nothing is timed"
         )
     if bool(grad[~case.steps.mask.view(-1)].any()):
@@ -130,7 +131,7 @@ def check(variant: str, num_threads: int) -> dict[str, float]:
     return info
 
 
-@pytest.mark.parametrize("run", runs(CASE, VARIANTS, [DEFAULT_THREADS], turns=3), ids=str)
+@pytest.mark.parametrize("run", runs(CASE, LOGITS_LOSS, [DEFAULT_THREADS]), ids=str)
 def bench_logits_loss(benchmark: Any, run: Run) -> None:
     """What has to move at least.
 
@@ -145,7 +146,6 @@ def bench_logits_loss(benchmark: Any, run: Run) -> None:
         step_of(run.variant),
         setup=reset,
         tokens=SHAPE.tokens,
-        rounds=1 if run.variant.startswith("eager") else None,
         bytes_to_touch=int(case.logits.nbytes * (1 + 2 * share)),
         info={"suite": "logits_loss", **info},
     )

@@ -13,19 +13,20 @@ import steppo_kernels as sk
 from steppo_kernels.backends.choice import Backend
 
 from ..gates import fused_backend
+from ..losses.bench_gae import row_case
 from ..machine import DEFAULT_THREADS, threads
+from ..steps.cases import policy_case
+from ..steps.variants import EAGER, FUSED, PAIR
 from ..timing import GROWTH_TURNS, Run, measure, runs
-from .bench_gae import row_case
-from .cases import policy_case
+from ..variants import Variant
 
 MASK, ROWS = "turns 64x8192", "rows 2688x512"
-VARIANTS = ("fused", "eager")
 GROWTH = [f"turns {rows}x1250" for rows in (8, 24, 80, 240, 800, 2400, 8000)]
 
 
-def build(case: str, variant: str) -> Callable[[], sk.StepLayout]:
+def build(case: str, variant: Variant) -> Callable[[], sk.StepLayout]:
     """Return the call that a variant makes on a case."""
-    backend: Backend = fused_backend() if variant == "fused" else "reference"
+    backend: Backend = fused_backend() if variant == FUSED else "reference"
     if case == ROWS:
         rows = row_case()
         indices = torch.from_numpy(rows["step_indices"])
@@ -37,9 +38,9 @@ def build(case: str, variant: str) -> Callable[[], sk.StepLayout]:
 
 
 @functools.cache
-def gate(case: str, variant: str, num_threads: int) -> None:
+def gate(case: str, variant: Variant, num_threads: int) -> None:
     """Raise unless the variant gives the reference's layout, entry by entry."""
-    wanted = build(case, "eager")()
+    wanted = build(case, EAGER)()
     with threads(num_threads):
         got = build(case, variant)()
     for name, expected in wanted.tensors().items():
@@ -47,7 +48,7 @@ def gate(case: str, variant: str, num_threads: int) -> None:
             raise AssertionError(f"{case}, {variant}: {name} differs; nothing is timed")
 
 
-@pytest.mark.parametrize("run", [*runs(MASK, VARIANTS), *runs(ROWS, VARIANTS)], ids=str)
+@pytest.mark.parametrize("run", [*runs(MASK, PAIR), *runs(ROWS, PAIR)], ids=str)
 def bench_segment(benchmark: Any, run: Run) -> None:
     """Speed."""
     _run(benchmark, run, {})
@@ -55,7 +56,7 @@ def bench_segment(benchmark: Any, run: Run) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    [r for case in GROWTH for r in runs(case, ("fused",), (DEFAULT_THREADS,), GROWTH_TURNS)],
+    [r for case in GROWTH for r in runs(case, [FUSED], (DEFAULT_THREADS,), GROWTH_TURNS)],
     ids=str,
 )
 def bench_segment_growth(benchmark: Any, run: Run) -> None:

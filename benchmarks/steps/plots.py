@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from ..report.plots import STYLE, bars, caption, head, top_line
 from ..report.results import Results
+from .variants import ALL, EAGER, FUSED, LAYOUT, MASK
 
 _PANELS = (
     ("policy_loss", "rows 512x512", "steppo_loss, one row per step\n[512, 512]"),
@@ -16,24 +17,13 @@ _PANELS = (
     ("token_gae", "tokens 64x8192", "token-level GAE\n[64, 8192]"),
     ("step_gae", "rows 2688x512", "step GAE from rows\n[2688, 512]"),
 )
-_COLORS = {
-    "fused, layout": "#0b6e4f",
-    "fused": "#0b6e4f",
-    "fused, mask": "#54a98b",
-    "fused, per token": "#54a98b",
-    "fused, layout + per token": "#9ccdb9",
-    "eager": "#c0504d",
-    "torch.compile": "#e0a030",
-    "verl gspo": "#7a5ea8",
-    "verl loop": "#7a5ea8",
-    "authors' tables": "#4a78b5",
-}
+# By suite and variant: the label, color and marker of a curve.
 _CURVES = {
-    ("policy_loss", "fused, layout"): ("steppo_loss, layout", "#0b6e4f", "o"),
-    ("policy_loss", "fused, mask"): ("steppo_loss, mask", "#54a98b", "s"),
-    ("policy_loss", "eager"): ("the same in eager PyTorch", "#c0504d", "^"),
-    ("token_gae", "fused"): ("step_gae, a step a token", "#4a78b5", "D"),
-    ("segment", "fused"): ("StepLayout.from_mask", "#e0a030", "v"),
+    ("policy_loss", LAYOUT): ("steppo_loss, layout", LAYOUT.color, "o"),
+    ("policy_loss", MASK): ("steppo_loss, mask", MASK.color, "s"),
+    ("policy_loss", EAGER): ("the same in eager PyTorch", EAGER.color, "^"),
+    ("token_gae", FUSED): ("step_gae, a step a token", "#4a78b5", "D"),
+    ("segment", FUSED): ("StepLayout.from_mask", "#e0a030", "v"),
 }
 
 
@@ -47,7 +37,7 @@ def draw_speed(results: Results, path: Path) -> None:
             ratios = [
                 None if k == 0 else results.ratio(line, lines[0]) for k, line in enumerate(lines)
             ]
-            bars(axis, title, lines, ratios, _COLORS, slots=5)
+            bars(axis, title, lines, ratios, ALL, slots=5)
         top_line(
             figure,
             f"Times, and how often the first fits into them. {caption(results, 'fp32')}",
@@ -60,13 +50,13 @@ def draw_growth(results: Results, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         total, each = figure.subplots(1, 2)
-        for key, (label, color, marker) in _CURVES.items():
-            curve = sorted(results.curves.get(("tokens", *key), {}).items())
+        for (suite, variant), (label, color, marker) in _CURVES.items():
+            curve = sorted(results.curves.get(("tokens", suite, variant.name), {}).items())
             if not curve:
                 continue
             tokens = [size for size, _ in curve]
             seconds = [line.median for _, line in curve]
-            slope = results.slope("tokens", *key)
+            slope = results.slope("tokens", suite, variant)
             exponent = "" if slope is None else f": tokens$^{{{slope:.2f}}}$"
             style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6}
             total.plot(tokens, [1e3 * s for s in seconds], label=label + exponent, **style)

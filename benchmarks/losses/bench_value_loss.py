@@ -15,11 +15,12 @@ from steppo_kernels.backends.choice import Backend
 
 from ..gates import assert_close, fused_backend
 from ..machine import threads
+from ..steps.cases import policy_case
+from ..steps.variants import FUSED, PAIR
 from ..timing import Run, measure, runs
-from .cases import policy_case
+from ..variants import Variant
 
 CASE = "turns 64x8192"
-VARIANTS = ("fused", "eager")
 
 
 @functools.cache
@@ -34,16 +35,16 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return values.requires_grad_(), old, returns
 
 
-def loss_of(variant: str) -> Callable[[], Tensor]:
+def loss_of(variant: Variant) -> Callable[[], Tensor]:
     """Return the call that a variant makes."""
     values, old, returns = inputs()
     layout = policy_case(CASE).layout
-    backend: Backend = fused_backend() if variant == "fused" else "reference"
+    backend: Backend = fused_backend() if variant == FUSED else "reference"
     return lambda: sk.step_value_loss(values, returns, layout, old_values=old, backend=backend).loss
 
 
 @functools.cache
-def gate(variant: str, num_threads: int) -> None:
+def gate(variant: Variant, num_threads: int) -> None:
     """Raise unless the variant gives the fp64 loss and gradient."""
     values, old, returns = inputs()
     x = values.detach().double().requires_grad_()
@@ -58,7 +59,7 @@ def gate(variant: str, num_threads: int) -> None:
     assert_close(f"value loss, {variant}: gradient", grad, wanted_grad, 1e-5)
 
 
-@pytest.mark.parametrize("run", runs(CASE, VARIANTS), ids=str)
+@pytest.mark.parametrize("run", runs(CASE, PAIR), ids=str)
 def bench_value_loss(benchmark: Any, run: Run) -> None:
     """Speed.
 

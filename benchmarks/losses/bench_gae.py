@@ -17,9 +17,11 @@ import steppo_kernels as sk
 
 from ..gates import assert_close, fused_backend
 from ..machine import DEFAULT_THREADS, threads
+from ..steps import peers
+from ..steps.cases import policy_case, rows_mask
+from ..steps.variants import FUSED, PER_TOKEN, STEP_GAE, TABLES, TOKEN_GAE, VERL_LOOP, WITH_LAYOUT
 from ..timing import GROWTH_TURNS, Run, measure, runs
-from . import peers
-from .cases import policy_case, rows_mask
+from ..variants import Variant
 
 GAMMA, LAM = 0.99, 0.95
 
@@ -28,17 +30,10 @@ _TOLERANCE = 1e-4
 
 # Every position an action token; and multi-turn rows, where verl's loop skips the observations.
 TOKENS, TURNS = "tokens 64x8192", "turns 64x8192"
-TOKEN_VARIANTS = ("fused", "verl loop")
 GROWTH = [f"tokens {rows}x1250" for rows in (8, 24, 80, 240, 800, 2400, 8000)]
 
 ROWS = "rows 2688x512"
 _STEPS_PER_TRAJECTORY = 42
-ROW_VARIANTS = (
-    "fused",
-    "fused, per token",
-    "fused, layout + per token",
-    "authors' tables",
-)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -68,10 +63,10 @@ def token_bytes(case: str) -> int:
     return 8 * mask.numel() + 28 * layout.num_tokens
 
 
-def token_gae(case: str, variant: str) -> Callable[[], Pair]:
+def token_gae(case: str, variant: Variant) -> Callable[[], Pair]:
     """Return the call that a variant makes: advantages and returns, ``[S]`` or ``[B, T]``."""
     mask, rewards, values, layout = token_case(case)
-    if variant == "fused":
+    if variant == FUSED:
         backend = fused_backend()
 
         def fused() -> Pair:
@@ -102,13 +97,13 @@ def token_expected(case: str) -> Pair:
 
 
 @functools.cache
-def token_gate(case: str, variant: str, num_threads: int) -> None:
+def token_gate(case: str, variant: Variant, num_threads: int) -> None:
     """Raise unless the variant, and with it the loop that stands in for verl's, is right."""
     mask, rewards, values, _ = token_case(case)
     results = {}
     with threads(num_threads):
-        results[variant] = token_gae(case, variant)()
-    if variant == "verl loop":
+        results[variant.name] = token_gae(case, variant)()
+    if variant == VERL_LOOP:
         results["stand-in"] = peers.token_gae_loop(rewards, values, mask, GAMMA, LAM)
     for name, (advantages, returns) in results.items():
         if advantages.dim() == 2:
@@ -118,9 +113,7 @@ def token_gate(case: str, variant: str, num_threads: int) -> None:
         assert_close(f"{case}, {name}: returns", returns, wanted[1], _TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "run", [*runs(TOKENS, TOKEN_VARIANTS), *runs(TURNS, TOKEN_VARIANTS)], ids=str
-)
+@pytest.mark.parametrize("run", [*runs(TOKENS, TOKEN_GAE), *runs(TURNS, TOKEN_GAE)], ids=str)
 def bench_token_gae(benchmark: Any, run: Run) -> None:
     """One value a token, steps of one token."""
     _token_run(benchmark, run, {})
@@ -128,7 +121,7 @@ def bench_token_gae(benchmark: Any, run: Run) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    [r for case in GROWTH for r in runs(case, ("fused",), (DEFAULT_THREADS,), GROWTH_TURNS)],
+    [r for case in GROWTH for r in runs(case, [FUSED], (DEFAULT_THREADS,), GROWTH_TURNS)],
     ids=str,
 )
 def bench_token_gae_growth(benchmark: Any, run: Run) -> None:
@@ -182,10 +175,10 @@ def _make_layout(case: dict[str, Any]) -> sk.StepLayout:
     )
 
 
-def row_gae(variant: str) -> Callable[[], Pair]:
+def row_gae(variant: Variant) -> Callable[[], Pair]:
     """Return the call that a variant makes: advantages and returns, ``[S]`` or ``[S, R]``."""
     case = row_case()
-    if variant == "authors' tables":
+    if variant == TABLES:
         return lambda: peers.step_gae_tables(**case, gamma=GAMMA, lam=LAM)
     layout, backend = row_layout(), fused_backend()
 
@@ -200,14 +193,14 @@ def row_gae(variant: str) -> Callable[[], Pair]:
         return sk.broadcast_to_tokens(advantages, steps), sk.broadcast_to_tokens(returns, steps)
 
     return {
-        "fused": fused,
-        "fused, per token": spread,
-        "fused, layout + per token": lambda: spread(_make_layout(case)),
+        FUSED: fused,
+        PER_TOKEN: spread,
+        WITH_LAYOUT: lambda: spread(_make_layout(case)),
     }[variant]
 
 
 @functools.cache
-def row_gate(variant: str, num_threads: int) -> None:
+def row_gate(variant: Variant, num_threads: int) -> None:
     """Raise unless the variant gives the fp64 reference."""
     case = row_case()
     out = sk.step_gae(
@@ -228,7 +221,7 @@ def row_gate(variant: str, num_threads: int) -> None:
         assert_close(f"{ROWS}, {variant}: {name}", got, wanted, _TOLERANCE)
 
 
-@pytest.mark.parametrize("run", runs(ROWS, ROW_VARIANTS), ids=str)
+@pytest.mark.parametrize("run", runs(ROWS, STEP_GAE), ids=str)
 def bench_step_gae(benchmark: Any, run: Run) -> None:
     """One row a step.
 

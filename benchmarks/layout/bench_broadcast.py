@@ -15,11 +15,12 @@ from steppo_kernels.backends.choice import Backend
 
 from ..gates import assert_close, fused_backend
 from ..machine import threads
+from ..steps.cases import policy_case
+from ..steps.variants import FUSED, PAIR
 from ..timing import Run, measure, runs
-from .cases import policy_case
+from ..variants import Variant
 
 CASE = "turns 64x8192"
-VARIANTS = ("fused", "eager")
 
 
 @functools.cache
@@ -31,11 +32,11 @@ def inputs() -> tuple[Tensor, Tensor]:
     return per_step, torch.randn(case.mask.shape, generator=generator)
 
 
-def call_of(variant: str) -> Callable[[], tuple[Tensor, Tensor]]:
+def call_of(variant: Variant) -> Callable[[], tuple[Tensor, Tensor]]:
     """Return forward + backward of a variant."""
     per_step, upstream = inputs()
     layout = policy_case(CASE).layout
-    backend: Backend = fused_backend() if variant == "fused" else "reference"
+    backend: Backend = fused_backend() if variant == FUSED else "reference"
 
     def step() -> tuple[Tensor, Tensor]:
         spread = sk.broadcast_to_tokens(per_step, layout, backend=backend)
@@ -45,7 +46,7 @@ def call_of(variant: str) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 @functools.cache
-def gate(variant: str, num_threads: int) -> None:
+def gate(variant: Variant, num_threads: int) -> None:
     """Raise unless the variant gives the values exactly and the fp64 gradient."""
     per_step, upstream = inputs()
     layout = policy_case(CASE).layout
@@ -58,7 +59,7 @@ def gate(variant: str, num_threads: int) -> None:
     assert_close(f"broadcast, {variant}: gradient", grad, wanted_grad, 1e-5)
 
 
-@pytest.mark.parametrize("run", runs(CASE, VARIANTS), ids=str)
+@pytest.mark.parametrize("run", runs(CASE, PAIR), ids=str)
 def bench_broadcast(benchmark: Any, run: Run) -> None:
     """What it has to move at least.
 

@@ -31,12 +31,9 @@ def verl() -> Any | None:
 
 
 @functools.cache
-def verl_version() -> str | None:
-    """Return the version of verl, or None without it."""
-    if verl() is None:
-        return None
-    version: str = importlib.import_module("verl").__version__
-    return version
+def versions() -> dict[str, str | None]:
+    """Return the version of each peer, None without it."""
+    return {"verl": None if verl() is None else importlib.import_module("verl").__version__}
 
 
 def verl_gspo(clip_low: float, clip_high: float) -> Callable[..., tuple[Tensor, dict[str, Any]]]:

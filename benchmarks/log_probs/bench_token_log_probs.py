@@ -20,31 +20,41 @@ from ..gates import fused_backend
 from ..machine import DEFAULT_THREADS, threads
 from ..memory import peak_bytes
 from ..timing import Run, measure, runs
-from . import peers
-from .cases import LogitsCase, Shape, logits_case, row_log_probs
+from ..variants import Variant
+from ..vocabulary import peers
+from ..vocabulary.cases import LogitsCase, Shape, logits_case, row_log_probs
+from ..vocabulary.heads import available
+from ..vocabulary.variants import (
+    COMPILED_FLOAT,
+    EAGER_FLOAT,
+    EAGER_HALF,
+    FUSED,
+    TOKEN_LOG_PROBS,
+    TRL_SELECTIVE,
+)
 
 SHAPE = Shape(8, 32, 32, 8)
 CASE = f"[{SHAPE.tokens}, {SHAPE.vocabulary}]"
 _ROWS = 32
-VARIANTS = ("fused", "eager bf16", "eager fp32", "torch.compile fp32", "TRL selective")
 
 # Of log-probs (down to -3.1, where bf16 has 64ths) and gradients, which all round to bf16. The fp32
 # of PyTorch is off by up to 7e-5 on rows of this length.
-_TOLERANCES = {"fused": (1e-5, 4e-3), "fp32": (2e-4, 4e-3), "bf16": (0.02, 0.02)}
+_TOLERANCES = {FUSED: (1e-5, 4e-3), EAGER_HALF: (0.02, 0.02), TRL_SELECTIVE: (0.02, 0.02)}
+_FLOAT_TOLERANCES = 2e-4, 4e-3
 
 
-def log_probs_of(case: LogitsCase, variant: str) -> Callable[[], Tensor]:
+def log_probs_of(case: LogitsCase, variant: Variant) -> Callable[[], Tensor]:
     """Return the call of a variant that gives the log-probs of all tokens."""
     logits, ids = case.logits, case.steps.token_ids
-    if variant == "fused":
+    if variant == FUSED:
         backend = fused_backend()
         return lambda: sk.token_log_probs(logits, ids, backend=backend)  # type: ignore[return-value]
-    if variant == "torch.compile fp32":
+    if variant == COMPILED_FLOAT:
         compiled = _compiled(torch.get_num_threads())
         return lambda: compiled(logits, ids)
-    if variant == "TRL selective":
+    if variant == TRL_SELECTIVE:
         return lambda: peers.trl_selective(logits, ids)
-    upcast = variant.endswith("fp32")
+    upcast = variant == EAGER_FLOAT
     return lambda: row_log_probs(logits.float() if upcast else logits, ids)
 
 
@@ -56,7 +66,7 @@ def _compiled(num_threads: int) -> Callable[[Tensor, Tensor], Tensor]:
     )
 
 
-def call_of(variant: str, *, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
+def call_of(variant: Variant, *, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
     """Return the forward pass, or forward + backward with random upstream gradients."""
     case = logits_case(SHAPE)
     log_probs = log_probs_of(case, variant)
@@ -102,7 +112,7 @@ def expected() -> list[tuple[Tensor, Tensor]]:
 
 
 @functools.cache
-def check(variant: str, num_threads: int) -> dict[str, float]:
+def check(variant: Variant, num_threads: int) -> dict[str, float]:
     """Return errors against fp64 and the peak memory, or raise if the errors are too large."""
     with threads(num_threads):
         forward, both = (call_of(variant, backward=backward) for backward in (False, True))
@@ -121,10 +131,8 @@ def check(variant: str, num_threads: int) -> dict[str, float]:
         squares += float((gradient - wanted_grad).square().sum())
         wanted_squares += float(wanted_grad.square().sum())
     errors = error, (squares / wanted_squares) ** 0.5
-    kind = "fused" if variant == "fused" else "fp32" if "fp32" in variant else "bf16"
-    for what, got, allowed in zip(
-        ("log-probs", "gradient"), errors, _TOLERANCES[kind], strict=True
-    ):
+    tolerances = _TOLERANCES.get(variant, _FLOAT_TOLERANCES)
+    for what, got, allowed in zip(("log-probs", "gradient"), errors, tolerances, strict=True):
         if not got <= allowed:
             raise AssertionError(
                 f"{CASE}, {variant}: {what} off by {got:.1e}, allowed is {allowed:.0e}; nothing is "
@@ -136,7 +144,7 @@ def check(variant: str, num_threads: int) -> dict[str, float]:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
 @pytest.mark.parametrize(
     "run",
-    runs(CASE, [v for v in VARIANTS if v[:3] != "TRL" or peers.project("trl")], [DEFAULT_THREADS]),
+    runs(CASE, available(TOKEN_LOG_PROBS), [DEFAULT_THREADS]),
     ids=str,
 )
 def bench_token_log_probs(benchmark: Any, run: Run, backward: bool) -> None:

@@ -15,15 +15,16 @@ import steppo_kernels as sk
 from ..gates import assert_close, fused_backend
 from ..machine import DEFAULT_THREADS, threads
 from ..memory import peak_bytes, peak_resident_bytes
+from ..steps import peers
+from ..steps.cases import policy_case, policy_step
+from ..steps.variants import COMPILED, EAGER, GSPO, LAYOUT, MASK, POLICY_LOSS
 from ..timing import GROWTH_TURNS, Run, measure, runs
-from . import peers
-from .cases import policy_case, policy_step
+from ..variants import Variant
 
 ROWS, TURNS = "rows 512x512", "turns 64x8192"
-VARIANTS = ("fused, layout", "fused, mask", "eager", "torch.compile", "verl gspo")
 # 10^4 to 10^7 tokens. Rows are short enough for the smallest batch to have eight of them.
 GROWTH = [f"turns {rows}x1250" for rows in (8, 24, 80, 240, 800, 2400, 8000)]
-GROWTH_VARIANTS = ("fused, layout", "fused, mask", "eager")
+GROWTH_VARIANTS = (LAYOUT, MASK, EAGER)
 
 # fp32 sums of up to 512 terms, and one more rounding of each ratio.
 _TOLERANCE = 2e-5
@@ -31,21 +32,21 @@ _TOLERANCE = 2e-5
 Loss = Callable[[], Tensor]
 
 
-def loss_of(case_name: str, variant: str) -> Loss:
+def loss_of(case_name: str, variant: Variant) -> Loss:
     """Return the call that a variant makes on a case."""
     case = policy_case(case_name)
     x, old, layout = case.log_probs, case.old_log_probs, case.layout
-    if variant == "fused, layout":
+    if variant == LAYOUT:
         backend = fused_backend()
         return lambda: sk.steppo_loss(x, old, case.advantages, layout, backend=backend).loss
-    if variant == "fused, mask":
+    if variant == MASK:
         backend = fused_backend()
         return lambda: (
             sk.steppo_loss(x, old, case.token_advantages, case.mask, backend=backend).loss
         )
-    if variant == "eager":
+    if variant == EAGER:
         return lambda: sk.steppo_loss(x, old, case.advantages, layout, backend="reference").loss
-    if variant == "torch.compile":
+    if variant == COMPILED:
         compiled = _compiled(case_name, torch.get_num_threads())
         return lambda: compiled(x, old, case.advantages)[0]
     config = sk.StepPOConfig()
@@ -90,7 +91,7 @@ def expected(case_name: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def gate(case_name: str, variant: str, num_threads: int) -> None:
+def gate(case_name: str, variant: Variant, num_threads: int) -> None:
     """Raise unless the variant gives the fp64 loss and gradient."""
     case = policy_case(case_name)
     with threads(num_threads):
@@ -110,7 +111,7 @@ def gate(case_name: str, variant: str, num_threads: int) -> None:
 
 
 @functools.cache
-def extra_bytes(case_name: str, variant: str, num_threads: int) -> int:
+def extra_bytes(case_name: str, variant: Variant, num_threads: int) -> int:
     """Return the peak of torch's allocations over one forward + backward, its gradient included."""
     case = policy_case(case_name)
     with threads(num_threads):
@@ -133,7 +134,7 @@ def _run(benchmark: Any, run: Run, info: dict[str, Any]) -> None:
         setup=reset,
         tokens=case.tokens,
         bytes_to_touch=(
-            0 if "growth" in info else case.bytes_to_touch(with_layout=run.variant != "fused, mask")
+            0 if "growth" in info else case.bytes_to_touch(with_layout=run.variant != MASK)
         ),
         info={
             "suite": "policy_loss",
@@ -146,8 +147,8 @@ def _run(benchmark: Any, run: Run, info: dict[str, Any]) -> None:
 
 
 _PAIRS = [
-    *runs(ROWS, [v for v in VARIANTS if v != "verl gspo" or peers.verl()]),
-    *runs(TURNS, [v for v in VARIANTS if v != "verl gspo"]),
+    *runs(ROWS, [v for v in POLICY_LOSS if v != GSPO or peers.verl()]),
+    *runs(TURNS, [v for v in POLICY_LOSS if v != GSPO]),
 ]
 
 

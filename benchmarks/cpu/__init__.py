@@ -1,1 +1,0 @@
-"""The losses and estimators on log-probs, values and rewards of tokens; results/cpu.md."""

@@ -1,0 +1,1 @@
+"""What it costs to build layouts and to read them."""

@@ -1,0 +1,1 @@
+"""What log-probs cost, from logits and from hidden states."""

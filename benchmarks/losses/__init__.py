@@ -1,0 +1,1 @@
+"""What advantages and losses cost, from log-probs, logits and hidden states."""
