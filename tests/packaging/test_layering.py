@@ -202,3 +202,12 @@ def test_import_is_light():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_ROOT
     )
     assert done.stdout.split("\n")[:2] == ["", "False"]
+
+
+@pytest.mark.parametrize("folder", ["steppo_kernels", "tools", "benchmarks", "examples"])
+def test_nothing_stands_on_the_tests(folder):
+    modules = {path.stem for path in (_ROOT / "tests").rglob("*.py")} - {"__init__", "conftest"}
+    for path in (_ROOT / folder).rglob("*.py"):
+        foreign = imports(path) & (modules | {"tests", "conftest"})
+        own = {sibling.stem for sibling in path.parent.iterdir()}
+        assert not foreign - own, f"{path.name} imports {foreign - own}"
