@@ -1,4 +1,4 @@
-"""What the public functions return."""
+"""The results of the public functions: a loss with its metrics, and advantages."""
 
 from __future__ import annotations
 
@@ -41,14 +41,31 @@ class Metrics:
 
     Attributes:
         values: fp64 ``[len(names)]`` on the device of the inputs, without gradient.
-        names: what each entry is.
+        names: the names of the entries, in their order.
+
+    Example:
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> log_probs = torch.tensor([[0.0, -1.0, -2.0, 0.0, -1.0]])
+        >>> metrics = steppo_loss(log_probs, None, torch.tensor([1.0, 2.0]), layout).metrics
+        >>> metrics["num_steps"]
+        tensor(2., dtype=torch.float64)
+        >>> list(metrics)[:3]
+        ['policy_loss', 'kl_loss', 'entropy']
     """
 
     values: Tensor
     names: tuple[str, ...]
 
     def as_dict(self) -> dict[str, float]:
-        """Return the metrics as Python floats. This is the only copy to the host."""
+        """Return the metrics as Python floats. This is the only copy to the host.
+
+        Example:
+            >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+            >>> log_probs = torch.zeros(1, 5)
+            >>> out = steppo_loss(log_probs, None, torch.tensor([1.0, 2.0]), layout)
+            >>> out.metrics.as_dict()["policy_loss"]
+            -1.5
+        """
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -61,7 +78,15 @@ class Metrics:
         return iter(self.names)
 
     def keys(self) -> tuple[str, ...]:
-        """Return the names, so that ``dict(metrics)`` is of tensors on the device."""
+        """Return the names. With them ``dict(metrics)`` holds tensors on the device.
+
+        Example:
+            >>> metrics = Metrics(torch.tensor([0.5, 2.0]), ("value_loss", "num_steps"))
+            >>> metrics.keys()
+            ('value_loss', 'num_steps')
+            >>> dict(metrics)
+            {'value_loss': tensor(0.5000), 'num_steps': tensor(2.)}
+        """
         return self.names
 
 
@@ -75,6 +100,16 @@ class StepPOOutput:
         step_log_ratio: log-ratio of each step before the upper clamp, ``[S]`` without gradient;
             0 for an empty step. None for the value loss, and where a mask was given instead of a
             layout (`linear_steppo_loss` makes a layout of it).
+
+    Example:
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> old = torch.zeros(1, 5)
+        >>> new = torch.tensor([[0.0, 1.0, 0.5, 0.0, 0.25]])
+        >>> out = steppo_loss(new, old, torch.tensor([-1.0, -1.0]), layout)
+        >>> out.step_log_ratio
+        tensor([0.7500, 0.2500])
+        >>> torch.allclose(out.loss, out.step_log_ratio.exp().mean())
+        True
     """
 
     loss: Tensor
@@ -84,11 +119,18 @@ class StepPOOutput:
 
 @dataclass(frozen=True, eq=False)
 class StepAdvantages:
-    """Step-level GAE.
+    """Advantages and returns of the steps, from `step_gae`.
 
     Attributes:
         advantages: ``[S]``, whitened if that was asked for; 0 for a step of no trajectory.
         returns: ``[S]`` raw advantage + value, never whitened; 0 for a step of no trajectory.
+
+    Example:
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> rewards, values = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
+        >>> found = step_gae(rewards, values, layout, gamma=0.5, whiten=False)
+        >>> found.advantages, found.returns
+        (tensor([0.0000, 0.5000]), tensor([0.5000, 1.0000]))
     """
 
     advantages: Tensor

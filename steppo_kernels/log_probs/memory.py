@@ -79,7 +79,12 @@ def gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def release() -> None:
-    """Give the kept memory back to the system."""
+    """Give the kept memory back to the system.
+
+    Example:
+        >>> from steppo_kernels import memory
+        >>> memory.release()
+    """
     _kept_scratch.clear()
     _kept_gradient.clear()
 

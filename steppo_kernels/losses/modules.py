@@ -20,6 +20,14 @@ class StepPOLoss(nn.Module):
     Args:
         config: hyper-parameters; the defaults of `StepPOConfig` if None.
         backend: implementation.
+
+    Example:
+        >>> loss = StepPOLoss(StepPOConfig(clip_low=0.2, clip_high=0.2))
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]])).per_token()
+        >>> log_probs = torch.zeros(1, 5, requires_grad=True)
+        >>> loss(log_probs, None, torch.tensor([3.0, 3.0, -6.0]), layout).loss.backward()
+        >>> log_probs.grad
+        tensor([[ 0., -1., -1.,  0.,  2.]])
     """
 
     def __init__(self, config: StepPOConfig | None = None, *, backend: Backend = "auto") -> None:
@@ -58,6 +66,12 @@ class StepValueLoss(nn.Module):
         clip: range of the value clip.
         reduction: weights and denominator, as in `StepPOConfig`.
         backend: implementation.
+
+    Example:
+        >>> loss = StepValueLoss(clip=0.2)
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), layout).loss
+        tensor(0.2500)
     """
 
     def __init__(

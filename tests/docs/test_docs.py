@@ -1,0 +1,177 @@
+"""README and docs: every Python block runs, links lead somewhere, numbers are those of results."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from steppo_kernels.outputs import POLICY_METRICS, VALUE_METRICS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "python/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+README_LINES = 140
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+class Block(NamedTuple):
+    """A Python block of a page, the line where it begins, and what it is said to print."""
+
+    page: Path
+    line: int
+    code: str
+    prints: str | None
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in _BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start(1))
+            found.append(Block(page, line, match[1], match[2]))
+    return found
+
+
+def name_of(block: Block) -> str:
+    return f"{block.page.relative_to(ROOT)}:{block.line + 1}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("block", blocks(), ids=name_of)
+def test_block_runs_by_itself_and_prints_what_the_page_says(block):
+    if re.search(r"^(from|import) transformers", block.code, re.MULTILINE):
+        pytest.importorskip("transformers", reason="the demo's extra is not installed")
+    printed = io.StringIO()
+    # Tracebacks show the lines of the page.
+    code = compile("\n" * block.line + block.code, str(block.page), "exec")
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(printed):
+        exec(code, {"__name__": "__main__"})
+    if block.prints is not None:
+        assert printed.getvalue() == block.prints
+
+
+def test_each_page_that_shows_calls_has_blocks():
+    shown = {block.page.name for block in blocks()}
+    assert {"README.md", "layouts.md", "hidden_states.md", "parts_of_a_batch.md"} <= shown
+    assert {"algorithms.md", "metrics.md", "numerics.md", "trainers.md"} <= shown
+
+
+def test_every_fence_is_a_block_that_runs_or_what_one_prints():
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
+        assert len(fences) % 2 == 0, page.name
+        assert set(fences[::2]) <= {"python", "text"}, page.name
+        # Each text follows a block.
+        of_page = [block for block in blocks() if block.page == page]
+        assert fences.count("python") == len(of_page), page.name
+        assert fences.count("text") == sum(block.prints is not None for block in of_page), page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for link in _LINK.findall(_FENCE.sub("", page.read_text())):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_of_docs_is_linked_in_the_readme():
+    links = _LINK.findall((ROOT / "README.md").read_text())
+    linked = {link.partition("#")[0] for link in links}
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_readme_is_short_and_its_two_commands_are_targets():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= README_LINES
+    targets = set(re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.M))
+    targets = {name for line in targets for name in line.split()}
+    named = set(re.findall(r"(?:^    |`)make ([\w-]+)", text, re.M))
+    assert {"demo", "test"} <= named <= targets
+
+
+def doc_numbers(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.doc_numbers", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_numbers_are_those_of_the_results():
+    done = doc_numbers()
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_the_first_screen_shows_measured_numbers():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("<!-- measured:"))
+    assert first < 10
+
+
+def test_a_number_that_the_results_do_not_hold_is_found_and_replaced(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"^(\d+ ms) \| linear_loss .* fused \| time$", readme, re.MULTILINE)[1]
+    page = tmp_path / "page.md"
+    page.write_text(readme.replace(shown, "1 ms"))
+    done = doc_numbers(str(page))
+    assert done.returncode == 1
+    assert done.stdout == f"page.md: 1 ms is now {shown}\n", done.stderr
+    doc_numbers("--write", str(page))
+    assert page.read_text() == readme
+    page.write_text(readme.replace(f"**{shown}", "**"))
+    assert doc_numbers(str(page)).stdout == f"page.md: {shown}: the section does not show it\n"
+
+
+def test_readme_has_the_versions_that_the_lock_has_and_the_minima():
+    table = re.findall(
+        r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    locked: dict[str, set[str]] = {}
+    lock = (ROOT / "uv.lock").read_text()
+    for name, version in re.findall(r'^name = "(.+)"\nversion = "(.+)"$', lock, re.MULTILINE):
+        locked.setdefault(name, set()).add(version)
+    project = (ROOT / "pyproject.toml").read_text()
+    assert {"torch", "triton", "transformers", "accelerate", "peft"} <= {row[0] for row in table}
+    for name, version, _, oldest in table:
+        assert version in locked[name], f"{name}: {version}, the lock has {locked[name]}"
+        minimum = re.search(rf'"{name}>=([\d.]+)', project)
+        if name != "torch":
+            assert minimum, name
+            assert f"{oldest}.".startswith(f"{minimum[1]}."), f"{name}: {oldest}, {minimum[1]}"
+
+
+def test_every_metric_is_explained():
+    text = (ROOT / "docs/metrics.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    policy, value = text.partition("## Of the critic")[::2]
+    assert all(f"`{name}`" in "".join(rows) for name in (*POLICY_METRICS, *VALUE_METRICS))
+    for names, part in ((POLICY_METRICS, policy), (VALUE_METRICS, value)):
+        explained = {
+            name
+            for line in part.splitlines()
+            if line.startswith("| `")
+            for name in re.findall(r"`(\w+)`", line.split("|")[1])
+        }
+        assert explained == set(names)

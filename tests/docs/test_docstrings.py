@@ -1,0 +1,65 @@
+"""The docstring of every public name ends with an example, and the example runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import steppo_kernels
+from steppo_kernels import Metrics, StepLayout, memory
+
+_OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+_SECTION = re.compile(r"^Example:\n+ +>>> ", re.MULTILINE)
+
+
+def public(module: Any) -> Iterator[tuple[str, Any]]:
+    for name in module.__all__:
+        if not name.startswith("_"):
+            yield name, getattr(module, name)
+
+
+def methods(owner: type) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(owner).items():
+        if not name.startswith("_") and (
+            inspect.isfunction(value) or isinstance(value, (classmethod, staticmethod))
+        ):
+            yield f"{owner.__name__}.{name}", getattr(owner, name)
+
+
+def objects() -> dict[str, Any]:
+    found = [
+        *public(steppo_kernels),
+        *methods(StepLayout),
+        *methods(Metrics),
+        *((f"memory.{name}", value) for name, value in public(memory)),
+    ]
+    if importlib.util.find_spec("transformers") is not None:
+        from steppo_kernels.integrations import transformers
+
+        found += public(transformers)
+    return dict(found)
+
+
+OBJECTS = objects()
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_docstring_ends_with_an_example_that_runs(name):
+    text = inspect.getdoc(OBJECTS[name]) or ""
+    if not _SECTION.search(text):
+        pytest.fail(f"{name}: no section `Example:` with >>> lines", pytrace=False)
+    # Examples see torch and the public names, and import everything else.
+    seen = {"torch": torch, **{key: value for key, value in OBJECTS.items() if "." not in key}}
+    example = doctest.DocTestParser().get_doctest(text, seen, name, None, None)
+    output: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        result = doctest.DocTestRunner(optionflags=_OPTIONS).run(example, out=output.append)
+    assert result.attempted > 0
+    assert result.failed == 0, "".join(output)
