@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report.results import Line, Results
+from benchmarks.variants import Variant
 
 ROOT = Path(__file__).parents[1]
 UNITS = {"us": 1e-6, "ms": 1e-3, "ns": 1e-9, "KiB": 2.0**10, "MiB": 2.0**20, "%": 1e-2}
@@ -110,7 +111,7 @@ def measured(
         if case.startswith("curve "):
             _, curve, place = case.split()
             return results.curves[curve, suite, name][float(place)]
-        found = results.get(suite, case, name, int(threads))
+        found = results.get(suite, case, Variant(name), int(threads))
         if found is None:
             raise KeyError(f"{suite} | {case} | {name}")
         return found
