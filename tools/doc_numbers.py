@@ -42,8 +42,8 @@ class Number:
     """A number of a page.
 
     Attributes:
-        shown: what the page says.
-        measured: the same with what the results say.
+        shown: the number as the page says it.
+        measured: the same with the value of the results.
         found: how often the text of the section shows it.
     """
 

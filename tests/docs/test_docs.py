@@ -162,10 +162,19 @@ def test_readme_has_the_versions_that_the_lock_has_and_the_minima():
             assert f"{oldest}.".startswith(f"{minimum[1]}."), f"{name}: {oldest}, {minimum[1]}"
 
 
+def test_the_readme_says_what_the_page_measured_of_the_clip_range():
+    printed = next(block.prints for block in blocks() if block.prints and "ppo" in block.code)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for line in printed.splitlines()[:2]:
+        spread, _, of_tokens, _ = line.split()
+        assert spread in text, spread
+        assert of_tokens.replace("%", " %") in text, of_tokens
+
+
 def test_every_metric_is_explained():
     text = (ROOT / "docs/metrics.md").read_text()
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    policy, value = text.partition("## Of the critic")[::2]
+    policy, value = text.partition("## The critic")[::2]
     assert all(f"`{name}`" in "".join(rows) for name in (*POLICY_METRICS, *VALUE_METRICS))
     for names, part in ((POLICY_METRICS, policy), (VALUE_METRICS, value)):
         explained = {
