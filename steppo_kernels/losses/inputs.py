@@ -11,6 +11,7 @@ from .. import checks
 from ..backends.choice import resolve
 from ..config import StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
+from ..layout.step_tensors import StepTensors
 
 
 class Steps(NamedTuple):
@@ -29,7 +30,7 @@ class Steps(NamedTuple):
     trajectory_counts: Tensor
 
     @classmethod
-    def of(cls, layout: StepLayout) -> Steps:
+    def of(cls, layout: StepTensors) -> Steps:
         """Return the steps of a layout."""
         return cls(
             layout.step_ids.view(-1),
@@ -57,7 +58,7 @@ class LossInputs(NamedTuple):
     shape: torch.Size
     device: torch.device
     dtype: torch.dtype
-    layout: StepLayout | None
+    layout: StepTensors | None
     mask: Tensor | None
     steps: Steps | None
     old_log_probs: Tensor | None
@@ -90,13 +91,13 @@ def check_loss_inputs(
     if not isinstance(config, StepPOConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a StepPOConfig")
     mask: Tensor | None = None
-    checked: StepLayout | None = None
+    held: StepTensors | None = None
     if isinstance(layout, Tensor):
         mask = checks.flags("layout", layout, (1, 2), wait=False)
         num_steps, shape, device = None, mask.shape, mask.device
     else:
-        checked = require_layout(layout)
-        num_steps, shape, device = checked.num_steps, checked.shape, checked.device
+        held = require_layout(layout)
+        num_steps, shape, device = held.num_steps, held.shape, held.device
     dtype = checks.compute_dtype(checks.floating(name, values, device))
     chosen = resolve(backend, device)
     old, ref = None, None
@@ -129,9 +130,9 @@ def check_loss_inputs(
         shape,
         device,
         dtype,
-        checked,
+        held,
         mask,
-        None if checked is None else Steps.of(checked),
+        None if held is None else Steps.of(held),
         old,
         advantages.detach(),
         by_token,
@@ -140,7 +141,7 @@ def check_loss_inputs(
         weights_by_token,
         step_weights,
         center,
-        checks.normalizer(normalizer, device, checked is not None and checked.num_tokens == 0),
+        checks.normalizer(normalizer, device, held is not None and held.num_tokens == 0),
         config,
     )
 

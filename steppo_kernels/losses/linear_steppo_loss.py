@@ -14,7 +14,7 @@ from ..backends.choice import Backend
 from ..backends.reference import lm_head as reference
 from ..backends.reference.reductions import reduction_weights
 from ..config import DEFAULT_CONFIG, StepPOConfig
-from ..layout.step_layout import StepLayout
+from ..layout.step_layout import StepLayout, require_layout
 from ..log_probs.lm_head import (
     Evaluated,
     Head,
@@ -107,17 +107,15 @@ def linear_steppo_loss(
         ratio_center,
         backend,
     )
-    if hidden.dim() < 1 or hidden.shape[:-1].numel() != inputs.shape.numel():
-        raise ValueError(
-            f"hidden: got shape {tuple(hidden.shape)}, expected the token shape "
-            f"{tuple(inputs.shape)} or a view of it, and the hidden size"
-        )
+    hidden = checks.in_order("hidden", checks.tensor("hidden", hidden), inputs.shape, "hidden size")
     if inputs.mask is not None:
-        made = StepLayout.from_mask(inputs.mask, backend=backend)
+        made = require_layout(StepLayout.from_mask(inputs.mask, backend=backend))
         inputs = inputs._replace(layout=made, steps=Steps.of(made), mask=None)
     assert inputs.layout is not None
     is_action = inputs.layout.step_ids.reshape(-1) >= 0
-    rows, head = check_head(hidden, weight, bias, temperature, softcap, is_action, inputs.backend)
+    rows, head = check_head(
+        hidden, weight, bias, temperature, softcap, inputs.shape, is_action, inputs.backend
+    )
     ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
     chunk = check_chunk(chunk_tokens, inputs.layout.num_tokens, head)
     index = inputs.layout.token_index

@@ -14,7 +14,7 @@ from ..backends import operators
 from ..backends.choice import Backend
 from ..backends.reference import policy_loss as reference
 from ..config import DEFAULT_CONFIG, KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
-from ..layout.step_layout import StepLayout
+from ..layout.step_layout import StepLayout, require_layout
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, Steps, check_entropy, check_loss_inputs
 
@@ -103,7 +103,7 @@ def steppo_loss(
         ratio_center,
         backend,
     )
-    checks.token_count("log_probs", log_probs, inputs.shape, inputs.device)
+    log_probs = checks.token_count("log_probs", log_probs, inputs.shape, inputs.device)
     entropy = check_entropy(entropy, inputs)
     return loss_of(inputs, log_probs, entropy)
 
@@ -114,7 +114,8 @@ def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> St
         steps = inputs.steps
         if steps is None:
             assert inputs.mask is not None
-            steps = Steps.of(StepLayout.from_mask(inputs.mask, backend="reference"))
+            made = StepLayout.from_mask(inputs.mask, backend="reference")
+            steps = Steps.of(require_layout(made))
         loss, metrics, step_log_ratio = reference.policy_loss(
             checks.flat(log_probs, inputs.dtype),
             inputs.old_log_probs,

@@ -280,7 +280,8 @@ def test_rewards_of_rows_without_an_action_are_kept_at_every_level(target):
     per_token = layout.per_token()
     # In the order of memory: rows 1 and 3.
     assert returns(per_token) == [16, 13, 8, 8]
-    assert returns(layout.per_trajectory()) == [16, 0]
+    # A trajectory that never acts keeps its rewards, as its only row does.
+    assert returns(layout.per_trajectory()) == [16, 9]
     assert returns(per_token.per_trajectory())[0] == 16
     assert returns(layout.per_trajectory().per_token()) == [16, 13, 8, 8]
-    assert per_token.to("cpu").reward_homes is not None
+    assert returns(per_token.to("cpu")) == returns(per_token)
