@@ -417,6 +417,13 @@ def positive_number(name: str, value: object) -> float:
     return _float(name, number)
 
 
+def switch(name: str, value: object) -> bool:
+    """Return `value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+    return value
+
+
 def count(name: str, value: object) -> int:
     """Return `value` if it is an integer above 0, of any type."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):

@@ -97,7 +97,9 @@ torch.serialization.add_safe_globals([StepPOConfig])
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise unless `value` is one of the names that are allowed."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        # The text of an object of another type may be long, or be that of memory that is gone.
+        got = repr(value) if value is None or isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name}: got {got}, expected one of {', '.join(map(repr, allowed))}")
 
 
 def _in_range(name: str, value: object, low: float, high: float, expected: str) -> None:

@@ -366,8 +366,7 @@ class StepLayout:
             True
         """
         where = _device(device)
-        if not isinstance(non_blocking, bool):
-            raise TypeError(f"non_blocking: got {type(non_blocking).__name__}, expected a bool")
+        checks.switch("non_blocking", non_blocking)
         held = require_layout(self)
         moved = held.to(where, non_blocking)
         return self if moved.step_ids is held.step_ids else _made(moved)
@@ -434,7 +433,7 @@ class StepLayout:
         raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def __getstate__(self) -> dict[str, Tensor]:
-        return self._held.by_name()
+        return {name: value.clone() for name, value in self._held.by_name().items()}
 
     @_outside_inference_mode
     def __setstate__(self, state: Mapping[str, object]) -> None:

@@ -54,6 +54,7 @@ def linear_token_log_probs(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
+    checks.switch("return_entropy", return_entropy)
     hidden = checks.floating("hidden", hidden)
     shape, device = checks.token_shape(token_ids, hidden.shape[:-1]), hidden.device
     if mask is not None:

@@ -52,6 +52,8 @@ def token_log_probs(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
+    checks.switch("return_entropy", return_entropy)
+    checks.switch("inplace_backward", inplace_backward)
     logits = rows_of("logits", logits)
     shape, device = checks.token_shape(token_ids, logits.shape[:-1]), logits.device
     if mask is not None:

@@ -53,8 +53,7 @@ def step_gae(
         ValueError, TypeError, RuntimeError: naming the argument.
     """
     steps = require_layout(layout)
-    if not isinstance(whiten, bool):
-        raise TypeError(f"whiten: got {type(whiten).__name__}, expected a bool")
+    checks.switch("whiten", whiten)
     values = checks.floating("values", values)
     device, dtype = steps.device, checks.compute_dtype(values)
     num_steps, shape = steps.num_steps, steps.shape

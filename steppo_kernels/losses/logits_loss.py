@@ -63,6 +63,7 @@ def steppo_loss_from_logits(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
+    checks.switch("inplace_backward", inplace_backward)
     logits = rows_of("logits", logits)
     inputs = check_loss_inputs(
         "logits",
