@@ -196,14 +196,15 @@ def mark_actions_kernel(
                 m_inside = m_before & (b_at >= i_begin)
                 m_start = _stands(p_ids, p_starts, i_first, length, b_at, i_end, m_inside)
                 # Of the sequences that begin at one token, only the longest counts.
+                m_shorter = b_pos < i_begin
                 for other in range(num_starts):
                     i_other = tl.load(p_start_offsets + other)
                     longer = tl.load(p_start_offsets + other + 1) - i_other
-                    m_longer = m_start & (longer > length)
-                    m_start = m_start & ~_stands(
+                    m_longer = m_start & (b_pos - longer < b_at)
+                    m_shorter = m_shorter | _stands(
                         p_ids, p_starts, i_other, longer, b_at, i_end, m_longer
                     )
-                m_opens = m_opens | m_start
+                m_opens = m_opens | (m_start & ~m_shorter)
             m_stops = b_pos < i_begin
             for k in range(num_stops):
                 i_first = tl.load(p_stop_offsets + k)
