@@ -2,12 +2,18 @@
 
 Checks look at types, shapes, dtypes and devices, not at values on a GPU, so that no call waits for
 one; only `flags`, while a layout is built, does.
+
+Every tensor enters through `tensor`. What it returns is plain: dense memory that holds the values
+which torch reads. A caller goes on with what it returned, not with what it was given.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +23,112 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def tensor(name: str, value: object) -> Tensor:
-    """Return `value` if it is a tensor."""
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_INT64 = torch.iinfo(torch.int64)
+
+
+def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
+    """Return `value` if it is a tensor, as one whose memory can be read as it is.
+
+    That is the same tensor, or a copy where memory alone does not tell the values: with the
+    negative bit, of inference mode where autograd may want to save it, at an odd address. Nothing
+    is copied for autograd if `saved` is False.
+
+    Raises:
+        TypeError: it is no tensor, or of a kind that is not dense memory.
+        ValueError: it has no memory.
+    """
+    if type(value) in _PLAIN:
+        assert isinstance(value, Tensor)
+        # What a compiler traces holds no values yet, and is made plain by it.
+        if torch.compiler.is_compiling():
+            return value
+        # One test for almost every tensor of almost every call.
+        if (
+            value.layout is torch.strided
+            and not value.is_nested
+            and not value.is_neg()
+            and not (saved and value.is_inference())
+            and (address := _address(value))
+            and address % value.itemsize == 0
+        ):
+            return value
+    elif not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    checked = dense(name, value)
+    if torch.compiler.is_compiling():
+        return checked
+    if checked.is_meta:
+        raise ValueError(f"{name}: got a tensor on meta, expected one that holds values")
+    if checked._is_zerotensor():
+        checked = torch.zeros_like(checked)
+    if checked.is_neg():
+        checked = checked.resolve_neg()
+    if saved and checked.is_inference() and torch.is_grad_enabled():
+        # Autograd refuses to save a tensor of inference mode.
+        with torch.inference_mode(False):
+            checked = checked.clone()
+    address = _address(checked)
+    if address == 0 and checked.numel():
+        raise ValueError(f"{name}: got a tensor without memory, expected one that holds values")
+    return checked if not address or address % checked.itemsize == 0 else checked.clone()
+
+
+def dense(name: str, value: object) -> Tensor:
+    """Return `value` as a plain tensor if it is a dense one, with or without memory."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if type(value) is not Tensor and hasattr(value, "full_tensor"):
+    kind = type(value)
+    if kind not in _PLAIN and hasattr(value, "full_tensor"):
         raise TypeError(
             f"{name}: got a DTensor, expected a whole tensor, such as its full_tensor()"
         )
-    return value
+    what = None
+    if value.is_nested:
+        what = "a nested tensor"
+    elif value.layout is not torch.strided:
+        what = f"a tensor of layout {value.layout}"
+    elif value.is_quantized:
+        what = "a quantised tensor"
+    elif kind not in _PLAIN and not _reads_as_torch(kind):
+        what = f"a {kind.__name__}"
+    elif torch._C._functorch.is_functorch_wrapped_tensor(value):
+        what = "a tensor inside of a torch.func transform"
+    if what is not None:
+        raise TypeError(f"{name}: got {what}, expected a dense torch.Tensor")
+    return value if kind in _PLAIN else value.as_subclass(Tensor)
 
 
-def floating(name: str, value: object, device: torch.device | None = None) -> Tensor:
+def _reads_as_torch(kind: type[Tensor]) -> bool:
+    """Whether a subclass means what its memory holds: it leaves torch's operators as they are."""
+    ways = ("__torch_function__", "__torch_dispatch__")
+    return all(
+        getattr(getattr(kind, way), "__func__", getattr(kind, way))
+        in (getattr(getattr(Tensor, way), "__func__", getattr(Tensor, way)), _DISABLED)
+        for way in ways
+    )
+
+
+_DISABLED = torch._C._disabled_torch_function_impl
+
+
+def _address(value: Tensor) -> int:
+    """Return where the memory of a tensor begins; 0 if it has none."""
+    try:
+        return value.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def floating(
+    name: str, value: object, device: torch.device | None = None, *, saved: bool = True
+) -> Tensor:
     """Return `value` if it is a floating point tensor (on `device`, if that is given)."""
-    checked = tensor(name, value)
+    checked = tensor(name, value, saved=saved)
     if checked.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: got {checked.dtype}, expected a floating point dtype")
+        raise TypeError(
+            f"{name}: got {checked.dtype}, expected float32, float64, float16 or bfloat16"
+        )
     return checked if device is None else on_device(name, checked, device)
 
 
@@ -40,19 +136,47 @@ def integer(name: str, value: object, device: torch.device | None = None) -> Ten
     """Return `value` if it is an integer tensor (on `device`, if that is given)."""
     checked = tensor(name, value)
     if checked.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}: got {checked.dtype}, expected an integer dtype")
+        raise TypeError(f"{name}: got {checked.dtype}, expected int64, int32, int16, int8 or uint8")
     return checked if device is None else on_device(name, checked, device)
 
 
 def integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
-    """Return an integer tensor, or a sequence of integers as one."""
+    """Return an integer tensor, or a sequence or array of integers as one."""
     if isinstance(value, Tensor):
         return integer(name, value)
+    if isinstance(value, (str, bytes, set, frozenset, dict)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected integers")
+    entries = list(value)
     try:
-        made = torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: got {type(value).__name__}, expected integers") from error
+        made = torch.tensor(entries, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        # Objects that are integers, such as those of an object array; or the error tells which not.
+        made = torch.tensor([index(name, one) for one in entries], dtype=torch.int64, device="cpu")
     return integer(name, made) if made.numel() else made.to(torch.int64)
+
+
+def index(name: str, value: object, also: str = "") -> int:
+    """Return an integer of any type, within int64 (any size if `also` names other types)."""
+    expected = f"integers {also}".strip()
+    is_flag = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+    if is_flag or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got an entry of type {type(value).__name__}, expected {expected}")
+    try:
+        found = operator.index(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: got an entry of type {type(value).__name__}, expected {expected}"
+        ) from error
+    if not also and not _INT64.min <= found <= _INT64.max:
+        raise ValueError(f"{name}: got {found}, expected integers of 64 bits")
+    return found
+
+
+def token_id(name: str, value: object) -> int:
+    """Return one token id, an integer of any type."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected token ids")
+    return index(name, value)
 
 
 def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:
@@ -79,13 +203,39 @@ def same_shape(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def as_many(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """Return `value` if it has as many elements as `shape`."""
-    if value.shape != shape and value.numel() != shape.numel():
+    """Return `value` if its entries stand in the order of `shape`.
+
+    That is the shape itself, or with dimensions of size 1 more or less, or flat.
+    """
+    if value.shape != shape and not _same_order(value.shape, shape):
         raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, expected the token shape {tuple(shape)} "
-            "or a view of it"
+            f"{name}: got shape {tuple(value.shape)}, expected the token shape {tuple(shape)}, "
+            f"flat or as it is"
         )
     return value
+
+
+def _same_order(shape: torch.Size, wanted: torch.Size) -> bool:
+    if len(shape) == 1:
+        return shape[0] == wanted.numel()
+    return [size for size in shape if size != 1] == [size for size in wanted if size != 1]
+
+
+def in_order(name: str, value: Tensor, shape: torch.Size, what: str) -> Tensor:
+    """Return `value` if its dimensions but the last, which counts `what`, fit the token shape."""
+    if value.dim() < 1 or not (value.shape[:-1] == shape or _same_order(value.shape[:-1], shape)):
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected the token shape {tuple(shape)}, "
+            f"flat or as it is, and the {what}"
+        )
+    return value
+
+
+def token_shape(token_ids: object, shape: torch.Size) -> torch.Size:
+    """Return the shape of tokens whose values have this one: that of the ids, if it is flat."""
+    if isinstance(token_ids, Tensor) and shape == (token_ids.numel(),):
+        return token_ids.shape
+    return shape
 
 
 def token_count(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
@@ -110,14 +260,15 @@ def steps_or_tokens(
 ) -> tuple[Tensor, bool]:
     """Return a floating tensor, flat and in `dtype`, and whether it has one entry per token.
 
-    Without `num_steps` it must.
+    Without `num_steps` it must. A vector that can be both, as there are as many steps as tokens, is
+    read per step; with a dimension of size 1 more it is per token.
     """
     checked = floating(name, value, device)
     if num_steps is None:
         return tokens(name, checked, shape, device, dtype), True
     if checked.shape == (num_steps,):
         return flat(checked, dtype), False
-    if checked.numel() == shape.numel():
+    if checked.shape == shape or _same_order(checked.shape, shape):
         return flat(checked, dtype), True
     raise ValueError(
         f"{name}: got shape {tuple(checked.shape)}, expected one entry per step {(num_steps,)} "
@@ -143,7 +294,7 @@ def flags(
     if device is not None:
         on_device(name, checked, device)
     if checked.dtype == torch.bool:
-        return checked
+        return _ones(checked)
     if checked.dtype not in (*INTEGER_DTYPES, *FLOAT_DTYPES):
         raise TypeError(f"{name}: got {checked.dtype}, expected bool, or int or float of 0/1")
     if torch.compiler.is_compiling() or not (wait or checked.device.type == "cpu"):
@@ -153,6 +304,15 @@ def flags(
         bad = checked[ones.to(checked.dtype) != checked][0].item()
         raise ValueError(f"{name}: got the value {bad}, expected only 0 and 1")
     return ones
+
+
+def _ones(flags: Tensor) -> Tensor:
+    """Return bools whose bytes are 0 and 1, as kernels take them; torch takes any byte but 0."""
+    stored = flags.view(torch.uint8)
+    if torch.compiler.is_compiling() or flags.device.type != "cpu":
+        return stored != 0
+    # A look at the largest costs a fortieth of a comparison.
+    return stored != 0 if flags.numel() and int(stored.max()) > 1 else flags
 
 
 def row_mask(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
@@ -175,10 +335,9 @@ def temperature(
     Where `mask` (bool ``[N]``) is False, they may be anything. Values on a GPU are not looked at.
     """
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a number or tensor")
-        _finite(name, value, positive=True)
-        return None, float(value)
+        number = _number(name, value, "a number or tensor")
+        _finite(name, number, positive=True)
+        return None, _float(name, number)
     checked = tokens(name, value, shape, device, torch.float64).detach()
     if checked.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ~((checked > 0) & checked.isfinite())
@@ -218,9 +377,10 @@ def scalar(
     if value is None:
         return None
     if isinstance(value, Tensor):
+        value = tensor(name, value)
         if value.dim() != 0:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a 0-dim tensor")
-        if value.is_complex() or value.dtype == torch.bool:
+        if value.dtype not in (*INTEGER_DTYPES, *FLOAT_DTYPES):
             raise TypeError(f"{name}: got {value.dtype}, expected a real number")
         if value.device.type != "cpu":
             on_device(name, value, device)
@@ -229,7 +389,7 @@ def scalar(
         return value.detach().to(torch.float64)
     number = _number(name, value, "a number or 0-dim tensor")
     _finite(name, number, positive, or_zero)
-    return torch.tensor(float(number), dtype=torch.float64, device="cpu")
+    return torch.tensor(_float(name, number), dtype=torch.float64, device="cpu")
 
 
 def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | None:
@@ -247,14 +407,30 @@ def fraction(name: str, value: object) -> float:
     number = _number(name, value, "a number in [0, 1]")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1]")
-    return float(number)
+    return _float(name, number)
 
 
 def positive_number(name: str, value: object) -> float:
     """Return `value` if it is a finite number above 0."""
     number = _number(name, value, "a finite number above 0")
     _finite(name, number, positive=True)
-    return float(number)
+    return _float(name, number)
+
+
+def switch(name: str, value: object) -> bool:
+    """Return `value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+    return value
+
+
+def count(name: str, value: object) -> int:
+    """Return `value` if it is an integer above 0, of any type."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")
+    return int(value)
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
@@ -286,10 +462,21 @@ def wants_gradient(*values: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(value.requires_grad for value in given)
 
 
-def _number(name: str, value: object, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: object, expected: str) -> Any:
+    """Return a real number of any type: Python's, numpy's, a fraction."""
+    is_number = isinstance(value, (int, float, numbers.Real))
+    if isinstance(value, bool) or not is_number:
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
     return value
+
+
+def _float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(
+            f"{name}: got a number beyond the range of a float, expected one in it"
+        ) from error
 
 
 def _finite(name: str, value: float, positive: bool, or_zero: bool = False) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+import numbers
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
 
 RatioKind = Literal["geometric", "product", "centered"]
 Reduction = Literal["step_mean", "trajectory_mean", "token_mean", "sum"]
@@ -14,6 +19,8 @@ KLEstimator = Literal["k1", "k2", "k3"]
 RATIOS: tuple[str, ...] = ("geometric", "product", "centered")
 REDUCTIONS: tuple[str, ...] = ("step_mean", "trajectory_mean", "token_mean", "sum")
 KL_ESTIMATORS: tuple[str, ...] = ("k1", "k2", "k3")
+
+_PLAIN: tuple[type, ...] = (bool, int, float)
 
 # exp of more than this leaves the range of fp32, in which ratios are reported.
 _LOG_RATIO_LIMIT = 80.0
@@ -63,6 +70,11 @@ class StepPOConfig:
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # Numbers of other types, such as numpy's, are kept as Python's: so they can be saved.
+            if isinstance(value, numbers.Real) and type(value) not in _PLAIN:
+                object.__setattr__(self, field.name, float(value))
         one_of("ratio", self.ratio, RATIOS)
         one_of("reduction", self.reduction, REDUCTIONS)
         one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
@@ -78,17 +90,31 @@ class StepPOConfig:
             if self.dual_clip == 1.0:
                 raise ValueError("dual_clip: got 1.0, expected a number in (1, inf) or None")
 
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        known = {field.name: field.default for field in fields(self)}
+        for name, value in {**known, **state}.items():
+            if name not in known:
+                raise ValueError(f"StepPOConfig: got {name!r}, expected {', '.join(known)}")
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+
+torch.serialization.add_safe_globals([StepPOConfig])
+
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise unless `value` is one of the names that are allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    if not isinstance(value, str) or value not in allowed:
+        # The text of an object of another type may be long, or be that of memory that is gone.
+        got = repr(value) if value is None or isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name}: got {got}, expected one of {', '.join(map(repr, allowed))}")
 
 
 def _in_range(name: str, value: object, low: float, high: float, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number in {expected}")
-    if not (math.isfinite(value) and low <= value <= high):
+    # The largest float also bounds integers that no float holds.
+    if not (low <= value <= high and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name}: got {value!r}, expected a number in {expected}")
 
 

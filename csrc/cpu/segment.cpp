@@ -1,5 +1,7 @@
-// Step segmentation: see steppo_kernels/layout/segment.py. Every operator first counts by block, then
-// numbers each block from the counts before it, so that blocks are independent.
+// Step segmentation: see steppo_kernels/layout/segment.py. Every operator first counts by block,
+// then numbers each block from the counts before it, so that blocks are independent.
+#include <algorithm>
+
 #include "runs.h"
 
 namespace steppo::cpu::STEPPO_ISA {
@@ -75,6 +77,49 @@ void steps_before_rows(const int32_t* step_ids, const int64_t* row_offsets, int6
   for (int64_t row = num_rows; row-- > 0;) {
     if (row_steps[row] < 0) row_steps[row] = row_steps[row + 1];
   }
+}
+
+// Sequences of token ids, end to end: number k is [offsets[k], offsets[k + 1]).
+struct Sequences {
+  const int64_t* ids;
+  const int64_t* offsets;
+  int64_t count;
+
+  int64_t length(int64_t k) const { return offsets[k + 1] - offsets[k]; }
+  const int64_t* begin(int64_t k) const { return ids + offsets[k]; }
+};
+
+bool contains(const int64_t* values, int64_t count, int64_t wanted) {
+  for (int64_t k = 0; k < count; ++k) {
+    if (values[k] == wanted) return true;
+  }
+  return false;
+}
+
+// The length of the longest sequence whose tokens are those from `at` on, before `last`; 0 for
+// none.
+int64_t longest_at(const int64_t* token_ids, int64_t at, int64_t last, const Sequences& sequences) {
+  int64_t longest = 0;
+  for (int64_t k = 0; k < sequences.count; ++k) {
+    const int64_t length = sequences.length(k);
+    if (length <= longest || at + length > last) continue;
+    if (std::equal(sequences.begin(k), sequences.begin(k) + length, token_ids + at)) {
+      longest = length;
+    }
+  }
+  return longest;
+}
+
+// Whether the token before `at` completes a sequence that is the longest of those that begin where
+// it does.
+bool starts_behind(const int64_t* token_ids, int64_t first, int64_t last, int64_t at,
+                   const Sequences& sequences) {
+  for (int64_t k = 0; k < sequences.count; ++k) {
+    const int64_t length = sequences.length(k);
+    if (at - length < first || token_ids[at - 1] != sequences.begin(k)[length - 1]) continue;
+    if (longest_at(token_ids, at - length, last, sequences) == length) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -170,18 +215,21 @@ void segment_rows(const bool* mask, const bool* valid, int64_t num_rows, int64_t
   counts[1] = -1;
 }
 
-void mark_actions(const int64_t* token_ids, const int64_t* row_offsets, const int64_t* start,
-                  int64_t start_length, int64_t end, int64_t num_rows, bool* mask, int threads) {
+void mark_actions(const int64_t* token_ids, const int64_t* row_offsets, const int64_t* starts,
+                  const int64_t* start_offsets, int64_t num_starts, const int64_t* ends,
+                  int64_t num_ends, const int64_t* stops, const int64_t* stop_offsets,
+                  int64_t num_stops, int64_t num_rows, bool* mask, int threads) {
+  const Sequences opening{starts, start_offsets, num_starts};
+  const Sequences stopping{stops, stop_offsets, num_stops};
+  threads = worthwhile_threads(row_offsets[num_rows], threads);
   parallel_for(num_rows, threads, [&](int64_t row) {
+    const int64_t first = row_offsets[row], last = row_offsets[row + 1];
     bool open = false;
-    for (int64_t i = row_offsets[row]; i < row_offsets[row + 1]; ++i) {
+    for (int64_t i = first; i < last; ++i) {
+      if (open && i > first) open = !contains(ends, num_ends, token_ids[i - 1]);
+      if (!open) open = starts_behind(token_ids, first, last, i, opening);
+      if (open) open = longest_at(token_ids, i, last, stopping) == 0;
       mask[i] = open;
-      const int64_t first = i - start_length + 1;
-      int64_t k = start_length;
-      if (first >= row_offsets[row]) {
-        while (k > 0 && token_ids[first + k - 1] == start[k - 1]) --k;
-      }
-      open = k == 0 || (open && token_ids[i] != end);
     }
   });
 }

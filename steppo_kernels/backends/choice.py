@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..config import one_of
+
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
@@ -80,12 +82,9 @@ def resolve(backend: str, device: torch.device) -> str:
         ValueError: `backend` is not one of `BACKENDS`.
         RuntimeError: the named backend cannot run on `device`; the text says why.
     """
+    one_of("backend", backend, BACKENDS)
     if backend == "auto":
         return _fastest(device.type)
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}"
-        )
     if why := unavailable(backend, device):
         raise RuntimeError(f"backend: {backend!r} cannot run on {device.type} tensors here: {why}")
     return backend

@@ -69,7 +69,7 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
     "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
 )
 def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
-    """Fake: see `steppo_kernels.segment`."""
+    """Fake: see `steppo_kernels.layout.segment`."""
     return _segments(mask.numel(), row_offsets)
 
 
@@ -79,7 +79,7 @@ def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, b
     "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
 )
 def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
-    """Fake: see `steppo_kernels.segment`."""
+    """Fake: see `steppo_kernels.layout.segment`."""
     return _segments(ids.numel(), row_offsets)
 
 
@@ -89,19 +89,27 @@ def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
     "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
 )
 def segment_rows(mask: Tensor, valid: Tensor | None, backend: str) -> Any:
-    """Fake: see `steppo_kernels.segment`."""
+    """Fake: see `steppo_kernels.layout.segment`."""
     row_offsets = mask.new_empty((mask.shape[0] + 1,), dtype=torch.int64)
     return _segments(mask.numel(), row_offsets)
 
 
 @_operator(
     "segment",
-    "(Tensor token_ids, Tensor row_offsets, Tensor start, int end, str backend) -> Tensor",
+    "(Tensor token_ids, Tensor row_offsets, Tensor starts, Tensor start_offsets, Tensor ends, "
+    "Tensor stops, Tensor stop_offsets, str backend) -> Tensor",
 )
 def mark_actions(
-    token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int, backend: str
+    token_ids: Tensor,
+    row_offsets: Tensor,
+    starts: Tensor,
+    start_offsets: Tensor,
+    ends: Tensor,
+    stops: Tensor,
+    stop_offsets: Tensor,
+    backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.segment`."""
+    """Fake: see `steppo_kernels.layout.segment`."""
     return token_ids.new_empty(token_ids.shape, dtype=torch.bool)
 
 
@@ -111,7 +119,7 @@ def mark_actions(
     "-> (Tensor token_index, Tensor step_offsets, Tensor step_lengths)",
 )
 def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> Any:
-    """Fake: see `steppo_kernels.segment`."""
+    """Fake: see `steppo_kernels.layout.segment`."""
     return (
         step_ids.new_empty((num_tokens,), dtype=torch.int64),
         step_ids.new_empty((num_steps + 1,), dtype=torch.int64),

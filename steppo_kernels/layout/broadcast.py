@@ -29,18 +29,18 @@ def broadcast_to_tokens(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    layout = require_layout(layout)
+    steps = require_layout(layout)
     dtype = checks.compute_dtype(checks.floating("per_step", per_step))
-    per_step = checks.vector("per_step", per_step, layout.num_steps, "step", layout.device, dtype)
-    chosen = resolve(backend, layout.device)
-    step_ids = layout.step_ids.view(-1)
+    per_step = checks.vector("per_step", per_step, steps.num_steps, "step", steps.device, dtype)
+    chosen = resolve(backend, steps.device)
+    step_ids = steps.step_ids.view(-1)
     if checks.wants_gradient(per_step):
         flat: Tensor = _Linear.apply(
-            per_step, step_ids, layout.token_index, layout.step_offsets, True, chosen
+            per_step, step_ids, steps.token_index, steps.step_offsets, True, chosen
         )
     else:
         flat = operators.call("broadcast_to_tokens", chosen, per_step, step_ids)
-    return flat.view(layout.shape)
+    return flat.view(steps.shape)
 
 
 class _Linear(torch.autograd.Function):

@@ -19,6 +19,38 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(total, device=starts.device) + shift
 
 
+def group_of(places: Tensor, offsets: Tensor) -> Tensor:
+    """Return the group that each of `places` (int64, members by their number) belongs to."""
+    return torch.searchsorted(offsets, places, right=True) - 1
+
+
+def regrouped(keys: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Return the members in the order of their keys, and the CSR offsets of the groups.
+
+    Members of one key stay in their order. Members with the key -1 are left out.
+    """
+    order = torch.argsort(keys, stable=True)
+    counts = torch.bincount(keys + 1, minlength=num_groups + 1)
+    return order[int(counts[0]) :], prefix(counts[1:])
+
+
+def rows_of_steps(
+    token_index: Tensor, step_offsets: Tensor, row_offsets: Tensor, empty: Tensor
+) -> Tensor:
+    """Return the row of each step's first token, int64 ``[S]``; of an empty step that of `empty`.
+
+    Args:
+        token_index: int64 ``[M]``.
+        step_offsets: int64 ``[S + 1]``.
+        row_offsets: int64 ``[R + 1]``.
+        empty: int64 ``[S]``.
+    """
+    if len(token_index) == 0:
+        return empty.clone()
+    first = token_index[step_offsets[:-1].clamp_max(len(token_index) - 1)]
+    return torch.where(step_offsets.diff() > 0, group_of(first, row_offsets), empty)
+
+
 def count_nonempty(
     lengths: Tensor, steps: Tensor, trajectory_offsets: Tensor, num_steps: int
 ) -> Tensor:
@@ -51,3 +83,12 @@ def nearest(wanted: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     has_before = before >= offsets[group]
     has_after = after < offsets[group + 1]
     return torch.where(has_before, before, place), torch.where(has_after, after, place)
+
+
+def nearest_before_else_after(wanted: Tensor, offsets: Tensor) -> Tensor:
+    """Return for each member the nearest wanted one before it in its group, else the next one.
+
+    The entry of a member whose group has none is its own place; so is that of a wanted one.
+    """
+    before, after = nearest(wanted, offsets)
+    return torch.where(wanted[before], before, after) if len(wanted) else before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,7 +46,8 @@ def row_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             f"cu_seqlens: got {int(offsets[where + 1])} after {int(offsets[where])} at position "
             f"{where + 1}, expected offsets that do not decrease"
         )
-    return offsets.to(torch.int64).contiguous()
+    # The caller may use the buffer for the next batch.
+    return offsets.to(torch.int64, copy=True).contiguous()
 
 
 def _ends(offsets: Tensor) -> str:
@@ -57,7 +57,7 @@ def _ends(offsets: Tensor) -> str:
 
 
 def in_time_order(
-    trajectory_ids: Tensor | Sequence[int] | Sequence[str],
+    trajectory_ids: Tensor | Sequence[Any],
     step_indices: Tensor | Sequence[int],
     keep: Tensor,
     num_rows: int,
@@ -69,34 +69,27 @@ def in_time_order(
     return _order_rows(codes, indices[keep], keep)
 
 
-def _trajectory_codes(
-    ids: Tensor | Sequence[int] | Sequence[str], num_rows: int, keep: Tensor
-) -> Tensor:
+def _trajectory_codes(ids: Tensor | Sequence[Any], num_rows: int, keep: Tensor) -> Tensor:
     """Return the trajectories of rows `keep` as 0, 1, ... in the order of first appearance."""
-    if not isinstance(ids, Iterable) or isinstance(ids, str):
+    if isinstance(ids, Tensor):
+        checked = checks.integer("trajectory_ids", ids)
+        checks.same_shape("trajectory_ids", checked, torch.Size((num_rows,)))
+        distinct, codes = torch.unique(checked.cpu()[keep], return_inverse=True)
+        first = torch.full_like(distinct, num_rows, dtype=torch.int64)
+        first.scatter_reduce_(0, codes, torch.arange(len(codes), device="cpu"), "amin")
+        return first.argsort().argsort()[codes]
+    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes, set, frozenset, dict)):
         raise TypeError(
             f"trajectory_ids: got {type(ids).__name__}, expected a tensor or a sequence of "
             "integers or strings"
         )
-    values: Tensor | list[Any] = (
-        checks.integer("trajectory_ids", ids) if isinstance(ids, Tensor) else list(ids)
-    )
-    shape = tuple(values.shape) if isinstance(values, Tensor) else (len(values),)
-    if shape != (num_rows,):
-        raise ValueError(f"trajectory_ids: got shape {shape}, expected {(num_rows,)}")
-    if isinstance(values, Tensor):
-        distinct, codes = torch.unique(values.cpu()[keep], return_inverse=True)
-        first = torch.full_like(distinct, num_rows, dtype=torch.int64)
-        first.scatter_reduce_(0, codes, torch.arange(len(codes), device="cpu"), "amin")
-        return first.argsort().argsort()[codes]
-    for kind in set(map(type, values)):
-        if kind is bool or not (issubclass(kind, str) or hasattr(kind, "__index__")):
-            raise TypeError(
-                f"trajectory_ids: got an entry of type {kind.__name__}, expected integers or "
-                "strings"
-            )
+    keys = [
+        entry if isinstance(entry, str) else checks.index("trajectory_ids", entry, "or strings")
+        for entry in ids
+    ]
+    if len(keys) != num_rows:
+        raise ValueError(f"trajectory_ids: got shape ({len(keys)},), expected ({num_rows},)")
     numbers: dict[object, int] = {}
-    keys = [value if isinstance(value, str) else operator.index(value) for value in values]
     kept = [numbers.setdefault(keys[row], len(numbers)) for row in keep.tolist()]
     return torch.tensor(kept, dtype=torch.int64, device="cpu")
 

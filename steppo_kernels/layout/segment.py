@@ -1,8 +1,7 @@
 """Step segmentation: from masks, ids, rows or marker tokens to the tensors of a `StepLayout`.
 
 Every function here works on flat tokens cut into rows by `row_offsets` (int64 ``[R + 1]``) and is
-linear in tokens. The implementations stand in `reference/segment.py`, `cpu/segment.py` and
-`triton/segment.py`.
+linear in tokens. The implementations stand in ``segment.py`` of each backend.
 """
 
 from __future__ import annotations
@@ -48,13 +47,43 @@ def segment_rows(mask: Tensor, valid: Tensor | None, backend: str) -> Segments:
 
 
 def mark_actions(
-    token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int, backend: str
+    token_ids: Tensor,
+    row_offsets: Tensor,
+    starts: Tensor,
+    start_offsets: Tensor,
+    ends: Tensor,
+    stops: Tensor,
+    stop_offsets: Tensor,
+    backend: str,
 ) -> Tensor:
-    """Return the bool ``[N]`` mask of tokens after a `start` sequence up to the next `end`.
+    """Return the bool ``[N]`` mask of tokens that lie in an action.
 
-    `token_ids`: int64 ``[N]``; `start`: int64 ``[K]``, K >= 1.
+    Sequences are read in a row alone. Where several `starts` begin at one token, only the longest
+    counts. Between two tokens the first of these rules that applies decides: a `stops` sequence
+    begins with the token behind, then no action is open; a `starts` sequence ends with the token
+    before, then one is; one of `ends` is the token before, then none is; else it stays as it was.
+
+    Args:
+        token_ids: int64 ``[N]``.
+        row_offsets: int64 ``[R + 1]``.
+        starts: int64 ``[K]``: sequences end to end, none of them empty.
+        start_offsets: int64 ``[n + 1]``: where they begin.
+        ends: int64 ``[E]``.
+        stops: like `starts`; there may be none.
+        stop_offsets: like `start_offsets`.
+        backend: the one that runs.
     """
-    mask: Tensor = operators.call("mark_actions", backend, token_ids, row_offsets, start, end)
+    mask: Tensor = operators.call(
+        "mark_actions",
+        backend,
+        token_ids,
+        row_offsets,
+        starts,
+        start_offsets,
+        ends,
+        stops,
+        stop_offsets,
+    )
     return mask
 
 

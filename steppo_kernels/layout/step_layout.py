@@ -2,32 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import FrozenInstanceError
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .. import checks
-from ..backends.choice import Backend, resolve
+from ..backends.choice import Backend
 from ..backends.reference.reductions import reduction_weights
 from ..config import REDUCTIONS, Reduction, one_of
-from . import csr, segment
-from .rows import in_time_order, row_offsets, uniform_offsets
+from . import build, regroup
+from .saved import checked_tensors
+from .step_tensors import StepTensors
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, eq=False)
+def _outside_inference_mode(function: _Function) -> _Function:
+    """Let `function` make plain tensors in inference mode too.
+
+    A tensor of inference mode cannot be saved for a backward pass, and nobody counts the writes to
+    it.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **options)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **options)
+
+    return run  # type: ignore[return-value]
+
+
+class _Shown:
+    """A tensor of a layout, as a caller sees it: a copy, made when it is first asked for."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, layout: None, owner: type) -> _Shown: ...
+    @overload
+    def __get__(self, layout: StepLayout, owner: type) -> Tensor: ...
+    def __get__(self, layout: StepLayout | None, owner: type) -> _Shown | Tensor:
+        return self if layout is None else layout._show(self.name)
+
+    def __set__(self, layout: StepLayout, value: object) -> NoReturn:
+        raise FrozenInstanceError(f"cannot assign to field {self.name!r}")
+
+
 class StepLayout:
-    """The steps of a batch, in the forms that the kernels read. Built once, never changed.
+    r"""The steps of a batch. Built once by one of the constructors below, never changed.
 
-    N tokens (flat positions are row-major), M action tokens, S steps, G trajectories, R rows.
-    All tensors lie on the device of the constructor's input.
+    N tokens (flat positions are row-major), M action tokens, S steps, G trajectories, R rows. All
+    tensors lie on the device of the constructor's input, and share no memory with it. The tensors
+    below are copies of those that the kernels read. A layout one of whose copies was written to
+    raises in the next call that it is given to.
+
+    Layouts can be pickled, copied and saved. ``torch.load`` reads them with its default
+    ``weights_only=True``, and what is loaded is checked entry by entry.
 
     Attributes:
         step_ids: int32 of the token shape ``[B, T]`` or ``[N]``: step of each token, -1 where no
             action token.
-        token_index: int64 ``[M]``: flat positions of the action tokens, step by step.
+        token_index: int64 ``[M]``: flat positions of the action tokens, step by step. Those of a
+            step are in time order: they ascend within a row, but not over the rows of a step.
         step_offsets: int64 ``[S + 1]``: step s owns
             ``token_index[step_offsets[s]:step_offsets[s + 1]]``.
         step_lengths: int32 ``[S]``; 0 is allowed.
@@ -37,96 +81,72 @@ class StepLayout:
         trajectory_counts: int32 ``[S]``: number of non-empty steps in the step's trajectory.
         state_index: int64 ``[S]``: flat position whose value is that of the state before the
             step's first token.
+        step_rows: int64 ``[S]``: row (of ``[B, T]``, or of `cu_seqlens`) of the step's first token;
+            of an empty step, its own row. Numbers per row become numbers per step by
+            ``x[layout.step_rows]``.
         row_offsets: int64 ``[R + 1]``: flat positions where rows begin; rewards that fall outside
             of actions stay in their row.
-        has_empty_rows: whether rows are steps (`from_rows`) and one of a trajectory is empty: its
-            rewards then are no action token's.
-        reward_rows, reward_offsets, reward_homes: int64 ``[E]``, ``[H + 1]``, ``[H]``, or None; of
-            `per_token` and `per_trajectory` of such a layout: the empty rows, and the flat
-            positions of the action tokens that take their rewards, ``reward_homes[h]`` those of
-            ``reward_rows[reward_offsets[h]:reward_offsets[h + 1]]``: the last token before them in
-            their trajectory, else its first.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0]]))
+        >>> layout
+        StepLayout(shape=(2, 5), num_steps=3, num_tokens=5, num_trajectories=2, device='cpu')
+        >>> layout.step_ids.tolist()
+        [[-1, 0, 0, -1, 1], [2, 2, -1, -1, -1]]
+        >>> torch.tensor([0.5, -0.5])[layout.step_rows].tolist()
+        [0.5, 0.5, -0.5]
     """
 
-    step_ids: Tensor
-    token_index: Tensor
-    step_offsets: Tensor
-    step_lengths: Tensor
-    trajectory_steps: Tensor
-    trajectory_offsets: Tensor
-    trajectory_counts: Tensor
-    state_index: Tensor
-    row_offsets: Tensor
-    has_empty_rows: bool = False
-    reward_rows: Tensor | None = None
-    reward_offsets: Tensor | None = None
-    reward_homes: Tensor | None = None
+    _held: StepTensors
+    # The copies that were handed out, and the number of writes to each when it was made.
+    _copies: dict[str, tuple[Tensor, int]]
+
+    step_ids = _Shown()
+    token_index = _Shown()
+    step_offsets = _Shown()
+    step_lengths = _Shown()
+    trajectory_steps = _Shown()
+    trajectory_offsets = _Shown()
+    trajectory_counts = _Shown()
+    state_index = _Shown()
+    step_rows = _Shown()
+    row_offsets = _Shown()
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        raise TypeError(
+            "StepLayout: got a call, expected one of its constructors: StepLayout.from_mask, "
+            "from_step_ids, from_rows or from_markers"
+        )
 
     @property
     def shape(self) -> torch.Size:
         """The token shape, ``[B, T]`` or ``[N]``."""
-        return self.step_ids.shape
+        return self._held.shape
 
     @property
     def device(self) -> torch.device:
         """Where the tensors lie."""
-        return self.step_ids.device
+        return self._held.device
 
     @property
     def num_steps(self) -> int:
         """S, empty steps included."""
-        return self.step_lengths.shape[0]
+        return self._held.num_steps
 
     @property
     def num_tokens(self) -> int:
         """M, the number of action tokens."""
-        return self.token_index.shape[0]
+        return self._held.num_tokens
 
     @property
     def num_trajectories(self) -> int:
         """G."""
-        return self.trajectory_offsets.shape[0] - 1
-
-    def reduction_weights(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
-        """Return what a reduction multiplies and divides by: w_s ``[S]`` and the normalizer, fp64.
-
-        Of the whole batch, for losses of its parts (micro-batches, data-parallel ranks): given
-        their `normalizer`, and with ``"trajectory_mean"`` their share of the weights as
-        `step_weights`, the gradients of the parts add up to that of the whole. Normalizers of
-        parts add up too, but for ``"sum"`` (1), if no trajectory is in two of them.
-
-        Args:
-            reduction: as in `StepPOConfig`.
-
-        Raises:
-            ValueError: it is none of them.
-        """
-        one_of("reduction", reduction, REDUCTIONS)
-        weights, total = reduction_weights(
-            self.step_lengths, self.trajectory_counts, reduction, torch.float64
-        )
-        # A part without steps adds nothing.
-        is_part = self.num_tokens > 0 or reduction == "sum"
-        return weights, total if is_part else torch.zeros_like(total)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that it holds, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def to(self, device: torch.device | str) -> StepLayout:
-        """Return the layout with every tensor on `device`."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
-        return replace(self, **moved)
-
-    def __repr__(self) -> str:
-        return (
-            f"StepLayout(shape={tuple(self.shape)}, num_steps={self.num_steps}, "
-            f"num_tokens={self.num_tokens}, num_trajectories={self.num_trajectories}, "
-            f"device={str(self.device)!r})"
-        )
+        return self._held.num_trajectories
 
     @classmethod
+    @_outside_inference_mode
     def from_mask(
         cls,
         mask: Tensor,
@@ -147,18 +167,18 @@ class StepLayout:
 
         Raises:
             ValueError, TypeError: naming the argument.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> packed = torch.tensor([1, 1, 0, 1, 1, 1])
+            >>> StepLayout.from_mask(packed, cu_seqlens=torch.tensor([0, 4, 6])).step_ids.tolist()
+            [0, 0, -1, 1, 2, 2]
         """
-        flags = checks.flags("mask", mask, (1, 2))
-        rows = row_offsets("mask", flags, cu_seqlens)
-        if boundaries is not None:
-            boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
-            boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
-            boundaries = boundaries.reshape(-1).contiguous()
-        chosen = resolve(backend, flags.device)
-        found = segment.segment_mask(flags.reshape(-1).contiguous(), boundaries, rows, chosen)
-        return cls._from_segments(found, rows, flags.shape, chosen)
+        return _made(build.from_mask(mask, cu_seqlens, boundaries, backend))
 
     @classmethod
+    @_outside_inference_mode
     def from_step_ids(
         cls, step_ids: Tensor, *, cu_seqlens: Tensor | None = None, backend: Backend = "auto"
     ) -> StepLayout:
@@ -175,21 +195,21 @@ class StepLayout:
 
         Raises:
             ValueError, TypeError: naming the argument; also for an id that decreases.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> StepLayout.from_step_ids(torch.tensor([[-1, 4, -1, 4, 7]])).step_ids.tolist()
+            [[-1, 0, -1, 0, 1]]
         """
-        ids = checks.dims("step_ids", checks.integer("step_ids", step_ids), (1, 2))
-        rows = row_offsets("step_ids", ids, cu_seqlens)
-        if ids.numel() and int(ids.min()) < -1:
-            raise ValueError(f"step_ids: got {int(ids.min())}, expected ids >= 0, or -1 for none")
-        chosen = resolve(backend, ids.device)
-        flat = ids.reshape(-1).to(torch.int64).contiguous()
-        found = segment.segment_ids(flat, rows, chosen)
-        return cls._from_segments(found, rows, ids.shape, chosen)
+        return _made(build.from_step_ids(step_ids, cu_seqlens, backend))
 
     @classmethod
+    @_outside_inference_mode
     def from_rows(
         cls,
         mask: Tensor,
-        trajectory_ids: Tensor | Sequence[int] | Sequence[str],
+        trajectory_ids: Tensor | Sequence[Any],
         step_indices: Tensor | Sequence[int],
         *,
         valid: Tensor | None = None,
@@ -202,7 +222,7 @@ class StepLayout:
 
         Args:
             mask: bool, or int or float of 0/1, ``[S, T]``.
-            trajectory_ids: ``[S]``, any integers or strings.
+            trajectory_ids: ``[S]``, any integers or strings: a tensor, an array or a sequence.
             step_indices: int ``[S]``, the order of the steps in their trajectory; gaps close up.
             valid: bool (or 0/1) ``[S]``; a False row is padding: it belongs to no trajectory and
                 has length 0.
@@ -210,215 +230,278 @@ class StepLayout:
 
         Raises:
             ValueError, TypeError: naming the argument; also for a duplicate step.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> layout = StepLayout.from_rows(torch.ones(3, 2), ["b", "a", "b"], [1, 0, 0])
+            >>> layout.trajectory_steps.tolist(), layout.trajectory_offsets.tolist()
+            ([2, 0, 1], [0, 2, 3])
         """
-        flags = checks.flags("mask", mask, (2,))
-        num_rows, row_length = flags.shape
-        device = flags.device
-        if valid is not None:
-            valid = checks.flags("valid", valid, (1,), device)
-            valid = checks.same_shape("valid", valid, torch.Size((num_rows,))).contiguous()
-        chosen = resolve(backend, device)
-        found = segment.segment_rows(flags.contiguous(), valid, chosen)
-        every = torch.arange(num_rows, device="cpu")
-        keep = every if valid is None else valid.cpu().nonzero().squeeze(1)
-        steps, offsets = in_time_order(trajectory_ids, step_indices, keep, num_rows)
-        starts = torch.arange(num_rows, device=device) * row_length
-        layout = cls._assemble(
-            found,
-            flags.shape,
-            chosen,
-            num_steps=num_rows,
-            num_tokens=int(found.counts[0]),
-            row_offsets=uniform_offsets(num_rows, row_length, device),
-            trajectory_steps=steps.to(device),
-            trajectory_offsets=offsets.to(device),
-            state_index=starts,
-        )
-        is_empty = layout.step_lengths[layout.trajectory_steps] == 0
-        return replace(layout, has_empty_rows=bool(is_empty.any()))
+        return _made(build.from_rows(mask, trajectory_ids, step_indices, valid, backend))
 
     @classmethod
+    @_outside_inference_mode
     def from_markers(
         cls,
         token_ids: Tensor,
-        start: Tensor | Sequence[int],
-        end: int,
+        start: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        end: int | Tensor | Sequence[int],
         *,
+        stop: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        valid: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         backend: Backend = "auto",
     ) -> StepLayout:
         r"""Find the actions by the tokens around them, as a chat template writes them.
 
-        An action starts after each occurrence of `start` and ends with the first following `end`,
-        inclusive; an unfinished last action runs to the end of the row. While an action is open,
-        occurrences of `start` are part of it.
+        An action starts after each occurrence of a `start` sequence and ends with the first
+        following `end` token, inclusive, or before the first following `stop` sequence. An
+        unfinished last action runs to the end of the row. In detail:
+
+        - Where several `start` sequences begin at one token, the longest counts: give the marker
+          with and without what the template adds to it (an empty think block), or with the
+          newline merged into the token behind.
+        - While an action is open, an occurrence of `start` is part of it. A token that completes a
+          `start` is no `end`.
+        - A `stop` sequence wins over all else where it begins: an action before it is over, and one
+          that would begin there has no token. It is then no step.
+        - Tokens where `valid` is False are read as if they were not there: they are part of no
+          action and of no sequence, at the end, at the start or inside of a row.
 
         Args:
             token_ids: int ``[B, T]`` or packed ``[N]``.
-            start: int ``[K]``, e.g. the tokens of ``<|im_start|>assistant\n``.
-            end: e.g. the token of ``<|im_end|>``.
+            start: token ids of one sequence, e.g. of ``<|im_start|>assistant\n``, or several such
+                sequences. Lists, tuples, arrays or 1-D tensors; a lone id is a sequence of one.
+            end: the token id that ends an action, e.g. of ``<|im_end|>``, or several of which each
+                does.
+            stop: one sequence or several, as `start`, e.g. ``<|im_start|>``: an action that was cut
+                off then does not swallow the next turn.
+            valid: bool (or 0/1) of the shape of `token_ids`: False at padding (an attention mask).
             cu_seqlens: as in `from_mask`; a match never crosses a row.
             backend: implementation of the segmentation.
 
         Raises:
             ValueError, TypeError: naming the argument.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> user, assistant, end = 1, 2, 3
+            >>> ids = torch.tensor([[user, 7, end, assistant, 8, user, 7, end, assistant, 9, end]])
+            >>> layout = StepLayout.from_markers(ids, [assistant], end, stop=[[user], [assistant]])
+            >>> layout.step_ids.tolist()
+            [[-1, -1, -1, -1, 0, -1, -1, -1, -1, 1, 1]]
         """
-        ids = checks.dims("token_ids", checks.integer("token_ids", token_ids), (1, 2))
-        rows = row_offsets("token_ids", ids, cu_seqlens)
-        marker = checks.dims("start", checks.integers("start", start), (1,)).to(ids.device)
-        if marker.numel() == 0:
-            raise ValueError("start: got an empty sequence, expected at least one token id")
-        if isinstance(end, bool) or not isinstance(end, int):
-            raise TypeError(f"end: got {type(end).__name__}, expected one token id (int)")
-        if not -(2**63) <= end < 2**63:
-            raise ValueError(f"end: got {end}, expected a token id (int64)")
-        chosen = resolve(backend, ids.device)
-        mask = segment.mark_actions(
-            ids.reshape(-1).to(torch.int64).contiguous(),
-            rows,
-            marker.to(torch.int64).contiguous(),
-            end,
-            chosen,
-        )
-        found = segment.segment_mask(mask, None, rows, chosen)
-        return cls._from_segments(found, rows, ids.shape, chosen)
+        return _made(build.from_markers(token_ids, start, end, stop, valid, cu_seqlens, backend))
 
+    @_outside_inference_mode
     def per_token(self) -> StepLayout:
-        """Return the same batch with every action token a step of its own (token-level PPO)."""
-        device = self.device
-        num_tokens = self.num_tokens
-        ranks = torch.arange(num_tokens, device=device)
-        step_ids = torch.full_like(self.step_ids, -1)
-        step_ids.view(-1)[self.token_index] = ranks.to(torch.int32)
-        lengths = self.step_lengths.to(torch.int64)[self.trajectory_steps]
-        steps = csr.ranges(self.step_offsets[self.trajectory_steps], lengths)
-        offsets = csr.prefix(lengths)[self.trajectory_offsets]
-        ones = torch.ones(num_tokens, dtype=torch.int32, device=device)
-        return StepLayout(
-            step_ids=step_ids,
-            token_index=self.token_index,
-            step_offsets=torch.arange(num_tokens + 1, device=device),
-            step_lengths=ones,
-            trajectory_steps=steps,
-            trajectory_offsets=offsets,
-            trajectory_counts=csr.count_nonempty(ones, steps, offsets, num_tokens),
-            state_index=self.token_index,
-            row_offsets=self.row_offsets,
-            **self._reward_homes(),
-        )
+        """Return the same batch with every action token a step of its own (token-level PPO).
 
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> StepLayout.from_mask(torch.tensor([[0, 1, 1]])).per_token().step_ids.tolist()
+            [[-1, 0, 1]]
+        """
+        return _made(regroup.per_token(require_layout(self)))
+
+    @_outside_inference_mode
     def per_trajectory(self) -> StepLayout:
         """Return the same batch with every trajectory one step (sequence-level GSPO).
 
         The state of a trajectory is that of its first step. A trajectory without steps becomes
         an empty step that belongs to no trajectory.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> StepLayout.from_mask(torch.tensor([[1, 0, 1]])).per_trajectory().step_ids.tolist()
+            [[0, -1, 0]]
         """
-        device = self.device
-        steps, groups = self.trajectory_steps, self.num_trajectories
-        lengths = self.step_lengths.to(torch.int64)[steps]
-        offsets = csr.prefix(lengths)[self.trajectory_offsets]
-        owner = torch.repeat_interleave(
-            torch.arange(groups, device=device, dtype=torch.int32), offsets.diff()
+        return _made(regroup.per_trajectory(require_layout(self)))
+
+    @_outside_inference_mode
+    def keep(self, mask: Tensor) -> StepLayout:
+        """Return the layout without the tokens where `mask` is False.
+
+        Steps keep their number, their place in time and the rewards on their former tokens, also
+        those of which no token is left. Rejected or unscored tokens go this way, and rows that a
+        trainer masks.
+
+        Args:
+            mask: bool (or 0/1) of the token shape. It may be anything where no action token is.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1]]))
+            >>> layout.keep(torch.tensor([[True, True, True, False]])).step_lengths.tolist()
+            [2, 0]
+        """
+        held = require_layout(self)
+        flags = checks.flags("mask", mask, None, held.device)
+        return _made(regroup.keep(held, checks.as_many("mask", flags, held.shape).view(held.shape)))
+
+    @_outside_inference_mode
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> StepLayout:
+        """Return the layout on `device`; itself, if it lies there.
+
+        Args:
+            device: where to. A dtype is refused: no other one suits the numbers of a layout.
+            non_blocking: as in ``torch.Tensor.to``.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> layout = StepLayout.from_mask(torch.ones(1, 2))
+            >>> layout.to("cpu", non_blocking=True) is layout
+            True
+        """
+        where = _device(device)
+        checks.switch("non_blocking", non_blocking)
+        held = require_layout(self)
+        moved = held.to(where, non_blocking)
+        return self if moved.step_ids is held.step_ids else _made(moved)
+
+    @_outside_inference_mode
+    def reduction_weights(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
+        """Return what a reduction multiplies and divides by: w_s ``[S]`` and the normalizer, fp64.
+
+        Both are of the whole batch, for losses of its parts (micro-batches, data-parallel ranks).
+        Given their `normalizer`, and with ``"trajectory_mean"`` their share of the weights as
+        `step_weights`, the gradients of the parts add up to that of the whole. If no trajectory is
+        split over parts, the parts' normalizers also add up to the whole batch's, except for
+        ``"sum"``, whose normalizer is always 1.
+
+        Args:
+            reduction: as in `StepPOConfig`.
+
+        Raises:
+            ValueError: it is none of them.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1]]))
+            >>> weights, total = layout.reduction_weights("token_mean")
+            >>> weights.tolist(), total.item()
+            ([2.0, 1.0], 3.0)
+        """
+        one_of("reduction", reduction, REDUCTIONS)
+        held = require_layout(self)
+        weights, total = reduction_weights(
+            held.step_lengths, held.trajectory_counts, reduction, torch.float64
         )
-        index = self.token_index[csr.ranges(self.step_offsets[steps], lengths)]
-        step_ids = torch.full_like(self.step_ids, -1)
-        step_ids.view(-1)[index] = owner
-        state_index = torch.zeros(groups, dtype=torch.int64, device=device)
-        has_steps = self.trajectory_offsets.diff() > 0
-        kept = has_steps.nonzero().squeeze(1)
-        state_index[kept] = self.state_index[steps[self.trajectory_offsets[:-1][kept]]]
-        step_lengths = offsets.diff().to(torch.int32)
-        return StepLayout(
-            step_ids=step_ids,
-            token_index=index,
-            step_offsets=offsets,
-            step_lengths=step_lengths,
-            trajectory_steps=kept,
-            trajectory_offsets=csr.prefix(has_steps.to(torch.int64)),
-            trajectory_counts=(step_lengths > 0).to(torch.int32),
-            state_index=state_index,
-            row_offsets=self.row_offsets,
-            **self._reward_homes(),
+        # A part without steps adds nothing.
+        is_part = held.num_tokens > 0 or reduction == "sum"
+        return weights, total if is_part else torch.zeros_like(total)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of the tensors that it holds, by name.
+
+        Beside the attributes there may be `reward_index` and `reward_offsets`: which positions'
+        rewards the steps take, where no rule says so.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import StepLayout
+            >>> sorted(StepLayout.from_mask(torch.ones(1, 2)).tensors())[:3]
+            ['row_offsets', 'state_index', 'step_ids']
+        """
+        return {name: self._show(name) for name in self._held.by_name()}
+
+    @_outside_inference_mode
+    def _show(self, name: str) -> Tensor:
+        """Return the caller's copy of a tensor."""
+        if name not in self._copies:
+            copy: Tensor = getattr(self._held, name).clone()
+            self._copies[name] = copy, copy._version
+        return self._copies[name][0]
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
+
+    def __getstate__(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self._held.by_name().items()}
+
+    @_outside_inference_mode
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        _fill(self, checked_tensors(state))
+
+    def __repr__(self) -> str:
+        return (
+            f"StepLayout(shape={tuple(self.shape)}, num_steps={self.num_steps}, "
+            f"num_tokens={self.num_tokens}, num_trajectories={self.num_trajectories}, "
+            f"device={str(self.device)!r})"
         )
 
-    def _reward_homes(self) -> dict[str, Any]:
-        """Return where rewards of empty rows go once rows are no steps any more."""
-        if not self.has_empty_rows or self.num_tokens == 0:
-            kept = self.tensors()
-            return {name: kept[name] for name in kept if name.startswith("reward_")}
-        rows, offsets = self.trajectory_steps, self.trajectory_offsets
-        filled = self.step_lengths[rows] > 0
-        before, after = csr.nearest(filled, offsets)
-        last = self.token_index[(self.step_offsets[rows[before] + 1] - 1).clamp_min(0)]
-        first = self.token_index[self.step_offsets[rows[after]].clamp_max(self.num_tokens - 1)]
-        found = ~filled & (filled[before] | filled[after])
-        # In the order of time, the rows of a token follow each other.
-        homes, counts = torch.unique_consecutive(
-            torch.where(filled[before], last, first)[found], return_counts=True
-        )
-        return {
-            "reward_rows": rows[found],
-            "reward_offsets": csr.prefix(counts),
-            "reward_homes": homes,
-        }
 
-    @classmethod
-    def _from_segments(
-        cls, found: segment.Segments, rows: Tensor, shape: torch.Size, backend: str
-    ) -> StepLayout:
-        """Finish a layout whose trajectories are its rows."""
-        # One copy to the host for both sizes and the error.
-        num_tokens, decreasing, num_steps = torch.cat((found.counts, found.row_steps[-1:])).tolist()
-        if decreasing >= 0:
-            raise ValueError(
-                f"step_ids: got an id at flat position {decreasing} smaller than one before it in "
-                "its row, expected ids that do not decrease along a row"
-            )
-        return cls._assemble(
-            found,
-            shape,
-            backend,
-            num_steps=num_steps,
-            num_tokens=num_tokens,
-            row_offsets=rows,
-            trajectory_steps=torch.arange(num_steps, device=rows.device),
-            trajectory_offsets=found.row_steps,
-            state_index=None,
-        )
-
-    @classmethod
-    def _assemble(
-        cls,
-        found: segment.Segments,
-        shape: torch.Size,
-        backend: str,
-        *,
-        num_steps: int,
-        num_tokens: int,
-        row_offsets: Tensor,
-        trajectory_steps: Tensor,
-        trajectory_offsets: Tensor,
-        state_index: Tensor | None,
-    ) -> StepLayout:
-        index, offsets, lengths = segment.compact(found.step_ids, num_steps, num_tokens, backend)
-        return cls(
-            step_ids=found.step_ids.view(shape),
-            token_index=index,
-            step_offsets=offsets,
-            step_lengths=lengths,
-            trajectory_steps=trajectory_steps,
-            trajectory_offsets=trajectory_offsets,
-            trajectory_counts=csr.count_nonempty(
-                lengths, trajectory_steps, trajectory_offsets, num_steps
-            ),
-            # Without empty steps, the first token of a step is where its state is valued.
-            state_index=index[offsets[:-1]] if state_index is None else state_index,
-            row_offsets=row_offsets,
-        )
-
-
-def require_layout(value: object) -> StepLayout:
-    """Return `value` if it is a `StepLayout`."""
+def require_layout(value: object) -> StepTensors:
+    """Return the tensors of a `StepLayout` that is as it was built."""
     if not isinstance(value, StepLayout):
         raise TypeError(f"layout: got {type(value).__name__}, expected a StepLayout")
-    return value
+    # Compiled code sees no number of writes; the tensors that it reads are not those of a caller.
+    if not torch.compiler.is_compiling():
+        if not isinstance(value.__dict__.get("_held"), StepTensors):
+            raise TypeError("layout: got a StepLayout that no constructor made, expected one's")
+        for name, (copy, version) in value._copies.items():
+            if copy._version != version:
+                raise ValueError(
+                    f"layout: got a StepLayout whose {name} was written to, expected one that is "
+                    "as it was built"
+                )
+    return value._held
+
+
+@_outside_inference_mode
+def shifted_left(layout: StepLayout) -> StepLayout:
+    """Return the layout with every action token at the place before its own.
+
+    No step may have a token at the first place.
+    """
+    return _made(regroup.shifted_left(require_layout(layout)))
+
+
+def _made(held: StepTensors) -> StepLayout:
+    layout = object.__new__(StepLayout)
+    _fill(layout, held)
+    return layout
+
+
+def _fill(layout: StepLayout, held: StepTensors) -> None:
+    object.__setattr__(layout, "_held", held)
+    object.__setattr__(layout, "_copies", {})
+
+
+def _device(value: object) -> torch.device:
+    if isinstance(value, torch.device):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        got = value if isinstance(value, torch.dtype) else type(value).__name__
+        raise TypeError(f"device: got {got}, expected a device")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {value!r}, expected a device") from error
+
+
+def _refuse_to_collate(batch: list[StepLayout], **options: Any) -> NoReturn:
+    raise TypeError(
+        f"default_collate: got {len(batch)} StepLayouts, expected what one is built from: a layout "
+        "tells of a whole batch; collate masks or ids, and build the layout of what comes out"
+    )
+
+
+torch.serialization.add_safe_globals([StepLayout])
+default_collate_fn_map[StepLayout] = _refuse_to_collate

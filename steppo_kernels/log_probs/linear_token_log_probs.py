@@ -54,12 +54,13 @@ def linear_token_log_probs(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
+    checks.switch("return_entropy", return_entropy)
     hidden = checks.floating("hidden", hidden)
-    shape, device = hidden.shape[:-1], hidden.device
+    shape, device = checks.token_shape(token_ids, hidden.shape[:-1]), hidden.device
     if mask is not None:
         mask = checks.row_mask("mask", mask, shape, device)
     rows, head = check_head(
-        hidden, weight, bias, temperature, softcap, mask, resolve(backend, device)
+        hidden, weight, bias, temperature, softcap, shape, mask, resolve(backend, device)
     )
     ids = checks.token_ids("token_ids", token_ids, shape, device)
     index = torch.arange(len(rows), device=device) if mask is None else mask.nonzero().squeeze(1)

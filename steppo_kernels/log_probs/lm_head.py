@@ -224,16 +224,17 @@ def check_head(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    shape: torch.Size,
     mask: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Head]:
     """Return hidden states ``[N, d]`` and the head; under autocast, both in its dtype.
 
-    Temperatures where `mask` (bool ``[N]``) is False may be anything.
+    Temperatures are of the token shape; where `mask` (bool ``[N]``) is False they may be anything.
     """
-    checks.floating("hidden", hidden)
+    hidden = checks.floating("hidden", hidden)
     device = hidden.device
-    checks.floating("weight", weight, device)
+    weight = checks.floating("weight", weight, device)
     checks.dims("weight", weight, (2,))
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
@@ -241,7 +242,7 @@ def check_head(
             "expected [V, d] with [..., d], V and d above 0"
         )
     if bias is not None:
-        checks.floating("bias", bias, device)
+        bias = checks.floating("bias", bias, device)
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"bias: got shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
@@ -257,9 +258,7 @@ def check_head(
             raise TypeError(
                 f"{name}: got {value.dtype}, expected {hidden.dtype}, the dtype of hidden"
             )
-    temperatures, number = checks.temperature(
-        "temperature", temperature, hidden.shape[:-1], device, mask
-    )
+    temperatures, number = checks.temperature("temperature", temperature, shape, device, mask)
     return (
         hidden.reshape(-1, hidden.shape[-1]),
         Head(weight, bias, temperatures, number, float(softcap), backend),
@@ -277,11 +276,7 @@ def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:
         if device.type == "cuda":
             budget = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
         chunk_tokens = rows_within(budget, head)
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int):
-        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, expected an int or None")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected at least 1")
-    return max(1, min(chunk_tokens, num_rows))
+    return max(1, min(checks.count("chunk_tokens", chunk_tokens), num_rows))
 
 
 def rows_within(budget: int, head: Head) -> int:

@@ -52,7 +52,10 @@ def token_log_probs(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    shape, device = rows_of("logits", logits)
+    checks.switch("return_entropy", return_entropy)
+    checks.switch("inplace_backward", inplace_backward)
+    logits = rows_of("logits", logits)
+    shape, device = checks.token_shape(token_ids, logits.shape[:-1]), logits.device
     if mask is not None:
         mask = checks.row_mask("mask", mask, shape, device)
     targets = Targets(
@@ -85,12 +88,12 @@ class Targets(NamedTuple):
     softcap: float
 
 
-def rows_of(name: str, values: Tensor) -> tuple[torch.Size, torch.device]:
-    """Return the token shape and the device of ``[..., V]`` values, checked."""
-    checks.floating(name, values)
+def rows_of(name: str, values: Tensor) -> Tensor:
+    """Return ``[..., V]`` values, checked."""
+    values = checks.floating(name, values, saved=False)
     if values.dim() < 1 or values.shape[-1] == 0:
         raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected [..., V] with V > 0")
-    return values.shape[:-1], values.device
+    return values
 
 
 def log_probs_of(

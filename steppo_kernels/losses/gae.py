@@ -52,11 +52,11 @@ def step_gae(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    layout = require_layout(layout)
-    if not isinstance(whiten, bool):
-        raise TypeError(f"whiten: got {type(whiten).__name__}, expected a bool")
-    device, dtype = layout.device, checks.compute_dtype(checks.floating("values", values))
-    num_steps, shape = layout.num_steps, layout.shape
+    steps = require_layout(layout)
+    checks.switch("whiten", whiten)
+    values = checks.floating("values", values)
+    device, dtype = steps.device, checks.compute_dtype(values)
+    num_steps, shape = steps.num_steps, steps.shape
     chosen = resolve(backend, device)
     with torch.no_grad():
         rewards, rewards_per_token = checks.steps_or_tokens(
@@ -65,19 +65,16 @@ def step_gae(
         values, values_per_token = checks.steps_or_tokens(
             "values", values, num_steps, shape, device, dtype
         )
-        if rewards_per_token and layout.has_empty_rows:
-            # Rows are steps: then a row's rewards are its step's, action tokens or not.
-            counts = (layout.step_ids.view(-1) >= 0) | rewards.isfinite()
-            rewards = torch.where(counts, rewards, 0.0).view(layout.shape).sum(1)
-            rewards_per_token = False
-        elif rewards_per_token and layout.reward_homes is not None:
-            # What empty rows keep counts for nobody: they hold no step.
-            homes = layout.reward_homes
-            of_rows = rewards.nan_to_num(0.0, 0.0, 0.0).view(shape).sum(1)
-            moved = operators.call(
-                "sum_over_steps", chosen, of_rows, layout.reward_rows, layout.reward_offsets
+        if rewards_per_token and steps.reward_index is not None:
+            counts = (steps.step_ids.view(-1) >= 0) | rewards.isfinite()
+            rewards = operators.call(
+                "sum_over_steps",
+                chosen,
+                torch.where(counts, rewards, 0.0),
+                steps.reward_index,
+                steps.reward_offsets,
             )
-            rewards = rewards.index_put((homes,), rewards[homes] + moved)
+            rewards_per_token = False
         if values_per_token and values.numel() == 0:
             # Rows of length 0 may be steps, but have no position to hold a value.
             values, values_per_token = values.new_zeros(num_steps), False
@@ -85,7 +82,7 @@ def step_gae(
             bootstrap_values = checks.vector(
                 "bootstrap_values",
                 bootstrap_values,
-                layout.num_trajectories,
+                steps.num_trajectories,
                 "trajectory",
                 device,
                 dtype,
@@ -97,11 +94,11 @@ def step_gae(
             values,
             rewards_per_token,
             values_per_token,
-            layout.step_ids.view(-1),
-            layout.row_offsets,
-            layout.state_index,
-            layout.trajectory_steps,
-            layout.trajectory_offsets,
+            steps.step_ids.view(-1),
+            steps.row_offsets,
+            steps.state_index,
+            steps.trajectory_steps,
+            steps.trajectory_offsets,
             bootstrap_values,
             checks.fraction("gamma", gamma),
             checks.fraction("lam", lam),

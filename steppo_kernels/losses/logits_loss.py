@@ -63,7 +63,8 @@ def steppo_loss_from_logits(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    shape, _ = rows_of("logits", logits)
+    checks.switch("inplace_backward", inplace_backward)
+    logits = rows_of("logits", logits)
     inputs = check_loss_inputs(
         "logits",
         logits,
@@ -79,11 +80,7 @@ def steppo_loss_from_logits(
         backend,
     )
     device = inputs.device
-    if shape.numel() != inputs.shape.numel():
-        raise ValueError(
-            f"logits: got shape {tuple(logits.shape)}, expected the token shape "
-            f"{tuple(inputs.shape)} or a view of it, and the vocabulary"
-        )
+    checks.in_order("logits", logits, inputs.shape, "vocabulary")
     steps = inputs.mask if inputs.layout is None else inputs.layout.step_ids >= 0
     assert steps is not None
     steps = steps.reshape(-1).contiguous()

@@ -54,9 +54,10 @@ def step_value_loss(
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
     """
-    layout = require_layout(layout)
-    device, shape, num_steps = layout.device, layout.shape, layout.num_steps
-    dtype = checks.compute_dtype(checks.floating("values", values, device))
+    steps = require_layout(layout)
+    device, shape, num_steps = steps.device, steps.shape, steps.num_steps
+    values = checks.floating("values", values, device)
+    dtype = checks.compute_dtype(values)
     one_of("reduction", reduction, REDUCTIONS)
     clip = checks.positive_number("clip", clip)
     chosen = resolve(backend, device)
@@ -68,16 +69,16 @@ def step_value_loss(
             "old_values", old_values, num_steps, shape, device, dtype
         )
         old = old.detach()
-    total = checks.normalizer(normalizer, device, layout.num_tokens == 0)
+    total = checks.normalizer(normalizer, device, steps.num_tokens == 0)
     args = (
         new,
         returns,
         old,
         by_token,
         old_by_token,
-        layout.state_index,
-        layout.step_lengths,
-        layout.trajectory_counts,
+        steps.state_index,
+        steps.step_lengths,
+        steps.trajectory_counts,
         total,
         clip,
     )

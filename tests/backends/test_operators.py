@@ -70,6 +70,9 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
     full = (flat["log_probs"], flat["old_log_probs"])
     marks = torch.tensor([1, 2], device=mask.device)
     tokens = (torch.arange(mask.numel(), device=mask.device) * 7) % 5
+    ones = torch.arange(3, device=mask.device)
+    # Two starts and two stops of one token each, and one end.
+    markers = (marks, ones, marks[:1] + 2, marks - 1, ones)
     per_step = torch.rand(layout.num_steps, device=mask.device, dtype=batch.log_probs.dtype)
     states = (layout.state_index, layout.step_lengths, layout.trajectory_counts)
     trajectories = (layout.trajectory_steps, layout.trajectory_offsets)
@@ -77,7 +80,7 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
         "segment_mask": [(mask, None, rows), (mask, ids % 2 == 0, rows)],
         "segment_ids": [(ids.to(torch.int64), rows)],
         "segment_rows": [(batch.mask, None), (batch.mask, batch.mask[:, 0].contiguous())],
-        "mark_actions": [(tokens, rows, marks, 4)],
+        "mark_actions": [(tokens, rows, *markers), (tokens, rows, *markers[:3], marks[:0], ones[:1])],
         "compact": [(ids, layout.num_steps, layout.num_tokens)],
         "broadcast_to_tokens": [(per_step, ids)],
         "sum_over_steps": [(flat["rewards"], layout.token_index, layout.step_offsets)],

@@ -256,7 +256,6 @@ def test_to_moves_every_tensor():
     again = layout.to("cpu")
     assert again.tensors().keys() == moved.tensors().keys() == layout.tensors().keys()
     assert all(torch.equal(again.tensors()[name], x) for name, x in layout.tensors().items())
-    assert again.has_empty_rows == layout.has_empty_rows
 
 
 def test_layouts_are_immutable_and_say_what_they_hold():

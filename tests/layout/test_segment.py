@@ -8,6 +8,7 @@ from batches import ragged_mask
 
 from steppo_kernels import StepLayout
 from steppo_kernels.layout import segment
+from steppo_kernels.layout.markers import Markers
 
 pytestmark = pytest.mark.isa
 
@@ -86,11 +87,10 @@ def test_mark_actions(target, shape, start):
     generator = torch.Generator().manual_seed(shape[1])
     ids = torch.randint(6, (shape[0] * shape[1],), generator=generator)
     rows = uneven_rows(ids.numel(), generator)
-    marker = torch.tensor(start)
-    found = segment.mark_actions(
-        ids.to(target.device), rows.to(target.device), marker.to(target.device), 5, target.backend
-    )
-    assert torch.equal(found.cpu(), segment.mark_actions(ids, rows, marker, 5, "reference"))
+    markers = Markers.of(start, 5, None, ids.device)
+    arguments = [value.to(target.device) for value in (ids, rows, *markers)]
+    found = segment.mark_actions(*arguments, target.backend)
+    assert torch.equal(found.cpu(), segment.mark_actions(ids, rows, *markers, "reference"))
 
 
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)

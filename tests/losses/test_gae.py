@@ -278,10 +278,11 @@ def test_rewards_of_rows_without_an_action_are_kept_at_every_level(target):
     per_token = layout.per_token()
     # In the order of memory: rows 1 and 3.
     assert returns(per_token) == [16, 13, 8, 8]
-    assert returns(layout.per_trajectory()) == [16, 0]
+    # A trajectory that never acts keeps its rewards, as its only row does.
+    assert returns(layout.per_trajectory()) == [16, 9]
     assert returns(per_token.per_trajectory())[0] == 16
     assert returns(layout.per_trajectory().per_token()) == [16, 13, 8, 8]
-    assert per_token.to("cpu").reward_homes is not None
+    assert returns(per_token.to("cpu")) == returns(per_token)
 
 
 def test_equal_advantages_whiten_to_zero(target):
@@ -293,7 +294,7 @@ def test_equal_advantages_whiten_to_zero(target):
 
 
 def test_an_empty_response_keeps_its_reward(target):
-    mask = torch.fp64([[1, 1], [0, 0], [1, 1]], device=target.device, dtype=torch.bool)
+    mask = torch.tensor([[1, 1], [0, 0], [1, 1]], device=target.device, dtype=torch.bool)
     layout = StepLayout.from_rows(mask, [0, 0, 0], [0, 1, 2], backend=target.backend)
     rewards = fp64([[0.0, 0.0], [5.0, torch.nan], [0.0, 0.0]], target.device)
     found = step_gae(

@@ -1,4 +1,4 @@
-"""Step segmentation in C++: see `steppo_kernels.segment` for the contract."""
+"""Step segmentation in C++: see `steppo_kernels.layout.segment` for the contract."""
 
 from __future__ import annotations
 
@@ -49,15 +49,28 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
     return outputs
 
 
-def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int) -> Tensor:
-    """Return the mask of tokens after a `start` sequence up to the next `end`."""
+def mark_actions(
+    token_ids: Tensor,
+    row_offsets: Tensor,
+    starts: Tensor,
+    start_offsets: Tensor,
+    ends: Tensor,
+    stops: Tensor,
+    stop_offsets: Tensor,
+) -> Tensor:
+    """Return the mask of tokens in actions: after one of `starts`, up to an end or a stop."""
     mask = empty(token_ids.shape, torch.bool)
     kernels.mark_actions(
         pointer(token_ids),
         pointer(row_offsets),
-        pointer(start),
-        start.numel(),
-        end,
+        pointer(starts),
+        pointer(start_offsets),
+        start_offsets.numel() - 1,
+        pointer(ends),
+        ends.numel(),
+        pointer(stops),
+        pointer(stop_offsets),
+        stop_offsets.numel() - 1,
         row_offsets.numel() - 1,
         pointer(mask),
         threads(),

@@ -1,4 +1,4 @@
-"""Step segmentation in plain PyTorch: see `steppo_kernels.segment` for the contract."""
+"""Step segmentation in plain PyTorch: see `steppo_kernels.layout.segment` for the contract."""
 
 from __future__ import annotations
 
@@ -38,20 +38,32 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
     return step_ids.reshape(-1), rows, torch.stack((mask.sum(), rows.new_tensor(-1)))
 
 
-def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int) -> Tensor:
-    """Return the mask of tokens after a `start` sequence up to the next `end`."""
+def mark_actions(
+    token_ids: Tensor,
+    row_offsets: Tensor,
+    starts: Tensor,
+    start_offsets: Tensor,
+    ends: Tensor,
+    stops: Tensor,
+    stop_offsets: Tensor,
+) -> Tensor:
+    """Return the mask of tokens in actions: after one of `starts`, up to an end or a stop."""
     num_tokens = token_ids.numel()
-    position = torch.arange(num_tokens, device=token_ids.device)
-    row = torch.searchsorted(row_offsets, position, right=True) - 1
-    in_row = position - row_offsets[row]
-    opens = in_row >= len(start) - 1
-    for k, token in enumerate(start.flip(0)):
-        opens &= torch.roll(token_ids, k) == token
-    # Which of the two events came last before a token decides whether the token is in an action.
-    # Opening an open action and closing a closed one change nothing, so "last" is enough.
-    opened = _last_before(opens, position, in_row)
-    closed = _last_before((token_ids == end) & ~opens, position, in_row)
-    return (opened > closed) & (in_row > 0)
+    place = torch.arange(num_tokens, device=token_ids.device)
+    row = torch.searchsorted(row_offsets, place, right=True) - 1
+    first, last = row_offsets[row], row_offsets[row + 1]
+    # What stands between a token and the one before it.
+    opens = torch.zeros(num_tokens, dtype=torch.bool, device=token_ids.device)
+    started = _longest(token_ids, last, starts, start_offsets)
+    behind = place + started
+    opens[behind[(started > 0) & (behind < last)]] = True
+    closes = torch.zeros_like(opens)
+    closes[1:] = torch.isin(token_ids, ends)[:-1]
+    stopped = _longest(token_ids, last, stops, stop_offsets) > 0
+    # The last event decides: opening an open action and closing a closed one change nothing.
+    opened = _latest(opens & ~stopped, place, first)
+    closed = _latest((closes & ~opens) | stopped, place, first)
+    return opened > closed
 
 
 def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,11 +104,25 @@ def _largest_before(ids: Tensor, row_offsets: Tensor) -> Tensor:
     return torch.where(found >= 0, values[found.clamp_min(0)].clamp_min(-1), -1)
 
 
-def _last_before(event: Tensor, position: Tensor, in_row: Tensor) -> Tensor:
-    """Return the last position of `event` before each token in its row, -1 for none."""
+def _longest(token_ids: Tensor, last: Tensor, sequences: Tensor, offsets: Tensor) -> Tensor:
+    """Return the length of the longest sequence that begins with each token, 0 for none.
+
+    `last` is where the rows of the tokens end.
+    """
+    place = torch.arange(token_ids.numel(), device=token_ids.device)
+    longest = torch.zeros_like(place)
+    for sequence in torch.tensor_split(sequences, offsets[1:-1].cpu()) if len(sequences) else ():
+        matches = place + len(sequence) <= last
+        for k, token in enumerate(sequence):
+            matches &= torch.roll(token_ids, -k) == token
+        longest = torch.where(matches, longest.clamp_min(len(sequence)), longest)
+    return longest
+
+
+def _latest(event: Tensor, place: Tensor, first: Tensor) -> Tensor:
+    """Return the last place of `event` up to each token in its row, -1 for none."""
     if event.numel() == 0:
-        return position
-    last = torch.where(event, position, -1).cummax(0).values
-    before = torch.full_like(last, -1)
-    before[1:] = last[:-1]
-    return torch.where(before >= position - in_row, before, -1)
+        return place
+    last = torch.where(event, place, -1).cummax(0).values
+    # What lies before the first token of a row is no event of it.
+    return torch.where(last > first, last, -1)

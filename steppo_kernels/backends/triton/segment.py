@@ -1,4 +1,4 @@
-"""Step segmentation: see `steppo_kernels.segment` for the contract.
+"""Step segmentation: see `steppo_kernels.layout.segment` for the contract.
 
 Two walks over the rows, one that counts and one that numbers; between them a running sum over rows
 (or blocks) makes first numbers of counts. All of it is integer arithmetic.
@@ -17,7 +17,16 @@ from torch import Tensor
 from .launch import FLAT_BLOCK, aligned, cdiv, device_guard, programs, row_block, threads
 from .tiles import chunk, running_max
 
-_LENGTHS = ["num_rows", "row_length", "num_tokens", "num_start", "num_steps", "num_actions"]
+_LENGTHS = [
+    "num_rows",
+    "row_length",
+    "num_tokens",
+    "num_starts",
+    "num_ends",
+    "num_stops",
+    "num_steps",
+    "num_actions",
+]
 _SEARCH_BLOCK = 512
 _NONE = tl.constexpr(2**63 - 1)
 
@@ -139,11 +148,33 @@ def segment_rows_kernel(
         tl.store(p_tokens + i_row, tokens)
 
 
+@triton.jit
+def _stands(p_ids, p_sequences, i_sequence, length, b_at, i_end, m_lane):
+    """Return the lanes of `m_lane` with a sequence that begins at `b_at` and ends by `i_end`."""
+    m_match = m_lane & (b_at + length <= i_end)
+    for k in range(length):
+        b_id = tl.load(p_ids + b_at + k, mask=m_match, other=0)
+        m_match = m_match & (b_id == tl.load(p_sequences + i_sequence + k))
+    return m_match
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def mark_actions_kernel(
-    p_ids, p_row_offsets, p_start, p_mask, num_rows, num_start, end: tl.int64, BT: tl.constexpr
+    p_ids,
+    p_row_offsets,
+    p_starts,
+    p_start_offsets,
+    p_ends,
+    p_stops,
+    p_stop_offsets,
+    p_mask,
+    num_rows,
+    num_starts,
+    num_ends,
+    num_stops,
+    BT: tl.constexpr,
 ):
-    """Mark a token if the last start or end before it is a start."""
+    """Mark a token if the last event up to it in its row opens an action."""
     for i_row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
         i_begin = tl.load(p_row_offsets + i_row)
         i_end = tl.load(p_row_offsets + i_row + 1)
@@ -151,18 +182,38 @@ def mark_actions_kernel(
         for t in range(i_begin, i_end, BT):
             b_lane = tl.arange(0, BT)
             b_pos = t + b_lane
-            # The token before decides, so that the running maximum of events excludes this one.
-            b_before = b_pos - 1
-            m_before = (b_before >= i_begin) & (b_pos < i_end)
-            m_opens = m_before & (b_before - i_begin >= num_start - 1)
-            m_complete = m_opens
-            for k in range(num_start):
-                b_id = tl.load(p_ids + b_before - k, mask=m_complete, other=0)
-                m_opens = m_opens & (b_id == tl.load(p_start + num_start - 1 - k))
-            m_closes = m_before & (tl.load(p_ids + b_before, mask=m_before, other=0) == end)
-            b_event = tl.where(m_opens, 2 * b_lane + 3, tl.where(m_closes, 2 * b_lane + 2, 0))
+            m_row = b_pos < i_end
+            m_before = m_row & (b_pos > i_begin)
+            b_before = tl.load(p_ids + b_pos - 1, mask=m_before, other=0)
+            m_closes = b_pos < i_begin
+            for k in range(num_ends):
+                m_closes = m_closes | (m_before & (b_before == tl.load(p_ends + k)))
+            m_opens = b_pos < i_begin
+            for k in range(num_starts):
+                i_first = tl.load(p_start_offsets + k)
+                length = tl.load(p_start_offsets + k + 1) - i_first
+                b_at = b_pos - length
+                m_inside = m_before & (b_at >= i_begin)
+                m_start = _stands(p_ids, p_starts, i_first, length, b_at, i_end, m_inside)
+                # Of the sequences that begin at one token, only the longest counts.
+                m_shorter = b_pos < i_begin
+                for other in range(num_starts):
+                    i_other = tl.load(p_start_offsets + other)
+                    longer = tl.load(p_start_offsets + other + 1) - i_other
+                    m_longer = m_start & (b_pos - longer < b_at)
+                    m_shorter = m_shorter | _stands(
+                        p_ids, p_starts, i_other, longer, b_at, i_end, m_longer
+                    )
+                m_opens = m_opens | (m_start & ~m_shorter)
+            m_stops = b_pos < i_begin
+            for k in range(num_stops):
+                i_first = tl.load(p_stop_offsets + k)
+                length = tl.load(p_stop_offsets + k + 1) - i_first
+                m_stops = m_stops | _stands(p_ids, p_stops, i_first, length, b_pos, i_end, m_row)
+            b_event = tl.where(m_closes | m_stops, 2 * b_lane + 2, 0)
+            b_event = tl.where(m_opens & ~m_stops, 2 * b_lane + 3, b_event)
             b_event = tl.maximum(running_max(b_event), is_open)
-            tl.store(p_mask + b_pos, (b_event & 1).to(tl.uint8), mask=b_pos < i_end)
+            tl.store(p_mask + b_pos, (b_event & 1).to(tl.uint8), mask=m_row)
             is_open = tl.max(b_event, 0) & 1
 
 
@@ -279,8 +330,16 @@ def _elements(tokens: Tensor) -> int:
     return 16 // tokens.element_size()
 
 
-def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int) -> Tensor:
-    """Return the mask of tokens after a `start` sequence up to the next `end`."""
+def mark_actions(
+    token_ids: Tensor,
+    row_offsets: Tensor,
+    starts: Tensor,
+    start_offsets: Tensor,
+    ends: Tensor,
+    stops: Tensor,
+    stop_offsets: Tensor,
+) -> Tensor:
+    """Return the mask of tokens in actions: after one of `starts`, up to an end or a stop."""
     num_rows = row_offsets.numel() - 1
     mask = token_ids.new_empty(token_ids.shape, dtype=torch.bool)
     if num_rows:
@@ -289,11 +348,16 @@ def mark_actions(token_ids: Tensor, row_offsets: Tensor, start: Tensor, end: int
             mark_actions_kernel[(programs(num_rows),)](
                 token_ids,
                 row_offsets,
-                start,
+                starts,
+                start_offsets,
+                ends,
+                stops,
+                stop_offsets,
                 mask.view(torch.uint8),
                 num_rows,
-                start.numel(),
-                end,
+                start_offsets.numel() - 1,
+                ends.numel(),
+                stop_offsets.numel() - 1,
                 BT=block,
                 **threads(block),
             )

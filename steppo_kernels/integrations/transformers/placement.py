@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ... import checks
 from ...backends.choice import Backend
-from ...layout.step_layout import StepLayout
+from ...layout.step_layout import StepLayout, shifted_left
 from .scaling import Scaling
 
 
@@ -74,11 +73,7 @@ class Placed:
                 f"layout: got an action token in row {row}, column {column}, expected it and the "
                 "token before it to be in the row and in attention_mask"
             )
-        self.layout = replace(
-            layout,
-            step_ids=layout.step_ids.reshape(-1).roll(-1).view(layout.shape),
-            token_index=index - 1,
-        )
+        self.layout = shifted_left(layout)
 
     def tokens(self, values: Any) -> Any:
         """Return what is given per token at the places of the states; all else as it is.

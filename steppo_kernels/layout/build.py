@@ -1,0 +1,172 @@
+"""How layouts are built: from masks, from step ids, from rows that are steps, from markers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends.choice import resolve
+from . import csr, segment
+from .markers import Markers
+from .regroup import with_rewards_of_rows
+from .rows import in_time_order, row_offsets, uniform_offsets
+from .step_tensors import StepTensors
+
+
+def from_mask(
+    mask: Tensor, cu_seqlens: Tensor | None, boundaries: Tensor | None, backend: str
+) -> StepTensors:
+    """See `StepLayout.from_mask`."""
+    flags = checks.flags("mask", mask, (1, 2))
+    rows = row_offsets("mask", flags, cu_seqlens)
+    if boundaries is not None:
+        boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
+        boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
+        boundaries = boundaries.reshape(-1).contiguous()
+    chosen = resolve(backend, flags.device)
+    found = segment.segment_mask(flags.reshape(-1).contiguous(), boundaries, rows, chosen)
+    return _from_segments(found, rows, flags.shape, chosen)
+
+
+def from_step_ids(step_ids: Tensor, cu_seqlens: Tensor | None, backend: str) -> StepTensors:
+    """See `StepLayout.from_step_ids`."""
+    ids = checks.dims("step_ids", checks.integer("step_ids", step_ids), (1, 2))
+    rows = row_offsets("step_ids", ids, cu_seqlens)
+    if ids.numel() and int(ids.min()) < -1:
+        raise ValueError(f"step_ids: got {int(ids.min())}, expected ids >= 0, or -1 for none")
+    chosen = resolve(backend, ids.device)
+    found = segment.segment_ids(ids.reshape(-1).to(torch.int64).contiguous(), rows, chosen)
+    return _from_segments(found, rows, ids.shape, chosen)
+
+
+def from_rows(
+    mask: Tensor,
+    trajectory_ids: Tensor | Sequence[Any],
+    step_indices: Tensor | Sequence[int],
+    valid: Tensor | None,
+    backend: str,
+) -> StepTensors:
+    """See `StepLayout.from_rows`."""
+    flags = checks.flags("mask", mask, (2,))
+    num_rows, row_length = flags.shape
+    device = flags.device
+    if valid is not None:
+        valid = checks.flags("valid", valid, (1,), device)
+        valid = checks.same_shape("valid", valid, torch.Size((num_rows,))).contiguous()
+    chosen = resolve(backend, device)
+    found = segment.segment_rows(flags.contiguous(), valid, chosen)
+    every = torch.arange(num_rows, device="cpu")
+    is_real = every if valid is None else valid.cpu().nonzero().squeeze(1)
+    steps, offsets = in_time_order(trajectory_ids, step_indices, is_real, num_rows)
+    rows = torch.arange(num_rows, device=device)
+    made = _assemble(
+        found,
+        flags.shape,
+        chosen,
+        num_steps=num_rows,
+        num_tokens=int(found.counts[0]),
+        row_offsets=uniform_offsets(num_rows, row_length, device),
+        trajectory_steps=steps.to(device),
+        trajectory_offsets=offsets.to(device),
+        state_index=rows * row_length,
+        step_rows=rows,
+    )
+    return with_rewards_of_rows(made)
+
+
+def from_markers(
+    token_ids: Tensor,
+    start: Any,
+    end: Any,
+    stop: Any,
+    valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> StepTensors:
+    """See `StepLayout.from_markers`."""
+    ids = checks.dims("token_ids", checks.integer("token_ids", token_ids), (1, 2))
+    rows = row_offsets("token_ids", ids, cu_seqlens)
+    markers = Markers.of(start, end, stop, ids.device)
+    if valid is not None:
+        valid = checks.flags("valid", valid, (1, 2), ids.device)
+        valid = checks.same_shape("valid", valid, ids.shape).reshape(-1)
+    chosen = resolve(backend, ids.device)
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    if valid is None:
+        marked = segment.mark_actions(flat, rows, *markers, chosen)
+        return _from_segments(
+            segment.segment_mask(marked, None, rows, chosen), rows, ids.shape, chosen
+        )
+    # Padding is taken out: then it is no part of an action or of a marker, wherever it lies.
+    places = valid.nonzero().squeeze(1)
+    real_rows = csr.prefix(valid.to(torch.int64))[rows]
+    marked = segment.mark_actions(flat[places], real_rows, *markers, chosen)
+    found = segment.segment_mask(marked, None, real_rows, chosen)
+    step_ids = torch.full((ids.numel(),), -1, dtype=torch.int32, device=ids.device)
+    step_ids[places] = found.step_ids
+    return _from_segments(found._replace(step_ids=step_ids), rows, ids.shape, chosen)
+
+
+def _from_segments(
+    found: segment.Segments, rows: Tensor, shape: torch.Size, backend: str
+) -> StepTensors:
+    """Finish a layout whose trajectories are its rows."""
+    # One copy to the host brings both sizes and the error.
+    num_tokens, decreasing, num_steps = torch.cat((found.counts, found.row_steps[-1:])).tolist()
+    if decreasing >= 0:
+        raise ValueError(
+            f"step_ids: got an id at flat position {decreasing} smaller than one before it in "
+            "its row, expected ids that do not decrease along a row"
+        )
+    device = rows.device
+    return _assemble(
+        found,
+        shape,
+        backend,
+        num_steps=num_steps,
+        num_tokens=num_tokens,
+        row_offsets=rows,
+        trajectory_steps=torch.arange(num_steps, device=device),
+        trajectory_offsets=found.row_steps,
+        state_index=None,
+        step_rows=torch.repeat_interleave(
+            torch.arange(len(rows) - 1, device=device),
+            found.row_steps.diff(),
+            output_size=num_steps,
+        ),
+    )
+
+
+def _assemble(
+    found: segment.Segments,
+    shape: torch.Size,
+    backend: str,
+    *,
+    num_steps: int,
+    num_tokens: int,
+    row_offsets: Tensor,
+    trajectory_steps: Tensor,
+    trajectory_offsets: Tensor,
+    state_index: Tensor | None,
+    step_rows: Tensor,
+) -> StepTensors:
+    index, offsets, lengths = segment.compact(found.step_ids, num_steps, num_tokens, backend)
+    return StepTensors(
+        step_ids=found.step_ids.view(shape),
+        token_index=index,
+        step_offsets=offsets,
+        step_lengths=lengths,
+        trajectory_steps=trajectory_steps,
+        trajectory_offsets=trajectory_offsets,
+        trajectory_counts=csr.count_nonempty(
+            lengths, trajectory_steps, trajectory_offsets, num_steps
+        ),
+        # Without empty steps, the first token of a step is where its state is valued.
+        state_index=index[offsets[:-1]] if state_index is None else state_index,
+        step_rows=step_rows,
+        row_offsets=row_offsets,
+    )

@@ -1,0 +1,104 @@
+"""What a layout must be, checked entry by entry: for those that come from a file or a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from . import csr
+from .step_tensors import StepTensors
+
+_DTYPES = {
+    "step_ids": torch.int32,
+    "step_lengths": torch.int32,
+    "trajectory_counts": torch.int32,
+}
+_OPTIONAL = ("reward_index", "reward_offsets")
+
+
+def checked_tensors(state: Mapping[str, object]) -> StepTensors:
+    """Return copies of the tensors of a layout that was saved.
+
+    Raises:
+        ValueError, TypeError: they are not those of a layout.
+    """
+    given = dict(state) if isinstance(state, Mapping) else {}
+    wanted = set(StepTensors._fields) - set(_OPTIONAL)
+    if not wanted <= set(given) <= set(StepTensors._fields):
+        raise ValueError(f"StepLayout: got a state of {sorted(given)}, expected {sorted(wanted)}")
+    made = {}
+    for name, value in given.items():
+        dtype = _DTYPES.get(name, torch.int64)
+        tensor = checks.dense(f"StepLayout.{name}", value)
+        if tensor.dtype != dtype:
+            raise TypeError(f"StepLayout.{name}: got {tensor.dtype}, expected {dtype}")
+        checks.dims(f"StepLayout.{name}", tensor, (1, 2) if name == "step_ids" else (1,))
+        made[name] = tensor.clone(memory_format=torch.contiguous_format)
+    steps = StepTensors(**made)
+    for name, tensor in made.items():
+        checks.on_device(f"StepLayout.{name}", tensor, steps.device)
+    if steps.device.type != "meta":
+        _check_values(StepTensors(**{name: tensor.cpu() for name, tensor in made.items()}))
+    return steps
+
+
+def _check_values(steps: StepTensors) -> None:
+    """Raise unless the tensors (on the CPU) agree with each other."""
+    num_positions, num_tokens, num_steps = (
+        steps.step_ids.numel(),
+        steps.num_tokens,
+        steps.num_steps,
+    )
+    num_rows = len(steps.row_offsets) - 1
+    _offsets("row_offsets", steps.row_offsets, None, num_positions)
+    _offsets("step_offsets", steps.step_offsets, num_steps, num_tokens)
+    _offsets("trajectory_offsets", steps.trajectory_offsets, None, len(steps.trajectory_steps))
+    _require("step_lengths", torch.equal(steps.step_lengths, steps.step_offsets.diff().int()))
+    _distinct("token_index", steps.token_index, num_positions)
+    _distinct("trajectory_steps", steps.trajectory_steps, num_steps)
+    numbers = torch.arange(num_steps, dtype=torch.int32, device="cpu")
+    ids = torch.full((num_positions,), -1, dtype=torch.int32, device="cpu")
+    ids[steps.token_index] = torch.repeat_interleave(numbers, steps.step_offsets.diff())
+    _require("step_ids", torch.equal(ids, steps.step_ids.reshape(-1)))
+    rows = csr.group_of(steps.token_index, steps.row_offsets)
+    goes_on = (rows.diff() == 0) & (ids[steps.token_index].diff() == 0)
+    _require("token_index", not bool((goes_on & (steps.token_index.diff() < 0)).any()))
+    counts = csr.count_nonempty(
+        steps.step_lengths, steps.trajectory_steps, steps.trajectory_offsets, num_steps
+    )
+    _require("trajectory_counts", torch.equal(steps.trajectory_counts, counts))
+    _within("state_index", steps.state_index, num_steps, max(num_positions, 1))
+    _within("step_rows", steps.step_rows, num_steps, max(num_rows, 1))
+    if (steps.reward_index is None) != (steps.reward_offsets is None):
+        raise ValueError("StepLayout.reward_index: got it alone, expected reward_offsets with it")
+    if steps.reward_index is not None and steps.reward_offsets is not None:
+        _distinct("reward_index", steps.reward_index, num_positions)
+        _offsets("reward_offsets", steps.reward_offsets, num_steps, len(steps.reward_index))
+
+
+def _require(name: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(
+            f"StepLayout.{name}: got entries that do not go with the other tensors, expected those "
+            "of a layout"
+        )
+
+
+def _offsets(name: str, offsets: Tensor, num_groups: int | None, num_members: int) -> None:
+    _require(name, len(offsets) > 0 and (num_groups is None or len(offsets) == num_groups + 1))
+    _require(name, int(offsets[0]) == 0 and int(offsets[-1]) == num_members)
+    # Differences of such numbers may overflow.
+    _require(name, not bool((offsets[1:] < offsets[:-1]).any()))
+
+
+def _within(name: str, values: Tensor, length: int, limit: int) -> None:
+    _require(name, len(values) == length)
+    _require(name, not bool(((values < 0) | (values >= limit)).any()))
+
+
+def _distinct(name: str, values: Tensor, limit: int) -> None:
+    _within(name, values, len(values), limit)
+    _require(name, len(values.unique()) == len(values))

@@ -1,0 +1,80 @@
+"""The tensors of a layout, as its constructors make them and as the kernels read them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class StepTensors(NamedTuple):
+    """What a `StepLayout` holds. Only the package sees these tensors, so nothing changes them.
+
+    N tokens (flat positions are row-major), M action tokens, S steps, G trajectories, R rows.
+
+    Attributes:
+        step_ids: int32 of the token shape: step of each token, -1 where no action token.
+        token_index: int64 ``[M]``: flat positions of the action tokens, step by step.
+        step_offsets: int64 ``[S + 1]``: where the steps begin in `token_index`.
+        step_lengths: int32 ``[S]``.
+        trajectory_steps: int64 ``[K]``: steps of the trajectories, each in time order.
+        trajectory_offsets: int64 ``[G + 1]``: where the trajectories begin in `trajectory_steps`.
+        trajectory_counts: int32 ``[S]``: number of non-empty steps in the step's trajectory.
+        state_index: int64 ``[S]``: flat position of the value of the state before the step.
+        step_rows: int64 ``[S]``: row of the step's first token; of an empty step, its own row.
+        row_offsets: int64 ``[R + 1]``: flat positions where rows begin.
+        reward_index: int64 ``[P]`` or None: flat positions, action tokens or not, whose rewards the
+            steps take, step by step and in time order. None: a reward on a token that is no
+            action's goes to the latest step before it in its row, else to the first one.
+        reward_offsets: int64 ``[S + 1]`` or None: where the steps begin in `reward_index`.
+    """
+
+    step_ids: Tensor
+    token_index: Tensor
+    step_offsets: Tensor
+    step_lengths: Tensor
+    trajectory_steps: Tensor
+    trajectory_offsets: Tensor
+    trajectory_counts: Tensor
+    state_index: Tensor
+    step_rows: Tensor
+    row_offsets: Tensor
+    reward_index: Tensor | None = None
+    reward_offsets: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The token shape."""
+        return self.step_ids.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.step_ids.device
+
+    @property
+    def num_steps(self) -> int:
+        """S, empty steps included."""
+        return self.step_lengths.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """M."""
+        return self.token_index.shape[0]
+
+    @property
+    def num_trajectories(self) -> int:
+        """G."""
+        return self.trajectory_offsets.shape[0] - 1
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the tensors that are there, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def to(self, device: torch.device, non_blocking: bool) -> StepTensors:
+        """Return them on `device`."""
+        moved = (
+            None if value is None else value.to(device, non_blocking=non_blocking) for value in self
+        )
+        return StepTensors(*moved)  # type: ignore[arg-type]
