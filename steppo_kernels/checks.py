@@ -144,15 +144,21 @@ def integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
     """Return an integer tensor, or a sequence or array of integers as one."""
     if isinstance(value, Tensor):
         return integer(name, value)
-    if isinstance(value, (str, bytes, set, frozenset, dict)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected integers")
-    entries = list(value)
+    entries = sequence(name, value, "integers")
     try:
         made = torch.tensor(entries, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         # Objects that are integers, such as those of an object array; or the error tells which not.
         made = torch.tensor([index(name, one) for one in entries], dtype=torch.int64, device="cpu")
     return integer(name, made) if made.numel() else made.to(torch.int64)
+
+
+def sequence(name: str, value: object, expected: str) -> list[Any]:
+    """Return the entries of a sequence, an array or an iterator; of nothing without an order."""
+    unordered = isinstance(value, (str, bytes, set, frozenset, dict))
+    if unordered or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected} in a sequence")
+    return list(value)
 
 
 def index(name: str, value: object, also: str = "") -> int:

@@ -492,7 +492,7 @@ def _device(value: object) -> torch.device:
         raise TypeError(f"device: got {got}, expected a device")
     try:
         return torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"device: got {value!r}, expected a device") from error
 
 

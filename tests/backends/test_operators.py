@@ -76,7 +76,10 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
         "segment_mask": [(mask, None, rows), (mask, ids % 2 == 0, rows)],
         "segment_ids": [(ids.to(torch.int64), rows)],
         "segment_rows": [(batch.mask, None), (batch.mask, batch.mask[:, 0].contiguous())],
-        "mark_actions": [(tokens, rows, *markers), (tokens, rows, *markers[:3], marks[:0], ones[:1])],
+        "mark_actions": [
+            (tokens, rows, *markers),
+            (tokens, rows, *markers[:3], marks[:0], ones[:1]),
+        ],
         "compact": [(ids, layout.num_steps, layout.num_tokens)],
         "broadcast_to_tokens": [(per_step, ids)],
         "sum_over_steps": [(flat["rewards"], layout.token_index, layout.step_offsets)],
