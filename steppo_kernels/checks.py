@@ -43,16 +43,19 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
         # What a compiler traces holds no values yet, and is made plain by it.
         if torch.compiler.is_compiling():
             return value
-        # One test for almost every tensor of almost every call.
-        if (
-            value.layout is torch.strided
-            and not value.is_nested
-            and not value.is_neg()
-            and not (saved and value.is_inference())
-            and (address := _address(value))
-            and address % value.itemsize == 0
-        ):
-            return value
+        # One test for almost every tensor of almost every call. Some kinds raise for an address.
+        try:
+            if (
+                value.layout is torch.strided
+                and not value.is_nested
+                and not value.is_neg()
+                and not (saved and value.is_inference())
+                and (address := value.data_ptr())
+                and address % value.itemsize == 0
+            ):
+                return value
+        except RuntimeError:
+            pass
     elif not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     checked = dense(name, value)

@@ -49,6 +49,12 @@ class StepPOConfig:
     Raises:
         ValueError: a value is not finite, out of range or not one of the names above.
         TypeError: a value is not a number where one is wanted.
+
+    Example:
+        >>> from steppo_kernels import StepPOConfig
+        >>> config = StepPOConfig(clip_low=0.2, clip_high=0.28, reduction="token_mean")
+        >>> config.clip_high
+        0.28
     """
 
     ratio: RatioKind = "geometric"
