@@ -43,16 +43,19 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
         # What a compiler traces holds no values yet, and is made plain by it.
         if torch.compiler.is_compiling():
             return value
-        # One test for almost every tensor of almost every call.
-        if (
-            value.layout is torch.strided
-            and not value.is_nested
-            and not value.is_neg()
-            and not (saved and value.is_inference())
-            and (address := _address(value))
-            and address % value.itemsize == 0
-        ):
-            return value
+        # One test for almost every tensor of almost every call. Some kinds raise for an address.
+        try:
+            if (
+                value.layout is torch.strided
+                and not value.is_nested
+                and not value.is_neg()
+                and not (saved and value.is_inference())
+                and (address := value.data_ptr())
+                and address % value.itemsize == 0
+            ):
+                return value
+        except RuntimeError:
+            pass
     elif not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     checked = dense(name, value)
@@ -144,15 +147,21 @@ def integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
     """Return an integer tensor, or a sequence or array of integers as one."""
     if isinstance(value, Tensor):
         return integer(name, value)
-    if isinstance(value, (str, bytes, set, frozenset, dict)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected integers")
-    entries = list(value)
+    entries = sequence(name, value, "integers")
     try:
         made = torch.tensor(entries, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         # Objects that are integers, such as those of an object array; or the error tells which not.
         made = torch.tensor([index(name, one) for one in entries], dtype=torch.int64, device="cpu")
     return integer(name, made) if made.numel() else made.to(torch.int64)
+
+
+def sequence(name: str, value: object, expected: str) -> list[Any]:
+    """Return the entries of a sequence, an array or an iterator; of nothing without an order."""
+    unordered = isinstance(value, (str, bytes, set, frozenset, dict))
+    if unordered or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected} in a sequence")
+    return list(value)
 
 
 def index(name: str, value: object, also: str = "") -> int:

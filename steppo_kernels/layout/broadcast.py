@@ -28,6 +28,13 @@ def broadcast_to_tokens(
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, broadcast_to_tokens
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> broadcast_to_tokens(torch.tensor([0.5, 2.0]), layout).tolist()
+        [[0.0, 0.5, 0.5, 0.0, 2.0]]
     """
     steps = require_layout(layout)
     dtype = checks.compute_dtype(checks.floating("per_step", per_step))

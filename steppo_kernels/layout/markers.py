@@ -32,6 +32,8 @@ class Markers(NamedTuple):
         """Return the checked markers on `device`."""
         starts = _sequences("start", start)
         stops = [] if stop is None else _sequences("stop", stop)
+        if isinstance(end, Tensor):
+            end = checks.tensor("end", end)
         ends = [end] if _is_one(end) else _entries("end", end)
         ids = [checks.token_id("end", one) for one in ends]
         if not ids and not stops:
@@ -42,10 +44,11 @@ class Markers(NamedTuple):
 
 def _sequences(name: str, value: object) -> list[list[int]]:
     """Return one sequence of token ids, or several, as a list of lists."""
+    if isinstance(value, Tensor):
+        value = checks.tensor(name, value)
+        checks.dims(name, value, (0, 1))
     if _is_one(value):
         return [[checks.token_id(name, value)]]
-    if isinstance(value, Tensor):
-        checks.dims(name, value, (1,))
     entries = _entries(name, value)
     if entries and not any(map(_is_one, entries)):
         several = [
@@ -71,9 +74,7 @@ def _entries(name: str, value: object) -> list[object]:
     if isinstance(value, Tensor):
         whole = checks.dims(name, checks.integer(name, value), (1,))
         return list(whole.tolist())
-    if isinstance(value, (set, frozenset, dict, bytes)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected token ids in a sequence")
-    return list(value)
+    return checks.sequence(name, value, "token ids")
 
 
 def _ragged(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

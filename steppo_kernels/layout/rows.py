@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,14 +78,9 @@ def _trajectory_codes(ids: Tensor | Sequence[Any], num_rows: int, keep: Tensor) 
         first = torch.full_like(distinct, num_rows, dtype=torch.int64)
         first.scatter_reduce_(0, codes, torch.arange(len(codes), device="cpu"), "amin")
         return first.argsort().argsort()[codes]
-    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes, set, frozenset, dict)):
-        raise TypeError(
-            f"trajectory_ids: got {type(ids).__name__}, expected a tensor or a sequence of "
-            "integers or strings"
-        )
     keys = [
         entry if isinstance(entry, str) else checks.index("trajectory_ids", entry, "or strings")
-        for entry in ids
+        for entry in checks.sequence("trajectory_ids", ids, "integers or strings")
     ]
     if len(keys) != num_rows:
         raise ValueError(f"trajectory_ids: got shape ({len(keys)},), expected ({num_rows},)")

@@ -245,10 +245,10 @@ class StepLayout:
     def from_markers(
         cls,
         token_ids: Tensor,
-        start: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        start: Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor],
         end: int | Tensor | Sequence[int],
         *,
-        stop: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        stop: Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor] | None = None,
         valid: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         backend: Backend = "auto",
@@ -492,7 +492,7 @@ def _device(value: object) -> torch.device:
         raise TypeError(f"device: got {got}, expected a device")
     try:
         return torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"device: got {value!r}, expected a device") from error
 
 

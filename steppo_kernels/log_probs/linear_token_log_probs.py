@@ -38,7 +38,7 @@ def linear_token_log_probs(
         hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
         weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast, but not fp64);
             may be strided, tied to an embedding or frozen.
-        token_ids: int ``[...]``, or a view with as many elements.
+        token_ids: int ``[...]``, in the shapes that `token_log_probs` takes.
         bias: ``[V]``.
         temperature: above 0, what logits are divided by; a number, or one for each token.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.

@@ -33,8 +33,9 @@ def token_log_probs(
     Args:
         logits: ``[..., V]``; position i predicts ``token_ids[i]``. fp32, fp64, fp16 or bf16. Slices
             such as ``logits[:, :-1]`` are read as they are.
-        token_ids: int ``[...]``, or a view with as many elements; below V where `mask` is True. On
-            a GPU, where no call waits to look, an id out of range gives NaN.
+        token_ids: int ``[...]``, below V where `mask` is True. Ids, mask and temperatures may also
+            be flat, or have dimensions of size 1 more or less; of flat logits, the ids have the
+            token shape. On a GPU, where no call waits to look, an id out of range gives NaN.
         temperature: above 0; a number, or one for each token, ``[...]``.
         return_entropy: also return the entropies, differentiable as the log-probs are.
         mask: bool or 0/1 ``[...]``; where it is False, logits are not read (and may hold anything),

@@ -65,7 +65,7 @@ def linear_steppo_loss(
         weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast, but not fp64);
             may be strided or tied. If it needs no gradient, none is formed; the same holds for
             `hidden`.
-        token_ids: int, of the token shape or a view of it; may hold anything at masked tokens.
+        token_ids: int, of the token shape, or flat; may hold anything at masked tokens.
         old_log_probs: as in `steppo_loss`.
         advantages: as in `steppo_loss`.
         layout: as in `steppo_loss`; of a mask, a layout is made first.

@@ -41,7 +41,7 @@ def steppo_loss_from_logits(
     Args:
         logits: ``[*shape, V]``, fp32, fp64, fp16 or bf16; slices are read as they are. The gradient
             comes back in the same dtype.
-        token_ids: int, of the token shape or a view of it; may hold anything at masked tokens.
+        token_ids: int, of the token shape, or flat; may hold anything at masked tokens.
         old_log_probs: as in `steppo_loss`.
         advantages: as in `steppo_loss`.
         layout: as in `steppo_loss`.

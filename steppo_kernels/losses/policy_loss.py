@@ -51,14 +51,16 @@ def steppo_loss(
     GSPO.
 
     Args:
-        log_probs: log-probs of the taken tokens under the current policy, of the token shape (or a
-            view with as many elements). fp16 and bf16 are computed in fp32; the gradient comes
-            back in the dtype of the input. Other inputs are converted to the dtype of the
-            computation: fp64 if `log_probs` is, else fp32.
+        log_probs: log-probs of the taken tokens under the current policy, of the token shape. Here
+            and below, that may have dimensions of size 1 more or less, or be flat. fp16 and bf16
+            are computed in fp32; the gradient comes back in the dtype of the input. Other inputs
+            are converted to the dtype of the computation: fp64 if `log_probs` is, else fp32.
         old_log_probs: those of the policy that acted; None if that is the current one: then every
             ratio is exactly 1 (NaN where a log-prob is not finite). No gradient.
         advantages: per step ``[S]``, or of the token shape: then the entry at the step's first
-            action token counts. Where a packed ``[N]`` has N steps, per step. No gradient.
+            action token counts. A vector of S numbers is always per step: flat numbers of as many
+            tokens are given as ``[1, N]``, and numbers per row as ``x[layout.step_rows]``. No
+            gradient.
         layout: the steps; or a mask, bool or 0/1, ``[B, T]`` or ``[N]`` (one row) whose runs of
             ones are the steps. With a mask, segmentation is part of the loss, and everything is
             given per token. On a GPU, and in a compiled graph, the mask's values are not

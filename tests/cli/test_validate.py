@@ -333,7 +333,7 @@ def test_a_leak_from_masked_slots_is_missed(native, monkeypatch):
         return leaks if wrong else before(backend, name)
 
     monkeypatch.setattr(operators, "launcher", launch)
-    code, _ = run("--batches", "8", operation="broadcast_to_tokens")
+    code, _ = run("--batches", "60", operation="broadcast_to_tokens")
     assert code == 1
 
 

@@ -447,7 +447,7 @@ def test_entries_that_are_no_integers(wrong):
 
 
 def test_collections_without_an_order():
-    for ids in ({0, 1}, {0: 1, 1: 2}, b"ab", "ab"):
+    for ids in ({0, 1}, {0: 1, 1: 2}, b"ab", "ab", np.array("ab"), np.array(3)):
         with pytest.raises(TypeError, match=r"^trajectory_ids: got .*expected"):
             StepLayout.from_rows(torch.ones(2, 2), ids, [0, 1])
         with pytest.raises(TypeError, match=r"^step_indices: got .*expected"):

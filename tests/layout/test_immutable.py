@@ -217,8 +217,9 @@ def test_to_takes_devices_alone():
     ):
         with pytest.raises(TypeError, match=f"^device: got {got}, expected a device"):
             layout.to(wrong)
-    with pytest.raises(ValueError, match=r"^device: got 'nowhere', expected a device"):
-        layout.to("nowhere")
+    for unknown in ("nowhere", 2**63):
+        with pytest.raises(ValueError, match=f"^device: got {unknown!r}, expected a device"):
+            layout.to(unknown)
     with pytest.raises(TypeError, match=r"^non_blocking: got dtype, expected a bool"):
         layout.to("cpu", torch.float32)
     with pytest.raises(TypeError, match="dtype"):

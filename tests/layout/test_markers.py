@@ -251,6 +251,9 @@ def test_markers_of_every_form():
         ("stop", {"stop": []}, "an empty sequence"),
         ("stop", {"stop": 1.5}, "float"),
         ("valid", {"valid": torch.ones(1, 3)}, "shape (1, 3)"),
+        ("start", {"start": torch.nested.nested_tensor([torch.ones(2)])}, "a nested tensor"),
+        ("end", {"end": torch.nested.nested_tensor([torch.ones(2)])}, "a nested tensor"),
+        ("stop", {"stop": torch.tensor([1]).to_sparse()}, "layout torch.sparse_coo"),
     ],
 )
 def test_markers_that_are_refused(name, arguments, text):

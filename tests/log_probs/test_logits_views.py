@@ -105,16 +105,16 @@ def test_ids_and_masks_in_other_shapes(target):
     logits, ids = on(target, *draw(9, 12, 8))
     mask = torch.arange(12, device=target.device) % 2 == 0
     expected = token_log_probs(logits.view(3, 4, 8), ids.view(3, 4), backend=target.backend)
-    temperature = torch.ones((2, 6), device=target.device)
+    temperature = torch.ones((1, 3, 4), device=target.device)
     found = token_log_probs(
         logits.view(3, 4, 8),
-        ids.view(6, 2).to(torch.int16),
-        mask=mask.view(2, 6),
+        ids.view(3, 1, 4).to(torch.int16),
+        mask=mask,
         temperature=temperature,
         backend=target.backend,
     )
     assert torch.equal(found.view(-1), torch.where(mask, expected.view(-1), 0.0))
-    assert found.shape == (6, 2)
+    assert found.shape == (3, 1, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

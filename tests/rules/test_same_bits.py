@@ -38,13 +38,9 @@ def test_inputs_are_left_alone(target):
         for field in dataclasses.fields(batch)
         if field.name != "layout"
     }
-    layout = {
-        field.name: torch.as_tensor(getattr(batch.layout, field.name)).clone()
-        for field in dataclasses.fields(batch.layout)
-        if getattr(batch.layout, field.name) is not None
-    }
+    layout = {name: value.clone() for name, value in batch.layout.tensors().items()}
     everything(batch, target.backend)
     for name, value in before.items():
         torch.testing.assert_close(getattr(batch, name), value, rtol=0, atol=0, equal_nan=True)
     for name, value in layout.items():
-        assert torch.equal(torch.as_tensor(getattr(batch.layout, name)), value)
+        assert torch.equal(batch.layout.tensors()[name], value)

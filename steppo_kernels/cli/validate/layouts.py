@@ -91,14 +91,27 @@ def _from_markers(draw: Draw) -> Build:
     rows, length = draw.mask().shape
     # With few different tokens, matches come often and overlap.
     tokens = draw.integers(0, 3, rows, length)
-    start = draw.integers(0, 3, draw.integer(1, 3))
-    end = draw.integer(0, 3)
+    sequences = [draw.integers(0, 3, draw.integer(1, 3)) for _ in range(draw.integer(1, 3))]
+    several = draw.flags(0.5)
+    start = sequences if several else sequences[0]
+    end = draw.integers(0, 3, 2) if several else draw.integer(0, 3)
+    stop = draw.choice((None, draw.integers(0, 3, draw.integer(1, 3))))
+    valid = draw.choice((None, draw.flags(0.8, rows, length)))
     if draw.flags(0.5):
         cuts = packed_rows(draw, rows, length)
-        return lambda backend: StepLayout.from_markers(
-            tokens.reshape(-1), start, end, cu_seqlens=cuts, backend=backend
-        )
-    return lambda backend: StepLayout.from_markers(tokens, start, end, backend=backend)
+        tokens = tokens.reshape(-1)
+        valid = None if valid is None else valid.reshape(-1)
+    else:
+        cuts = None
+    return lambda backend: StepLayout.from_markers(
+        tokens, start, end, stop=stop, valid=valid, cu_seqlens=cuts, backend=backend
+    )
+
+
+def _keep(draw: Draw) -> Build:
+    build = draw.choice((_from_mask, _from_step_ids, _from_rows))(draw)
+    mask = draw.flags(0.7, *build("reference").shape)
+    return lambda backend: build(backend).keep(mask)
 
 
 def _per_token(draw: Draw) -> Build:
@@ -121,6 +134,7 @@ _CONSTRUCTORS: tuple[tuple[str, str, Callable[[Draw], Build]], ...] = (
     ("StepLayout.from_markers", "rows or packed", _from_markers),
     ("StepLayout.per_token", "", _per_token),
     ("StepLayout.per_trajectory", "", _per_trajectory),
+    ("StepLayout.keep", "", _keep),
 )
 
 
