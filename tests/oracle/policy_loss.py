@@ -34,6 +34,7 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         margin: how far the closest number is from a place where a gradient or a count jumps.
+        size: sum of the absolute values of what the loss sums, infinite ones aside.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class PolicyLoss(NamedTuple):
     of_log_probs: list[float]
     of_entropy: list[float]
     margin: float
+    size: float
 
 
 class Point(NamedTuple):
@@ -166,7 +168,7 @@ def policy_loss(
     log_ratios, ratios = [0.0] * len(layout.steps), []
     policy = kl_total = entropy_total = 0.0
     low = high = token_clipped = 0.0
-    dead, margin = 0, math.inf
+    dead, margin, size = 0, math.inf, 0.0
     for step, tokens in enumerate(layout.steps):
         if not tokens:
             continue
@@ -187,7 +189,9 @@ def policy_loss(
             low += point.low / length
             high += point.high / length
             token_clipped += point.low or point.high
-            policy += scale * weight * point.value / length
+            term = scale * weight * point.value / length
+            policy += term
+            size += _finite(term)
             gradient = scale * weight * slope * pooled.share
             live = gradient != 0
             of_log_probs[at] = gradient
@@ -196,6 +200,7 @@ def policy_loss(
                     _minus(ref_log_probs[at], log_probs[at]), config.kl_estimator
                 )
                 kl_total += scale * value / length
+                size += _finite(scale * value / length)
                 if config.kl_coef:
                     margin = min(margin, near)
                     part = config.kl_coef * scale * slope / length
@@ -203,6 +208,7 @@ def policy_loss(
                     live = live or part != 0
             if entropy is not None:
                 entropy_total += scale * entropy[at] / length
+                size += _finite(scale * entropy[at] / length)
                 of_entropy[at] = -config.entropy_coef * scale / length
                 live = live or of_entropy[at] != 0
             dead += not live
@@ -216,35 +222,33 @@ def policy_loss(
         "policy_loss": policy,
         "kl_loss": kl_total,
         "entropy": entropy_total,
-        "ratio_mean": _sum(ratios) / steps if steps else 0.0,
         "clip_fraction": (low + high) / steps if steps else 0.0,
         "clip_fraction_low": low / steps if steps else 0.0,
         "clip_fraction_high": high / steps if steps else 0.0,
         "token_clip_fraction": token_clipped / count if count else 0.0,
         "approx_kl": -_sum(list(z.values())) / count if count else 0.0,
-        "approx_kl_k3": _sum([_k3(one) for one in z.values()]) / count if count else 0.0,
+        "approx_kl_k3": _sum([_kl(one, "k3")[0] for one in z.values()]) / count if count else 0.0,
         "dead_token_fraction": dead / count if count else 0.0,
         "num_steps": float(steps),
         "num_tokens": float(count),
     }
     if steps:
         unknown = any(math.isnan(ratio) for ratio in ratios)
+        metrics["ratio_mean"] = _sum(ratios) / steps
         metrics["ratio_min"] = NAN if unknown else min(ratios)
         metrics["ratio_max"] = NAN if unknown else max(ratios)
-    return PolicyLoss(loss, metrics, log_ratios, of_log_probs, of_entropy, margin)
+    return PolicyLoss(loss, metrics, log_ratios, of_log_probs, of_entropy, margin, size)
 
 
 # Arithmetic that raises nothing where numbers are not finite.
 
 
+def _finite(x: float) -> float:
+    return abs(x) if math.isfinite(x) else 0.0
+
+
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 or math.isnan(x) else math.inf
-
-
-def _k3(z: float) -> float:
-    if math.isinf(z):
-        return math.inf
-    return math.expm1(z) - z if z < 700 or math.isnan(z) else math.inf
 
 
 def _minus(a: float, b: float) -> float:

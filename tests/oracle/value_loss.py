@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from oracle.layout import OracleLayout
@@ -15,31 +15,33 @@ class ValueLoss(NamedTuple):
     Attributes:
         gradient: of the value of each step (position `layout.states[s]`).
         margin: how far the closest number is from a place where the gradient jumps.
+        size: of the terms that the loss sums, before their differences cancel.
     """
 
     loss: float
     metrics: dict[str, float]
     gradient: list[float]
     margin: float
+    size: float
 
 
 def value_loss(
-    values: Sequence[float],
+    values: Mapping[int, float],
     returns: Sequence[float],
     layout: OracleLayout,
     *,
-    old_values: Sequence[float] | None,
+    old_values: Mapping[int, float] | None,
     clip: float,
     reduction: str,
     normalizer: float | None = None,
 ) -> ValueLoss:
-    """Return the loss of step values, all given per step."""
+    """Return the loss of the values of the steps that hold tokens."""
     weights, denominator = layout.weights(reduction)
     if normalizer is not None:
         denominator = normalizer
     full = [step for step, tokens in enumerate(layout.steps) if tokens]
     gradient = [0.0] * len(layout.steps)
-    total, margin, clipped = 0.0, math.inf, 0
+    total, size, margin, clipped = 0.0, 0.0, math.inf, 0
     for step in full:
         error = values[step] - returns[step]
         loss, slope = 0.5 * error * error, error
@@ -53,6 +55,7 @@ def value_loss(
                     loss, slope = 0.5 * bound * bound, 0.0
                     clipped += 1
         total += weights[step] * loss / denominator
+        size += weights[step] * (1.0 + abs(values[step]) + abs(returns[step])) ** 2 / denominator
         gradient[step] = weights[step] * slope / denominator
     count = len(full)
     metrics = {"value_loss": total, "num_steps": float(count)}
@@ -63,7 +66,7 @@ def value_loss(
     if spread > 0:
         unexplained = _variance([returns[s] - values[s] for s in full])
         metrics["explained_variance"] = 1.0 - unexplained / spread
-    return ValueLoss(total, metrics, gradient, margin)
+    return ValueLoss(total, metrics, gradient, margin, size)
 
 
 def _variance(numbers: list[float]) -> float:
