@@ -8,6 +8,7 @@ Each subject is tried in a fork, so that a crash is one failure and the next cas
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -55,8 +56,9 @@ def preload() -> None:
 
 def run_in_forks(subject: Subject, parameters: list[str], backend: str) -> int:
     """Try every case of a subject; behind one that kills its process, go on in another."""
-    begin, last, status = 0, ["", ""], 1
-    while status:
+    begin, last, status, begun = 0, ["", ""], 1, True
+    while status and begun:
+        begun = False
         reader, writer = os.pipe()
         sys.stdout.flush()
         child = os.fork()
@@ -70,6 +72,7 @@ def run_in_forks(subject: Subject, parameters: list[str], backend: str) -> int:
             for line in lines:
                 kind, *rest = json.loads(line)
                 if kind == "case":
+                    begun = True
                     begin, *last = rest
                 else:
                     print(json.dumps([subject.name, *last, *rest]), flush=True)
@@ -174,7 +177,8 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, StepLayout):
-        for _, held in sorted(value.tensors().items()):
+        # What the layout holds, whatever was written to what it once showed.
+        for _, held in sorted(copy.deepcopy(value).tensors().items()):
             yield held
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):

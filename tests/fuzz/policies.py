@@ -125,6 +125,11 @@ class FromRows(Policy):
             numbers = draw.numbers(flat, oracle.shape)
             self.temperature, self.temperatures = numbers.tensor, numbers.flat
 
+    def viewed_temperature(self) -> float | torch.Tensor:
+        """Return the temperature in the form in which the ids are given."""
+        one = isinstance(self.temperature, float)
+        return self.temperature if one else self.view(self.temperature)
+
     def rows(self) -> dict[int, list[float]]:
         """Return the logits of each action token."""
         raise NotImplementedError
@@ -186,7 +191,7 @@ class FromLogits(FromRows):
         return package.token_log_probs(
             self.view(leaves["logits"]),
             self.token_ids,
-            temperature=self.temperature,
+            temperature=self.viewed_temperature(),
             return_entropy=True,
             mask=self.view(mask),
             backend=backend,
@@ -274,7 +279,7 @@ class FromHead(FromRows):
             self.token_ids,
             mask=self.view(mask),
             return_entropy=True,
-            **self._head(leaves),
+            **{**self._head(leaves), "temperature": self.viewed_temperature()},
             backend=backend,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import decimal
 import fractions
 from collections.abc import Callable, Iterator
@@ -228,7 +227,7 @@ def of_anything() -> Iterator[Case]:
 def of_number(base: float) -> Iterator[Case]:
     """Yield other types of the same number."""
     for kind in (np.float64, np.float32, np.float16, np.int64, np.int32):
-        if kind(base) == base:
+        if float(kind(base)) == base:
             yield Case(f"{kind.__name__}", kind(base), base)
     yield Case("0-dim tensor", torch.tensor(base), base)
     yield Case("0-dim fp64 tensor", torch.tensor(base, dtype=torch.float64), base)
@@ -255,17 +254,13 @@ def of_layout(base: StepLayout) -> Iterator[Case]:
     """Yield layouts that were tampered with: they are refused, or what was done has no effect."""
     yield Case("a copy", copy.copy(base), base)
     yield Case("a deep copy", copy.deepcopy(base), base)
-    names = [field.name for field in dataclasses.fields(base)]
-    for name in names:
-        value = getattr(base, name)
-        if not isinstance(value, torch.Tensor):
-            continue
+    for name in base.tensors():
         for way, change in _TAMPERED.items():
             made = copy.deepcopy(base)
             try:
                 change(made, name)
-            except (RuntimeError, ValueError, TypeError, IndexError):
-                # torch itself does not let this be done to this tensor.
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+                # Neither torch nor the layout lets this be done.
                 continue
             yield Case(f"{name} {way}", made, base)
 
