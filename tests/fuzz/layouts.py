@@ -22,7 +22,9 @@ class Pair(NamedTuple):
 
 def draw_layout(draw: Draw, backend: str) -> Pair:
     """Build a layout and take it through a chain of views."""
-    make = draw.named("constructor", ["mask", "mask", "step_ids", "rows", "rows", "markers"])
+    make = draw.named(
+        "constructor", ["mask", "mask", "step_ids", "rows", "rows", "rows", "markers"]
+    )
     pair = {"mask": _mask, "step_ids": _step_ids, "rows": _rows, "markers": _markers}[make](
         draw, backend
     )
@@ -30,7 +32,7 @@ def draw_layout(draw: Draw, backend: str) -> Pair:
     for _ in range(draw.rng.choice([0, 0, 1, 1, 2, 3])):
         way = draw.named("then", ["per_token", "per_trajectory", "per_trajectory", "keep", "to"])
         if way == "to":
-            layout = layout.to(draw.device)
+            layout = layout.to(draw.device, non_blocking=draw.chance(0.5))
             continue
         mask = None
         if way == "keep":
@@ -147,14 +149,13 @@ def _step_ids(draw: Draw, backend: str) -> Pair:
 
 def _rows(draw: Draw, backend: str) -> Pair:
     """Steps of a few trajectories, in shuffled rows."""
-    rows, width = draw.rng.randint(0, draw.size + 2), draw.rng.choice([1, 2, 4, draw.size])
-    full = draw.rng.choice([0.2, 0.5, 0.9])
+    rows, width = draw.rng.randint(0, draw.size + 2), draw.rng.choice([1, 1, 2, 4, draw.size])
+    full, ones = draw.rng.choice([(0.2, 0.5), (0.8, 0.8), (1.0, 1.0)])
     values = []
     for _ in range(rows):
-        values += [draw.chance(0.8)] * width if draw.chance(full) else _runs(draw, width)
-    valid = draw.flags(rows, 0.8) if draw.chance(0.5) else None
-    names = [draw.rng.randint(0, max(rows // 3, 1)) for _ in range(rows)]
-    indices = draw.rng.sample(range(-rows, 2 * rows), rows)
+        values += [draw.chance(ones)] * width if draw.chance(full) else _runs(draw, width)
+    valid = draw.flags(rows, 0.8) if draw.chance(0.3) else None
+    names, indices = _order(draw, rows)
     form = draw.named("trajectory ids", ["strings", "integers", "tensor"])
     given: object = [f"t{name}" for name in names] if form == "strings" else list(names)
     if form == "tensor":
@@ -168,6 +169,20 @@ def _rows(draw: Draw, backend: str) -> Pair:
     return Pair(
         layout, OracleLayout.from_rows(values, (rows, width), names, indices, valid=valid), None
     )
+
+
+def _order(draw: Draw, rows: int) -> tuple[list[int], list[int]]:
+    """Return trajectory and place in time of each row: at random, or in order but for a few."""
+    names = [draw.rng.randint(0, draw.rng.choice([1, 1, rows])) for _ in range(rows)]
+    indices = draw.rng.sample(range(-rows, 2 * rows), rows)
+    if rows and draw.chance(0.5):
+        names.sort()
+        indices.sort()
+        for _ in range(draw.rng.randint(0, 2)):
+            one, two = draw.rng.randrange(rows), draw.rng.randrange(rows)
+            for order in (names, indices):
+                order[one], order[two] = order[two], order[one]
+    return names, indices
 
 
 # Token ids: 1 2 opens a turn of the model and 1 2 3 4 one with an empty think block, 1 5 opens
