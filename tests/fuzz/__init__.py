@@ -1,0 +1,1 @@
+"""Random compositions of the package's functions, and arguments that nobody expects."""
