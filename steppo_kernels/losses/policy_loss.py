@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -88,6 +89,25 @@ def steppo_loss(
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
+        >>> layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]))
+        >>> log_probs = torch.full((2, 4), -1.0, requires_grad=True)
+        >>> output = steppo_loss(
+        ...     log_probs,
+        ...     torch.full((2, 4), -1.1),
+        ...     torch.tensor([1.0, -1.0, 0.5]),
+        ...     layout,
+        ...     config=StepPOConfig(clip_low=0.2, clip_high=0.28),
+        ... )
+        >>> output.loss.backward()
+        >>> log_probs.grad
+        tensor([[-0.1842, -0.1842,  0.0000,  0.3684],
+                [ 0.0000, -0.0614, -0.0614, -0.0614]])
+        >>> round(output.metrics.as_dict()["ratio_mean"], 4)
+        1.1052
     """
     inputs = check_loss_inputs(
         "log_probs",
@@ -204,15 +224,20 @@ def scaled_gradient(
 ) -> Tensor:
     """Return a saved gradient times one or two 0-dim factors, in the shape and dtype of its input.
 
-    If this is the last use of the saved tensor, it is multiplied in place and given away. On the
-    CPU the factors can be looked at without waiting, and in a plain ``loss.backward()`` they are 1:
-    then there is nothing to do.
+    What is exactly 0, as it is at masked tokens, stays so, whatever the factors are. If this is the
+    last use of the saved tensor, it is multiplied in place and given away. On the CPU the factors
+    can be looked at without waiting, and in a plain ``loss.backward()`` they are 1: then there is
+    nothing to do.
     """
     is_last = not torch.compiler.is_compiling() and not _keeps_graph()
+    is_seen = not torch.compiler.is_compiling() and grad.device.type == "cpu"
     factors = [upstream] if grad_scale is None else [upstream, grad_scale]
-    if not (is_last and grad.device.type == "cpu" and all(f.item() == 1.0 for f in factors)):
+    if not (is_last and is_seen and all(f.item() == 1.0 for f in factors)):
         factor = functools.reduce(torch.mul, factors)
+        zeros = None if is_seen and math.isfinite(factor.item()) else grad == 0
         grad = grad.mul_(factor) if is_last else grad * factor
+        if zeros is not None:
+            grad = grad.masked_fill_(zeros, 0.0)
     return grad.view(shape).to(dtype)
 
 

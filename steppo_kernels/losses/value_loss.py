@@ -53,6 +53,15 @@ def step_value_loss(
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, step_value_loss
+        >>> layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]))
+        >>> values = torch.tensor([0.5, 0.5, 0.25], requires_grad=True)
+        >>> step_value_loss(values, torch.ones(3), layout).loss.backward()
+        >>> values.grad
+        tensor([-0.1667, -0.1667, -0.2500])
     """
     layout = require_layout(layout)
     device, shape, num_steps = layout.device, layout.shape, layout.num_steps
