@@ -51,6 +51,15 @@ def step_gae(
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, step_gae
+        >>> layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]))
+        >>> rewards, values = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.5, 0.5, 0.25])
+        >>> found = step_gae(rewards, values, layout, gamma=1.0, whiten=False)
+        >>> found.advantages, found.returns
+        (tensor([0.5000, 0.5000, 0.7500]), tensor([1., 1., 1.]))
     """
     steps = require_layout(layout)
     checks.switch("whiten", whiten)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend
+from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.reference import policy_loss as reference
 from ..config import DEFAULT_CONFIG, KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
@@ -90,6 +91,25 @@ def steppo_loss(
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
+        >>> layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]))
+        >>> log_probs = torch.full((2, 4), -1.0, requires_grad=True)
+        >>> output = steppo_loss(
+        ...     log_probs,
+        ...     torch.full((2, 4), -1.1),
+        ...     torch.tensor([1.0, -1.0, 0.5]),
+        ...     layout,
+        ...     config=StepPOConfig(clip_low=0.2, clip_high=0.28),
+        ... )
+        >>> output.loss.backward()
+        >>> log_probs.grad
+        tensor([[-0.1842, -0.1842,  0.0000,  0.3684],
+                [ 0.0000, -0.0614, -0.0614, -0.0614]])
+        >>> round(output.metrics.as_dict()["ratio_mean"], 4)
+        1.1052
     """
     inputs = check_loss_inputs(
         "log_probs",
@@ -207,15 +227,20 @@ def scaled_gradient(
 ) -> Tensor:
     """Return a saved gradient times one or two 0-dim factors, in the shape and dtype of its input.
 
-    If this is the last use of the saved tensor, it is multiplied in place and given away. On the
-    CPU the factors can be looked at without waiting, and in a plain ``loss.backward()`` they are 1:
-    then there is nothing to do.
+    What is exactly 0, as it is at masked tokens, stays so, whatever the factors are. If this is the
+    last use of the saved tensor, it is multiplied in place and given away. On the CPU the factors
+    can be looked at without waiting, and in a plain ``loss.backward()`` they are 1: then there is
+    nothing to do.
     """
     is_last = not torch.compiler.is_compiling() and not _keeps_graph()
+    is_seen = not torch.compiler.is_compiling() and grad.device.type == "cpu"
     factors = [upstream] if grad_scale is None else [upstream, grad_scale]
-    if not (is_last and grad.device.type == "cpu" and all(f.item() == 1.0 for f in factors)):
+    if not (is_last and is_seen and all(f.item() == 1.0 for f in factors)):
         factor = functools.reduce(torch.mul, factors)
+        zeros = None if is_seen and math.isfinite(factor.item()) else grad == 0
         grad = grad.mul_(factor) if is_last else grad * factor
+        if zeros is not None:
+            grad = grad.masked_fill_(zeros, 0.0)
     return grad.view(shape).to(dtype)
 
 
@@ -227,6 +252,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx: Any, log_probs: Tensor, entropy: Tensor | None, inputs: LossInputs
     ) -> tuple[Tensor, ...]:
         need_grad, need_entropy_grad, _ = ctx.needs_input_grad
+        keep_inputs(ctx, log_probs, entropy)
         loss, metrics, step_log_ratio, grad, grad_entropy, grad_scale = run_operator(
             inputs, log_probs, entropy, need_grad, need_entropy_grad
         )
@@ -240,7 +266,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics, step_log_ratio
 
     @staticmethod
-    @once_differentiable
+    @first_only("steppo_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_entropy, grad_scale = ctx.saved_tensors
         return (
