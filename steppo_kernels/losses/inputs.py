@@ -13,13 +13,40 @@ from ..config import StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 
 
+class Steps(NamedTuple):
+    """Steps as the loss reads them: those of a layout, or a range of steps with rows of its own.
+
+    Attributes:
+        step_ids: int32 ``[N]``, -1 where no action token.
+        token_index: int64 ``[M]``.
+        step_offsets: int64 ``[S + 1]``.
+        trajectory_counts: int32 ``[S]``.
+    """
+
+    step_ids: Tensor
+    token_index: Tensor
+    step_offsets: Tensor
+    trajectory_counts: Tensor
+
+    @classmethod
+    def of(cls, layout: StepLayout) -> Steps:
+        """Return the steps of a layout."""
+        return cls(
+            layout.step_ids.view(-1),
+            layout.token_index,
+            layout.step_offsets,
+            layout.trajectory_counts,
+        )
+
+
 class LossInputs(NamedTuple):
     """Checked arguments: constants, flat and contiguous in the dtype of the computation.
 
     Attributes:
         backend: the one that runs.
         shape, device, dtype: the token shape, and where and in what to compute.
-        layout, mask: the steps; one of them is None.
+        layout, mask: what was given; one of them is None.
+        steps: the steps of `layout`; None with a mask.
         old_log_probs, ref_log_probs: ``[N]``.
         advantages, is_weights: ``[N]`` or ``[S]``, as the flag next to each says.
         step_weights: ``[S]``.
@@ -32,6 +59,7 @@ class LossInputs(NamedTuple):
     dtype: torch.dtype
     layout: StepLayout | None
     mask: Tensor | None
+    steps: Steps | None
     old_log_probs: Tensor | None
     advantages: Tensor
     advantages_per_token: bool
@@ -62,13 +90,13 @@ def check_loss_inputs(
     if not isinstance(config, StepPOConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a StepPOConfig")
     mask: Tensor | None = None
-    steps: StepLayout | None = None
+    checked: StepLayout | None = None
     if isinstance(layout, Tensor):
         mask = checks.flags("layout", layout, (1, 2), wait=False)
         num_steps, shape, device = None, mask.shape, mask.device
     else:
-        steps = require_layout(layout)
-        num_steps, shape, device = steps.num_steps, steps.shape, steps.device
+        checked = require_layout(layout)
+        num_steps, shape, device = checked.num_steps, checked.shape, checked.device
     dtype = checks.compute_dtype(checks.floating(name, values, device))
     chosen = resolve(backend, device)
     old, ref = None, None
@@ -101,8 +129,9 @@ def check_loss_inputs(
         shape,
         device,
         dtype,
-        steps,
+        checked,
         mask,
+        None if checked is None else Steps.of(checked),
         old,
         advantages.detach(),
         by_token,
@@ -111,7 +140,7 @@ def check_loss_inputs(
         weights_by_token,
         step_weights,
         center,
-        checks.normalizer(normalizer, device, steps is not None and steps.num_tokens == 0),
+        checks.normalizer(normalizer, device, checked is not None and checked.num_tokens == 0),
         config,
     )
 

@@ -25,7 +25,7 @@ from ..log_probs.lm_head import (
     packed,
 )
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
-from .inputs import LossInputs, check_loss_inputs
+from .inputs import LossInputs, Steps, check_loss_inputs
 from .policy_loss import loss_of, run_operator, scaled_gradient
 
 
@@ -113,8 +113,8 @@ def linear_steppo_loss(
             f"{tuple(inputs.shape)} or a view of it, and the hidden size"
         )
     if inputs.mask is not None:
-        steps = StepLayout.from_mask(inputs.mask, backend=backend)
-        inputs = inputs._replace(layout=steps, mask=None)
+        made = StepLayout.from_mask(inputs.mask, backend=backend)
+        inputs = inputs._replace(layout=made, steps=Steps.of(made), mask=None)
     assert inputs.layout is not None
     is_action = inputs.layout.step_ids.reshape(-1) >= 0
     rows, head = check_head(hidden, weight, bias, temperature, softcap, is_action, inputs.backend)
@@ -171,6 +171,7 @@ class _Steps:
         self.inputs = inputs._replace(
             shape=index.shape,
             layout=None,
+            steps=None,
             advantages=advantages,
             advantages_per_token=False,
             old_log_probs=None if old is None else old[index],
@@ -201,26 +202,13 @@ class _Steps:
             return None if values is None else values[begin:end]
 
         offsets = self.offsets[begin : end + 1] - first
-        lengths = offsets.diff()
-        device = offsets.device
-        every = torch.arange(last - first, device=device)
-        number = torch.arange(end - begin, device=device, dtype=torch.int32)
-        layout = StepLayout(
-            step_ids=torch.repeat_interleave(number, lengths, output_size=last - first),
-            token_index=every,
-            step_offsets=offsets,
-            step_lengths=lengths.to(torch.int32),
-            # Trajectories take part through their counts alone.
-            trajectory_steps=offsets[:0],
-            trajectory_offsets=offsets[:1],
-            trajectory_counts=self.counts[begin:end],
-            state_index=offsets[:0],
-            row_offsets=offsets[:0],
-        )
+        every = torch.arange(last - first, device=offsets.device)
+        number = torch.arange(end - begin, device=offsets.device, dtype=torch.int32)
+        step_ids = torch.repeat_interleave(number, offsets.diff(), output_size=last - first)
         by_token = inputs.is_weights_per_token
         return inputs._replace(
             shape=every.shape,
-            layout=layout,
+            steps=Steps(step_ids, every, offsets, self.counts[begin:end]),
             advantages=inputs.advantages[begin:end],
             old_log_probs=tokens(inputs.old_log_probs),
             ref_log_probs=tokens(inputs.ref_log_probs),

@@ -16,7 +16,7 @@ from ..backends.reference import policy_loss as reference
 from ..config import DEFAULT_CONFIG, KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
 from ..layout.step_layout import StepLayout
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
-from .inputs import LossInputs, check_entropy, check_loss_inputs
+from .inputs import LossInputs, Steps, check_entropy, check_loss_inputs
 
 # Whether the running backward was called with retain_graph; a torch without the answer says yes.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -110,11 +110,11 @@ def steppo_loss(
 
 def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> StepPOOutput:
     """Return the loss of checked arguments: `log_probs` and `entropy` carry the gradients."""
-    layout, config = inputs.layout, inputs.config
     if inputs.backend == "reference":
-        if layout is None:
+        steps = inputs.steps
+        if steps is None:
             assert inputs.mask is not None
-            layout = StepLayout.from_mask(inputs.mask, backend="reference")
+            steps = Steps.of(StepLayout.from_mask(inputs.mask, backend="reference"))
         loss, metrics, step_log_ratio = reference.policy_loss(
             checks.flat(log_probs, inputs.dtype),
             inputs.old_log_probs,
@@ -125,10 +125,10 @@ def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> St
             inputs.step_weights,
             inputs.advantages_per_token,
             inputs.is_weights_per_token,
-            *_step_tensors(layout),
+            *steps,
             inputs.ratio_center,
             inputs.normalizer,
-            config,
+            inputs.config,
         )
     elif checks.wants_gradient(log_probs, entropy):
         loss, metrics, step_log_ratio = _PolicyLoss.apply(log_probs, entropy, inputs)
@@ -175,7 +175,7 @@ def run_operator(
         inputs.is_weights,
     )
     if inputs.mask is None:
-        assert inputs.layout is not None
+        assert inputs.steps is not None
         outputs: tuple[Tensor, ...] = operators.call(
             "policy_loss",
             inputs.backend,
@@ -183,7 +183,7 @@ def run_operator(
             inputs.step_weights,
             inputs.advantages_per_token,
             inputs.is_weights_per_token,
-            *_step_tensors(inputs.layout),
+            *inputs.steps,
             *scalars,
         )
         return outputs
@@ -214,15 +214,6 @@ def scaled_gradient(
         factor = functools.reduce(torch.mul, factors)
         grad = grad.mul_(factor) if is_last else grad * factor
     return grad.view(shape).to(dtype)
-
-
-def _step_tensors(layout: StepLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        layout.step_ids.view(-1),
-        layout.token_index,
-        layout.step_offsets,
-        layout.trajectory_counts,
-    )
 
 
 class _PolicyLoss(torch.autograd.Function):
