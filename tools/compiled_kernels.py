@@ -168,6 +168,7 @@ def logits(
         values,
         *targets,
         one.double(),
+        one.double(),
         if_entropy,
         one,
         if_entropy,
