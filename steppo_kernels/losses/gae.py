@@ -71,7 +71,7 @@ def step_gae(
             rewards = torch.where(counts, rewards, 0.0).view(layout.shape).sum(1)
             rewards_per_token = False
         elif rewards_per_token and layout.reward_homes is not None:
-            # What empty rows keep counts for nobody: they hold no step.
+            # Rewards that stay on empty rows are ignored: these rows are not steps in this layout.
             homes = layout.reward_homes
             of_rows = rewards.nan_to_num(0.0, 0.0, 0.0).view(shape).sum(1)
             moved = operators.call(
