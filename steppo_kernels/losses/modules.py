@@ -22,12 +22,13 @@ class StepPOLoss(nn.Module):
         backend: implementation.
 
     Example:
-        >>> loss = StepPOLoss(StepPOConfig(clip_low=0.2, clip_high=0.2))
-        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]])).per_token()
-        >>> log_probs = torch.zeros(1, 5, requires_grad=True)
-        >>> loss(log_probs, None, torch.tensor([3.0, 3.0, -6.0]), layout).loss.backward()
-        >>> log_probs.grad
-        tensor([[ 0., -1., -1.,  0.,  2.]])
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, StepPOLoss
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> log_probs = torch.full((1, 5), -1.0, requires_grad=True)
+        >>> output = StepPOLoss()(log_probs, None, torch.tensor([1.0, -3.0]), layout)
+        >>> output.loss.item()
+        1.0
     """
 
     def __init__(self, config: StepPOConfig | None = None, *, backend: Backend = "auto") -> None:
@@ -68,10 +69,12 @@ class StepValueLoss(nn.Module):
         backend: implementation.
 
     Example:
-        >>> loss = StepValueLoss(clip=0.2)
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, StepValueLoss
         >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
-        >>> loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), layout).loss
-        tensor(0.2500)
+        >>> values = torch.zeros(1, 5, requires_grad=True)
+        >>> StepValueLoss()(values, torch.tensor([1.0, 2.0]), layout).loss.item()
+        1.25
     """
 
     def __init__(
