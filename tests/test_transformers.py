@@ -332,16 +332,6 @@ def test_no_tensor_of_all_logits(mode: str) -> None:
     assert fused.numel == chunk * 4000
 
 
-def test_no_cache_is_kept() -> None:
-    model, batch = make(), Batch()
-    patch_lm_head(model)
-    request = StepPOBatch(None, batch.advantages, batch.layout)
-    assert model(**batch.inputs, steppo=request).past_key_values is None
-    out = model(**batch.inputs, steppo=request, use_cache=True, output_hidden_states=True)
-    assert out.past_key_values is not None
-    assert out.hidden_states[-1].shape == (ROWS, LENGTH, WIDTH)
-
-
 def test_router_loss_of_a_mixture_of_experts() -> None:
     model, batch = make("mixtral"), Batch()
     expected = model(**batch.inputs, output_router_logits=True).aux_loss

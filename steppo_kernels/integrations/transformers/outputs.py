@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,10 @@ from ...outputs import StepPOOutput
 class StepPOCausalLMOutput(ModelOutput):
     """What a patched model returns when it is called with `steppo`.
 
+    An output is also an instance of the class that the model itself returns. It has that class's
+    fields under their own names, such as hidden states, a cache or a router's loss, with what the
+    model put there. None of it is part of `loss`.
+
     Attributes:
         loss: 0-dim, with a `StepPOBatch`. The one to differentiate.
         logits: None: there are none.
@@ -22,8 +27,6 @@ class StepPOCausalLMOutput(ModelOutput):
         log_probs: fp32 (fp64 of an fp64 model), of the shape of `input_ids`, with a `LogProbBatch`:
             entry i is of token i, and 0 where that is no action. Differentiable.
         entropy: as `log_probs`, of the distributions that the tokens were drawn from, if asked for.
-        past_key_values, hidden_states, attentions, aux_loss, router_logits: of the model, where it
-            returns them. `aux_loss` is not part of `loss`.
     """
 
     loss: Tensor | None = None
@@ -31,8 +34,40 @@ class StepPOCausalLMOutput(ModelOutput):
     steppo: StepPOOutput | None = None
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
-    past_key_values: Any | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    aux_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+
+    def __reduce__(self) -> Any:
+        made, args, *rest = super().__reduce__()
+        if made is StepPOCausalLMOutput:
+            return made, args, *rest
+        # A class that was made here has no name that pickle could find.
+        return _remade, (type(self).__bases__[1], *args), *rest
+
+
+def check_output(own: object) -> ModelOutput:
+    """Return what a model's own forward returned, if its fields can be asked for."""
+    if isinstance(own, ModelOutput) and is_dataclass(own):
+        return own
+    raise TypeError(
+        f"model: its forward returned a {type(own).__name__}, expected a ModelOutput that is a "
+        "dataclass"
+    )
+
+
+def output_like(own: ModelOutput, found: dict[str, Any]) -> StepPOCausalLMOutput:
+    """Return the output of a model with `found` in it, and without its logits."""
+    kept = {field.name: getattr(own, field.name) for field in fields(own)}
+    return output_class(type(own))(**{**kept, "loss": None, "logits": None, **found})
+
+
+@functools.cache
+def output_class(own: Any) -> type[StepPOCausalLMOutput]:
+    """Return the class of outputs that has the fields of the class `own` and ours."""
+    # Through the metaclass of transformers, where it has one.
+    made = type(ModelOutput)(
+        f"StepPO{own.__name__}", (StepPOCausalLMOutput, own), {"__module__": __name__}
+    )
+    return dataclass(made)
+
+
+def _remade(own: type[ModelOutput], *args: Any) -> StepPOCausalLMOutput:
+    return output_class(own)(*args)

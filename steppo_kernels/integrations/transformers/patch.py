@@ -16,12 +16,9 @@ from transformers import PreTrainedModel
 
 from ...outputs import StepPOOutput
 from .batches import LogProbBatch, StepPOBatch
-from .outputs import StepPOCausalLMOutput
+from .outputs import check_output, output_like
 from .placement import States, Tokens
 from .scaling import PROBE, Scaling, scaling_of
-
-# Of the output of the model's own forward.
-_OF_THE_MODEL = ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits")
 
 
 def patch_lm_head(model: nn.Module) -> LMHeadPatch:
@@ -151,7 +148,7 @@ class LMHeadPatch:
         if "use_cache" not in given:
             kwargs["use_cache"] = False
         with _forward_replaced(head, work):
-            outputs = self._inner(*args, **kwargs)
+            outputs = check_output(self._inner(*args, **kwargs))
         if work.found is None:
             raise RuntimeError(
                 f"model: {type(self.model).__name__} did not call its output head, expected one "
@@ -164,7 +161,7 @@ class LMHeadPatch:
         found = dict(zip(work.found, tied, strict=True))
         if work.steppo is not None:
             found["steppo"] = replace(work.steppo, loss=found["loss"])
-        return StepPOCausalLMOutput(**found, **{name: outputs.get(name) for name in _OF_THE_MODEL})
+        return output_like(outputs, found)
 
 
 class _AtHead:
