@@ -23,7 +23,9 @@ def tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if type(value) is not Tensor and hasattr(value, "full_tensor"):
         raise TypeError(
-            f"{name}: got a DTensor, expected a whole tensor, such as its full_tensor()"
+            f"{name}: got a DTensor, expected a whole tensor. Of a sharded parameter that is "
+            'full_tensor(grad_placements=[Partial("avg")]), or Partial("sum") where the gradients '
+            "of ranks add up: without grad_placements, its gradient is that of one rank alone"
         )
     return value
 

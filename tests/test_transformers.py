@@ -19,7 +19,6 @@ from tiny_models import (
     ON_BACKENDS,
     ROWS,
     SIZES,
-    WIDTH,
     Batch,
     assert_same,
     fused_batch,

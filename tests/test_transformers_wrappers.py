@@ -428,10 +428,10 @@ def test_adapters_on_the_head_are_refused(peft: Any, where: dict[str, Any]) -> N
     batch = Batch()
     adapter = peft.LoraConfig(**{"target_modules": ["q_proj"], **where})
     model = peft.get_peft_model(make("llama"), adapter)
-    with pytest.raises(TypeError, match="adapters on the head would be left out"):
+    with pytest.raises(TypeError, match=r"adapters on the head .* would be left out"):
         patch_lm_head(model)
     model = make("llama")
     patch_lm_head(model)
     model = peft.get_peft_model(model, adapter)
-    with pytest.raises(TypeError, match="adapters on the head would be left out"):
+    with pytest.raises(TypeError, match=r"adapters on the head .* would be left out"):
         model(**batch.inputs, steppo=LogProbBatch(batch.layout))

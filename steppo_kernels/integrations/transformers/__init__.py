@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from .batches import LogProbBatch, StepPOBatch
 from .outputs import StepPOCausalLMOutput
-from .patch import LMHeadPatch, patch_lm_head
+from .patch import LMHeadPatch, patch_lm_head, patch_of
 
 __all__ = [
     "LMHeadPatch",
@@ -28,4 +28,5 @@ __all__ = [
     "StepPOBatch",
     "StepPOCausalLMOutput",
     "patch_lm_head",
+    "patch_of",
 ]

@@ -75,17 +75,19 @@ class StepPOBatch:
         found = linear_steppo_loss(
             states.hidden,
             states.weight,
-            placed.tokens(states.tokens.ids),
-            placed.tokens(self.old_log_probs),
-            placed.tokens(self.advantages),
+            placed.tokens(*states.tokens),
+            placed.tokens("old_log_probs", self.old_log_probs),
+            placed.tokens("advantages", self.advantages),
             placed.layout,
             bias=states.bias,
-            temperature=states.scaling.temperature(placed.tokens(self.temperature)),
-            softcap=states.scaling.softcap,
+            temperature=states.logit_map.temperature(
+                placed.tokens("temperature", self.temperature)
+            ),
+            softcap=states.logit_map.softcap,
             chunk_tokens=self.chunk_tokens,
             config=self.config,
-            ref_log_probs=placed.tokens(self.ref_log_probs),
-            is_weights=placed.tokens(self.is_weights),
+            ref_log_probs=placed.tokens("ref_log_probs", self.ref_log_probs),
+            is_weights=placed.tokens("is_weights", self.is_weights),
             step_weights=self.step_weights,
             normalizer=self.normalizer,
             ratio_center=self.ratio_center,
@@ -132,10 +134,12 @@ class LogProbBatch:
         found = linear_token_log_probs(
             states.hidden,
             states.weight,
-            placed.tokens(states.tokens.ids),
+            placed.tokens(*states.tokens),
             bias=states.bias,
-            temperature=states.scaling.temperature(placed.tokens(self.temperature)),
-            softcap=states.scaling.softcap,
+            temperature=states.logit_map.temperature(
+                placed.tokens("temperature", self.temperature)
+            ),
+            softcap=states.logit_map.softcap,
             mask=placed.layout.step_ids >= 0,
             return_entropy=self.return_entropy,
             chunk_tokens=self.chunk_tokens,

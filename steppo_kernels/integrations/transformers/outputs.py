@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -59,14 +58,19 @@ def output_like(own: ModelOutput, found: dict[str, Any]) -> StepPOCausalLMOutput
     return output_class(type(own))(**{**kept, "loss": None, "logits": None, **found})
 
 
-@functools.cache
-def output_class(own: Any) -> type[StepPOCausalLMOutput]:
+def output_class(own: type[ModelOutput]) -> type[StepPOCausalLMOutput]:
     """Return the class of outputs that has the fields of the class `own` and ours."""
-    # Through the metaclass of transformers, where it has one.
-    made = type(ModelOutput)(
-        f"StepPO{own.__name__}", (StepPOCausalLMOutput, own), {"__module__": __name__}
-    )
-    return dataclass(made)
+    if own not in _CLASSES:
+        # Through the metaclass of transformers, where it has one.
+        made: Any = type(ModelOutput)(
+            f"StepPO{own.__name__}", (StepPOCausalLMOutput, own), {"__module__": __name__}
+        )
+        # Two threads may come here at once: they get the same.
+        _CLASSES.setdefault(own, dataclass(made))
+    return _CLASSES[own]
+
+
+_CLASSES: dict[type[ModelOutput], type[StepPOCausalLMOutput]] = {}
 
 
 def _remade(own: type[ModelOutput], *args: Any) -> StepPOCausalLMOutput:
