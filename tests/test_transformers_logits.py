@@ -107,6 +107,11 @@ REFUSED: dict[str, Change] = {
     "one position": lambda z: z[:, -1:],
     "last position": _filled((slice(None), -1), 0.0),
     "all but the first position": _filled((slice(None), slice(1, None), slice(40, None)), -9e9),
+    "later positions": _filled((slice(None), slice(5, None), slice(40, None)), -torch.inf),
+    "later rows": _filled(slice(2, None), -torch.inf),
+    "later positions in place": lambda z: z[:, 5:].fill_(0).sum() * 0 + z,
+    "masked at none of few rows": lambda z: z.masked_fill(z > 1e6, 0.0),
+    "by numpy": lambda z: torch.from_numpy(z.detach().numpy().copy()),
     "first row": _filled((0, ..., 3), 0.0),
     "all but the first row": _filled((slice(1, None), ..., 3), 0.0),
     "by position": lambda z: z + torch.zeros(ROWS, LENGTH, 1),
@@ -115,6 +120,15 @@ REFUSED: dict[str, Change] = {
     "nothing": lambda z: None,
     "integers": lambda z: z.long(),
 }  # fmt: skip
+
+
+UNSEEN_IN_VALUES = {
+    "later positions",
+    "later rows",
+    "later positions in place",
+    "masked at none of few rows",
+    "by numpy",
+}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -150,8 +164,9 @@ def test_scale_softcap_and_width_are_measured(name: str, place: str, when: str) 
         (name, place)
         for name in REFUSED
         for place in PLACES
-        # A hook that returns None changes nothing.
+        # A hook that returns None changes nothing. Behind the forward only values are seen.
         if (name, place) != ("nothing", "hook on the head")
+        if place != "hook on the model" or name not in UNSEEN_IN_VALUES
     ],
 )
 def test_other_changes_are_refused(name: str, place: str, when: str, no_grad: bool) -> None:

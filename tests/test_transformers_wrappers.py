@@ -152,7 +152,7 @@ def test_data_parallel(wrapper: str, mode: str) -> None:
 
 RANKS = 2
 # What is to be wrapped on its own: a tied head is with the embedding.
-OF_FAMILY = {"llama": True, "qwen2": False}
+OF_FAMILY = {"llama": True, "qwen2": False, "granite": True}
 
 
 def on_a_rank(rank: int, rendezvous: str) -> None:
@@ -232,20 +232,33 @@ def test_two_ranks_reduce_gradients(tmp_path: Any) -> None:
             process.kill()
 
 
-def test_accelerate_hooks_stay_around_the_head() -> None:
+@pytest.mark.parametrize("first", ["patch", "hooks"])
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_accelerate_hooks_stay_around_the_head(family: str, first: str) -> None:
     """Its offloading keeps weights elsewhere and brings them in around each module's forward."""
     accelerate = pytest.importorskip("accelerate", reason="the demo's extra is not installed")
-    model, batch = make("llama", torch.float32), Batch(torch.float32)
-    patch_lm_head(model)
+    model, batch = make(family, torch.float32), Batch(torch.float32)
+    patch = patch_lm_head(model)
     request = LogProbBatch(batch.layout)
     with torch.no_grad():
         expected = model(**batch.inputs, steppo=request).log_probs
+        plain = model(**batch.inputs).logits
+        # What was measured is forgotten: the head is to be called again.
+        patch.remove()
+        if first == "patch":
+            patch = patch_lm_head(model)
         accelerate.cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
         assert model.lm_head.weight.is_meta
-        got = model(**batch.inputs, steppo=request).log_probs
-        again = model(**batch.inputs).logits
-    torch.testing.assert_close(got, expected)
-    assert again.shape == (ROWS, LENGTH, VOCAB)
+        if first == "hooks":
+            patch = patch_lm_head(model)
+        for _ in range(2):
+            got = model(**batch.inputs, steppo=request).log_probs
+            torch.testing.assert_close(got, expected)
+        assert torch.equal(model(**batch.inputs).logits, plain)
+        patch.remove()
+        assert torch.equal(model(**batch.inputs).logits, plain)
+        accelerate.hooks.remove_hook_from_module(model.lm_head)
+        assert torch.equal(model(**batch.inputs).logits, plain)
 
 
 def test_accelerate_mixed_precision_wrapper() -> None:

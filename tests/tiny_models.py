@@ -60,9 +60,13 @@ def make(family: str = "qwen2", dtype: torch.dtype = torch.float64) -> PreTraine
     )
     torch.manual_seed(0)
     settings = {**SIZES, "tie_word_embeddings": tied, "attn_implementation": "sdpa", **extra}
-    model = getattr(transformers, f"{name}ForCausalLM")(config(**settings))
-    if model.lm_head.bias is not None:
-        nn.init.normal_(model.lm_head.bias)
+    model = getattr(transformers, f"{name}ForCausalLM", None) or getattr(
+        transformers, f"{name}LMHeadModel"
+    )
+    model = model(config(**settings))
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        nn.init.normal_(head.bias)
     return model.to(dtype).train()
 
 

@@ -15,6 +15,7 @@ from .head import run_within, whole_weight
 from .outputs import StepPOCausalLMOutput, check_output, output_like
 from .placement import States, Tokens
 from .probe import WAY_OUT, LogitMap, check, measure, probe
+from .watch import Watch
 
 
 class _CalledTwice(RuntimeError):
@@ -44,6 +45,7 @@ class FusedCall:
         self._found: dict[str, Tensor] = {}
         self._steppo: StepPOOutput | None = None
         self._output: Tensor | None = None
+        self._watch: Watch | None = None
         self._is_again = False
         self._width, self._device = 0, torch.device("cpu")
 
@@ -60,6 +62,7 @@ class FusedCall:
         logits: Any = getattr(own, "logits", None)
         measured = measure(logits, self._width, self._device)
         _check_graph(logits, self._output)
+        self._check_operations(logits)
         # What the hooks of the model see, and what must not keep the first evaluation.
         kept = output_like(own, {"logits": logits.detach()})
         del own
@@ -106,6 +109,9 @@ class FusedCall:
         )
         output: Tensor = _HeadOutput.apply(probe(self._width, self._device), *self._found.values())
         self._output = output
+        if not self._is_again:
+            self._watch = Watch(output)
+            self._watch.start()
         return output
 
     def _forward(self, forward: Any, args: Any, kwargs: Any) -> object:
@@ -119,6 +125,18 @@ class FusedCall:
                 "model: what it does after its output head failed on the four rows that stand for "
                 f"logits, expected a scale and a softcap. {WAY_OUT}. The error was: {error}"
             ) from error
+        finally:
+            if self._watch is not None:
+                self._watch.stop()
+
+    def _check_operations(self, logits: Tensor) -> None:
+        """Raise where logits of other positions may have been treated in another way."""
+        reason = None if self._watch is None else self._watch.why_unknown(logits)
+        if reason is not None:
+            raise ValueError(
+                f"model: changes its logits after the output head by {reason}, expected nothing "
+                f"but products with single numbers, tanh and casts of all logits alike. {WAY_OUT}"
+            )
 
     def _evaluate_again(self, model: PreTrainedModel) -> Tensor:
         """Return the output of a second call of the head: only within it are its weights whole."""
