@@ -36,6 +36,23 @@ class StepPOBatch:
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
         backend: implementation of what is not a matrix product.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from steppo_kernels.integrations.transformers import patch_lm_head
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> patch = patch_lm_head(model)
+        >>> ids = torch.randint(50, (2, 8))
+        >>> mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1]] * 2)
+        >>> out = model(ids, steppo=StepPOBatch(None, torch.ones(4), mask))
+        >>> out.loss.backward()
+        >>> int(out.steppo.metrics["num_steps"])
+        4
     """
 
     def __init__(
@@ -109,6 +126,23 @@ class LogProbBatch:
         return_entropy: also return the entropies.
         chunk_tokens: as in `linear_token_log_probs`.
         backend: as in `StepPOBatch`.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from steppo_kernels.integrations.transformers import patch_lm_head
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> patch = patch_lm_head(model)
+        >>> ids = torch.randint(50, (2, 8))
+        >>> mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1]] * 2)
+        >>> with torch.no_grad():
+        ...     out = model(ids, steppo=LogProbBatch(mask, return_entropy=True))
+        >>> tuple(out.log_probs.shape), bool((out.entropy[mask == 1] > 0).all())
+        ((2, 8), True)
     """
 
     def __init__(

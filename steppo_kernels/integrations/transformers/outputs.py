@@ -26,6 +26,22 @@ class StepPOCausalLMOutput(ModelOutput):
         log_probs: fp32 (fp64 of an fp64 model), of the shape of `input_ids`, with a `LogProbBatch`:
             entry i is of token i, and 0 where that is no action. Differentiable.
         entropy: as `log_probs`, of the distributions that the tokens were drawn from, if asked for.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from steppo_kernels.integrations.transformers import LogProbBatch, patch_lm_head
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> patch = patch_lm_head(model)
+        >>> request = LogProbBatch(torch.tensor([[0, 0, 1, 1]]))
+        >>> ids = torch.randint(50, (1, 4))
+        >>> out = model(ids, steppo=request, output_hidden_states=True)
+        >>> isinstance(out, StepPOCausalLMOutput), list(out), out.logits is None
+        (True, ['hidden_states', 'log_probs'], True)
     """
 
     loss: Tensor | None = None

@@ -30,11 +30,12 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
     The patch stays in place between calls, and a call concerns its own thread alone: other threads
     may generate from the model, or train it, meanwhile.
 
-    A scale and a softcap that the model applies to its logits are part of the loss. They are
-    measured in every call, over the whole vocabulary, from four rows that go through all that comes
-    after the head: hooks on the head and on the model, subclasses, the model's own forward. What is
-    more than a scale and a softcap raises, also a change of some positions alone where it reaches
-    the first two of a row or the last. The first call of a model that has a scale or a softcap
+    A scale and a softcap that the model applies to its logits are part of the loss, and so is a cut
+    of its vocabulary to the first token ids. They are measured in every call, over the whole
+    vocabulary, from four rows that go through all that comes after the head: its hooks, subclasses,
+    the model's own forward. Everything else that is done there raises. A forward hook on the model
+    may look at the output, and may not change its logits: rows of other positions than the first
+    two are not looked at there. The first call of a model that has a scale, a softcap or a cut
     evaluates its batch twice. Each call waits for the device: where the action tokens are is looked
     at on the host.
 
