@@ -144,8 +144,12 @@ def test_what_is_given_per_token_is_at_its_token(backend: str) -> None:
     random = torch.Generator().manual_seed(3)
     values = old_and_ref(model, batch)
     weights = torch.rand(ROWS, LENGTH, generator=random, dtype=torch.float64)
-    more = {"is_weights": weights, "step_weights": torch.rand(6, dtype=torch.float64),
-            "normalizer": 5.0, "temperature": 0.7 + weights}  # fmt: skip
+    more = {
+        "is_weights": weights,
+        "step_weights": torch.rand(6, dtype=torch.float64),
+        "normalizer": 5.0,
+        "temperature": 0.7 + weights,
+    }
     expected_loss = unfused_loss(model, batch, values, **more)
     expected = gradients(model)
     patch_lm_head(model)
@@ -170,8 +174,10 @@ def test_a_mask_and_packed_rows(backend: str) -> None:
     by_token = torch.zeros(ROWS, LENGTH, dtype=torch.float64)
     by_token.view(-1)[first] = batch.advantages
     masked = fused_batch(batch, {**values, "advantages": by_token}, batch.mask, backend=backend)
-    losses = [model(**batch.inputs, steppo=fused_batch(batch, values, backend=backend)).loss,
-              model(**batch.inputs, steppo=masked).loss]  # fmt: skip
+    losses = [
+        model(**batch.inputs, steppo=fused_batch(batch, values, backend=backend)).loss,
+        model(**batch.inputs, steppo=masked).loss,
+    ]
 
     real = batch.attention.bool()
     lengths = real.sum(1)
@@ -321,9 +327,12 @@ def test_no_tensor_of_all_logits(mode: str) -> None:
     with _Largest() as fused:
         if mode == "loss":
             request: Any = StepPOBatch(
-                None, torch.ones(8), layout, chunk_tokens=chunk,
+                None,
+                torch.ones(8),
+                layout,
+                chunk_tokens=chunk,
                 config=StepPOConfig(entropy_coef=0.1),
-            )  # fmt: skip
+            )
             model(ids, steppo=request).loss.backward()
         else:
             request = LogProbBatch(layout, chunk_tokens=chunk)

@@ -101,7 +101,7 @@ def _why_not(name: str) -> str | None:
     version = transformers.__version__
     if not any(hasattr(transformers, name + kind) for kind in ("ForCausalLM", "LMHeadModel")):
         return f"transformers {version} has no {name}"
-    if name == "RecurrentGemma" and version < "5":
+    if name == "RecurrentGemma" and int(version.partition(".")[0]) < 5:
         return f"{name} of transformers {version} keeps its state, and its graph, between calls"
     return None
 

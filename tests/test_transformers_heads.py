@@ -62,10 +62,14 @@ def _cast_to_fp32(head: nn.Linear) -> None:
     head.forward = lambda hidden: inner(hidden).float()  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("replace", [
-    _cast_to_fp32,
-    lambda head: setattr(head, "forward", nn.Linear(WIDTH, VOCAB).forward),
-], ids=["fp32", "of another"])  # fmt: skip
+@pytest.mark.parametrize(
+    "replace",
+    [
+        _cast_to_fp32,
+        lambda head: setattr(head, "forward", nn.Linear(WIDTH, VOCAB).forward),
+    ],
+    ids=["fp32", "of another"],
+)
 def test_a_forward_that_was_replaced(replace: Any) -> None:
     expected = rf"the forward of its output head was replaced.* fp32.* Undo it; or .*{WAY_OUT}"
     model = make("llama")

@@ -89,7 +89,7 @@ MEASURED: dict[str, Change] = {
     "rounded": lambda z: z.float(),
     "first token ids": lambda z: z[..., :40],
     "scaled first token ids": lambda z: 0.4 * z[..., :40],
-}  # fmt: skip
+}
 REFUSED: dict[str, Change] = {
     "clamped": lambda z: z.clamp(max=10),
     "moved": lambda z: z + 0.2,
@@ -119,7 +119,7 @@ REFUSED: dict[str, Change] = {
     "by index": lambda z: z[torch.ones(ROWS, LENGTH, dtype=torch.bool)],
     "nothing": lambda z: None,
     "integers": lambda z: z.long(),
-}  # fmt: skip
+}
 
 
 UNSEEN_IN_VALUES = {
@@ -156,8 +156,7 @@ def test_scale_softcap_and_width_are_measured(name: str, place: str, when: str) 
         assert_same(gradients(model), expected_gradients, tolerance)
 
 
-@pytest.mark.parametrize("no_grad", [False, True], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("when", "no_grad"), [("before", False), ("after", True)])
 @pytest.mark.parametrize(
     ("name", "place"),
     [
@@ -201,7 +200,14 @@ def test_hooks_on_the_model_are_refused(name: str) -> None:
 def test_hooks_that_look_are_left_alone() -> None:
     model, batch = _model(), Batch()
     seen: list[Any] = []
-    model.lm_head.register_forward_hook(lambda *args: seen.append(args[2].norm().item()))
+
+    def look(module: Any, args: Any, out: Tensor) -> None:
+        with torch.no_grad():
+            seen.append(
+                (out[:, -1].argmax(-1), out.softmax(-1), out.to_sparse(), out.norm().item())
+            )
+
+    model.lm_head.register_forward_hook(look)
     model.register_forward_hook(lambda *args: seen.append(args[2].loss))
     patch_lm_head(model)
     model.register_forward_hook(lambda *args: seen.append(args[2].steppo.loss))
@@ -220,12 +226,13 @@ def test_an_output_that_a_hook_replaces_is_refused() -> None:
         model(**batch.inputs, steppo=LogProbBatch(batch.layout))
 
 
+@pytest.mark.parametrize("scale", [Tensor.mul, Tensor.mul_], ids=["anew", "in place"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_scale_that_is_learned_is_refused(place: str) -> None:
+def test_a_scale_that_is_learned_is_refused(place: str, scale: Any) -> None:
     """The fused loss would give it no gradient; one that is frozen is a number."""
     model, batch = _model(), Batch()
     model.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
-    PLACES[place](model, lambda z: z * model.gain)
+    PLACES[place](model, lambda z: scale(z, model.gain))
     patch_lm_head(model)
     request = LogProbBatch(batch.layout)
     with pytest.raises(ValueError, match="its logits depend on something else that learns"):

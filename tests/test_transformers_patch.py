@@ -156,6 +156,45 @@ def test_tokens_by_position_and_embeddings(backend: str) -> None:
         model(inputs_embeds=embeddings, steppo=LogProbBatch(batch.layout))
 
 
+class _HandsOn(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_tokens_by_position_where_the_signature_does_not_name_them() -> None:
+    """A subclass, and a forward that was set, hand their arguments on."""
+    batch = Batch()
+    for kind in (_HandsOn, transformers.LlamaForCausalLM):
+        model = kind(transformers.LlamaConfig(**SIZES))
+        if kind is not _HandsOn:
+            inner = model.forward
+            model.forward = lambda *args, inner=inner, **kwargs: inner(*args, **kwargs)
+        patch_lm_head(model)
+        request = LogProbBatch(batch.layout)
+        expected = model(**batch.inputs, steppo=request).log_probs
+        labels = batch.ids.where(batch.mask, -100)
+        assert torch.equal(model(batch.ids, batch.attention, steppo=request).log_probs, expected)
+        position = [*inspect.signature(transformers.LlamaForCausalLM.forward).parameters]
+        by_position = [None] * (position.index("labels") - 3)
+        got = model(batch.ids, batch.attention, *by_position, labels, steppo=request)
+        assert torch.equal(got.log_probs, expected)
+
+
+def test_a_patched_model_is_saved_as_the_model(tmp_path: Any) -> None:
+    model, batch = make("llama"), Batch()
+    names, expected = list(model.state_dict()), model(**batch.inputs).logits
+    patch_lm_head(model)
+    model(**batch.inputs, steppo=LogProbBatch(batch.layout))
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is transformers.LlamaForCausalLM
+    assert patch_of(again) is None
+    torch.testing.assert_close(
+        again.double()(**batch.inputs).logits, expected, rtol=1e-5, atol=1e-5
+    )
+
+
 @ON_BACKENDS
 @pytest.mark.parametrize("mode", ["loss", "log_probs"])
 def test_labels_are_the_tokens(mode: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,11 +244,15 @@ def test_bad_models() -> None:
         (
             transformers.BertForMaskedLM(
                 transformers.BertConfig(
-                    vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                    vocab_size=9,
+                    hidden_size=8,
+                    num_hidden_layers=1,
+                    num_attention_heads=1,
                     intermediate_size=8,
                 )
             ),
-            TypeError, "expected a causal LM",
+            TypeError,
+            "expected a causal LM",
         ),
         (
             transformers.T5ForConditionalGeneration(
@@ -217,9 +260,10 @@ def test_bad_models() -> None:
                     vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
                 )
             ),
-            TypeError, "expected a causal LM",
+            TypeError,
+            "expected a causal LM",
         ),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=text):
             patch_lm_head(model)
 
@@ -256,11 +300,13 @@ def test_bad_arguments() -> None:
         ({"steppo": batch.layout}, TypeError, "steppo: got StepLayout"),
         (
             {"steppo": request, "labels": batch.ids.where(batch.attention > 0, -100)[:, 1:]},
-            ValueError, "labels: got shape",
+            ValueError,
+            "labels: got shape",
         ),
         (
             {"steppo": request, "labels": torch.full_like(batch.ids, -100)},
-            ValueError, "labels: got -100 in row 0, column 1, expected token ids at action tokens",
+            ValueError,
+            "labels: got -100 in row 0, column 1, expected token ids at action tokens",
         ),
         ({"steppo": request, "labels": batch.ids.double()}, TypeError, "labels: got"),
         ({"steppo": request, "labels": batch.ids.tolist()}, TypeError, "labels: got list"),
@@ -272,23 +318,27 @@ def test_bad_arguments() -> None:
         ({"steppo": LogProbBatch(batch.mask.t())}, ValueError, "layout: got shape"),
         (
             {"steppo": LogProbBatch(batch.layout, token_ids=batch.ids.t())},
-            ValueError, "token_ids: got shape",
+            ValueError,
+            "token_ids: got shape",
         ),
         (
             {"steppo": StepPOBatch(batch.old_noise.t(), batch.advantages, batch.layout)},
-            ValueError, "old_log_probs: got shape",
+            ValueError,
+            "old_log_probs: got shape",
         ),
         ({"steppo": LogProbBatch("mask")}, TypeError, "layout: got str"),
         ({"steppo": LogProbBatch(0.5 * batch.mask)}, ValueError, "layout: got the value 0.5"),
         (
             {"steppo": LogProbBatch(batch.layout, token_ids=batch.ids.double())},
-            TypeError, "token_ids: got",
+            TypeError,
+            "token_ids: got",
         ),
         (
             {"steppo": StepPOBatch(batch.old_noise[:, 1:], batch.advantages, batch.layout)},
-            ValueError, "old_log_probs: got shape",
+            ValueError,
+            "old_log_probs: got shape",
         ),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=text):
             model(**batch.inputs, **arguments)
 

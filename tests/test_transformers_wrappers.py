@@ -61,9 +61,15 @@ def test_hooks_run(mode: str) -> None:
         out.log_probs.sum().backward()
     assert [name for name in seen if isinstance(name, tuple)] == [(ROWS, LENGTH, WIDTH)]
     assert [name for name in seen if isinstance(name, str)] == [
-        "before model", "before layer", "after layer", "before head", "after head", "after model",
-        "back head", "back layer",
-    ]  # fmt: skip
+        "before model",
+        "before layer",
+        "after layer",
+        "before head",
+        "after head",
+        "after model",
+        "back head",
+        "back layer",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -166,9 +172,12 @@ def on_a_rank(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     # A rank whose neighbour failed waits no longer than this.
     distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS,
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=RANKS,
         timeout=timedelta(seconds=30),
-    )  # fmt: skip
+    )
     batch = Batch()
     advantages = batch.advantages * (1 - 3 * rank) + rank
     weights = torch.randn(
@@ -177,8 +186,13 @@ def on_a_rank(rank: int, rendezvous: str) -> None:
 
     def run(model: nn.Module, mode: str) -> None:
         if mode == "loss":
-            request: Any = StepPOBatch(batch.old_noise - 4, advantages, batch.layout, config=CONFIG,
-                                       ref_log_probs=batch.ref_noise - 4)  # fmt: skip
+            request: Any = StepPOBatch(
+                batch.old_noise - 4,
+                advantages,
+                batch.layout,
+                config=CONFIG,
+                ref_log_probs=batch.ref_noise - 4,
+            )
             model(**batch.inputs, steppo=request).loss.backward()
         else:
             out = model(**batch.inputs, steppo=LogProbBatch(batch.layout))
@@ -347,10 +361,12 @@ class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         batch = self.batch
         return {
-            "input_ids": batch.ids[row], "attention_mask": batch.attention[row],
-            "action_mask": batch.mask[row], "old_log_probs": batch.old_noise[row],
+            "input_ids": batch.ids[row],
+            "attention_mask": batch.attention[row],
+            "action_mask": batch.mask[row],
+            "old_log_probs": batch.old_noise[row],
             "advantages": broadcast_to_tokens(batch.advantages, batch.layout)[row],
-        }  # fmt: skip
+        }
 
 
 class _Trainer(transformers.Trainer):
@@ -359,18 +375,23 @@ class _Trainer(transformers.Trainer):
     normalizer = 1.0
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False,
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
         num_items_in_batch: Any = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         layout = StepLayout.from_mask(inputs.pop("action_mask"))
         old, advantages = inputs.pop("old_log_probs"), inputs.pop("advantages")
         out = model(
             **inputs,
             steppo=StepPOBatch(
-                old, advantages, layout,
+                old,
+                advantages,
+                layout,
                 normalizer=self.normalizer / self.args.gradient_accumulation_steps,
             ),
-        )  # fmt: skip
+        )
         return (out.loss, out) if return_outputs else out.loss
 
 
@@ -391,12 +412,21 @@ def test_a_trainer_that_accumulates_gradients(tmp_path: Any) -> None:
     trainer = _Trainer(
         model,
         transformers.TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=ROWS,
-            max_steps=1, max_grad_norm=0.0, remove_unused_columns=False, report_to=[],
-            use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+            str(tmp_path),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=ROWS,
+            max_steps=1,
+            max_grad_norm=0.0,
+            remove_unused_columns=False,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            dataloader_pin_memory=False,
         ),
-        train_dataset=_Rows(batch), callbacks=[Look()],
-    )  # fmt: skip
+        train_dataset=_Rows(batch),
+        callbacks=[Look()],
+    )
     trainer.normalizer = float(batch.layout.reduction_weights("step_mean")[1])
     trainer.train()
     for name, value in expected.items():

@@ -45,6 +45,7 @@ class FusedCall:
         self._found: dict[str, Tensor] = {}
         self._steppo: StepPOOutput | None = None
         self._output: Tensor | None = None
+        self._node: Any = None
         self._watch: Watch | None = None
         self._is_again = False
         self._width, self._device = 0, torch.device("cpu")
@@ -61,7 +62,7 @@ class FusedCall:
             )
         logits: Any = getattr(own, "logits", None)
         measured = measure(logits, self._width, self._device)
-        _check_graph(logits, self._output)
+        _check_graph(logits, self._node)
         self._check_operations(logits)
         # What the hooks of the model see, and what must not keep the first evaluation.
         kept = output_like(own, {"logits": logits.detach()})
@@ -108,7 +109,8 @@ class FusedCall:
             States(hidden, weight, bias, self.logit_map, self.tokens, self.attention_mask)
         )
         output: Tensor = _HeadOutput.apply(probe(self._width, self._device), *self._found.values())
-        self._output = output
+        # Kept apart: what is done to the output in place makes another node of it.
+        self._output, self._node = output, output.grad_fn
         if not self._is_again:
             self._watch = Watch(output)
             self._watch.start()
@@ -141,7 +143,7 @@ class FusedCall:
     def _evaluate_again(self, model: PreTrainedModel) -> Tensor:
         """Return the output of a second call of the head: only within it are its weights whole."""
         self._is_again = True
-        self._found, self._steppo, self._output = {}, None, None
+        self._found, self._steppo, self._output, self._node = {}, None, None, None
         output: Tensor = run_within(self, model.get_output_embeddings(), (self._hidden,), {})
         return output
 
@@ -182,13 +184,12 @@ class _AfterLogits(torch.autograd.Function):
         return ctx.like, *grads
 
 
-def _check_graph(logits: Any, output: Tensor | None) -> None:
-    """Raise where gradients of logits go elsewhere than to the head's output, or not there.
+def _check_graph(logits: Any, target: Any) -> None:
+    """Raise where gradients of logits go elsewhere than to the node `target`, or not there.
 
-    A scale that is learned would get no gradient from the fused loss. Without `output` there is
-    nothing that they may go to.
+    It is that of the head's output, or None where no gradients are to go anywhere. A scale that is
+    learned would get none from the fused loss.
     """
-    target = None if output is None else output.grad_fn
     others = is_reached = False
     waiting, seen = [logits.grad_fn], set()
     while waiting:

@@ -39,10 +39,11 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
     evaluates its batch twice. Each call waits for the device: where the action tokens are is looked
     at on the host.
 
-    Patch the model itself; wrap it before or after. A deep copy of a patched model is patched too,
-    and `patch_of` finds its handle. A pickle of one (``torch.save(model)``) raises; its
-    `state_dict` and `save_pretrained` are those of the model. Replicas of `torch.nn.DataParallel`
-    raise in calls with `steppo`, as that does not split a batch.
+    Patch the model itself; wrap it before or after. What wraps it is handed no logits. A deep copy
+    of a patched model is patched too, and `patch_of` finds its handle. A pickle of one
+    (``torch.save(model)``) raises; its `state_dict` and `save_pretrained` are those of the model.
+    Replicas of `torch.nn.DataParallel` raise in calls with `steppo`, as that does not split a
+    batch.
 
     Args:
         model: a causal LM of transformers whose output head is an `nn.Linear`, tied or not; or a
@@ -134,7 +135,7 @@ class LMHeadPatch:
                 "model: is patched already, expected one that is not; patch_of(model) returns its "
                 "handle"
             )
-        if model.config.is_encoder_decoder or not model.can_generate():
+        if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
             raise TypeError(f"model: got {type(model).__name__}, expected a causal LM")
         self.model = model
         self._head = heads.plain_head(model)
@@ -271,9 +272,10 @@ class LMHeadPatch:
         head = heads.plain_head(self.model)
         if not heads.is_installed(head):
             heads.install(head)
-        if head is not self._head:
-            heads.uninstall(self._head)
-            self._head = head
+        # Another thread may be here too, and have made the change.
+        before, self._head = self._head, head
+        if before is not head:
+            heads.uninstall(before)
         return head
 
     def _tokens(self, batch: StepPOBatch | LogProbBatch, given: dict[str, Any]) -> Tokens:

@@ -35,7 +35,7 @@ class LogitMap(NamedTuple):
         logits = logits[..., : self.width]
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return self.scale * logits
+        return logits if self.scale == 1.0 else self.scale * logits
 
     def temperature(self, temperature: Any) -> Any:
         """Return the temperature that has the effect of `temperature` and the scale together."""
@@ -61,7 +61,7 @@ def probe(width: int, device: torch.device) -> Tensor:
     """
     ramp = (torch.arange(width, dtype=torch.float64, device=device) + 1) / width
     # Far from each other where columns are neighbours.
-    mixed = (ramp * width * 0.6180339887498949) % 1.0
+    mixed = (ramp * width * 0.6180339887498949).frac()
     # Numbers of any dtype: what does nothing but round gives them back.
     tiny = 2.0**-12 * (1.0 + (mixed * 128).floor() / 128)
     large = torch.exp2(1.0 + (_LARGE - 1) * ramp)
@@ -85,7 +85,10 @@ def measure(made: object, width: int, device: torch.device) -> LogitMap:
     for _ in range(4):
         # The middle one, as single columns are compared with it below.
         scale = float((y[0] / LogitMap(softcap).of(x[0])).median())
+        before = softcap
         softcap = _softcap(largest, cap / scale, tolerance) if scale > 0 else None
+        if softcap == before:
+            break
     if abs(scale - 1.0) <= _SAME:
         scale = 1.0
     found = LogitMap(softcap, scale, None if kept == width else kept)

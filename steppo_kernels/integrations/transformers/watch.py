@@ -73,13 +73,14 @@ class Watch(TorchDispatchMode):
         return made
 
     def _note(self, value: Tensor, reason: str | None) -> None:
-        self._seen[_address(value)] = value.untyped_storage(), reason
+        if address := _address(value):
+            self._seen[address] = value.untyped_storage(), reason
 
 
 def _address(value: Tensor) -> int:
+    """Return the address of the storage of a tensor; 0 if it has none, as a sparse one."""
     try:
         return int(value.untyped_storage()._cdata)
-    # A tensor of another kind, such as a sparse one, has none.
     except (NotImplementedError, RuntimeError):
         return 0
 
