@@ -25,9 +25,11 @@ class AtHead(Protocol):
         """Return what the head is to return for `hidden`."""
 
 
-# The call that runs in a thread. A forward neither yields nor awaits, so that nothing else of its
-# thread comes in between; torch.compile follows this, and no variable of contextvars.
+# A forward neither yields nor awaits, so that no other call of its thread comes in between. That is
+# why this may be a variable of the thread: torch.compile follows it, and cannot follow contextvars.
 class _OfThread(threading.local):
+    """The call with `steppo` that runs in a thread."""
+
     call: AtHead | None = None
 
 

@@ -145,10 +145,11 @@ class LMHeadPatch:
         self._logit_map = LogitMap()
         signature = inspect.signature(model.forward)
         self._arguments = _positional(model, signature)
-        self._keywords = {
-            name: parameter.kind is inspect.Parameter.VAR_KEYWORD
-            for name, parameter in signature.parameters.items()
-        }
+        self._names = frozenset(signature.parameters)
+        self._takes_any = any(
+            parameter.kind is inspect.Parameter.VAR_KEYWORD
+            for parameter in signature.parameters.values()
+        )
         heads.install(self._head)
         # Methods of the model, not closures over it: a deep copy of the model gets its own.
         self._set = model.forward = MethodType(_make_forward(signature), model)
@@ -259,7 +260,7 @@ class LMHeadPatch:
 
     def _takes(self, name: str) -> bool:
         """Return whether the model's forward takes an argument of that name."""
-        return name in self._keywords or any(self._keywords.values())
+        return self._takes_any or name in self._names
 
     def _forward_of(self, model: nn.Module) -> Any:
         """Return the forward before the patch, of the patched model or of a replica of it."""

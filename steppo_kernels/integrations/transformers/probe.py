@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# The largest value of a probe, 2 to this: a softcap is seen that is not far above it.
+# The largest value of a probe is 2 to this. A softcap that is far above it cannot be seen.
 _LARGE = 13
-# Half of the accuracy of what a model may make of the probe: it rounds to fp32 at least once.
+# Relative differences up to these are rounding. Models may round to fp32 where they return fp64.
 _TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 _FLOAT_TOLERANCE = 2.0**-20
-# Two measurements of one model differ by the order of its operations at most.
+# Two measurements of one model may differ by this, as compiled code orders operations anew.
 _SAME = 1e-9
 
 
