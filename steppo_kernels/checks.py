@@ -84,7 +84,9 @@ def dense(name: str, value: object) -> Tensor:
     kind = type(value)
     if kind not in _PLAIN and hasattr(value, "full_tensor"):
         raise TypeError(
-            f"{name}: got a DTensor, expected a whole tensor, such as its full_tensor()"
+            f"{name}: got a DTensor, expected a whole tensor. Of a sharded parameter that is "
+            'full_tensor(grad_placements=[Partial("avg")]), or Partial("sum") where the gradients '
+            "of ranks add up: without grad_placements, its gradient is that of one rank alone"
         )
     what = None
     if value.is_nested:

@@ -19,7 +19,6 @@ from tiny_models import (
     ON_BACKENDS,
     ROWS,
     SIZES,
-    WIDTH,
     Batch,
     assert_same,
     fused_batch,
@@ -146,8 +145,12 @@ def test_what_is_given_per_token_is_at_its_token(backend: str) -> None:
     random = torch.Generator().manual_seed(3)
     values = old_and_ref(model, batch)
     weights = torch.rand(ROWS, LENGTH, generator=random, dtype=torch.float64)
-    more = {"is_weights": weights, "step_weights": torch.rand(6, dtype=torch.float64),
-            "normalizer": 5.0, "temperature": 0.7 + weights}  # fmt: skip
+    more = {
+        "is_weights": weights,
+        "step_weights": torch.rand(6, dtype=torch.float64),
+        "normalizer": 5.0,
+        "temperature": 0.7 + weights,
+    }
     expected_loss = unfused_loss(model, batch, values, **more)
     expected = gradients(model)
     patch_lm_head(model)
@@ -172,8 +175,10 @@ def test_a_mask_and_packed_rows(backend: str) -> None:
     by_token = torch.zeros(ROWS, LENGTH, dtype=torch.float64)
     by_token.view(-1)[first] = batch.advantages
     masked = fused_batch(batch, {**values, "advantages": by_token}, batch.mask, backend=backend)
-    losses = [model(**batch.inputs, steppo=fused_batch(batch, values, backend=backend)).loss,
-              model(**batch.inputs, steppo=masked).loss]  # fmt: skip
+    losses = [
+        model(**batch.inputs, steppo=fused_batch(batch, values, backend=backend)).loss,
+        model(**batch.inputs, steppo=masked).loss,
+    ]
 
     real = batch.attention.bool()
     lengths = real.sum(1)
@@ -323,24 +328,17 @@ def test_no_tensor_of_all_logits(mode: str) -> None:
     with _Largest() as fused:
         if mode == "loss":
             request: Any = StepPOBatch(
-                None, torch.ones(8), layout, chunk_tokens=chunk,
+                None,
+                torch.ones(8),
+                layout,
+                chunk_tokens=chunk,
                 config=StepPOConfig(entropy_coef=0.1),
-            )  # fmt: skip
+            )
             model(ids, steppo=request).loss.backward()
         else:
             request = LogProbBatch(layout, chunk_tokens=chunk)
             model(ids, steppo=request).log_probs.sum().backward()
     assert fused.numel == chunk * 4000
-
-
-def test_no_cache_is_kept() -> None:
-    model, batch = make(), Batch()
-    patch_lm_head(model)
-    request = StepPOBatch(None, batch.advantages, batch.layout)
-    assert model(**batch.inputs, steppo=request).past_key_values is None
-    out = model(**batch.inputs, steppo=request, use_cache=True, output_hidden_states=True)
-    assert out.past_key_values is not None
-    assert out.hidden_states[-1].shape == (ROWS, LENGTH, WIDTH)
 
 
 def test_router_loss_of_a_mixture_of_experts() -> None:

@@ -39,18 +39,17 @@ FAMILIES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "smollm2": ("Llama", True, {}),
     "mistral": ("Mistral", False, {"sliding_window": 6}),
     "gemma": ("Gemma", True, {}),
-    "gemma2": (
-        "Gemma2", True, {"final_logit_softcapping": 1.5, "attn_implementation": "eager"}
-    ),
+    "gemma2": ("Gemma2", True, {"final_logit_softcapping": 1.5, "attn_implementation": "eager"}),
     "gemma3": ("Gemma3", True, {"final_logit_softcapping": 2.5, "sliding_window": 6}),
     "granite": ("Granite", False, {"logits_scaling": 3.0}),
     "cohere": ("Cohere", True, {"logit_scale": 0.3}),
     "phi": ("Phi", False, {}),
     "mixtral": (
-        "Mixtral", False,
+        "Mixtral",
+        False,
         {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"},
     ),
-}  # fmt: skip
+}
 CONFIG = StepPOConfig(clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.05)
 
 
@@ -61,9 +60,13 @@ def make(family: str = "qwen2", dtype: torch.dtype = torch.float64) -> PreTraine
     )
     torch.manual_seed(0)
     settings = {**SIZES, "tie_word_embeddings": tied, "attn_implementation": "sdpa", **extra}
-    model = getattr(transformers, f"{name}ForCausalLM")(config(**settings))
-    if model.lm_head.bias is not None:
-        nn.init.normal_(model.lm_head.bias)
+    model = getattr(transformers, f"{name}ForCausalLM", None) or getattr(
+        transformers, f"{name}LMHeadModel"
+    )
+    model = model(config(**settings))
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        nn.init.normal_(head.bias)
     return model.to(dtype).train()
 
 
@@ -127,9 +130,14 @@ def old_and_ref(model: Any, batch: Batch) -> dict[str, Tensor]:
 def unfused_loss(model: Any, batch: Batch, values: dict[str, Any], **more: Any) -> Tensor:
     log_probs, entropy = unfused(model, batch, more.pop("temperature", 1.0))
     out = steppo_loss(
-        log_probs, layout=batch.layout, entropy=entropy, config=CONFIG, backend="reference",
-        **values, **more,
-    )  # fmt: skip
+        log_probs,
+        layout=batch.layout,
+        entropy=entropy,
+        config=CONFIG,
+        backend="reference",
+        **values,
+        **more,
+    )
     out.loss.backward()
     return out.loss.detach()
 

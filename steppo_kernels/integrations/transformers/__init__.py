@@ -7,9 +7,10 @@
     out.loss.backward()
 
 The call is the model's own, so that the hooks of what wraps it run: DDP, FSDP, PEFT, accelerate,
-gradient checkpointing. Only the output head does something else in it: it is given its hidden
-states, computes the loss from them (`steppo_kernels.linear_steppo_loss`) where its weight is whole,
-and returns a handful of numbers in the place of logits.
+gradient checkpointing. Only the output head does something else in it, for this call and its thread
+alone. It computes the loss from its hidden states (`steppo_kernels.linear_steppo_loss`) where its
+weight is whole, and returns a few rows of known numbers in the place of logits. What the model
+makes of them shows what it does to logits: that is part of the loss, or an error.
 
 Positions are those of `input_ids`, and nothing is shifted by the caller: whatever is given or
 returned per token has its entry for token i at place i. The model's state at place i - 1 is what
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from .batches import LogProbBatch, StepPOBatch
 from .outputs import StepPOCausalLMOutput
-from .patch import LMHeadPatch, patch_lm_head
+from .patch import LMHeadPatch, patch_lm_head, patch_of
 
 __all__ = [
     "LMHeadPatch",
@@ -28,4 +29,5 @@ __all__ = [
     "StepPOBatch",
     "StepPOCausalLMOutput",
     "patch_lm_head",
+    "patch_of",
 ]

@@ -36,6 +36,23 @@ class StepPOBatch:
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
         backend: implementation of what is not a matrix product.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from steppo_kernels.integrations.transformers import patch_lm_head
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> patch = patch_lm_head(model)
+        >>> ids = torch.randint(50, (2, 8))
+        >>> mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1]] * 2)
+        >>> out = model(ids, steppo=StepPOBatch(None, torch.ones(4), mask))
+        >>> out.loss.backward()
+        >>> int(out.steppo.metrics["num_steps"])
+        4
     """
 
     def __init__(
@@ -75,17 +92,19 @@ class StepPOBatch:
         found = linear_steppo_loss(
             states.hidden,
             states.weight,
-            placed.tokens(states.tokens.ids),
-            placed.tokens(self.old_log_probs),
-            placed.tokens(self.advantages),
+            placed.tokens(*states.tokens),
+            placed.tokens("old_log_probs", self.old_log_probs),
+            placed.tokens("advantages", self.advantages),
             placed.layout,
             bias=states.bias,
-            temperature=states.scaling.temperature(placed.tokens(self.temperature)),
-            softcap=states.scaling.softcap,
+            temperature=states.logit_map.temperature(
+                placed.tokens("temperature", self.temperature)
+            ),
+            softcap=states.logit_map.softcap,
             chunk_tokens=self.chunk_tokens,
             config=self.config,
-            ref_log_probs=placed.tokens(self.ref_log_probs),
-            is_weights=placed.tokens(self.is_weights),
+            ref_log_probs=placed.tokens("ref_log_probs", self.ref_log_probs),
+            is_weights=placed.tokens("is_weights", self.is_weights),
             step_weights=self.step_weights,
             normalizer=self.normalizer,
             ratio_center=self.ratio_center,
@@ -107,6 +126,23 @@ class LogProbBatch:
         return_entropy: also return the entropies.
         chunk_tokens: as in `linear_token_log_probs`.
         backend: as in `StepPOBatch`.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from steppo_kernels.integrations.transformers import patch_lm_head
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> patch = patch_lm_head(model)
+        >>> ids = torch.randint(50, (2, 8))
+        >>> mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1]] * 2)
+        >>> with torch.no_grad():
+        ...     out = model(ids, steppo=LogProbBatch(mask, return_entropy=True))
+        >>> tuple(out.log_probs.shape), bool((out.entropy[mask == 1] > 0).all())
+        ((2, 8), True)
     """
 
     def __init__(
@@ -132,10 +168,12 @@ class LogProbBatch:
         found = linear_token_log_probs(
             states.hidden,
             states.weight,
-            placed.tokens(states.tokens.ids),
+            placed.tokens(*states.tokens),
             bias=states.bias,
-            temperature=states.scaling.temperature(placed.tokens(self.temperature)),
-            softcap=states.scaling.softcap,
+            temperature=states.logit_map.temperature(
+                placed.tokens("temperature", self.temperature)
+            ),
+            softcap=states.logit_map.softcap,
             mask=placed.layout.step_ids >= 0,
             return_entropy=self.return_entropy,
             chunk_tokens=self.chunk_tokens,

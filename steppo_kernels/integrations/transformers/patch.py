@@ -1,27 +1,21 @@
-"""The forward of a patched model, and its output head inside of it."""
+"""The forward of a patched model: what it takes, and when it goes another way."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
-from dataclasses import replace
 from types import MethodType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from ...outputs import StepPOOutput
+from . import head as heads
 from .batches import LogProbBatch, StepPOBatch
-from .outputs import StepPOCausalLMOutput
-from .placement import States, Tokens
-from .scaling import PROBE, Scaling, scaling_of
-
-# Of the output of the model's own forward.
-_OF_THE_MODEL = ("past_key_values", "hidden_states", "attentions", "aux_loss", "router_logits")
+from .call import FusedCall, with_values
+from .placement import Tokens
+from .probe import LogitMap
 
 
 def patch_lm_head(model: nn.Module) -> LMHeadPatch:
@@ -33,12 +27,23 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
     training code that has them next to `inputs_embeds`: they may be anything (-100) where no action
     token is, and the model's own loss of them is not formed.
 
-    A logit softcap and a logit scale of the model's configuration are part of the loss; what the
-    model does after its head is compared with them in the first call. Each call waits for the
-    device: where the action tokens are is looked at on the host.
+    The patch stays in place between calls, and a call concerns its own thread alone: other threads
+    may generate from the model, or train it, meanwhile.
 
-    Patch the model itself; wrap it before or after. A deep copy of a patched model is patched too;
-    its own handle is ``copy.steppo_patch``. A pickle of one (``torch.save(model)``) raises.
+    A scale and a softcap that the model applies to its logits are part of the loss, and so is a cut
+    of its vocabulary to the first token ids. They are measured in every call, over the whole
+    vocabulary, from four rows that go through all that comes after the head: its hooks, subclasses,
+    the model's own forward. Everything else that is done there raises. A forward hook on the model
+    may look at the output, and may not change its logits: rows of other positions than the first
+    two are not looked at there. The first call of a model that has a scale, a softcap or a cut
+    evaluates its batch twice. Each call waits for the device: where the action tokens are is looked
+    at on the host.
+
+    Patch the model itself; wrap it before or after. What wraps it is handed no logits. A deep copy
+    of a patched model is patched too, and `patch_of` finds its handle. A pickle of one
+    (``torch.save(model)``) raises; its `state_dict` and `save_pretrained` are those of the model.
+    Replicas of `torch.nn.DataParallel` raise in calls with `steppo`, as that does not split a
+    batch.
 
     Args:
         model: a causal LM of transformers whose output head is an `nn.Linear`, tied or not; or a
@@ -49,10 +54,53 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
 
     Raises:
         TypeError, ValueError: the model is none that this works for; the text says why.
-        RuntimeError: it is patched already.
+        RuntimeError: it is patched already; `patch_of` returns its handle.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from steppo_kernels import StepLayout
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> patch = patch_lm_head(model)
+        >>> ids = torch.randint(50, (2, 8))
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1]] * 2))
+        >>> with torch.no_grad():
+        ...     old = model(ids, steppo=LogProbBatch(layout)).log_probs
+        >>> out = model(ids, steppo=StepPOBatch(old, torch.randn(layout.num_steps), layout))
+        >>> out.loss.backward()
+        >>> patch.remove()
     """
-    base = getattr(model, "get_base_model", None)
-    return LMHeadPatch(base() if callable(base) else model)
+    return LMHeadPatch(_base(model))
+
+
+def patch_of(model: nn.Module) -> LMHeadPatch | None:
+    """Return the handle of a model that is patched, or None.
+
+    Args:
+        model: a model, or what wraps it: PEFT, DistributedDataParallel, FSDP, torch.compile.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> patch_of(model) is None
+        True
+        >>> patch = patch_of(model) or patch_lm_head(model)
+        >>> patch_of(model) is patch
+        True
+    """
+    for module in model.modules():
+        found = module.__dict__.get("steppo_patch")
+        if isinstance(found, LMHeadPatch):
+            return found
+    return None
 
 
 class LMHeadPatch:
@@ -60,6 +108,19 @@ class LMHeadPatch:
 
     Attributes:
         model: the causal LM whose forward takes `steppo`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> with patch_lm_head(model) as patch:
+        ...     patch.model is model
+        True
+        >>> patch_of(model) is None
+        True
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,38 +131,58 @@ class LMHeadPatch:
                 "stays outside: pass the model in it)"
             )
         if "steppo_patch" in model.__dict__:
-            raise RuntimeError("model: is patched already; call remove() of that handle first")
-        if model.config.is_encoder_decoder or not model.can_generate():
+            raise RuntimeError(
+                "model: is patched already, expected one that is not; patch_of(model) returns its "
+                "handle"
+            )
+        if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
             raise TypeError(f"model: got {type(model).__name__}, expected a causal LM")
-        _check_linear(model)
         self.model = model
+        self._head = heads.plain_head(model)
         self._inner = model.forward
         self._was_set = model.__dict__.get("forward")
-        self._proven: Scaling | None = None
-        made = _make_forward(inspect.signature(model.forward))
+        # What the last call measured.
+        self._logit_map = LogitMap()
+        signature = inspect.signature(model.forward)
+        self._arguments = _positional(model, signature)
+        self._names = frozenset(signature.parameters)
+        self._takes_any = any(
+            parameter.kind is inspect.Parameter.VAR_KEYWORD
+            for parameter in signature.parameters.values()
+        )
+        heads.install(self._head)
         # Methods of the model, not closures over it: a deep copy of the model gets its own.
-        self._set = model.forward = MethodType(made, model)
+        self._set = model.forward = MethodType(_make_forward(signature), model)
         model.steppo_patch = self
+        self._before = model.register_forward_pre_hook(_before_call, with_kwargs=True)
+        self._after = model.register_forward_hook(_after_call, with_kwargs=True)
 
     def remove(self) -> None:
-        """Restore the model's forward; a second call does nothing.
+        """Restore the model's forward and that of its head; a second call does nothing.
 
         Raises:
-            RuntimeError: something else replaced the forward after the patch.
+            RuntimeError: something else replaced one of them after the patch.
         """
         model = self.model
         if model.__dict__.get("steppo_patch") is not self:
             return
         # Equal, not the same: what accelerate puts back when it unwraps is a method made anew.
-        if model.__dict__.get("forward") != self._set:
-            raise RuntimeError(
-                "forward: was replaced after patch_lm_head (by accelerate, perhaps), expected the "
-                "patch: undo what came after it first"
-            )
+        for what, is_ours in (
+            ("forward", model.__dict__.get("forward") == self._set),
+            ("forward of the output head", heads.is_installed(self._head)),
+        ):
+            if not is_ours:
+                raise RuntimeError(
+                    f"{what}: was replaced after patch_lm_head (by accelerate, perhaps), expected "
+                    "the patch: undo what came after it first"
+                )
         if self._was_set is None:
             del model.forward
         else:
             model.forward = self._was_set
+        heads.uninstall(self._head)
+        self._before.remove()
+        self._after.remove()
         del model.steppo_patch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LMHeadPatch:
@@ -128,109 +209,123 @@ class LMHeadPatch:
     ) -> None:
         self.remove()
 
-    def call(self, batch: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's forward, with `batch` evaluated in the place of its head."""
-        if batch is None:
-            return self._inner(*args, **kwargs)
+    def call(self, given: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's forward; with `given`, its `steppo`, another way at its head."""
+        asked = given if isinstance(given, _Asked) else _Asked(self.model, given)
+        forward = self._forward_of(asked.model)
+        if asked.batch is None:
+            # A plain call from within a call with `steppo`, as a hook may make one.
+            if heads.current() is not None:
+                return heads.run_within(None, forward, args, kwargs)
+            return forward(*args, **kwargs)
+        return self._call_fused(asked, forward, args, kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _call_fused(
+        self, asked: _Asked, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        batch = asked.batch
         if not isinstance(batch, (StepPOBatch, LogProbBatch)):
             raise TypeError(
                 f"steppo: got {type(batch).__name__}, expected a StepPOBatch or a LogProbBatch"
             )
-        names = [*inspect.signature(self._inner).parameters][: len(args)]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        if asked.model is not self.model:
+            raise RuntimeError(
+                "model: got a call with steppo on a replica of the patched model, expected the "
+                "model itself: DataParallel splits input_ids, and not the batch; use "
+                "DistributedDataParallel"
+            )
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
         _refuse_arguments(given)
-        tokens = _tokens(batch, given)
+        tokens = self._tokens(batch, given)
         # With labels, the model would form a cross entropy of the probe.
         kwargs.pop("labels", None)
-        if "labels" in names:
-            at = names.index("labels")
+        by_position = self._arguments[: len(args)]
+        if "labels" in by_position:
+            at = by_position.index("labels")
             args = (*args[:at], None, *args[at + 1 :])
-        head = _check_linear(self.model)
-        work = _AtHead(batch, head, tokens, given.get("attention_mask"), scaling_of(self.model))
-        kwargs["return_dict"] = True
-        if "use_cache" not in given:
+        if self._takes("return_dict") and "return_dict" not in by_position:
+            kwargs["return_dict"] = True
+        if self._takes("use_cache") and "use_cache" not in given:
             kwargs["use_cache"] = False
-        with _forward_replaced(head, work):
-            outputs = self._inner(*args, **kwargs)
-        if work.found is None:
-            raise RuntimeError(
-                f"model: {type(self.model).__name__} did not call its output head, expected one "
-                "call with the hidden states of all positions"
-            )
-        if work.scaling != self._proven:
-            work.scaling.compare(outputs.logits)
-            self._proven = work.scaling
-        tied = _AfterLogits.apply(outputs.logits, *work.found.values())
-        found = dict(zip(work.found, tied, strict=True))
-        if work.steppo is not None:
-            found["steppo"] = replace(work.steppo, loss=found["loss"])
-        return StepPOCausalLMOutput(**found, **{name: outputs.get(name) for name in _OF_THE_MODEL})
-
-
-class _AtHead:
-    """Stands in for the head's forward in one call, and keeps what was found there."""
-
-    def __init__(
-        self,
-        batch: StepPOBatch | LogProbBatch,
-        head: nn.Linear,
-        tokens: Tokens,
-        attention_mask: Tensor | None,
-        scaling: Scaling,
-    ) -> None:
-        self.batch, self.head = batch, head
-        self.tokens, self.attention_mask = tokens, attention_mask
-        self.scaling = scaling
-        self.found: dict[str, Tensor] | None = None
-        self.steppo: StepPOOutput | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Evaluate the batch on hidden states, and return the probe instead of logits."""
-        if self.found is not None:
-            raise RuntimeError("model: called its output head again, expected one call")
-        # Read now: only around the head's forward does FSDP or ZeRO-3 have it whole.
-        weight, bias = self.head.weight, self.head.bias
-        if hasattr(weight, "full_tensor"):
-            raise TypeError(
-                "model: the weight of its output head is a DTensor in its forward, expected a "
-                "whole one: tensor parallelism of the head is not supported"
-            )
-        self.found, self.steppo = self.batch.evaluate(
-            States(hidden, weight, bias, self.scaling, self.tokens, self.attention_mask)
+        call = FusedCall(
+            batch, self._present_head(), tokens, given.get("attention_mask"), self._logit_map
         )
-        probe = torch.tensor([[PROBE]], dtype=torch.float32, device=hidden.device)
-        output: Tensor = _HeadOutput.apply(probe, *self.found.values())
+        output = call.run(self.model, forward, args, kwargs)
+        self._logit_map = call.logit_map
+        if not asked.has_hooks:
+            return with_values(output, {"logits": None})
+        asked.call = call
         return output
 
+    def _takes(self, name: str) -> bool:
+        """Return whether the model's forward takes an argument of that name."""
+        return self._takes_any or name in self._names
 
-# Sharded weights (FSDP, ZeRO) are gathered for backward, and their gradients reduced, from when the
-# gradient of the head's output arrives. These two make it arrive, and before those of the loss and
-# the log-probs are formed, as in a call with logits.
-class _HeadOutput(torch.autograd.Function):
-    """The probe, as something that is made of what was found at the head."""
+    def _forward_of(self, model: nn.Module) -> Any:
+        """Return the forward before the patch, of the patched model or of a replica of it."""
+        if model is self.model or self._was_set is not None:
+            return self._inner
+        return MethodType(type(model).forward, model)
 
-    @staticmethod
-    def forward(ctx: Any, probe: Tensor, *values: Tensor) -> Tensor:
-        ctx.count = len(values)
-        return probe.clone()
+    def _present_head(self) -> nn.Linear:
+        """Return the model's head, which may be another one than when it was patched."""
+        head = heads.plain_head(self.model)
+        if not heads.is_installed(head):
+            heads.install(head)
+        # Another thread may be here too, and have made the change.
+        before, self._head = self._head, head
+        if before is not head:
+            heads.uninstall(before)
+        return head
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, *(None for _ in range(ctx.count))
+    def _tokens(self, batch: StepPOBatch | LogProbBatch, given: dict[str, Any]) -> Tokens:
+        """Return the tokens of a call, and the argument that they were."""
+        if batch.token_ids is not None:
+            return Tokens("token_ids", batch.token_ids)
+        main = self.model.main_input_name
+        for name in ("labels", main):
+            if given.get(name) is not None:
+                return Tokens(name, given[name])
+        raise ValueError(f"token_ids: got None without labels or {main}, expected the tokens")
 
 
-class _AfterLogits(torch.autograd.Function):
-    """Values as they are, as something that is made of the logits too."""
+class _Asked:
+    """What a call of a patched model asks for, between the hooks of that model.
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.like = logits.new_zeros(()).expand(logits.shape)
-        ctx.set_materialize_grads(False)
-        return tuple(value.clone() for value in values)
+    Attributes:
+        model: the one that is called: the patched one, or a replica of it.
+        batch: its `steppo`.
+        has_hooks: whether the model's hooks run: some wrappers call its forward alone.
+        call: what ran, once it did.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return ctx.like, *grads
+    def __init__(self, model: nn.Module, batch: object, has_hooks: bool = False) -> None:
+        self.model, self.batch, self.has_hooks = model, batch, has_hooks
+        self.call: FusedCall | None = None
+
+
+# Hooks of the patched model. They get the module that is called, which a method of a replica does
+# not: a replica shares the methods of the original.
+def _before_call(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    patch, batch = module.steppo_patch, kwargs.get("steppo")
+    if patch.model is not module:
+        heads.adopt(module.get_output_embeddings())
+    elif batch is None:
+        return None
+    else:
+        # Hooks that were added meanwhile would come after the one that looks at their result.
+        hooks, last = module._forward_hooks, patch._after.id
+        if next(reversed(hooks)) != last:
+            hooks.move_to_end(last)
+    return args, {**kwargs, "steppo": _Asked(module, batch, has_hooks=True)}
+
+
+def _after_call(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    asked = kwargs.get("steppo")
+    if asked is None or asked.call is None:
+        return None
+    return asked.call.without_probe(output)
 
 
 def _make_forward(signature: inspect.Signature) -> Any:
@@ -248,68 +343,43 @@ def _make_forward(signature: inspect.Signature) -> Any:
     return forward
 
 
-def _tokens(batch: StepPOBatch | LogProbBatch, given: dict[str, Any]) -> Tokens:
-    """Return the tokens of a call, and the argument that they were."""
-    if batch.token_ids is not None:
-        return Tokens("token_ids", batch.token_ids)
-    for name in ("labels", "input_ids"):
-        if given.get(name) is not None:
-            return Tokens(name, given[name])
-    raise ValueError("token_ids: got None without labels or input_ids, expected the batch's tokens")
+def _positional(model: nn.Module, signature: inspect.Signature) -> list[str]:
+    """Return the names of arguments by position.
+
+    A subclass whose forward takes ``*args`` hands them on to the class above.
+    """
+    of_classes = (
+        [*inspect.signature(vars(kind)["forward"]).parameters.values()][1:]
+        for kind in type(model).__mro__
+        if "forward" in vars(kind)
+    )
+    for parameters in ([*signature.parameters.values()], *of_classes):
+        found = [
+            parameter.name
+            for parameter in parameters
+            if parameter.kind
+            in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        if found or not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            return found
+    return []
 
 
 def _refuse_arguments(given: dict[str, Any]) -> None:
     """Raise for arguments of the model that mean nothing in a call without logits."""
     if given.get("return_dict") is False:
         raise ValueError("return_dict: got False with steppo, expected True or None")
-    for name in ("logits_to_keep", "num_logits_to_keep"):
-        kept = given.get(name)
-        if kept is not None and not (isinstance(kept, int) and kept == 0):
+    for name, kept in given.items():
+        is_all = kept is None or (isinstance(kept, int) and kept == 0)
+        if name.endswith("logits_to_keep") and not is_all:
             raise ValueError(
                 f"{name}: got it with steppo, expected 0 or None: the layout says which are needed"
             )
 
 
-def _check_linear(model: PreTrainedModel) -> nn.Linear:
-    """Return the model's output head, if it is a matrix and nothing else."""
-    head = model.get_output_embeddings()
-    head = getattr(head, "_fsdp_wrapped_module", head)
-    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
-        own = head.__dict__.get(_forward_name(head))
-        if own is None or own == MethodType(nn.Linear.forward, head):
-            return head
-        raise TypeError(
-            "model: the forward of its output head was replaced, expected that of nn.Linear (what "
-            "the replacement does would be left out)"
-        )
-    kind = f"{type(head).__module__}.{type(head).__name__}"
-    message = (
-        f"model: its output head is a {kind}, expected a plain nn.Linear; linear_steppo_loss takes "
-        "hidden states and any weight, such as base + B @ A"
-    )
-    if kind.startswith("peft."):
-        message += (
-            "; adapters on the head would be left out: keep it out of target_modules and "
-            "modules_to_save, or merge them first"
-        )
-    raise TypeError(message)
-
-
-def _forward_name(head: nn.Module) -> str:
-    """Return where the forward of `head` is: accelerate moves weights around one it keeps aside."""
-    return "_old_forward" if "_old_forward" in head.__dict__ else "forward"
-
-
-@contextlib.contextmanager
-def _forward_replaced(head: nn.Module, work: _AtHead) -> Iterator[None]:
-    """Let `head` run `work` in the place of its forward, inside of its hooks."""
-    name = _forward_name(head)
-    before = head.__dict__.get(name)
-    setattr(head, name, work)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(head, name)
-        else:
-            setattr(head, name, before)
+def _base(model: nn.Module) -> nn.Module:
+    """Return the model in a PEFT model, or the model."""
+    base = getattr(model, "get_base_model", None)
+    found = base() if callable(base) else model
+    assert isinstance(found, nn.Module) or not isinstance(model, nn.Module)
+    return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import checks
 from ...backends.choice import Backend
 from ...layout.step_layout import StepLayout, shifted_left
-from .scaling import Scaling
+from .probe import LogitMap
 
 
 class Tokens(NamedTuple):
@@ -26,9 +26,9 @@ class States(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    scaling: Scaling
+    logit_map: LogitMap
     tokens: Tokens
-    attention_mask: Tensor | None
+    attention_mask: object
 
 
 class Placed:
@@ -44,18 +44,22 @@ class Placed:
         name, ids = states.tokens
         device = states.hidden.device
         tokens = checks.integer(name, ids, device)
-        if name == "labels":
-            checks.same_shape(name, tokens, states.hidden.shape[:-1])
+        positions = states.hidden.shape[:-1]
+        if not _is_view(tokens.shape, positions):
+            raise ValueError(
+                f"{name}: got shape {tuple(tokens.shape)}, expected that of the positions whose "
+                f"hidden states the output head was given, {tuple(positions)}"
+            )
         if isinstance(layout, Tensor):
             layout = StepLayout.from_mask(checks.flags("layout", layout, (1, 2)), backend=backend)
         elif not isinstance(layout, StepLayout):
             raise TypeError(f"layout: got {type(layout).__name__}, expected a StepLayout or a mask")
-        if layout.shape.numel() != tokens.numel():
+        if not _is_view(layout.shape, tokens.shape):
             raise ValueError(
                 f"layout: got shape {tuple(layout.shape)}, expected that of the tokens, "
                 f"{tuple(tokens.shape)}"
             )
-        self._num_tokens = tokens.numel()
+        self._shape = tokens.shape
         index = checks.on_device("layout", layout.token_index, device)
         allowed = _predicted(layout, tokens.shape, states.attention_mask)
         # Both at once, as each look at values waits for the device.
@@ -75,14 +79,30 @@ class Placed:
             )
         self.layout = shifted_left(layout)
 
-    def tokens(self, values: Any) -> Any:
+    def tokens(self, name: str, values: Any) -> Any:
         """Return what is given per token at the places of the states; all else as it is.
 
         What is given per step is never as long: where a row begins there is no action.
         """
-        if not isinstance(values, Tensor) or values.numel() != self._num_tokens:
+        if not isinstance(values, Tensor) or values.numel() != self._shape.numel():
             return values
+        if not _is_view(values.shape, self._shape):
+            raise ValueError(
+                f"{name}: got shape {tuple(values.shape)}, expected that of the tokens, "
+                f"{tuple(self._shape)}"
+            )
         return values.reshape(-1).roll(-1).view(values.shape)
+
+
+def _is_view(shape: torch.Size, other: torch.Size) -> bool:
+    """Return whether tensors of both shapes have the same elements in the same order.
+
+    Dimensions of size 1 may be more or less, and either may be flat: rows that were exchanged for
+    columns have as many elements, and another order.
+    """
+    sizes, others = ([n for n in sizes if n != 1] for sizes in (shape, other))
+    is_flat = min(len(sizes), len(others)) <= 1
+    return shape.numel() == other.numel() and (is_flat or sizes == others)
 
 
 def _predicted(layout: StepLayout, shape: torch.Size, attention_mask: object) -> Tensor:

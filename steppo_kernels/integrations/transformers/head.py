@@ -1,0 +1,156 @@
+"""The output head of a model: whether it is a plain matrix, and a forward that a call can take."""
+
+from __future__ import annotations
+
+import threading
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+_WAY_OUT = (
+    "keep the head out of what changed it, or use steppo_loss_from_logits and token_log_probs on "
+    "the logits of the model, or linear_steppo_loss on hidden states and any weight, such as "
+    "base + B @ A"
+)
+
+
+class AtHead(Protocol):
+    """A call of a model that wants the hidden states of its head."""
+
+    head: nn.Linear
+
+    def at_head(self, hidden: Tensor) -> Tensor:
+        """Return what the head is to return for `hidden`."""
+
+
+# A forward neither yields nor awaits, so that no other call of its thread comes in between. That is
+# why this may be a variable of the thread: torch.compile follows it, and cannot follow contextvars.
+class _OfThread(threading.local):
+    """The call with `steppo` that runs in a thread."""
+
+    call: AtHead | None = None
+
+
+_of_thread = _OfThread()
+
+
+def current() -> AtHead | None:
+    """Return the call with `steppo` that runs in this thread."""
+    return _of_thread.call
+
+
+@torch.compiler.disable(recursive=False)
+def run_within(call: AtHead | None, forward: Any, args: Any, kwargs: Any) -> Any:
+    """Run a forward in which the head belongs to `call`; to none, it is as without a patch."""
+    before = _of_thread.call
+    _of_thread.call = call
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _of_thread.call = before
+
+
+def head_forward(self: Any, input: Tensor) -> Tensor:
+    """Stand in for the forward of a head, for as long as its model is patched."""
+    call = _of_thread.call
+    if call is None or call.head is not self:
+        output: Tensor = type(self).forward(self, input)
+    else:
+        output = _in_place_of(call, input)
+    return output
+
+
+@torch.compiler.disable
+def _in_place_of(call: AtHead, hidden: Tensor) -> Tensor:
+    """Hand `hidden` to the call; compiled code stops here."""
+    return call.at_head(hidden)
+
+
+def install(head: nn.Linear) -> None:
+    """Put `head_forward` in the place of the forward of `head`."""
+    setattr(head, _forward_name(head), MethodType(head_forward, head))
+
+
+def uninstall(head: nn.Linear) -> None:
+    """Restore the forward of `head`."""
+    name = _forward_name(head)
+    if not is_installed(head):
+        return
+    if name == "forward":
+        delattr(head, name)
+    else:
+        setattr(head, name, MethodType(type(head).forward, head))
+
+
+def is_installed(head: nn.Module) -> bool:
+    """Return whether the forward of `head` is `head_forward`."""
+    own = head.__dict__.get(_forward_name(head))
+    return getattr(own, "__func__", None) is head_forward
+
+
+def adopt(head: nn.Module) -> None:
+    """Let a copy of a head, which shares the forward of another, have its own."""
+    if is_installed(head):
+        setattr(head, _forward_name(head), MethodType(head_forward, head))
+
+
+def plain_head(model: Any) -> nn.Linear:
+    """Return the output head of a model, if it is a matrix and nothing else.
+
+    Raises:
+        TypeError: it is something else, or does something else.
+    """
+    head = model.get_output_embeddings()
+    head = getattr(head, "_fsdp_wrapped_module", head)
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+        own = head.__dict__.get(_forward_name(head))
+        if own is not None and own not in (
+            MethodType(nn.Linear.forward, head),
+            MethodType(head_forward, head),
+        ):
+            raise TypeError(
+                "model: the forward of its output head was replaced, expected that of nn.Linear: "
+                "what the replacement does, such as a cast to fp32, would be left out (log-probs "
+                f"are formed in fp32 here). Undo it; or {_WAY_OUT}"
+            )
+        check_weight(head.weight)
+        return head
+    kind = f"{type(head).__module__}.{type(head).__name__}"
+    raise TypeError(
+        f"model: its output head is a {kind}, expected a plain nn.Linear: what that adds, such as "
+        f"adapters on the head or quantised weights, would be left out; {_WAY_OUT}"
+    )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise unless a weight holds the numbers of a matrix; it may be sharded."""
+    is_sharded = hasattr(weight, "full_tensor")
+    is_plain = type(weight) in (Tensor, nn.Parameter)
+    if not (is_sharded or is_plain) or not weight.is_floating_point():
+        kind = f"{type(weight).__module__}.{type(weight).__name__}"
+        raise TypeError(
+            f"model: the weight of its output head is a {kind} of {weight.dtype}, expected a plain "
+            f"tensor of floating point numbers; {_WAY_OUT}"
+        )
+
+
+def whole_weight(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a head, from within its forward.
+
+    Only there do FSDP, ZeRO-3 and the offloading of accelerate have them whole and in place.
+    """
+    weight, bias = head.weight, head.bias
+    check_weight(weight)
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            "model: the weight of its output head is a DTensor in its forward, expected a whole "
+            "one: tensor parallelism of the head is not supported"
+        )
+    return weight, bias
+
+
+def _forward_name(head: nn.Module) -> str:
+    """Return where the forward of `head` is: accelerate moves weights around one it keeps aside."""
+    return "_old_forward" if "_old_forward" in head.__dict__ else "forward"
