@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import hypothesis
 import numpy as np
 import pytest
+import third_party
 
 from steppo_kernels import backends, memory
 
@@ -63,7 +64,16 @@ def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
     return pytest.param(target, id=name, marks=marks)
 
 
+def pytest_report_header() -> str:
+    return third_party.versions()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    third_party.mark(items)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    third_party.refuse_deprecated_calls(config)
     # Tests run side by side; the tensors are small.
     torch.set_num_threads(1)
     if backends.triton_interprets():
