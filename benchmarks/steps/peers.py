@@ -1,9 +1,9 @@
 """The code that the package is compared with.
 
-verl's functions are used where verl can be imported (`make peers`); what stands here under
-the same names is then held to them before anything is timed, and takes their place elsewhere. The
-step GAE of the StepPO authors is not part of a published package; `step_gae_tables` does what it
-does, the way it does it.
+verl's functions are used where verl can be imported, as in the environment of `make bench`. What
+stands here under the same names is then held to them before anything is timed, and takes their
+place elsewhere. The step GAE of the StepPO authors is not part of a published package;
+`step_gae_tables` does what it does, the way it does it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def verl_gspo(clip_low: float, clip_high: float) -> Callable[..., tuple[Tensor, 
     """Return verl's gspo policy loss with its configuration bound."""
     core = verl()
     if core is None:
-        raise RuntimeError("verl: not installed, see the extra `peers`")
+        raise RuntimeError("verl: not installed, see the group `bench` of pyproject.toml")
     config = importlib.import_module("verl.workers.config")
     actor = config.ActorConfig(
         strategy="fsdp",

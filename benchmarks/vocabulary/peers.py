@@ -1,7 +1,8 @@
 """The code that the package is compared with, each as its project calls it on a CPU.
 
 Where a project masks tokens by leaving them out, it is given the action tokens alone; where it
-takes whole rows with a mask, whole rows. What cannot be imported is left out (`make peers`).
+takes whole rows with a mask, whole rows. What cannot be imported is left out; `make bench` installs
+all of it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
@@ -54,6 +56,9 @@ class Agent(nn.Module):
             attn_implementation="sdpa",
         )
         self.language_model = Qwen3ForCausalLM(config)
+        # transformers called the argument `past_key_values` at first.
+        takes = inspect.signature(self.language_model.model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self.value_head = nn.Linear(hidden_size, 1)
         # Before training no state is better than another.
         nn.init.zeros_(self.value_head.weight)
@@ -122,8 +127,8 @@ class Agent(nn.Module):
             input_ids=token_ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
         ).last_hidden_state
         rows = torch.arange(len(last), device=last.device)
         logits: Tensor = self.language_model.lm_head(hidden[rows, last])

@@ -195,7 +195,7 @@ def test_validate_says_that_no_native_backend_was_checked(monkeypatch):
         (("validate", "--device", "cuda:99"), "expected one of cpu"),
         (("validate", "--operation", "abacus"), "expected part of one of"),
         (("validate", "--dtype", "int8"), "expected one of float64"),
-        (("validate", "--batches", "0"), "greater than or equal to 1"),
+        (("validate", "--batches", "0"), "Invalid value for '--batches'"),
         (("demo", "--backend", "abacus"), "expected one of auto, reference, cpu"),
         (("abacus",), "No such command"),
     ],
