@@ -83,7 +83,7 @@ def pytest_report_header() -> list[str]:
         lacks += [f"{target.backend}: {why}; its tests are skipped"] if why else []
     if not torch.cuda.is_available():
         lacks.append("no GPU: triton-gpu is not collected")
-    return [f"backends: {', '.join(runs)}", *lacks]
+    return [third_party.versions(), f"backends: {', '.join(runs)}", *lacks]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -103,10 +103,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ]
     # A mark comes before the parameters of the fixtures that it names.
     metafunc.definition.add_marker(pytest.mark.parametrize((fixture, *grid.axes), parameters))
-
-
-def pytest_report_header() -> str:
-    return third_party.versions()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
