@@ -51,10 +51,12 @@ class StepPOConfig:
         TypeError: a value is not a number where one is wanted.
 
     Example:
-        >>> from steppo_kernels import StepPOConfig
-        >>> config = StepPOConfig(clip_low=0.2, clip_high=0.28, reduction="token_mean")
-        >>> config.clip_high
-        0.28
+        >>> ppo = StepPOConfig(clip_low=0.2, clip_high=0.2, reduction="token_mean")
+        >>> ppo.ratio, ppo.clip_high
+        ('geometric', 0.2)
+        >>> StepPOConfig(clip_low=-1.0)
+        Traceback (most recent call last):
+        ValueError: clip_low: got -1.0, expected a number in [0, 1]
     """
 
     ratio: RatioKind = "geometric"
