@@ -102,15 +102,15 @@ def dense(name: str, value: object) -> Tensor:
 
 def _reads_as_torch(kind: type[Tensor]) -> bool:
     """Whether a subclass means what its memory holds: it leaves torch's operators as they are."""
-    ways = ("__torch_function__", "__torch_dispatch__")
+
+    def way(owner: type[Tensor], name: str) -> object:
+        found = getattr(owner, name)
+        return getattr(found, "__func__", found)
+
     return all(
-        getattr(getattr(kind, way), "__func__", getattr(kind, way))
-        in (getattr(getattr(Tensor, way), "__func__", getattr(Tensor, way)), _DISABLED)
-        for way in ways
+        way(kind, name) in (way(Tensor, name), torch._C._disabled_torch_function_impl)
+        for name in ("__torch_function__", "__torch_dispatch__")
     )
-
-
-_DISABLED = torch._C._disabled_torch_function_impl
 
 
 def _address(value: Tensor) -> int:
