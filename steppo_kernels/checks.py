@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_INT64 = torch.iinfo(torch.int64)
 
 
 def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
@@ -106,15 +104,15 @@ def dense(name: str, value: object) -> Tensor:
 
 def _reads_as_torch(kind: type[Tensor]) -> bool:
     """Whether a subclass means what its memory holds: it leaves torch's operators as they are."""
-    ways = ("__torch_function__", "__torch_dispatch__")
+
+    def way(owner: type[Tensor], name: str) -> object:
+        found = getattr(owner, name)
+        return getattr(found, "__func__", found)
+
     return all(
-        getattr(getattr(kind, way), "__func__", getattr(kind, way))
-        in (getattr(getattr(Tensor, way), "__func__", getattr(Tensor, way)), _DISABLED)
-        for way in ways
+        way(kind, name) in (way(Tensor, name), torch._C._disabled_torch_function_impl)
+        for name in ("__torch_function__", "__torch_dispatch__")
     )
-
-
-_DISABLED = torch._C._disabled_torch_function_impl
 
 
 def _address(value: Tensor) -> int:
@@ -143,51 +141,6 @@ def integer(name: str, value: object, device: torch.device | None = None) -> Ten
     if checked.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name}: got {checked.dtype}, expected int64, int32, int16, int8 or uint8")
     return checked if device is None else on_device(name, checked, device)
-
-
-def integers(name: str, value: Tensor | Sequence[int]) -> Tensor:
-    """Return an integer tensor, or a sequence or array of integers as one."""
-    if isinstance(value, Tensor):
-        return integer(name, value)
-    entries = sequence(name, value, "integers")
-    try:
-        made = torch.tensor(entries, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        # Objects that are integers, such as those of an object array; or the error tells which not.
-        made = torch.tensor([index(name, one) for one in entries], dtype=torch.int64, device="cpu")
-    return integer(name, made) if made.numel() else made.to(torch.int64)
-
-
-def sequence(name: str, value: object, expected: str) -> list[Any]:
-    """Return the entries of a sequence, an array or an iterator; of nothing without an order."""
-    unordered = isinstance(value, (str, bytes, set, frozenset, dict))
-    if unordered or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected} in a sequence")
-    return list(value)
-
-
-def index(name: str, value: object, also: str = "") -> int:
-    """Return an integer of any type, within int64 (any size if `also` names other types)."""
-    expected = f"integers {also}".strip()
-    is_flag = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-    if is_flag or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: got an entry of type {type(value).__name__}, expected {expected}")
-    try:
-        found = operator.index(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{name}: got an entry of type {type(value).__name__}, expected {expected}"
-        ) from error
-    if not also and not _INT64.min <= found <= _INT64.max:
-        raise ValueError(f"{name}: got {found}, expected integers of 64 bits")
-    return found
-
-
-def token_id(name: str, value: object) -> int:
-    """Return one token id, an integer of any type."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected token ids")
-    return index(name, value)
 
 
 def on_device(name: str, value: Tensor, device: torch.device) -> Tensor:

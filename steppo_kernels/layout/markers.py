@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from . import integers
 
 
 class Markers(NamedTuple):
@@ -35,7 +36,7 @@ class Markers(NamedTuple):
         if isinstance(end, Tensor):
             end = checks.tensor("end", end)
         ends = [end] if _is_one(end) else _entries("end", end)
-        ids = [checks.token_id("end", one) for one in ends]
+        ids = [integers.token_id("end", one) for one in ends]
         if not ids and not stops:
             raise ValueError("end: got an empty sequence, expected at least one token id")
         made = (*_ragged(starts), torch.tensor(ids, dtype=torch.int64, device="cpu"))
@@ -48,14 +49,14 @@ def _sequences(name: str, value: object) -> list[list[int]]:
         value = checks.tensor(name, value)
         checks.dims(name, value, (0, 1))
     if _is_one(value):
-        return [[checks.token_id(name, value)]]
+        return [[integers.token_id(name, value)]]
     entries = _entries(name, value)
     if entries and not any(map(_is_one, entries)):
         several = [
-            [checks.token_id(name, one) for one in _entries(name, entry)] for entry in entries
+            [integers.token_id(name, one) for one in _entries(name, entry)] for entry in entries
         ]
     else:
-        several = [[checks.token_id(name, one) for one in entries]]
+        several = [[integers.token_id(name, one) for one in entries]]
     if not all(several):
         raise ValueError(f"{name}: got an empty sequence, expected at least one token id")
     return several
@@ -74,7 +75,7 @@ def _entries(name: str, value: object) -> list[object]:
     if isinstance(value, Tensor):
         whole = checks.dims(name, checks.integer(name, value), (1,))
         return list(whole.tolist())
-    return checks.sequence(name, value, "token ids")
+    return integers.sequence(name, value, "token ids")
 
 
 def _ragged(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from . import integers
 
 
 def uniform_offsets(num_rows: int, row_length: int, device: torch.device) -> Tensor:
@@ -64,7 +65,7 @@ def in_time_order(
 ) -> tuple[Tensor, Tensor]:
     """Return rows `keep` by trajectory and step, and the CSR offsets of the trajectories."""
     codes = _trajectory_codes(trajectory_ids, num_rows, keep)
-    indices = checks.integers("step_indices", step_indices).cpu().to(torch.int64)
+    indices = integers.vector("step_indices", step_indices).cpu().to(torch.int64)
     checks.same_shape("step_indices", indices, torch.Size((num_rows,)))
     return _order_rows(codes, indices[keep], keep)
 
@@ -79,8 +80,8 @@ def _trajectory_codes(ids: Tensor | Sequence[Any], num_rows: int, keep: Tensor) 
         first.scatter_reduce_(0, codes, torch.arange(len(codes), device="cpu"), "amin")
         return first.argsort().argsort()[codes]
     keys = [
-        entry if isinstance(entry, str) else checks.index("trajectory_ids", entry, "or strings")
-        for entry in checks.sequence("trajectory_ids", ids, "integers or strings")
+        entry if isinstance(entry, str) else integers.index("trajectory_ids", entry, "or strings")
+        for entry in integers.sequence("trajectory_ids", ids, "integers or strings")
     ]
     if len(keys) != num_rows:
         raise ValueError(f"trajectory_ids: got shape ({len(keys)},), expected ({num_rows},)")

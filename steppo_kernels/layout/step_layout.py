@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -16,27 +15,9 @@ from ..backends.choice import Backend
 from ..backends.reference.reductions import reduction_weights
 from ..config import REDUCTIONS, Reduction, one_of
 from . import build, regroup
+from .inference import outside_inference_mode
 from .saved import checked_tensors
 from .step_tensors import StepTensors
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _outside_inference_mode(function: _Function) -> _Function:
-    """Let `function` make plain tensors in inference mode too.
-
-    A tensor of inference mode cannot be saved for a backward pass, and nobody counts the writes to
-    it.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **options)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **options)
-
-    return run  # type: ignore[return-value]
 
 
 class _Shown:
@@ -146,7 +127,7 @@ class StepLayout:
         return self._held.num_trajectories
 
     @classmethod
-    @_outside_inference_mode
+    @outside_inference_mode
     def from_mask(
         cls,
         mask: Tensor,
@@ -178,7 +159,7 @@ class StepLayout:
         return _made(build.from_mask(mask, cu_seqlens, boundaries, backend))
 
     @classmethod
-    @_outside_inference_mode
+    @outside_inference_mode
     def from_step_ids(
         cls, step_ids: Tensor, *, cu_seqlens: Tensor | None = None, backend: Backend = "auto"
     ) -> StepLayout:
@@ -205,7 +186,7 @@ class StepLayout:
         return _made(build.from_step_ids(step_ids, cu_seqlens, backend))
 
     @classmethod
-    @_outside_inference_mode
+    @outside_inference_mode
     def from_rows(
         cls,
         mask: Tensor,
@@ -241,7 +222,7 @@ class StepLayout:
         return _made(build.from_rows(mask, trajectory_ids, step_indices, valid, backend))
 
     @classmethod
-    @_outside_inference_mode
+    @outside_inference_mode
     def from_markers(
         cls,
         token_ids: Tensor,
@@ -295,7 +276,7 @@ class StepLayout:
         """
         return _made(build.from_markers(token_ids, start, end, stop, valid, cu_seqlens, backend))
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def per_token(self) -> StepLayout:
         """Return the same batch with every action token a step of its own (token-level PPO).
 
@@ -307,7 +288,7 @@ class StepLayout:
         """
         return _made(regroup.per_token(require_layout(self)))
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def per_trajectory(self) -> StepLayout:
         """Return the same batch with every trajectory one step (sequence-level GSPO).
 
@@ -322,7 +303,7 @@ class StepLayout:
         """
         return _made(regroup.per_trajectory(require_layout(self)))
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def keep(self, mask: Tensor) -> StepLayout:
         """Return the layout without the tokens where `mask` is False.
 
@@ -347,7 +328,7 @@ class StepLayout:
         flags = checks.flags("mask", mask, None, held.device)
         return _made(regroup.keep(held, checks.as_many("mask", flags, held.shape).view(held.shape)))
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> StepLayout:
         """Return the layout on `device`; itself, if it lies there.
 
@@ -371,7 +352,7 @@ class StepLayout:
         moved = held.to(where, non_blocking)
         return self if moved.step_ids is held.step_ids else _made(moved)
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def reduction_weights(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
         """Return what a reduction multiplies and divides by: w_s ``[S]`` and the normalizer, fp64.
 
@@ -418,12 +399,13 @@ class StepLayout:
         """
         return {name: self._show(name) for name in self._held.by_name()}
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def _show(self, name: str) -> Tensor:
         """Return the caller's copy of a tensor."""
         if name not in self._copies:
             copy: Tensor = getattr(self._held, name).clone()
-            self._copies[name] = copy, copy._version
+            # Of two threads, both get the first one's.
+            self._copies.setdefault(name, (copy, copy._version))
         return self._copies[name][0]
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
@@ -435,7 +417,7 @@ class StepLayout:
     def __getstate__(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self._held.by_name().items()}
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def __setstate__(self, state: Mapping[str, object]) -> None:
         _fill(self, checked_tensors(state))
 
@@ -455,7 +437,7 @@ def require_layout(value: object) -> StepTensors:
     if not torch.compiler.is_compiling():
         if not isinstance(value.__dict__.get("_held"), StepTensors):
             raise TypeError("layout: got a StepLayout that no constructor made, expected one's")
-        for name, (copy, version) in value._copies.items():
+        for name, (copy, version) in tuple(value._copies.items()):
             if copy._version != version:
                 raise ValueError(
                     f"layout: got a StepLayout whose {name} was written to, expected one that is "
@@ -464,7 +446,7 @@ def require_layout(value: object) -> StepTensors:
     return value._held
 
 
-@_outside_inference_mode
+@outside_inference_mode
 def shifted_left(layout: StepLayout) -> StepLayout:
     """Return the layout with every action token at the place before its own.
 

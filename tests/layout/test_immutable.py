@@ -192,10 +192,8 @@ def test_layouts_of_inference_mode_are_as_others(target):
     for view in views:
         assert not any(value.is_inference() for value in view.tensors().values())
         values = torch.ones(view.shape, device=target.device, requires_grad=True)
-        step_value_loss(
-            values, torch.zeros(view.num_steps, device=target.device), view,
-            backend=target.backend,
-        ).loss.backward()  # fmt: skip
+        returns = torch.zeros(view.num_steps, device=target.device)
+        step_value_loss(values, returns, view, backend=target.backend).loss.backward()
         assert values.grad is not None
 
 

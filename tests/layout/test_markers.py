@@ -105,9 +105,13 @@ def test_long_rows_are_those_of_the_loop(kernel):
     valid = torch.rand(2, length, generator=generator) < 0.9
     starts, ends, stops = [[1], [1, 2], [0, 0]], [3, 4], [[2, 2]]
     layout = StepLayout.from_markers(
-        ids.to(kernel.device), starts, ends, stop=stops, valid=valid.to(kernel.device),
+        ids.to(kernel.device),
+        starts,
+        ends,
+        stop=stops,
+        valid=valid.to(kernel.device),
         backend=kernel.backend,
-    )  # fmt: skip
+    )
     wanted = StepLayout.from_markers(
         ids, starts, ends, stop=stops, valid=valid, backend="reference"
     )
@@ -193,7 +197,7 @@ _ROLLOUTS = {
         {"start": [_END, _BOT], "end": _BOT},
         [[2, 3, 4, 5]],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", _ROLLOUTS)

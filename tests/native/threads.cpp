@@ -74,9 +74,11 @@ Bytes run(const Batch& batch, int threads) {
   const int64_t actions = counts[0], steps = row_steps[kRows];
 
   std::vector<char> marked(kTokens);
-  const int64_t start[] = {-1, 1};
-  mark_actions(batch.ids.data(), batch.rows.data(), start, 2, 7, kRows,
-               reinterpret_cast<bool*>(marked.data()), threads);
+  // Two starts, of which one is the beginning of the other, two ends and a stop.
+  const int64_t starts[] = {-1, 1, -1}, start_offsets[] = {0, 2, 3}, ends[] = {7, 9};
+  const int64_t stops[] = {3}, stop_offsets[] = {0, 1};
+  mark_actions(batch.ids.data(), batch.rows.data(), starts, start_offsets, 2, ends, 2, stops,
+               stop_offsets, 1, kRows, reinterpret_cast<bool*>(marked.data()), threads);
   keep(bytes, marked);
 
   std::vector<int64_t> index(actions), offsets(steps + 1), states(steps), members(steps);

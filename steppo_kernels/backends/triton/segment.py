@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLAT_BLOCK, aligned, cdiv, device_guard, programs, row_block, threads
+from .launch import (
+    FLAT_BLOCK,
+    aligned,
+    all_registers,
+    cdiv,
+    device_guard,
+    programs,
+    row_block,
+    threads,
+)
 from .tiles import chunk, running_max
 
 _LENGTHS = [
@@ -360,6 +369,7 @@ def mark_actions(
                 stop_offsets.numel() - 1,
                 BT=block,
                 **threads(block),
+                **all_registers(),
             )
     return mask
 
