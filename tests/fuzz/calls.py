@@ -276,7 +276,7 @@ def _inputs(
         ]
         moved = draw.spoiled(moved, actions)
         if actions and draw.chance(0.06):
-            # What a sampler could not give. It reaches its step and no other.
+            # A sampler could not give it. It reaches its step and no other.
             moved[draw.rng.choice(actions)] = draw.named(
                 "old log-prob", [math.nan, math.inf, -math.inf]
             )

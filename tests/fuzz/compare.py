@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-# Of fp64, sums in another order; of the others, what their rounding loses.
+# In fp64 sums are taken in another order; the others lose what their rounding loses.
 _EPS = {torch.float64: 2e-12, torch.float32: 6e-8, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 

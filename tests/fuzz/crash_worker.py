@@ -143,7 +143,7 @@ def unnamed(subject: Subject, error: Exception) -> str | None:
 
 
 class Results(NamedTuple):
-    """What came back: tensors in the order of their fields, and gradients by argument."""
+    """The result of a call: tensors in the order of their fields, and gradients by argument."""
 
     values: list[torch.Tensor]
     gradients: dict[str, torch.Tensor]
@@ -159,7 +159,7 @@ def results(
         value = arguments.get(name)
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value = value.detach() if name in changed else value.clone()
-            # Of inference mode, for one, a tensor takes no gradient.
+            # A tensor of inference mode, for one, takes no gradient.
             with contextlib.suppress(RuntimeError):
                 arguments[name] = leaves[name] = value.requires_grad_()
     if "backend" in subject.parameters:
@@ -177,7 +177,7 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, StepLayout):
-        # What the layout holds, whatever was written to what it once showed.
+        # A copy has what the layout holds, whatever was written to what it once showed.
         for _, held in sorted(copy.deepcopy(value).tensors().items()):
             yield held
     elif dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""What a loss is taken of: log-probs, logits, or hidden states and a head."""
+"""The input of a loss: log-probs, logits, or hidden states and a head."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class FromLogProbs(Policy):
 
 
 class FromRows(Policy):
-    """What logits and a head share: ids, temperatures, and the rows of logits."""
+    """The part that logits and a head share: ids, temperatures, and the rows of logits."""
 
     def __init__(self, draw: Draw, oracle: OracleLayout, depth: str) -> None:
         super().__init__(draw, oracle, depth)
@@ -172,7 +172,7 @@ class FromLogits(FromRows):
         arguments: dict[str, object],
         backend: str,
     ) -> package.StepPOOutput:
-        # What is overwritten may not be a leaf.
+        # A leaf may not be overwritten.
         given = leaves["logits"] * 1 if self.in_place else self.draw.strided(leaves["logits"])
         return package.steppo_loss_from_logits(
             given if self.in_place else self.view(given),

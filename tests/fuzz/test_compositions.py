@@ -1,7 +1,7 @@
 """Random compositions of constructors, views and functions, each held to the oracle.
 
-A composition is a function of its seed and its size. Of one that fails, smaller ones with the
-same seed are tried first, and the message names the smallest that fails too.
+A composition is a function of its seed and its size. Where one fails, smaller ones with the same
+seed are tried, and the message names the smallest that fails too.
 """
 
 from __future__ import annotations

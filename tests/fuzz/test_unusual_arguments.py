@@ -50,10 +50,10 @@ def test_unusual_arguments_are_refused_by_name_or_read_right(backend: str, group
     *wrong, counts = [json.loads(line) for line in done.stdout.splitlines()]
     report = "\n".join(" | ".join(case) for case in wrong)
     assert not wrong, f"{len(wrong)} of {counts['tried']} cases:\n{report}\n{done.stderr[-3000:]}"
-    # Of UndefinedBehaviorSanitizer, which goes on.
+    # UndefinedBehaviorSanitizer may report and go on.
     assert "runtime error:" not in done.stderr, done.stderr[-3000:]
-    # Some fifty forms of each of several arguments: fewer would mean that none were made.
-    assert counts["tried"] > 200 * len(names) ** 0.5
+    # Fewer would mean that the unusual forms were not made.
+    assert counts["tried"] > 1000
 
 
 def test_every_public_function_and_parameter_is_replaced() -> None:

@@ -10,7 +10,7 @@ from oracle.layout import OracleLayout
 
 
 class Advantages(NamedTuple):
-    """Of each step; 0 where it belongs to no trajectory.
+    """The numbers of each step; 0 where it belongs to no trajectory.
 
     Attributes:
         advantages: whitened if that was asked for.

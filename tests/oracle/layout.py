@@ -271,7 +271,7 @@ class OracleLayout:
             self, steps=steps, step_rows=step_rows, homes={**self.homes, **dropped}
         )
 
-    # What losses need to know.
+    # Numbers that losses need.
 
     def weights(self, reduction: str) -> tuple[list[float], float]:
         """Return what a reduction multiplies the steps with, and its denominator."""
