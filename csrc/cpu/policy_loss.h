@@ -132,9 +132,12 @@ static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t l
   return z.total();
 }
 
+// What becomes of the KL: one that is only reported has no gradient, whatever its slope is.
+enum class Penalty { kNone, kReported, kPaid };
+
 // Writes the gradient of every token: `step_slope` times its own weight plus the KL part. Adds up
 // the KL and counts the tokens left with a gradient of exactly 0.
-template <bool has_kl, KLEstimator kind, class T, class At>
+template <Penalty use, KLEstimator kind, class T, class At>
 static inline void differentiate(const PolicyCall<T>& call, At at, int64_t length, T step_slope,
                                  bool weigh_tokens, T kl_coefficient, double* kl_sum,
                                  int64_t* zero_count) {
@@ -143,13 +146,12 @@ static inline void differentiate(const PolicyCall<T>& call, At at, int64_t lengt
   for (int64_t i = 0; i < length; i += kLanes<T>) {
     Lanes<T> grad = Lanes<T>{} + step_slope;
     if (weigh_tokens) grad *= load(call.is_weights, at, i, length);
-    if constexpr (has_kl) {
+    if constexpr (use != Penalty::kNone) {
       const Lanes<T> d =
           load(call.ref_log_probs, at, i, length) - load(call.log_probs, at, i, length);
       const KL<Lanes<T>> penalty = kl_penalty<kind>(d);
       kl.add(penalty.value);
-      // A penalty that only reports has no gradient, whatever its slope is.
-      if (kl_coefficient != T(0)) grad += kl_coefficient * penalty.slope;
+      if constexpr (use == Penalty::kPaid) grad += kl_coefficient * penalty.slope;
     }
     const int count = length - i >= kLanes<T> ? kLanes<T> : static_cast<int>(length - i);
     for (int k = 0; k < count; ++k) zeros += grad[k] == T(0);
@@ -157,6 +159,13 @@ static inline void differentiate(const PolicyCall<T>& call, At at, int64_t lengt
   }
   *kl_sum = kl.total();
   *zero_count = zeros;
+}
+
+template <Penalty use, class T, class At>
+static inline auto differentiate_with(KLEstimator kind) {
+  return kind == kK1   ? &differentiate<use, kK1, T, At>
+         : kind == kK2 ? &differentiate<use, kK2, T, At>
+                       : &differentiate<use, kK3, T, At>;
 }
 
 // Adds one non-empty step to `sums` and `k3`, the sum of a task that is added to its `sums` last,
@@ -203,12 +212,12 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
     }
   } else {
     double kl = 0;
-    const auto run = !has_kl                      ? &differentiate<false, kK1, T, At>
-                     : config.kl_estimator == kK1 ? &differentiate<true, kK1, T, At>
-                     : config.kl_estimator == kK2 ? &differentiate<true, kK2, T, At>
-                                                  : &differentiate<true, kK3, T, At>;
     const T kl_coefficient =
         config.kl_coef == 0 ? T(0) : static_cast<T>(config.kl_coef * share / n);
+    const auto run = !has_kl ? &differentiate<Penalty::kNone, kK1, T, At>
+                     : kl_coefficient == T(0)
+                         ? differentiate_with<Penalty::kReported, T, At>(config.kl_estimator)
+                         : differentiate_with<Penalty::kPaid, T, At>(config.kl_estimator);
     run(call, at, length, step_slope, weigh_tokens, kl_coefficient, &kl, &zeros);
     sums.kl += weight * kl / n;
   }

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The compiled core under sanitizers: the CPU tests with AddressSanitizer and UBSan, and
-# tests/native/threads.cpp with ThreadSanitizer. Argument: the bin folder of the environment.
+# tests/native/{threads,pool}.cpp with ThreadSanitizer. Argument: the bin folder of the environment.
 set -eu
 bin=$(cd "$1" && pwd)
 out=build/sanitize
@@ -8,10 +8,12 @@ cxx=${CXX:-g++}
 
 echo "== ThreadSanitizer"
 mkdir -p "$out"
-"$cxx" -std=c++17 -O1 -g -fsanitize=thread -fopenmp-simd -Wno-psabi -pthread \
-  -DSTEPPO_ISA=baseline -Icsrc/include -Icsrc/cpu csrc/cpu/*.cpp tests/native/threads.cpp \
-  -o "$out/threads"
-"$out/threads"
+for program in threads pool; do
+  "$cxx" -std=c++17 -O1 -g -fsanitize=thread -fopenmp-simd -Wno-psabi -pthread \
+    -DSTEPPO_ISA=baseline -Icsrc/include -Icsrc/cpu csrc/cpu/*.cpp "tests/native/$program.cpp" \
+    -o "$out/$program"
+  "$out/$program"
+done
 
 echo "== AddressSanitizer and UBSan"
 STEPPO_SANITIZE=address,undefined "$bin/python" setup.py --quiet build \

@@ -106,7 +106,8 @@ STEPPO_FN KL<T> kl_penalty(T d) {
     value = e.scale * e.tail + (e.scale * e.r - c) + (e.scale - 1.0f);
     slope = -(e.scale * e.tail + e.scale * e.r + (e.scale - 1.0f));
   }
-  const auto clamped = (d < -20.0f) | (d > 20.0f) | (value > 10.0f) | (value < -10.0f);
+  // A square is one comparison, which a NaN does not meet.
+  const auto clamped = (d * d > 400.0f) | (value * value > 100.0f);
   return {clamp(value, -10.0f, 10.0f), Arithmetic<T>::select(clamped, T{}, slope)};
 }
 
