@@ -24,4 +24,4 @@ LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libu
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 STEPPO_SANITIZED=1 \
   PYTHONPATH="$out/lib" TRITON_INTERPRET=0 "$bin/pytest" -q -p no:cacheprovider \
   -n 2 -k "cpu and not compile and not opcheck" --ignore tests/rules/test_memory.py \
-  tests/backends tests/ground tests/layout tests/log_probs tests/losses tests/peers tests/rules
+  tests/backends tests/fuzz tests/ground tests/layout tests/log_probs tests/losses tests/peers tests/rules
