@@ -21,24 +21,26 @@ pytestmark = pytest.mark.skipif(
     choice.why_not_cpu() is not None, reason=f"cpu: {choice.why_not_cpu()}"
 )
 
-# Enough tokens for four threads.
+# Enough tokens for four threads of a loss.
 _ROWS, _LENGTH = 1024, 1024
+# Programs call a kernel and nothing of torch that runs on several threads: what OpenMP does where a
+# thread cannot be made, or in a child of fork, would end them.
 _SETUP = f"""
-import os, resource, sys, threading
+import os, resource, sys, threading, time
 import torch
-from steppo_kernels import StepPOConfig, steppo_loss
-mask = torch.ones({_ROWS}, {_LENGTH}, dtype=torch.bool)
-mask[:, ::50] = False
-x, old = (torch.randn(mask.shape, generator=torch.Generator().manual_seed(k)) / 8 for k in (1, 2))
-config = StepPOConfig(clip_low=0.9, clip_high=9.0)
+from steppo_kernels import _C_cpu
+torch.set_num_threads(1)
+count = {_ROWS * _LENGTH}
+step_ids = (torch.arange(count) // 100).to(torch.int32)
+per_step = torch.randn(count // 100 + 1)
+expected = per_step[step_ids]
+found = torch.empty_like(expected)
+addresses = per_step.data_ptr(), step_ids.data_ptr(), count, found.data_ptr()
 
 def call(threads):
-    torch.set_num_threads(threads)
-    out = steppo_loss(x, old, old, mask, config=config, backend="cpu")
-    return out.loss.view(torch.int32), out.metrics.values.view(torch.int64)
-
-def same(found):
-    return all(map(torch.equal, found, expected))
+    found.zero_()
+    _C_cpu.broadcast_to_tokens(0, *addresses, threads)
+    return torch.equal(found, expected)
 
 def threads_now():
     return len(os.listdir("/proc/self/task"))
@@ -127,13 +129,19 @@ def test_denormal_numbers_come_out_the_same_whatever_the_caller_flushes(threads_
 def test_threads_that_are_made_while_the_caller_flushes_do_not():
     """New threads take the mode of the one that makes them."""
     program = """
-x, old = x * 1e-39, old * 1e-39
-config = StepPOConfig(ratio="product", reduction="sum", clip_low=0.9, clip_high=9.0)
-torch.set_flush_denormal(True)
-expected = call(4)
-torch.set_flush_denormal(False)
-assert same(call(1))
-assert expected[0].item() != 0
+from steppo_kernels import StepLayout, step_gae
+mask = torch.ones(2000, 500, dtype=torch.bool)
+layout = StepLayout.from_mask(mask, boundaries=mask)
+rewards = torch.full((layout.num_steps,), 1e-40)
+bits = []
+for flushes, threads in ((True, 4), (False, 1)):
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(flushes)
+    found = step_gae(rewards, torch.zeros_like(rewards), layout, whiten=False, backend="cpu")
+    torch.set_flush_denormal(False)
+    bits.append(found.advantages.view(torch.int32))
+assert bits[0].all()
+assert torch.equal(*bits)
 """
     run(program)
 
@@ -163,7 +171,7 @@ def test_calls_of_several_threads_at_once_are_each_as_alone(threads_restored):
 def test_a_thread_that_cannot_be_made_is_done_without():
     """Without room for its stack, no thread begins; once there is some, one does."""
     program = """
-expected = call(1)
+assert call(1)
 before = threads_now()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -174,11 +182,11 @@ except RuntimeError:
     pass
 else:
     sys.exit("a thread could be made after all")
-assert same(call(4))
-assert same(call(4))
+assert call(4)
+assert call(4)
 assert threads_now() == before
 resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-assert same(call(4))
+assert call(4)
 print(threads_now() - before)
 """
     assert run(program) == "3"
@@ -187,14 +195,16 @@ print(threads_now() - before)
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="has no fork")
 def test_a_child_of_fork_has_threads_of_its_own():
     program = """
-expected = call(4)
+assert call(4)
+before = threads_now()
 for _ in range(2):
     child = os.fork()
     if child == 0:
-        ok = same(call(1)) and same(call(4)) and same(call(4))
-        os._exit(0 if ok and threads_now() >= 4 else 1)
+        good = threads_now() == 1 and call(1) and call(4) and threads_now() == 4 and call(4)
+        os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert same(call(4))
+    assert call(4)
+    assert threads_now() == before
 """
     run(program)
 
@@ -202,16 +212,11 @@ for _ in range(2):
 def test_a_process_ends_while_its_threads_still_call():
     """Daemon threads are cut off wherever they are, without a crash or a hang."""
     program = """
-# No torch: what it does without the interpreter's lock would end the process.
-from steppo_kernels import _C_cpu
-ids = torch.zeros(mask.shape, dtype=torch.int32)
-arguments = 0, x.data_ptr(), ids.data_ptr(), ids.numel(), old.data_ptr(), 4
 def work():
     while True:
-        _C_cpu.broadcast_to_tokens(*arguments)
+        _C_cpu.broadcast_to_tokens(0, *addresses, 4)
 for _ in range(3):
     threading.Thread(target=work, daemon=True).start()
-import time
 time.sleep(0.2)
 print("done")
 """
