@@ -166,6 +166,7 @@ def logits(
         values,
         *targets,
         one.double(),
+        one.double(),
         if_entropy,
         one,
         if_entropy,

@@ -190,7 +190,7 @@ void add(const In* product, bool is_first, int64_t begin, int64_t end, float* to
     std::memcpy(total + i, &sum, sizeof sum);
   }
   for (; i < end; ++i) {
-    total[i] = (is_first ? 0.0f : total[i]) + number(product[i]);
+    total[i] = (is_first ? 0.0f : total[i]) + to_float(product[i]);
   }
 }
 

@@ -23,7 +23,8 @@ typedef float RowLanes __attribute__((vector_size(kRowBytes)));
 typedef std::uint32_t RowBits __attribute__((vector_size(kRowBytes)));
 typedef std::int32_t RowMask __attribute__((vector_size(kRowBytes)));
 #if defined(__AVX512F__)
-// Masked forms of intrinsics: GCC 12 warns of the others that they use what is not initialised.
+// Masked forms of intrinsics are used throughout: GCC 12 warns that the plain forms read memory
+// that nothing initialised.
 constexpr __mmask16 kAll = 0xFFFF;
 #endif
 
@@ -62,13 +63,13 @@ using RowValue = typename RowType<In>::Value;
 // Two vectors are read and written at once. Those of bf16 are the even and the odd elements: then
 // no element changes its place in its word.
 template <class L>
-struct Two {
+struct VectorPair {
   L a, b;
 };
 template <class In>
-using RowTwo = Two<typename RowType<In>::Lanes>;
+using RowPair = VectorPair<typename RowType<In>::Lanes>;
 template <class In>
-constexpr int kRowTwo =
+constexpr int kPairSize =
     2 * static_cast<int>(sizeof(typename RowType<In>::Lanes) / sizeof(typename RowType<In>::Value));
 
 // The larger one, for finite or infinite `low`; x if that is NaN.
@@ -85,14 +86,14 @@ static inline double larger(double x, double low) { return x < low ? low : x; }
 
 static inline double total(RowLanes x) {
   double total = 0;
-  for (int k = 0; k < kRowTwo<float> / 2; ++k) total += x[k];
+  for (int k = 0; k < kPairSize<float> / 2; ++k) total += x[k];
   return total;
 }
 static inline double total(double x) { return x; }
 
 static inline double largest_of(RowLanes x) {
   double largest = x[0];
-  for (int k = 1; k < kRowTwo<float> / 2; ++k) largest = x[k] > largest ? x[k] : largest;
+  for (int k = 1; k < kPairSize<float> / 2; ++k) largest = x[k] > largest ? x[k] : largest;
   return largest;
 }
 static inline double largest_of(double x) { return x; }
@@ -142,80 +143,80 @@ STEPPO_FN Bits bfloat_bits(T x) {
   return bits + 0x8000u;
 }
 
-static inline float number(const float& x) { return x; }
-static inline double number(const double& x) { return x; }
-static inline float number(const Half& x) {
+static inline float to_float(const float& x) { return x; }
+static inline double to_float(const double& x) { return x; }
+static inline float to_float(const Half& x) {
   return half_to_float<float>(static_cast<std::uint32_t>(x.bits));
 }
-static inline float number(const BFloat16& x) {
+static inline float to_float(const BFloat16& x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline void put(float* to, double x) { *to = static_cast<float>(x); }
-static inline void put(double* to, double x) { *to = x; }
-static inline void put(Half* to, double x) {
+static inline void store_one(float* to, double x) { *to = static_cast<float>(x); }
+static inline void store_one(double* to, double x) { *to = x; }
+static inline void store_one(Half* to, double x) {
   to->bits = static_cast<std::uint16_t>(half_bits<std::uint32_t>(static_cast<float>(x)));
 }
-static inline void put(BFloat16* to, double x) {
+static inline void store_one(BFloat16* to, double x) {
   const auto bits = bfloat_bits<std::uint32_t>(static_cast<float>(x));
   to->bits = static_cast<std::uint16_t>(bits >> 16);
 }
 
 template <class L, class In>
-static inline Two<L> load_plain(const In* from) {
-  Two<L> x;
+static inline VectorPair<L> load_plain(const In* from) {
+  VectorPair<L> x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
-static inline RowTwo<float> load(const float* from) { return load_plain<RowLanes>(from); }
-static inline RowTwo<double> load(const double* from) { return load_plain<double>(from); }
-static inline RowTwo<BFloat16> load(const BFloat16* from) {
+static inline RowPair<float> load(const float* from) { return load_plain<RowLanes>(from); }
+static inline RowPair<double> load(const double* from) { return load_plain<double>(from); }
+static inline RowPair<BFloat16> load(const BFloat16* from) {
   RowBits words;
   std::memcpy(&words, from, sizeof words);
   return {(RowLanes)(words << 16), (RowLanes)(words & 0xFFFF0000u)};
 }
 
-static inline void store(float* to, const RowTwo<float>& x) { std::memcpy(to, &x, sizeof x); }
-static inline void store(double* to, const RowTwo<double>& x) { std::memcpy(to, &x, sizeof x); }
-static inline void store(BFloat16* to, const RowTwo<BFloat16>& x) {
+static inline void store(float* to, const RowPair<float>& x) { std::memcpy(to, &x, sizeof x); }
+static inline void store(double* to, const RowPair<double>& x) { std::memcpy(to, &x, sizeof x); }
+static inline void store(BFloat16* to, const RowPair<BFloat16>& x) {
   const RowBits words =
       (bfloat_bits<RowBits>(x.a) >> 16) | (bfloat_bits<RowBits>(x.b) & 0xFFFF0000u);
   std::memcpy(to, &words, sizeof words);
 }
 
 #if defined(__AVX512F__)
-static inline RowTwo<Half> load(const Half* from) {
+static inline RowPair<Half> load(const Half* from) {
   const auto* at = reinterpret_cast<const __m256i*>(from);
   return {(RowLanes)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(at)),
           (RowLanes)_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(at + 1))};
 }
-static inline void store(Half* to, const RowTwo<Half>& x) {
+static inline void store(Half* to, const RowPair<Half>& x) {
   auto* at = reinterpret_cast<__m256i*>(to);
   _mm256_storeu_si256(at, _mm512_maskz_cvtps_ph(kAll, (__m512)x.a, _MM_FROUND_TO_NEAREST_INT));
   _mm256_storeu_si256(at + 1, _mm512_maskz_cvtps_ph(kAll, (__m512)x.b, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
-static inline RowTwo<Half> load(const Half* from) {
+static inline RowPair<Half> load(const Half* from) {
   const auto* at = reinterpret_cast<const __m128i*>(from);
   return {(RowLanes)_mm256_cvtph_ps(_mm_loadu_si128(at)),
           (RowLanes)_mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
 }
-static inline void store(Half* to, const RowTwo<Half>& x) {
+static inline void store(Half* to, const RowPair<Half>& x) {
   auto* at = reinterpret_cast<__m128i*>(to);
   _mm_storeu_si128(at, _mm256_cvtps_ph((__m256)x.a, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(at + 1, _mm256_cvtps_ph((__m256)x.b, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-static inline RowTwo<Half> load(const Half* from) {
+static inline RowPair<Half> load(const Half* from) {
   RowBits words;
   std::memcpy(&words, from, sizeof words);
   return {half_to_float<RowLanes>(RowBits(words & 0xFFFFu)),
           half_to_float<RowLanes>(RowBits(words >> 16))};
 }
-static inline void store(Half* to, const RowTwo<Half>& x) {
+static inline void store(Half* to, const RowPair<Half>& x) {
   const RowBits words = half_bits<RowBits>(x.a) | (half_bits<RowBits>(x.b) << 16);
   std::memcpy(to, &words, sizeof words);
 }
@@ -233,13 +234,13 @@ static inline RowLanes widened(const Half* from) {
   std::memcpy(&halves, from, sizeof halves);
   return half_to_float<RowLanes>(__builtin_convertvector(halves, RowBits));
 }
-static inline void store_rounded(BFloat16* to, const RowTwo<float>& x) {
+static inline void store_rounded(BFloat16* to, const RowPair<float>& x) {
   const NarrowBits halves[2] = {
       __builtin_convertvector(bfloat_bits<RowBits>(x.a) >> 16, NarrowBits),
       __builtin_convertvector(bfloat_bits<RowBits>(x.b) >> 16, NarrowBits)};
   std::memcpy(to, halves, sizeof halves);
 }
-static inline void store_rounded(Half* to, const RowTwo<float>& x) {
+static inline void store_rounded(Half* to, const RowPair<float>& x) {
   const NarrowBits halves[2] = {__builtin_convertvector(half_bits<RowBits>(x.a), NarrowBits),
                                 __builtin_convertvector(half_bits<RowBits>(x.b), NarrowBits)};
   std::memcpy(to, halves, sizeof halves);
@@ -248,7 +249,7 @@ static inline void store_rounded(Half* to, const RowTwo<float>& x) {
 // Writes what was computed from logits of type In as Out, which is In or, of fp32, a half
 // precision.
 template <class In, class Out>
-static inline void store_from(Out* to, const RowTwo<In>& x) {
+static inline void store_from(Out* to, const RowPair<In>& x) {
   if constexpr (sizeof(In) == sizeof(Out)) {
     store(to, x);
   } else {
@@ -258,26 +259,26 @@ static inline void store_from(Out* to, const RowTwo<In>& x) {
 
 // Fewer than a pair holds: the rest is 0, and nothing is read or written beyond.
 template <class In>
-static inline RowTwo<In> load(const In* from, int64_t count) {
-  In all[kRowTwo<In>] = {};
+static inline RowPair<In> load(const In* from, int64_t count) {
+  In all[kPairSize<In>] = {};
   std::memcpy(all, from, sizeof(In) * static_cast<size_t>(count));
   return load(all);
 }
 template <class In, class Out>
-static inline void store_from(Out* to, const RowTwo<In>& x, int64_t count) {
-  Out all[kRowTwo<In>];
+static inline void store_from(Out* to, const RowPair<In>& x, int64_t count) {
+  Out all[kPairSize<In>];
   store_from<In>(all, x);
   std::memcpy(to, all, sizeof(Out) * static_cast<size_t>(count));
 }
 
 // The first `count` elements of a pair, the others (which are finite) -inf.
 template <class In>
-static inline RowTwo<In> first(const RowTwo<In>& x, int64_t count) {
-  In added[kRowTwo<In>];
-  for (int k = 0; k < kRowTwo<In>; ++k) {
-    put(&added[k], k < count ? 0.0 : -std::numeric_limits<double>::infinity());
+static inline RowPair<In> only_first(const RowPair<In>& x, int64_t count) {
+  In added[kPairSize<In>];
+  for (int k = 0; k < kPairSize<In>; ++k) {
+    store_one(&added[k], k < count ? 0.0 : -std::numeric_limits<double>::infinity());
   }
-  const RowTwo<In> more = load(added);
+  const RowPair<In> more = load(added);
   return {x.a + more.a, x.b + more.b};
 }
 

@@ -1,4 +1,5 @@
-// Log-probs and entropies of tokens from their logits: see steppo_kernels/log_probs/token_log_probs.py.
+// Log-probs and entropies of tokens from their logits: see
+// steppo_kernels/log_probs/token_log_probs.py.
 #include <cmath>
 #include <limits>
 
@@ -27,7 +28,7 @@ struct Rows {
   }
 };
 
-// Softcap of a row, or none.
+// The softcap of a row. It is 0 where there is none.
 template <class In>
 struct Cap {
   RowValue<In> cap, inverse;
@@ -45,34 +46,35 @@ template <bool is_capped, bool need_moment, class In>
 RowSums sum_block(const In* x, int64_t count, double top, const ExpScale<RowValue<In>>& scale,
                   const Cap<In>& cap) {
   using Lanes = typename RowType<In>::Lanes;
-  constexpr int64_t kStep = kRowTwo<In>;
+  constexpr int64_t kStep = kPairSize<In>;
   const Lanes lowest = Lanes{} + scale.lowest;
   const RowValue<In> around = static_cast<RowValue<In>>(top);
-  const Lanes none = Lanes{} - std::numeric_limits<RowValue<In>>::infinity();
-  Lanes largest[4] = {none, none, none, none}, sum[4] = {}, moment[4] = {};
+  const Lanes minus_infinity = Lanes{} - std::numeric_limits<RowValue<In>>::infinity();
+  Lanes largest[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
+  Lanes sum[4] = {}, moment[4] = {};
   const auto add = [&](int k, Lanes z) {
     largest[k] = larger(z, largest[k]);
     const Lanes d = larger(z - around, lowest);
     const Lanes e = scaled_exp(d, scale);
     sum[k] += e;
-    if constexpr (need_moment) moment[k] += e * d;
+    if constexpr (need_moment) moment[k] += e * (d * scale.scale);
   };
-  const auto capped = [&](RowTwo<In> z) {
+  const auto capped = [&](RowPair<In> z) {
     if constexpr (is_capped) z = {cap(z.a).value, cap(z.b).value};
     return z;
   };
   int64_t i = 0;
   for (; i + 2 * kStep <= count; i += 2 * kStep) {
-    const RowTwo<In> one = capped(load(x + i)), other = capped(load(x + i + kStep));
+    const RowPair<In> one = capped(load(x + i)), other = capped(load(x + i + kStep));
     add(0, one.a);
     add(1, one.b);
     add(2, other.a);
     add(3, other.b);
   }
   for (; i < count; i += kStep) {
-    const RowTwo<In> one = count - i >= kStep
-                               ? capped(load(x + i))
-                               : first<In>(capped(load(x + i, count - i)), count - i);
+    const RowPair<In> one = count - i >= kStep
+                                ? capped(load(x + i))
+                                : only_first<In>(capped(load(x + i, count - i)), count - i);
     add(0, one.a);
     add(1, one.b);
   }
@@ -80,7 +82,7 @@ RowSums sum_block(const In* x, int64_t count, double top, const ExpScale<RowValu
   RowSums sums{largest_of(high), 0, 0};
   for (int k = 0; k < 4; ++k) {
     sums.sum += total(sum[k]);
-    if constexpr (need_moment) sums.moment += total(moment[k]);
+    if constexpr (need_moment) sums.moment += total(moment[k]) * kExpUnit<RowValue<In>>;
   }
   return sums;
 }
@@ -95,7 +97,7 @@ void add_logits(const In* x, int64_t count, double temperature, const ExpScale<R
     RowSums block = sum_block<is_capped, need_moment>(x + begin, size, sums.top, scale, cap);
     if (block.top > sums.top) {
       if (sums.sum > 0) {
-        const double d = sums.top - block.top, e = std::exp(d / temperature);
+        const double d = (sums.top - block.top) / temperature, e = std::exp(d);
         sums.moment = e * (sums.moment + (e > 0 ? d : 0.0) * sums.sum);
         sums.sum *= e;
       }
@@ -115,9 +117,9 @@ RowResult read_row(const Rows<In>& rows, int64_t row) {
   const Cap<In> cap(rows.softcap);
   const In* x = rows.logits + rows.offset(row);
   const int64_t id = rows.token_ids[row];
-  Value target = number(x[id]);
+  Value target = to_float(x[id]);
   if constexpr (is_capped) target = cap(target).value;
-  // Policies take likely tokens: few blocks hold more than that.
+  // A policy takes likely tokens, so that few blocks hold a larger logit than the token's.
   constexpr Value kLowest = std::numeric_limits<Value>::lowest();
   RowSums sums{target > kLowest ? target : kLowest, 0, 0};
   add_logits<is_capped, need_moment>(x, id, temperature, scale, cap, sums);
@@ -126,23 +128,35 @@ RowResult read_row(const Rows<In>& rows, int64_t row) {
   return row_result(target, sums, temperature);
 }
 
+// The gradient of a row whose factors leave the range of fp32: at a tiny temperature they are huge,
+// and words of probability 0 have no gradient all the same.
+template <bool is_capped, class In, class Out>
+void write_wide_gradient(const Rows<In>& rows, const In* x, Out* out, double temperature,
+                         const Cap<In>& cap, double top, const RowGradient& row) {
+  const ExpScale<double> scale = exp_scale<double>(temperature);
+  for (int64_t i = 0; i < rows.vocabulary; ++i) {
+    Capped<RowValue<In>> z{to_float(x[i]), 1};
+    if constexpr (is_capped) z = cap(z.value);
+    const double d = larger(z.value - top, scale.lowest);
+    store_one(out + i, scaled_exp(d, scale) * (row.rise * (d * scale.scale) + row.base) * z.slope);
+  }
+}
+
 template <bool is_capped, bool has_rise, class In, class Out>
 void write_gradient(const Rows<In>& rows, const In* x, Out* out, double temperature, int64_t id,
-                    double log_sum_exp, double entropy, double grad, double grad_entropy) {
+                    const LogSumExp& lse, double entropy, double grad, double grad_entropy) {
   using Value = RowValue<In>;
   using Lanes = typename RowType<In>::Lanes;
-  constexpr int64_t kStep = kRowTwo<In>;
+  constexpr int64_t kStep = kPairSize<In>;
   const Cap<In> cap(rows.softcap);
-  Capped<Value> target{number(x[id]), 1};
+  Capped<Value> target{to_float(x[id]), 1};
   if constexpr (is_capped) target = cap(target.value);
-  const RowGradient row = row_gradient(target.value, log_sum_exp, entropy, grad, grad_entropy,
-                                       temperature, sizeof(Value) == 4);
-  const Value shift = static_cast<Value>(row.shift), base = static_cast<Value>(row.base),
-              rise = static_cast<Value>(row.rise);
-  if (!(shift - shift == 0 && base - base == 0 && rise - rise == 0)) {  // inf or NaN
-    for (int64_t i = 0; i < rows.vocabulary; ++i) {
-      put(out + i, std::numeric_limits<double>::quiet_NaN());
-    }
+  const RowGradient row = row_gradient(target.value, lse, entropy, grad, grad_entropy, temperature);
+  const Value top = static_cast<Value>(lse.top), base = static_cast<Value>(row.base),
+              rise = static_cast<Value>(row.rise * kExpUnit<Value>);
+  if (!(base - base == 0 && rise - rise == 0)) {  // inf or NaN
+    write_wide_gradient<is_capped>(rows, x, out, temperature, cap, lse.top, row);
+    store_one(out + id, row.target * target.slope);
     return;
   }
   const ExpScale<Value> scale = exp_scale<Value>(temperature);
@@ -154,11 +168,11 @@ void write_gradient(const Rows<In>& rows, const In* x, Out* out, double temperat
       z = c.value;
       last = c.slope;
     }
-    const Lanes d = larger(z - shift, lowest);
+    const Lanes d = larger(z - top, lowest);
     const Lanes p = scaled_exp(d, scale);
     Lanes result;
     if constexpr (has_rise) {
-      result = p * (d * rise + base);
+      result = p * (d * scale.scale * rise + base);
     } else {
       result = p * base;
     }
@@ -167,14 +181,14 @@ void write_gradient(const Rows<In>& rows, const In* x, Out* out, double temperat
   };
   int64_t i = 0;
   for (; i + kStep <= rows.vocabulary; i += kStep) {
-    const RowTwo<In> z = load(x + i);
-    store_from<In>(out + i, RowTwo<In>{slope(z.a), slope(z.b)});
+    const RowPair<In> z = load(x + i);
+    store_from<In>(out + i, RowPair<In>{slope(z.a), slope(z.b)});
   }
   if (const int64_t left = rows.vocabulary - i; left > 0) {
-    const RowTwo<In> z = load(x + i, left);
-    store_from<In>(out + i, RowTwo<In>{slope(z.a), slope(z.b)}, left);
+    const RowPair<In> z = load(x + i, left);
+    store_from<In>(out + i, RowPair<In>{slope(z.a), slope(z.b)}, left);
   }
-  put(out + id, row.target * target.slope);
+  store_one(out + id, row.target * target.slope);
 }
 
 // The first row with an id that is not in the vocabulary, or -1.
@@ -215,7 +229,7 @@ void with_gradient(int dtype, int grad_dtype, F&& body) {
 
 // Tasks of about a block of logits each.
 template <class F>
-void for_rows(int64_t count, int64_t vocabulary, int threads, F&& body) {
+void for_token_rows(int64_t count, int64_t vocabulary, int threads, F&& body) {
   const int64_t size = vocabulary < kBlock ? kBlock / vocabulary : 1;
   parallel_blocks(count, size, worthwhile_threads(count * vocabulary, threads),
                   [&](int64_t, int64_t begin, int64_t end) {
@@ -228,7 +242,7 @@ void for_rows(int64_t count, int64_t vocabulary, int threads, F&& body) {
 void token_log_probs(int dtype, const void* logits, int64_t outer_stride, int64_t inner_stride,
                      int64_t length, int64_t num_rows, int64_t vocabulary, const int64_t* token_ids,
                      const bool* mask, const double* temperatures, double temperature,
-                     double softcap, void* log_probs, void* entropy, double* log_sum_exp,
+                     double softcap, void* log_probs, void* entropy, double* top, double* log_sum,
                      int64_t* bad_row, int threads) {
   *bad_row = first_bad_row(token_ids, mask, nullptr, num_rows, vocabulary);
   if (*bad_row >= 0) return;
@@ -249,10 +263,11 @@ void token_log_probs(int dtype, const void* logits, int64_t outer_stride, int64_
         softcap > 0
             ? (entropy != nullptr ? &read_row<true, true, In> : &read_row<true, false, In>)
             : (entropy != nullptr ? &read_row<false, true, In> : &read_row<false, false, In>);
-    for_rows(num_rows, vocabulary, threads, [&](int64_t row) {
-      const RowResult result = rows.is_masked(row) ? RowResult{0, 0, 0} : read(rows, row);
+    for_token_rows(num_rows, vocabulary, threads, [&](int64_t row) {
+      const RowResult result = rows.is_masked(row) ? RowResult{} : read(rows, row);
       static_cast<Value*>(log_probs)[row] = static_cast<Value>(result.log_prob);
-      log_sum_exp[row] = result.log_sum_exp;
+      top[row] = result.log_sum_exp.top;
+      log_sum[row] = result.log_sum_exp.log_sum;
       if (entropy != nullptr)
         static_cast<Value*>(entropy)[row] = static_cast<Value>(result.entropy);
     });
@@ -264,7 +279,7 @@ void token_log_probs_backward(int grad_dtype, void* grad_logits, int64_t grad_ou
                               int64_t outer_stride, int64_t inner_stride, int64_t length,
                               int64_t vocabulary, const int64_t* token_ids, const bool* mask,
                               const double* temperatures, double temperature, double softcap,
-                              const double* log_sum_exp, const void* entropy,
+                              const double* top, const double* log_sum, const void* entropy,
                               const void* grad_log_probs, const void* grad_entropy,
                               const int64_t* source, int64_t num_rows, int64_t* bad_row,
                               int threads) {
@@ -293,7 +308,7 @@ void token_log_probs_backward(int grad_dtype, void* grad_logits, int64_t grad_ou
                                                       : &write_gradient<true, false, In, Out>)
                            : (grad_entropy != nullptr ? &write_gradient<false, true, In, Out>
                                                       : &write_gradient<false, false, In, Out>);
-    for_rows(num_rows, vocabulary, threads, [&](int64_t i) {
+    for_token_rows(num_rows, vocabulary, threads, [&](int64_t i) {
       Out* out = static_cast<Out*>(grad_logits) + i / length * grad_outer_stride +
                  i % length * grad_inner_stride;
       const int64_t row = source != nullptr ? source[i] : i;
@@ -305,7 +320,7 @@ void token_log_probs_backward(int grad_dtype, void* grad_logits, int64_t grad_ou
       }
       const double h = grad_entropy != nullptr ? static_cast<const Value*>(entropy)[row] : 0.0;
       write(rows, rows.logits + rows.offset(row), out, rows.temperature_of(row), token_ids[row],
-            log_sum_exp[row], h, c, e);
+            {top[row], log_sum[row]}, h, c, e);
     });
   });
 }

@@ -309,7 +309,7 @@ _HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"
 @_operator(
     "token_log_probs",
     f"(Tensor logits, Tensor token_ids, {_HEAD}, bool need_entropy, str backend) "
-    "-> (Tensor log_probs, Tensor entropy, Tensor log_sum_exp)",
+    "-> (Tensor log_probs, Tensor entropy, Tensor top, Tensor log_sum)",
 )
 def token_log_probs(
     logits: Tensor,
@@ -326,26 +326,28 @@ def token_log_probs(
     `logits` ``[B, T, V]`` of any floating dtype may be strided, but for its last dimension;
     `token_ids` (int64), `mask` (bool) and `temperatures` are ``[B * T]``. With z the logits, capped
     (`softcap` 0 is off) and divided by `temperatures` or, without them, by `temperature`, the row
-    has the log-prob z_y - log_sum_exp and the entropy log_sum_exp - sum p z. The outputs are
+    has the log-prob z_y - log sum e^z and the entropy log sum e^z - sum p z. The outputs are
     ``[B * T]`` in the dtype of the computation (fp64 for fp64 logits, else fp32), 0 where `mask` is
-    False, and `entropy` is empty where not needed. `log_sum_exp` is fp64: with logits around 1000
-    its fp32 rounding would be that of the probabilities. An id out of range is an error where the
-    backend can raise one, else NaN.
+    False, and `entropy` is empty where not needed. `top` (the largest of the capped logits) and
+    `log_sum` (the log of the sum of e^(z - z_top)) are fp64 and for backward. Added up to a
+    log-sum-exp they would lose the second where logits are huge. An id out of range is an error
+    where the backend can raise one, else NaN.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    rows = token_ids.shape[0]
+    tokens = token_ids.shape[0]
     return (
-        logits.new_empty((rows,), dtype=dtype),
-        logits.new_empty((rows if need_entropy else 0,), dtype=dtype),
-        logits.new_empty((rows,), dtype=torch.float64),
+        logits.new_empty((tokens,), dtype=dtype),
+        logits.new_empty((tokens if need_entropy else 0,), dtype=dtype),
+        logits.new_empty((tokens,), dtype=torch.float64),
+        logits.new_empty((tokens,), dtype=torch.float64),
     )
 
 
 @_operator(
     "token_log_probs",
-    f"(Tensor(a!) grad_logits, Tensor logits, Tensor token_ids, {_HEAD}, Tensor log_sum_exp, "
-    "Tensor? entropy, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? rows, str backend) "
-    "-> ()",
+    f"(Tensor(a!) grad_logits, Tensor logits, Tensor token_ids, {_HEAD}, Tensor top, "
+    "Tensor log_sum, Tensor? entropy, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? rows, "
+    "str backend) -> ()",
 )
 def token_log_probs_backward(
     grad_logits: Tensor,
@@ -355,7 +357,8 @@ def token_log_probs_backward(
     temperatures: Tensor | None,
     temperature: float,
     softcap: float,
-    log_sum_exp: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     entropy: Tensor | None,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
@@ -365,7 +368,7 @@ def token_log_probs_backward(
     """Fake: write the gradient of the logits into `grad_logits`, which may be `logits` itself.
 
     With c and e the gradients of a row's log-prob and entropy H, p its probabilities and z as
-    above, d/dz_v = c [v = y] - p_v (c + e (z_v - log_sum_exp + H)); the rules of temperature and
+    above, d/dz_v = c [v = y] - p_v (c + e (log p_v + H)); the rules of temperature and
     softcap follow. Rows that are masked, or whose c and e are 0, are zeroed without being read.
     `grad_logits` has the shape of `logits`, strides of its own, and its dtype or, on the CPU and of
     fp32 logits, a half precision; where the two share memory, their rows begin at the same places.

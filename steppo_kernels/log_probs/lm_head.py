@@ -90,7 +90,8 @@ class Head(NamedTuple):
             grad_logits.unsqueeze(0),
             logits.unsqueeze(0),
             *rows.targets,
-            rows.log_sum_exp,
+            rows.top,
+            rows.log_sum,
             None if grad_entropy is None else rows.entropy,
             grad_log_probs,
             grad_entropy,
@@ -110,7 +111,8 @@ class Evaluated:
         hidden, index: hidden states ``[n, d]`` and their flat positions.
         logits: ``[n, V]``, in memory that the next evaluation overwrites.
         targets: what was taken from them.
-        log_probs, entropy, log_sum_exp: ``[n]``; entropy is empty where it was not needed.
+        log_probs, entropy: ``[n]``; entropy is empty where it was not needed.
+        top, log_sum: fp64 ``[n]``, what backward needs.
     """
 
     hidden: Tensor
@@ -119,7 +121,8 @@ class Evaluated:
     targets: Targets
     log_probs: Tensor
     entropy: Tensor
-    log_sum_exp: Tensor
+    top: Tensor
+    log_sum: Tensor
 
 
 class HeadGradients:

@@ -127,7 +127,7 @@ def log_probs_of(
             logits if whole is None else whole.tensor, *targets, need_entropy, whole, backend
         )
         return found
-    log_probs, entropy, _ = operators.call("token_log_probs", backend, rows, *targets, need_entropy)
+    log_probs, entropy, *_ = operators.call("token_log_probs", backend, rows, *targets, need_entropy)
     return log_probs, entropy
 
 
@@ -166,10 +166,10 @@ class _TokenLogProbs(torch.autograd.Function):
         values = logits.detach()
         if overwritten is not None:
             values = overwritten.logits_in(values)
-        log_probs, entropy, log_sum_exp = operators.call(
+        log_probs, entropy, top, log_sum = operators.call(
             "token_log_probs", backend, _three_dims(values), *targets, need_entropy
         )
-        ctx.save_for_backward(logits, token_ids, mask, temperatures, log_sum_exp, entropy)
+        ctx.save_for_backward(logits, token_ids, mask, temperatures, top, log_sum, entropy)
         ctx.scalars = temperature, softcap
         ctx.overwritten, ctx.backend = overwritten, backend
         ctx.set_materialize_grads(False)
@@ -180,13 +180,13 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        whole, token_ids, mask, temperatures, log_sum_exp, entropy = ctx.saved_tensors
+        whole, token_ids, mask, temperatures, top, log_sum, entropy = ctx.saved_tensors
         whole = whole.detach()
         overwritten: Whole | None = ctx.overwritten
         logits = whole if overwritten is None else overwritten.logits_in(whole)
         grad_whole = whole.new_empty(whole.shape) if overwritten is None else whole
         grad_logits = grad_whole if overwritten is None else logits
-        grad = torch.zeros_like(log_sum_exp, dtype=entropy.dtype) if grad is None else grad
+        grad = torch.zeros_like(log_sum, dtype=entropy.dtype) if grad is None else grad
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()
         operators.call(
@@ -198,7 +198,8 @@ class _TokenLogProbs(torch.autograd.Function):
             mask,
             temperatures,
             *ctx.scalars,
-            log_sum_exp,
+            top,
+            log_sum,
             None if grad_entropy is None else entropy,
             grad.contiguous(),
             grad_entropy,

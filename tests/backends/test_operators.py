@@ -220,7 +220,9 @@ def head_samples(batch: Batch) -> dict[str, list[tuple]]:
     mask = mask.reshape(-1)
     ids = (torch.arange(rows * length, device=device) * 7) % 13
     temperatures = torch.linspace(0.5, 1.5, rows * length, device=device, dtype=torch.float64)
-    log_sum_exp = logits.reshape(-1, 13).double().logsumexp(-1)
+    plain = logits.reshape(-1, 13).double()
+    top = plain.amax(-1)
+    log_sum = plain.logsumexp(-1) - top
     grads = torch.randn((2, rows * length), generator=generator).to(device, dtype)
     grad_logits = torch.zeros((rows, length, 13), device=device, dtype=dtype)
     order = torch.tensor([0, rows * length - 1, 2], device=device)
@@ -248,7 +250,8 @@ def head_samples(batch: Batch) -> dict[str, list[tuple]]:
                 temperatures,
                 1.0,
                 0.0,
-                log_sum_exp,
+                top,
+                log_sum,
                 grads[0].abs(),
                 *grads,
                 None,
@@ -261,7 +264,8 @@ def head_samples(batch: Batch) -> dict[str, list[tuple]]:
                 None,
                 0.7,
                 5.0,
-                log_sum_exp,
+                top,
+                log_sum,
                 None,
                 grads[1],
                 None,

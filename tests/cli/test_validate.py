@@ -93,8 +93,9 @@ def _token_log_probs(
     z = _scaled(logits, temperatures, temperature)
     rows = _rows(mask, token_ids)
     found = token_log_probs.token_log_probs(z, token_ids, rows, 1.0, softcap, z.dtype)
-    log_sum_exp = torch.logsumexp(z.double(), -1)
-    return found[0], found[1] if need_entropy else found[1][:0], log_sum_exp
+    top = z.double().amax(-1)
+    log_sum = torch.logsumexp(z.double(), -1) - top
+    return found[0], found[1] if need_entropy else found[1][:0], top, log_sum
 
 
 def _token_log_probs_backward(
@@ -105,7 +106,8 @@ def _token_log_probs_backward(
     temperatures,
     temperature,
     softcap,
-    log_sum_exp,
+    top,
+    log_sum,
     entropy,
     grad,
     grad_entropy,

@@ -707,7 +707,7 @@ def test_operator_gathers_rows(kernel, shared, softcap):
     logits = logits.float().unsqueeze(0)
     temperatures = torch.linspace(0.5, 2.0, 8, device=kernel.device).double()
     head = ids, None, temperatures, 1.0, softcap
-    _, entropy, log_sum_exp = operators.call("token_log_probs", kernel.backend, logits, *head, True)
+    _, entropy, *sums = operators.call("token_log_probs", kernel.backend, logits, *head, True)
     grads = upstream(8, dtype=torch.float32).to(kernel.device)
 
     def differentiate(grad_logits, logits, rows):
@@ -717,7 +717,7 @@ def test_operator_gathers_rows(kernel, shared, softcap):
             grad_logits,
             logits,
             *head,
-            log_sum_exp,
+            *sums,
             entropy,
             *grads,
             rows,
@@ -763,7 +763,7 @@ def capped(kernel, logits, ids, cap, grads):
     """Everything that the operators give with a softcap, by name, at temperature 0.9."""
     logits, ids = (value.to(kernel.device)[None] for value in (logits, ids))
     targets = ids[0].contiguous(), None, None, 0.9, cap
-    log_probs, entropy, log_sum_exp = operators.call(
+    log_probs, entropy, *sums = operators.call(
         "token_log_probs", kernel.backend, logits, *targets, True
     )
     found = {"log_probs": log_probs, "entropy": entropy}
@@ -778,7 +778,7 @@ def capped(kernel, logits, ids, cap, grads):
             grad,
             logits,
             *targets,
-            log_sum_exp,
+            *sums,
             entropy,
             *given,
             None,

@@ -137,14 +137,15 @@ Bytes run(const Batch& batch, int threads) {
   std::vector<int64_t> token_ids(kLogitRows), bad_row(1);
   for (int64_t r = 0; r < kLogitRows; ++r) token_ids[r] = r % kVocabulary;
   std::vector<float> chosen(kLogitRows), entropy(kLogitRows);
-  std::vector<double> log_sum_exp(kLogitRows);
+  std::vector<double> top(kLogitRows), log_sum(kLogitRows);
   token_log_probs(kFloat32, batch.log_probs.data(), 0, kVocabulary, kLogitRows, kLogitRows,
                   kVocabulary, token_ids.data(), batch.flags(), nullptr, 0.7, 0.0, chosen.data(),
-                  entropy.data(), log_sum_exp.data(), bad_row.data(), threads);
+                  entropy.data(), top.data(), log_sum.data(), bad_row.data(), threads);
   token_log_probs_backward(kFloat32, grad.data(), 0, kVocabulary, kFloat32, batch.log_probs.data(),
                            0, kVocabulary, kLogitRows, kVocabulary, token_ids.data(), batch.flags(),
-                           nullptr, 0.7, 0.0, log_sum_exp.data(), entropy.data(), chosen.data(),
-                           chosen.data(), nullptr, kLogitRows, bad_row.data(), threads);
+                           nullptr, 0.7, 0.0, top.data(), log_sum.data(), entropy.data(),
+                           chosen.data(), chosen.data(), nullptr, kLogitRows, bad_row.data(),
+                           threads);
   keep(bytes, chosen);
   keep(bytes, entropy);
   keep(bytes, grad);

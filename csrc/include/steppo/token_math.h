@@ -19,14 +19,20 @@ struct ExpScale {
   T scale, lowest;
 };
 
+// What d * scale is to be multiplied by to be d / temperature.
+template <class T>
+constexpr double kExpUnit = sizeof(T) == 8 ? 1.0 : 0.6931471805599453;
+
+// Both numbers stay finite at any temperature. Without that, 0 times an infinite scale would be
+// NaN, and a word at -inf would not be below an infinite `lowest`.
 template <class T>
 STEPPO_FN ExpScale<T> exp_scale(double temperature) {
-  if constexpr (sizeof(T) == 8) {
-    return {1.0 / temperature, -800.0 * temperature};
-  } else {
-    const double scale = 1.4426950408889634 / temperature;
-    return {static_cast<T>(scale), static_cast<T>(-127.0 / scale)};
-  }
+  constexpr double kFar = sizeof(T) == 8 ? 800.0 : 127.0;
+  constexpr double kMost = sizeof(T) == 8 ? 1.7e308 : 3.4e38;
+  double scale = 1.0 / (kExpUnit<T> * temperature);
+  scale = scale < kMost ? scale : kMost;
+  scale = scale > kFar / kMost ? scale : kFar / kMost;
+  return {static_cast<T>(scale), static_cast<T>(-kFar / scale)};
 }
 
 // For d from s.lowest to about 0; a float, or a vector of them.
@@ -82,14 +88,21 @@ STEPPO_FN Capped<double> soft_cap(double x, double cap, double inverse_cap) {
   return {cap * t, inverse_cosh * inverse_cosh};
 }
 
-// Sums over the logits of a row without its target: of e^(z - z_top), and of that times x - top.
+// Sums over the logits of a row without its target: of e^(z - z_top), and of that times z - z_top.
 // `top` is at least each of these logits and the target.
 struct RowSums {
   double top, sum, moment;
 };
 
+// The log-sum-exp of a row is top / temperature + log_sum. Where the first term is huge, the sum of
+// the two would lose the second.
+struct LogSumExp {
+  double top, log_sum;
+};
+
 struct RowResult {
-  double log_prob, log_sum_exp, entropy;
+  double log_prob, entropy;
+  LogSumExp log_sum_exp;
 };
 
 // Without the target in the sum, log p of a confident token, -log(1 + sum), keeps its precision.
@@ -100,29 +113,24 @@ STEPPO_FN RowResult row_result(double target, const RowSums& s, double temperatu
   const double log_sum = d == 0 ? std::log1p(s.sum) : std::log(sum);
   // p log p tends to 0 with p.
   const double own = e > 0 ? e * d : 0.0;
-  return {d - log_sum, s.top / temperature + log_sum,
-          log_sum - (s.moment / temperature + own) / sum};
+  return {d - log_sum, log_sum - (s.moment + own) / sum, {s.top, log_sum}};
 }
 
 // The gradient of the logits of a row, dL/dx = (c [x is the target] - p (c + e (log p + H))) slope
-// / temperature with log p = z - log_sum_exp and slope that of the cap, is e^((x - shift) /
-// temperature) (base + rise (x - shift)) slope, but for the target.
+// / temperature with log p = z - log-sum-exp and slope that of the cap, is e^d (base + rise d)
+// slope with d = (x - top) / temperature, but for the target.
 struct RowGradient {
-  double shift, base, rise, target;
+  double base, rise, target;
 };
 
-STEPPO_FN RowGradient row_gradient(double target, double log_sum_exp, double entropy, double grad,
-                                   double grad_entropy, double temperature, bool is_fp32) {
-  const double log_p = target / temperature - log_sum_exp;
+STEPPO_FN RowGradient row_gradient(double target, const LogSumExp& lse, double entropy, double grad,
+                                   double grad_entropy, double temperature) {
+  const double log_p = (target - lse.top) / temperature - lse.log_sum;
   const double p = std::exp(log_p);
   const double own = p > 0 ? p * grad_entropy * (log_p + entropy) : 0.0;
-  // What fp32 cannot say of the shift goes into the factor.
-  double shift = log_sum_exp * temperature;
-  if (is_fp32) shift = static_cast<float>(shift);
-  const double left = log_sum_exp - shift / temperature;
-  const double factor = -std::exp(-left) / temperature;
-  return {shift, factor * (grad + grad_entropy * (entropy - left)),
-          factor * grad_entropy / temperature, (-grad * std::expm1(log_p) - own) / temperature};
+  const double factor = -std::exp(-lse.log_sum) / temperature;
+  return {factor * (grad + grad_entropy * (entropy - lse.log_sum)), factor * grad_entropy,
+          (-grad * std::expm1(log_p) - own) / temperature};
 }
 
 }  // namespace steppo

@@ -16,19 +16,19 @@ def token_log_probs(
     temperature: float,
     softcap: float,
     need_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the operator `token_log_probs` of `steppo_kernels.backends.operators`."""
-    rows = token_ids.numel()
+    tokens = token_ids.numel()
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_probs = empty(rows, dtype)
-    entropy = empty(rows if need_entropy else 0, dtype)
-    log_sum_exp = empty(rows, torch.float64)
+    log_probs = empty(tokens, dtype)
+    entropy = empty(tokens if need_entropy else 0, dtype)
+    top, log_sum = empty(tokens, torch.float64), empty(tokens, torch.float64)
     bad_row = empty((), torch.int64)
     kernels.token_log_probs(
         dtype_code(logits),
         *_strided(logits),
         *logits.shape[1:2],
-        rows,
+        tokens,
         logits.shape[2],
         pointer(token_ids),
         pointer(mask),
@@ -37,12 +37,13 @@ def token_log_probs(
         softcap,
         pointer(log_probs),
         pointer(entropy),
-        pointer(log_sum_exp),
+        pointer(top),
+        pointer(log_sum),
         pointer(bad_row),
         threads(),
     )
     _raise_for(bad_row, token_ids, logits)
-    return log_probs, entropy, log_sum_exp
+    return log_probs, entropy, top, log_sum
 
 
 def token_log_probs_backward(
@@ -53,7 +54,8 @@ def token_log_probs_backward(
     temperatures: Tensor | None,
     temperature: float,
     softcap: float,
-    log_sum_exp: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     entropy: Tensor | None,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
@@ -72,7 +74,8 @@ def token_log_probs_backward(
         pointer(temperatures),
         temperature,
         softcap,
-        pointer(log_sum_exp),
+        pointer(top),
+        pointer(log_sum),
         pointer(entropy),
         pointer(grad_log_probs),
         pointer(grad_entropy),

@@ -9,10 +9,16 @@ from torch import Tensor
 def scaled_logits(
     logits: Tensor, temperature: float | Tensor, softcap: float, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``[n, V]`` logits in `dtype`, capped to +-`softcap` (0: not) and over temperature."""
+    """Return ``[n, V]`` logits in `dtype`, capped and over temperature, 0 at each row's largest.
+
+    `softcap` 0 caps nothing.
+    """
     z = logits.to(dtype)
     if softcap:
         z = softcap * torch.tanh(z / softcap)
+    # A softmax does not change with a shift. Divided as they are, logits could overflow, and what
+    # two huge ones differ by would be rounded away.
+    z = z - z.detach().amax(-1, keepdim=True)
     if isinstance(temperature, Tensor):
         return z / temperature.to(dtype).unsqueeze(-1)
     return z / temperature

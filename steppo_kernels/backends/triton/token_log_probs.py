@@ -48,7 +48,8 @@ _ROWS = [
     "p_temperatures",
     "p_log_probs",
     "p_entropy",
-    "p_log_sum_exp",
+    "p_top",
+    "p_log_sum",
     "p_grad_log_probs",
     "p_grad_entropy",
     "p_rows",
@@ -93,14 +94,22 @@ def _load(p_row, b_column, i_chunk, num_columns, ALIGNED: tl.constexpr, BK: tl.c
 
 @triton.jit
 def _scalars(p_temperatures, i_row, inverse, softcap, dtype):
-    """Return 1 / temperature of a row in fp64; the softcap, and 1 / softcap in two parts."""
+    """Return 1 / temperature of a row in fp64, and what makes exponents of 2 of differences.
+
+    Then the softcap, and 1 / softcap in two parts.
+    """
     zero = tl.full((), 0.0, tl.float64)
     inverse = zero + inverse
     if p_temperatures is not None:
         inverse = 1.0 / tl.load(p_temperatures + i_row)
+    inverse = tl.minimum(inverse, 1.1e308)
+    scale = inverse * _LOG2_E
+    if dtype == tl.float32:
+        # 0 times infinity, or a word at -inf times 0, would be NaN.
+        scale = tl.minimum(tl.maximum(scale, 1e-37), 3.4e38)
     cap = zero + softcap
     high = (1.0 / cap).to(dtype)
-    return inverse, cap.to(dtype), high, (1.0 / cap - high).to(dtype)
+    return inverse, scale.to(dtype), cap.to(dtype), high, (1.0 / cap - high).to(dtype)
 
 
 @triton.jit
@@ -123,7 +132,8 @@ def _softcap(b_logit, cap, high, low):
         b_tanh = (1.0 - b_e) * b_r
     else:
         b_x = b_logit.to(tl.float32)
-        b_u = b_x * high + b_x * low
+        # Of an infinite logit, the second product would be an infinity of the other sign, or NaN.
+        b_u = b_x * high + tl.where(tl.abs(b_x) < float("inf"), b_x * low, 0.0)
         b_e = tl.exp2(tl.abs(b_u) * (-2.0 * _LOG2_E))
         # A division costs twice as much: 1 + e is neither large nor small.
         b_root = tl.rsqrt(1.0 + b_e)
@@ -151,7 +161,8 @@ def token_log_probs_kernel(
     p_temperatures,
     p_log_probs,
     p_entropy,
-    p_log_sum_exp,
+    p_top,
+    p_log_sum,
     num_columns,
     row_length,
     stride_b: tl.int64,
@@ -169,8 +180,7 @@ def token_log_probs_kernel(
     count = num_columns
     if p_mask is not None:
         count = tl.where(tl.load(p_mask + i_row), num_columns, 0)
-    inverse, cap, high, low = _scalars(p_temperatures, i_row, inverse, softcap, dtype)
-    scale = (inverse * _LOG2_E).to(dtype)
+    inverse, scale, cap, high, low = _scalars(p_temperatures, i_row, inverse, softcap, dtype)
     p_row = p_logits + _row_start(i_row, row_length, stride_b, stride_t, ALIGNED, BK)
     token = tl.load(p_ids + i_row)
 
@@ -218,8 +228,8 @@ def token_log_probs_kernel(
     log_sum = tl.where(own == 1.0, _log1p(others), tl.log(total))
     log_prob = down - log_sum
     tl.store(p_log_probs + i_row, tl.where(count > 0, log_prob, 0.0))
-    log_sum_exp = top.to(tl.float64) * inverse + log_sum
-    tl.store(p_log_sum_exp + i_row, tl.where(count > 0, log_sum_exp, 0.0))
+    tl.store(p_top + i_row, tl.where(count > 0, top.to(tl.float64), 0.0))
+    tl.store(p_log_sum + i_row, tl.where(count > 0, log_sum, 0.0))
     if p_entropy is not None:
         b_moved = b_weighted + b_sum * tl.maximum(b_down, _FAR)
         weighted = tl.sum(b_moved * b_shrink, 0).to(tl.float64) * _LN_2
@@ -241,7 +251,8 @@ def token_log_probs_backward_kernel(
     p_ids,
     p_mask,
     p_temperatures,
-    p_log_sum_exp,
+    p_top,
+    p_log_sum,
     p_entropy,
     p_grad_log_probs,
     p_grad_entropy,
@@ -283,19 +294,17 @@ def token_log_probs_backward_kernel(
 
     if is_live:
         p_row = p_logits + _row_start(i_from, row_length, stride_b, stride_t, ALIGNED, BK)
-        inverse, cap, high, low = _scalars(p_temperatures, i_from, inverse, softcap, dtype)
-        # As far as it goes, log-sum-exp is taken off before anything is rounded.
-        log_sum_exp = tl.load(p_log_sum_exp + i_from)
-        top = (log_sum_exp / inverse).to(dtype)
-        rest = ((log_sum_exp - top.to(tl.float64) * inverse) * _LOG2_E).to(dtype)
-        scale = (inverse * _LOG2_E).to(dtype)
+        inverse, scale, cap, high, low = _scalars(p_temperatures, i_from, inverse, softcap, dtype)
+        factor = inverse.to(dtype)
+        # Between logits, differences are exact where e^z is not small.
+        top = tl.load(p_top + i_from).to(dtype)
+        log_sum = (tl.load(p_log_sum + i_from) * _LOG2_E).to(dtype)
         token = tl.load(p_ids + i_from)
         m_valid = (token >= 0) & (token < num_columns)
-        slope = tl.where(m_valid, -slope * inverse.to(dtype), float("nan"))
+        slope = tl.where(m_valid, -slope, float("nan"))
         if p_grad_entropy is not None:
-            entropy_slope = -entropy_slope * inverse.to(dtype)
-            entropy_part = entropy_slope * tl.load(p_entropy + i_from)
-            entropy_slope = entropy_slope * _LN_2
+            entropy_part = -entropy_slope * tl.load(p_entropy + i_from)
+            entropy_slope = -entropy_slope * _LN_2
         for i_chunk in range(0, num_columns, BR * BK):
             b_logit = _load(p_row, b_column, i_chunk, num_columns, ALIGNED, BK)
             if HALVED:
@@ -304,7 +313,7 @@ def token_log_probs_backward_kernel(
             b_z = b_logit.to(dtype)
             if SOFTCAP:
                 b_z, b_bend = _softcap(b_logit, cap, high, low)
-            b_d = (b_z - top) * scale - rest
+            b_d = (b_z - top) * scale - log_sum
             b_p = tl.exp2(b_d)
             b_less = b_p
             if (token >= i_chunk) & (token < i_chunk + BR * BK):
@@ -315,6 +324,8 @@ def token_log_probs_backward_kernel(
             b_grad = slope * b_less
             if p_grad_entropy is not None:
                 b_grad += b_p * (entropy_slope * tl.maximum(b_d, _FAR) + entropy_part)
+            # The factor may be infinite where words of probability 0 have no gradient.
+            b_grad = tl.where(b_grad == 0, 0.0, b_grad * factor)
             if SOFTCAP:
                 b_grad = b_grad * b_bend
             m_in = _inside(b_column, i_chunk, num_columns, ALIGNED, BK)
@@ -363,23 +374,25 @@ def token_log_probs(
     temperature: float,
     softcap: float,
     need_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs, entropies and log-sum-exps: see `operators.token_log_probs`."""
-    num_rows = token_ids.shape[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the operator `token_log_probs` of `steppo_kernels.backends.operators`."""
+    num_tokens = token_ids.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_probs = logits.new_empty((num_rows,), dtype=dtype)
-    entropy = logits.new_empty((num_rows if need_entropy else 0,), dtype=dtype)
-    log_sum_exp = logits.new_empty((num_rows,), dtype=torch.float64)
-    if num_rows:
+    log_probs = logits.new_empty((num_tokens,), dtype=dtype)
+    entropy = logits.new_empty((num_tokens if need_entropy else 0,), dtype=dtype)
+    top = logits.new_empty((num_tokens,), dtype=torch.float64)
+    log_sum = torch.empty_like(top)
+    if num_tokens:
         with device_guard(logits):
-            token_log_probs_kernel[(num_rows,)](
+            token_log_probs_kernel[(num_tokens,)](
                 logits,
                 token_ids,
                 mask,
                 temperatures,
                 log_probs,
                 entropy if need_entropy else None,
-                log_sum_exp,
+                top,
+                log_sum,
                 logits.shape[2],
                 logits.shape[1],
                 *_strides(logits),
@@ -387,7 +400,7 @@ def token_log_probs(
                 softcap,
                 **_options(softcap, logits),
             )
-    return log_probs, entropy, log_sum_exp
+    return log_probs, entropy, top, log_sum
 
 
 def token_log_probs_backward(
@@ -398,23 +411,25 @@ def token_log_probs_backward(
     temperatures: Tensor | None,
     temperature: float,
     softcap: float,
-    log_sum_exp: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     entropy: Tensor | None,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
     rows: Tensor | None,
 ) -> None:
-    """Write the gradient of the logits: see `operators.token_log_probs_backward`."""
-    num_rows = token_ids.shape[0] if rows is None else rows.shape[0]
-    if num_rows:
+    """Run the operator `token_log_probs_backward` of `steppo_kernels.backends.operators`."""
+    num_tokens = token_ids.shape[0] if rows is None else rows.shape[0]
+    if num_tokens:
         with device_guard(logits):
-            token_log_probs_backward_kernel[(num_rows,)](
+            token_log_probs_backward_kernel[(num_tokens,)](
                 grad_logits,
                 logits,
                 token_ids,
                 mask,
                 temperatures,
-                log_sum_exp,
+                top,
+                log_sum,
                 entropy,
                 grad_log_probs,
                 grad_entropy,
