@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend
+from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.reference import policy_loss as reference
 from ..config import DEFAULT_CONFIG, KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
@@ -227,6 +227,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx: Any, log_probs: Tensor, entropy: Tensor | None, inputs: LossInputs
     ) -> tuple[Tensor, ...]:
         need_grad, need_entropy_grad, _ = ctx.needs_input_grad
+        keep_inputs(ctx, log_probs, entropy)
         loss, metrics, step_log_ratio, grad, grad_entropy, grad_scale = run_operator(
             inputs, log_probs, entropy, need_grad, need_entropy_grad
         )
@@ -240,7 +241,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics, step_log_ratio
 
     @staticmethod
-    @once_differentiable
+    @first_only("steppo_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_entropy, grad_scale = ctx.saved_tensors
         return (

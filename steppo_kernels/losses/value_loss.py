@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
+from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.reference import value_loss as reference
 from ..config import REDUCTIONS, Reduction, one_of
 from ..layout.step_layout import StepLayout, require_layout
@@ -103,12 +103,13 @@ class _ValueLoss(torch.autograd.Function):
             "value_loss", backend, checks.flat(values, dtype), *rest, True
         )
         ctx.save_for_backward(grad, grad_scale)
+        keep_inputs(ctx, values)
         ctx.values = values.shape, values.dtype
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_only("step_value_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_scale = ctx.saved_tensors
         return scaled_gradient(grad, grad_loss, grad_scale, *ctx.values), None, None

@@ -82,7 +82,7 @@ def test_the_reference_imports_only_torch():
 _FLOORS = (
     ("config", "outputs", "checks", "_version", "_C_cpu"),
     ("backends.reference", "backends.compiled", "backends.triton"),
-    ("backends.operators",),
+    ("backends.operators", "backends.derivatives"),
     ("backends.choice",),
     ("layout", "log_probs", "memory"),
     ("losses",),

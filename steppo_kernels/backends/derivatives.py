@@ -1,0 +1,81 @@
+"""First derivatives alone: a gradient of a kernel raises where it would be differentiated again.
+
+`torch.autograd.function.once_differentiable` looks at the incoming gradients only. These carry no
+graph when a loss is differentiated with ``create_graph=True``, so that the returned gradient counts
+as a constant and a second derivative is silently 0. Here it is tied to the inputs of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Backward = Callable[..., Any]
+
+
+def first_only(
+    function: str, inputs: Callable[[Any], tuple[Tensor | None, ...]]
+) -> Callable[[Backward], Backward]:
+    """Decorate the backward of a `torch.autograd.Function` that has no derivative of its own.
+
+    Args:
+        function: name of the public function, for the error.
+        inputs: returns the differentiable inputs of the forward, as forward was given them, from
+            `ctx`: out of ``ctx.saved_tensors``, or kept by `keep_inputs`.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def once(ctx: Any, *grads: Tensor | None) -> Any:
+            # A compiled graph refuses second derivatives by itself.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            links = [x for x in (*grads, *inputs(ctx)) if x is not None and x.requires_grad]
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not links:
+                return results
+            if isinstance(results, Tensor):
+                return _Final.apply(function, results, *links)
+            return tuple(
+                _Final.apply(function, x, *links) if isinstance(x, Tensor) else x for x in results
+            )
+
+        return once
+
+    return decorate
+
+
+def keep_inputs(ctx: Any, *inputs: Tensor | None) -> None:
+    """Keep small inputs of a forward on `ctx` for `first_only`, as they came.
+
+    They are not saved for backward, which would forbid the caller to change them in place.
+    """
+    if not torch.compiler.is_compiling():
+        ctx.kept_inputs = inputs
+
+
+def kept_inputs(ctx: Any) -> tuple[Tensor | None, ...]:
+    """Return what `keep_inputs` kept."""
+    inputs: tuple[Tensor | None, ...] = ctx.kept_inputs
+    return inputs
+
+
+class _Final(torch.autograd.Function):
+    """The identity, with a graph to `links` that ends in an error."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, value: Tensor, *links: Tensor) -> Tensor:
+        ctx.function = function
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.function}: got a second derivative, expected first ones only: its gradient is a "
+            "kernel's output, which cannot be differentiated (create_graph=True)"
+        )

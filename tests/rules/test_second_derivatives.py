@@ -1,0 +1,142 @@
+"""Differentiating a gradient again gives the right value or an error, never a silent 0."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from steppo_kernels import (
+    StepLayout,
+    StepPOConfig,
+    broadcast_to_tokens,
+    step_value_loss,
+    steppo_loss,
+)
+
+_MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]], dtype=torch.bool)
+_LAYOUT = StepLayout.from_mask(_MASK)
+_CONFIG = StepPOConfig(clip_low=0.5, clip_high=0.5, kl_coef=0.1, entropy_coef=0.1)
+_REFUSED = "got a second derivative, expected first ones only"
+
+
+def _numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 5
+
+
+def _policy_loss(x, backend, layout=_LAYOUT):
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    if isinstance(layout, torch.Tensor):
+        advantages = broadcast_to_tokens(advantages, _LAYOUT)
+    return steppo_loss(
+        x,
+        _numbers(2, 4),
+        advantages,
+        layout,
+        config=_CONFIG,
+        ref_log_probs=_numbers(2, 4),
+        entropy=x.detach().square().requires_grad_(),
+        backend=backend,
+    ).loss
+
+
+_LOSSES = {
+    "steppo_loss": _policy_loss,
+    "steppo_loss-mask": lambda x, backend: _policy_loss(x, backend, _MASK),
+    "step_value_loss": lambda x, backend: (
+        step_value_loss(x, _numbers(3), _LAYOUT, backend=backend).loss
+    ),
+}
+
+
+@pytest.fixture(params=_LOSSES)
+def loss_of(request):
+    """A loss of an fp64 tensor of the token shape."""
+    return _LOSSES[request.param]
+
+
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "not-a-leaf"])
+def test_a_gradient_of_a_kernel_is_not_differentiated_again(kernel, loss_of, is_leaf):
+    leaf = _numbers(2, 4).to(kernel.device).requires_grad_()
+    x = leaf if is_leaf else leaf * 1.5
+    loss = loss_of(x, kernel.backend)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match=_REFUSED):
+        torch.autograd.grad(grad.sum(), leaf, retain_graph=True)
+    # A penalty on the gradient is a part of another loss, the rest of which has a derivative.
+    with pytest.raises(RuntimeError, match=_REFUSED):
+        torch.autograd.grad(loss + grad.square().sum(), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match=_REFUSED):
+        (loss + grad.square().sum()).backward()
+
+
+def test_a_hessian_of_a_kernel_raises(kernel, loss_of):
+    with pytest.raises(RuntimeError, match=_REFUSED):
+        torch.autograd.functional.hessian(
+            lambda x: loss_of(x, kernel.backend), _numbers(2, 4).to(kernel.device)
+        )
+
+
+def test_a_gradient_in_the_upstream_gradient_raises_too(kernel, loss_of):
+    x = _numbers(2, 4).to(kernel.device).requires_grad_()
+    scale = torch.ones((), dtype=torch.float64, device=kernel.device, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss_of(x, kernel.backend) * scale, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=_REFUSED):
+        torch.autograd.grad(grad.sum(), scale)
+
+
+def test_entropy_gets_no_second_derivative_either(kernel):
+    entropy = _numbers(2, 4).to(kernel.device).requires_grad_()
+    loss = steppo_loss(
+        _numbers(2, 4).to(kernel.device),
+        None,
+        torch.ones(3, dtype=torch.float64, device=kernel.device),
+        _LAYOUT.to(kernel.device),
+        config=StepPOConfig(entropy_coef=0.1),
+        entropy=entropy,
+        backend=kernel.backend,
+    ).loss
+    (grad,) = torch.autograd.grad(loss, entropy, create_graph=True)
+    with pytest.raises(RuntimeError, match=_REFUSED):
+        torch.autograd.grad(grad.sum(), entropy)
+
+
+def test_create_graph_alone_changes_nothing(target, loss_of):
+    """A gradient that is not differentiated again is a plain number, also one added up twice."""
+    x, y = (_numbers(2, 4).to(target.device).requires_grad_() for _ in range(2))
+    for _ in range(2):
+        with warnings.catch_warnings():
+            # Of a reference cycle, which `x.grad = None` would end.
+            warnings.simplefilter("ignore")
+            loss_of(x, target.backend).backward(create_graph=True)
+        loss_of(y, target.backend).backward()
+    assert torch.equal(x.grad.detach(), y.grad)
+
+
+def test_the_reference_is_right_or_refuses():
+    """Its value loss is plain PyTorch; the sums of its policy loss have no second derivative."""
+    x = _numbers(2, 4).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: _LOSSES["step_value_loss"](x, "reference"), (x,))
+    for name in ("steppo_loss", "steppo_loss-mask"):
+        (grad,) = torch.autograd.grad(_LOSSES[name](x, "reference"), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="derivative"):
+            torch.autograd.grad(grad.sum(), x)
+
+
+def test_steps_to_tokens_have_second_derivatives(target):
+    x = _numbers(3).to(target.device).requires_grad_()
+    layout = _LAYOUT.to(target.device)
+    assert torch.autograd.gradgradcheck(
+        lambda x: broadcast_to_tokens(x, layout, backend=target.backend).square(), (x,)
+    )
+
+
+def test_a_compiled_loss_refuses_a_second_derivative():
+    x = _numbers(2, 4).requires_grad_()
+    compiled = torch.compile(lambda x: _policy_loss(x, "cpu"), backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(x), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), x)
