@@ -57,7 +57,9 @@ RowSums sum_block(const In* x, int64_t count, double top, const ExpScale<RowValu
     const Lanes d = larger(z - around, lowest);
     const Lanes e = scaled_exp(d, scale);
     sum[k] += e;
-    if constexpr (need_moment) moment[k] += e * (d * scale.scale);
+    // In this order the product d * scale is not rounded in the exponential either, so that the
+    // sum has the same bits with and without the moment.
+    if constexpr (need_moment) moment[k] += (e * scale.scale) * d;
   };
   const auto capped = [&](RowPair<In> z) {
     if constexpr (is_capped) z = {cap(z.a).value, cap(z.b).value};
@@ -172,7 +174,7 @@ void write_gradient(const Rows<In>& rows, const In* x, Out* out, double temperat
     const Lanes p = scaled_exp(d, scale);
     Lanes result;
     if constexpr (has_rise) {
-      result = p * (d * scale.scale * rise + base);
+      result = ((p * scale.scale) * d) * rise + p * base;
     } else {
       result = p * base;
     }

@@ -71,8 +71,9 @@ STEPPO_FN Capped<T> soft_cap(T x, float cap, float inverse_cap) {
   T size;
   std::memcpy(&size, &bits, sizeof size);
   const T twice = size * (2.0f * inverse_cap);
+  // At 60 the slope is 0, as it is at infinity, and exp_parts is as good as at 20.
   const ExpParts<T> e =
-      Arithmetic<T>::exp_parts(Arithmetic<T>::select(twice > 20.0f, T{} + 20.0f, twice));
+      Arithmetic<T>::exp_parts(Arithmetic<T>::select(twice > 60.0f, T{} + 60.0f, twice));
   // tanh(u) = m / (m + 2) with m = e^(2 u) - 1.
   const T m = (e.scale - 1.0f) + e.scale * (e.r + e.tail);
   const T inverse = 1.0f / (m + 2.0f);
