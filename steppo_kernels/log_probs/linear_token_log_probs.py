@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends.choice import Backend, resolve
+from ..backends.derivatives import first_only
 from ..backends.reference import lm_head as reference
 from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
+from .saved import save, saved
 
 
 def linear_token_log_probs(
@@ -59,26 +60,34 @@ def linear_token_log_probs(
     shape, device = checks.token_shape(token_ids, hidden.shape[:-1]), hidden.device
     if mask is not None:
         mask = checks.row_mask("mask", mask, shape, device)
-    rows, head = check_head(
+    tokens, head = check_head(
         hidden, weight, bias, temperature, softcap, shape, mask, resolve(backend, device)
     )
     ids = checks.token_ids("token_ids", token_ids, shape, device)
-    index = torch.arange(len(rows), device=device) if mask is None else mask.nonzero().squeeze(1)
+    index = torch.arange(len(tokens), device=device) if mask is None else mask.nonzero().squeeze(1)
     chunk = check_chunk(chunk_tokens, len(index), head)
     if head.backend == "reference":
         log_probs, entropy = reference.linear_token_log_probs(
-            rows,
+            tokens,
             head.weight,
             head.bias,
             ids,
             index,
             head.temperature if head.temperatures is None else head.temperatures,
             head.softcap,
-            checks.compute_dtype(rows),
+            checks.compute_dtype(tokens),
         )
     else:
         log_probs, entropy = _LinearTokenLogProbs.apply(
-            rows, head.weight, head.bias, head, ids, index, chunk, return_entropy
+            tokens,
+            head.weight,
+            head.bias,
+            head,
+            temperature if isinstance(temperature, Tensor) else None,
+            ids,
+            index,
+            chunk,
+            return_entropy,
         )
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
@@ -92,6 +101,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
+        temperature: Tensor | None,
         token_ids: Tensor,
         index: Tensor,
         chunk: int,
@@ -105,7 +115,16 @@ class _LinearTokenLogProbs(torch.autograd.Function):
                 log_probs[part] = rows.log_probs
                 if need_entropy:
                     entropy[part] = rows.entropy
-        ctx.save_for_backward(hidden, weight, bias, token_ids, index)
+        save(
+            ctx,
+            temperature,
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            temperature=head.temperatures,
+            token_ids=token_ids,
+            index=index,
+        )
         ctx.head, ctx.chunk = head, chunk
         ctx.set_materialize_grads(False)
         if not need_entropy:
@@ -113,11 +132,12 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_only("linear_token_log_probs", lambda ctx: ctx.saved_tensors[:3])
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        hidden, weight, bias, token_ids, index = ctx.saved_tensors
+        tensors: Any = saved(ctx, grad, grad_entropy)
+        hidden, weight, bias, temperatures, token_ids, index = tensors
         # The head of the forward pass, with the tensors that autograd has watched since.
-        head: Head = ctx.head._replace(weight=weight, bias=bias)
+        head: Head = ctx.head._replace(weight=weight, bias=bias, temperatures=temperatures)
         zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
         c = zeros if grad is None else grad[index]
         e = None if grad_entropy is None else grad_entropy[index]
@@ -131,6 +151,11 @@ class _LinearTokenLogProbs(torch.autograd.Function):
             for part in live.split(ctx.chunk) if len(live) else ():
                 at = index[part]
                 rows = head.evaluate(hidden[at], token_ids, at, e is not None, buffer)
-                grad_logits = head.differentiate(rows, c[part], None if e is None else e[part])
-                gradients.add(grad_logits, rows.hidden, at)
-        return *gradients.finish(), None, None, None, None, None
+                of_log_probs, of_entropy = c[part], None if e is None else e[part]
+                units = None
+                if gradients.takes_units:
+                    of_log_probs, of_entropy, units = head.in_units(of_log_probs, of_entropy, at)
+                    units = units.to(torch.float32)
+                grad_logits = head.differentiate(rows, of_log_probs, of_entropy)
+                gradients.add(grad_logits, rows.hidden, at, units)
+        return *gradients.finish(), None, None, None, None, None, None

@@ -28,6 +28,8 @@ _GPU_KEEPS_FP32 = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm
 # Rows of the weight whose gradient is formed at a time: their product stays in a cache until it is
 # added, and fresh memory is not needed for it.
 _SLICE = 4096
+# Gradients of logits are scaled to about 2 to this power where they are fp16.
+_UNIT_BITS = 4
 
 
 class Head(NamedTuple):
@@ -99,6 +101,29 @@ class Head(NamedTuple):
         )
         return grad_logits if order is None else grad_logits[: len(order)]
 
+    def in_units(
+        self, grad_log_probs: Tensor, grad_entropy: Tensor | None, index: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the gradients of the tokens at `index` as multiples of units, and these (fp64).
+
+        A unit is a power of 2 of the size of the token's gradients of logits: given in it they use
+        the range of fp16. The largest are between 1 and about 200, those of a probability of
+        1e-5 are normal numbers. One unit for all would be that of short steps, and the gradients of
+        a long step are smaller by its length.
+        """
+        size = grad_log_probs.abs().to(torch.float64)
+        if grad_entropy is not None:
+            size = torch.maximum(size, grad_entropy.abs())
+        size = size / (self.temperature if self.temperatures is None else self.temperatures[index])
+        # What is not finite stays as it is. Every fp32 number has a reciprocal in fp64.
+        exponent = torch.frexp(torch.where(size.isfinite(), size, 1.0)).exponent
+        units = torch.ldexp(torch.ones_like(size), exponent - _UNIT_BITS)
+
+        def scaled(grad: Tensor) -> Tensor:
+            return (grad / units).to(grad.dtype)
+
+        return scaled(grad_log_probs), None if grad_entropy is None else scaled(grad_entropy), units
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
@@ -130,6 +155,12 @@ class HeadGradients:
 
     The gradient of the weight is summed in fp32 where there is more than one chunk; a product alone
     is rounded once, to the dtype of the weight.
+
+    Attributes:
+        takes_units: whether gradients of logits are given in units (`Head.in_units`), because fp16
+            may not hold them as they are. Products are then formed in fp32. On a CPU that costs
+            nothing, as few CPUs multiply fp16.
+        keeps_fp32: whether `finish` returns fp32, as what comes later may bring it into the range.
     """
 
     def __init__(
@@ -149,9 +180,11 @@ class HeadGradients:
         self.head = head
         need_hidden, need_weight, need_bias = needed
         weight = head.weight
-        self.keeps_fp32 = scaled_later and weight.dtype == torch.float16
+        is_fp16 = weight.dtype == torch.float16
+        self.keeps_fp32 = scaled_later and is_fp16
+        self.takes_units = is_fp16 and (scaled_later or weight.device.type == "cpu")
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self._single, self._empty = num_chunks <= 1 and not self.keeps_fp32, True
+        self._single, self._empty = num_chunks <= 1 and not self.takes_units, True
         self.hidden = self.weight = self.bias = None
         if need_hidden:
             self.hidden = torch.zeros_like(hidden, dtype=wide if self.keeps_fp32 else hidden.dtype)
@@ -168,22 +201,31 @@ class HeadGradients:
         return not (self.hidden is None and self.weight is None and self.bias is None)
 
     def add(
-        self, grad_logits: Tensor, hidden: Tensor, index: Tensor, unit: Tensor | None = None
+        self, grad_logits: Tensor, hidden: Tensor, index: Tensor, units: Tensor | None = None
     ) -> None:
-        """Add the products of ``[n, V]`` gradients, given in `unit`s; rows are those at `index`."""
+        """Add the products of ``[n, V]`` gradients of the tokens at `index`.
+
+        Row i of the gradients is given as a multiple of ``units[i]`` (fp32).
+        """
         is_first, self._empty = self._empty, False
 
-        def in_full(product: Tensor) -> Tensor:
-            return product if unit is None else product.to(torch.float32) * unit
+        def in_full(rows: Tensor) -> Tensor:
+            return rows if units is None else rows.to(torch.float32) * units.unsqueeze(1)
 
         if self.hidden is not None:
-            product = torch.mm(grad_logits, self.head.weight)
-            self.hidden.index_copy_(0, index, in_full(product))
+            product = in_full(self._hidden_product(grad_logits))
+            self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
         if self.bias is not None:
-            self.bias += in_full(grad_logits.sum(0, dtype=self.bias.dtype))
+            if units is None:
+                self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
+            else:
+                for entries, columns in zip(
+                    self.bias.split(_SLICE), grad_logits.split(_SLICE, dim=1), strict=True
+                ):
+                    entries += units @ columns.to(units.dtype)
         if self.weight is None:
             return
-        # The unit is that of a row's largest gradient: a sum over rows may not be formed in fp16.
+        # Units differ from row to row: a sum over rows takes them in, and is formed in fp32.
         hidden = in_full(hidden)
         for part, columns in zip(
             self.weight.split(_SLICE), grad_logits.split(_SLICE, dim=1), strict=True
@@ -196,6 +238,19 @@ class HeadGradients:
             else:
                 product = torch.mm(columns, hidden)
                 operators.call("accumulate", self.head.backend, part, product, is_first)
+
+    def _hidden_product(self, grad_logits: Tensor) -> Tensor:
+        weight = self.head.weight
+        if not self.takes_units or (grad_logits.is_cuda and not _GPU_KEEPS_FP32):
+            return torch.mm(grad_logits, weight)
+        if grad_logits.is_cuda:
+            return torch.mm(grad_logits, weight, out_dtype=torch.float32)
+        sums = torch.zeros(len(grad_logits), weight.shape[1], device=weight.device)
+        for columns, part in zip(
+            grad_logits.split(_SLICE, dim=1), weight.split(_SLICE), strict=True
+        ):
+            sums.addmm_(columns.to(sums.dtype), part.to(sums.dtype))
+        return sums
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of hidden states, weight and bias.

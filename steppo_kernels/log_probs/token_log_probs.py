@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
+from ..backends.derivatives import first_only
 from ..backends.reference import token_log_probs as reference
 from .overwrite import Whole
+from .saved import save, saved
 
 
 def token_log_probs(
@@ -59,14 +60,9 @@ def token_log_probs(
     shape, device = checks.token_shape(token_ids, logits.shape[:-1]), logits.device
     if mask is not None:
         mask = checks.row_mask("mask", mask, shape, device)
-    targets = Targets(
-        checks.token_ids("token_ids", token_ids, shape, device),
-        mask,
-        *checks.temperature("temperature", temperature, shape, device, mask),
-        0.0,
-    )
+    targets = Targets.of(token_ids, mask, temperature, shape, device)
     log_probs, entropy = log_probs_of(
-        logits, targets, return_entropy, inplace_backward, resolve(backend, device)
+        logits, targets, temperature, return_entropy, inplace_backward, resolve(backend, device)
     )
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
@@ -88,6 +84,20 @@ class Targets(NamedTuple):
     temperature: float
     softcap: float
 
+    @classmethod
+    def of(
+        cls,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        temperature: float | Tensor,
+        shape: torch.Size,
+        device: torch.device,
+    ) -> Targets:
+        """Return the checked arguments of a call on logits of N tokens; `mask` is checked."""
+        ids = checks.token_ids("token_ids", token_ids, shape, device)
+        every, number = checks.temperature("temperature", temperature, shape, device, mask)
+        return cls(ids, mask, every, number, 0.0)
+
 
 def rows_of(name: str, values: Tensor) -> Tensor:
     """Return ``[..., V]`` values, checked."""
@@ -98,17 +108,25 @@ def rows_of(name: str, values: Tensor) -> Tensor:
 
 
 def log_probs_of(
-    logits: Tensor, targets: Targets, need_entropy: bool, inplace_backward: bool, backend: str
+    logits: Tensor,
+    targets: Targets,
+    temperature: float | Tensor,
+    need_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies ``[N]`` of checked arguments; no entropies are ``[0]``."""
+    """Return log-probs and entropies ``[N]`` of checked arguments; no entropies are ``[0]``.
+
+    `temperature` is the caller's, which may not change before backward.
+    """
     if backend == "reference":
         every = torch.arange(targets.token_ids.numel(), device=logits.device)
-        rows = every if targets.mask is None else targets.mask.nonzero().squeeze(1)
+        tokens = every if targets.mask is None else targets.mask.nonzero().squeeze(1)
         temperatures = targets.temperatures
         log_probs, entropy = reference.token_log_probs(
             logits.reshape(-1, logits.shape[-1]),
             targets.token_ids,
-            rows,
+            tokens,
             targets.temperature if temperatures is None else temperatures,
             targets.softcap,
             checks.compute_dtype(logits),
@@ -118,16 +136,24 @@ def log_probs_of(
     if inplace_backward and not _overwritable(rows, logits):
         raise ValueError(
             f"inplace_backward: got logits of shape {tuple(logits.shape)} with strides "
-            f"{logits.stride()}, expected contiguous rows of their own memory, at strides that "
-            "two dimensions can tell"
+            f"{logits.stride()}, expected logits whose rows do not overlap and whose leading "
+            "dimensions merge into at most two strides; pass a contiguous tensor or a slice such "
+            "as `logits[:, :-1]`"
         )
     if checks.wants_gradient(logits):
         whole = Whole.of(logits) if inplace_backward else None
         found: tuple[Tensor, Tensor] = _TokenLogProbs.apply(
-            logits if whole is None else whole.tensor, *targets, need_entropy, whole, backend
+            logits if whole is None else whole.tensor,
+            targets,
+            temperature if isinstance(temperature, Tensor) else None,
+            need_entropy,
+            whole,
+            backend,
         )
         return found
-    log_probs, entropy, *_ = operators.call("token_log_probs", backend, rows, *targets, need_entropy)
+    log_probs, entropy, *_ = operators.call(
+        "token_log_probs", backend, rows, *targets, need_entropy
+    )
     return log_probs, entropy
 
 
@@ -153,36 +179,51 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
+        targets: Targets,
+        temperature: Tensor | None,
         need_entropy: bool,
         overwritten: Whole | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        targets = token_ids, mask, temperatures, temperature, softcap
         values = logits.detach()
         if overwritten is not None:
             values = overwritten.logits_in(values)
         log_probs, entropy, top, log_sum = operators.call(
             "token_log_probs", backend, _three_dims(values), *targets, need_entropy
         )
-        ctx.save_for_backward(logits, token_ids, mask, temperatures, top, log_sum, entropy)
-        ctx.scalars = temperature, softcap
-        ctx.overwritten, ctx.backend = overwritten, backend
+        save(
+            ctx,
+            temperature,
+            logits=logits,
+            token_ids=targets.token_ids,
+            mask=targets.mask,
+            temperature=targets.temperatures,
+            top=top,
+            log_sum=log_sum,
+            entropy=entropy,
+        )
+        ctx.scalars = targets.temperature, targets.softcap
+        ctx.overwritten, ctx.backend, ctx.is_spent = overwritten, backend, False
         ctx.set_materialize_grads(False)
         if not need_entropy:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_only("token_log_probs", lambda ctx: ctx.saved_tensors[:1])
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        whole, token_ids, mask, temperatures, top, log_sum, entropy = ctx.saved_tensors
+        tensors: Any = saved(ctx, grad, grad_entropy)
+        whole, token_ids, mask, temperatures, top, log_sum, entropy = tensors
         whole = whole.detach()
         overwritten: Whole | None = ctx.overwritten
+        if overwritten is not None and not torch.compiler.is_compiling():
+            # Where saved-tensor hooks hand out a copy, autograd has seen no change.
+            if ctx.is_spent:
+                raise RuntimeError(
+                    "inplace_backward: got a second backward, expected one: the logits were "
+                    "modified by an inplace operation, as the first put their gradient there"
+                )
+            ctx.is_spent = True
         logits = whole if overwritten is None else overwritten.logits_in(whole)
         grad_whole = whole.new_empty(whole.shape) if overwritten is None else whole
         grad_logits = grad_whole if overwritten is None else logits
@@ -209,4 +250,4 @@ class _TokenLogProbs(torch.autograd.Function):
             overwritten.clear_rest(whole)
             # The kernel wrote behind autograd's back: a second backward must not take it.
             torch.autograd.graph.increment_version(whole)
-        return grad_whole, *[None] * 8
+        return grad_whole, *[None] * 5

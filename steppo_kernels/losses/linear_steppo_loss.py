@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..backends.choice import Backend
+from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.reference import lm_head as reference
 from ..backends.reference.reductions import reduction_weights
 from ..config import DEFAULT_CONFIG, StepPOConfig
@@ -24,6 +24,7 @@ from ..log_probs.lm_head import (
     live_rows,
     packed,
 )
+from ..log_probs.saved import save, saved
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, Steps, check_loss_inputs
 from .policy_loss import loss_of, run_operator, scaled_gradient
@@ -132,7 +133,15 @@ def linear_steppo_loss(
         )
         return loss_of(inputs, log_probs, entropy if config.entropy_coef != 0 else None)
     loss, metrics, step_log_ratio = _LinearStepPO.apply(
-        rows, head.weight, head.bias, head, _Steps(inputs), ids, chunk, torch.is_grad_enabled()
+        rows,
+        head.weight,
+        head.bias,
+        head,
+        temperature if isinstance(temperature, Tensor) else None,
+        _Steps(inputs),
+        ids,
+        chunk,
+        torch.is_grad_enabled(),
     )
     return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS), step_log_ratio)
 
@@ -266,13 +275,15 @@ class _Pass:
         rows = self._keep(first, last, buffer)
         if not self.gradients.any:
             return
-        grad, grad_entropy, unit = self._coefficients(begin, end)
+        grad, grad_entropy, units = self._coefficients(begin, end)
         live = live_rows(grad, grad_entropy)
         if len(live) == 0:
             return
         order = packed(live, last - first)
         grad_logits = self.head.differentiate(rows, grad, grad_entropy, order)
-        self.gradients.add(grad_logits, rows.hidden[order], rows.index[order], unit)
+        if units is not None:
+            units = units[order]
+        self.gradients.add(grad_logits, rows.hidden[order], rows.index[order], units)
 
     def _two_passes(self, begin: int, end: int, buffer: Tensor) -> None:
         """Handle steps whose logits do not fit: once for the log-probs, once for the gradients."""
@@ -281,7 +292,7 @@ class _Pass:
             self._keep(at, min(at + self.chunk, last), buffer)
         if not self.gradients.any:
             return
-        grad, grad_entropy, unit = self._coefficients(begin, end)
+        grad, grad_entropy, units = self._coefficients(begin, end)
         for live in live_rows(grad, grad_entropy).split(self.chunk):
             if len(live) == 0:
                 continue
@@ -289,7 +300,9 @@ class _Pass:
             grad_logits = self.head.differentiate(
                 rows, grad[live], None if grad_entropy is None else grad_entropy[live]
             )
-            self.gradients.add(grad_logits, rows.hidden, rows.index, unit)
+            self.gradients.add(
+                grad_logits, rows.hidden, rows.index, None if units is None else units[live]
+            )
 
     def _keep(self, first: int, last: int, buffer: Tensor) -> Evaluated:
         """Evaluate rows `first` to `last`, and keep what all of them have."""
@@ -305,9 +318,10 @@ class _Pass:
         )
 
     def _coefficients(self, begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the gradients of the loss by log-probs and entropies of steps, and their unit.
+        """Return the gradients of the loss by log-probs and entropies of steps, and their units.
 
-        The unit brings them near 1 where gradients of logits would leave the range of fp16.
+        Where gradients of logits could leave the range of fp16, those of each token are given as a
+        multiple of a unit of its own.
         """
         first, last = self.steps.borders[begin], self.steps.borders[end]
         entropy = self.entropy[first:last] if self.need_entropy else None
@@ -318,13 +332,14 @@ class _Pass:
             True,
             self.need_entropy,
         )
-        unit = None
-        if self.gradients.keeps_fp32:
-            unit = torch.cat((grad, grad_entropy)).abs().amax()
-            # What is below has no reciprocal, and is 0 in fp16 as well.
-            least = torch.finfo(unit.dtype).tiny
-            scale, unit = 1.0 / torch.where(unit >= least, unit, 1.0), unit * scale
-        return grad * scale, grad_entropy * scale if self.need_entropy else None, unit
+        if not self.need_entropy:
+            grad_entropy = None
+        if not self.gradients.takes_units:
+            return grad * scale, None if grad_entropy is None else grad_entropy * scale, None
+        grad, grad_entropy, units = self.head.in_units(
+            grad, grad_entropy, self.steps.index[first:last]
+        )
+        return grad, grad_entropy, (units * scale).to(torch.float32)
 
 
 class _LinearStepPO(torch.autograd.Function):
@@ -335,6 +350,7 @@ class _LinearStepPO(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
+        temperature: Tensor | None,
         steps: _Steps,
         token_ids: Tensor,
         chunk: int,
@@ -344,17 +360,22 @@ class _LinearStepPO(torch.autograd.Function):
         needed = (for_hidden, for_weight, for_bias)
         one = _Pass(hidden, head, steps, token_ids, chunk, needed)
         loss, metrics, step_log_ratio = one.run()
-        gradients = one.gradients.finish()
-        ctx.save_for_backward(*gradients)
+        grad_hidden, grad_weight, grad_bias = one.gradients.finish()
+        save(ctx, temperature, hidden=grad_hidden, weight=grad_weight, bias=grad_bias)
+        # Without rows: a link to the graphs of the inputs that keeps none of their memory.
+        with torch.enable_grad():
+            keep_inputs(
+                ctx, *(None if x is None else x[:0].clone() for x in (hidden, weight, bias))
+            )
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(metrics, step_log_ratio)
         return loss, metrics, step_log_ratio
 
     @staticmethod
-    @once_differentiable
+    @first_only("linear_steppo_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         gradients = (
             None if grad is None else scaled_gradient(grad, grad_loss, None, grad.shape, ctx.dtype)
-            for grad in ctx.saved_tensors
+            for grad in saved(ctx, grad_loss)
         )
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None

@@ -79,19 +79,13 @@ def steppo_loss_from_logits(
         ratio_center,
         backend,
     )
-    device = inputs.device
     checks.in_order("logits", logits, inputs.shape, "vocabulary")
     steps = inputs.mask if inputs.layout is None else inputs.layout.step_ids >= 0
     assert steps is not None
     steps = steps.reshape(-1).contiguous()
-    targets = Targets(
-        checks.token_ids("token_ids", token_ids, inputs.shape, device),
-        steps,
-        *checks.temperature("temperature", temperature, inputs.shape, device, steps),
-        0.0,
-    )
+    targets = Targets.of(token_ids, steps, temperature, inputs.shape, inputs.device)
     need_entropy = config.entropy_coef != 0
     log_probs, entropy = log_probs_of(
-        logits, targets, need_entropy, inplace_backward, inputs.backend
+        logits, targets, temperature, need_entropy, inplace_backward, inputs.backend
     )
     return loss_of(inputs, log_probs, entropy if need_entropy else None)

@@ -1,0 +1,82 @@
+"""What a forward pass leaves for its backward, and how backward knows that it is unchanged.
+
+Autograd compares the versions of saved tensors, but not where saved-tensor hooks stand between
+(activation offloading), and not those of tensors that a function holds in another way. Here every
+saved tensor that comes back in the memory it was saved in must have the version it was saved with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# Those of `torch.autograd.grad(is_grads_batched=True)`, and of `torch.func.vmap`.
+_IS_BATCHED = tuple(
+    getattr(torch._C._functorch, name)
+    for name in ("is_legacy_batchedtensor", "is_batchedtensor")
+    if hasattr(torch._C._functorch, name)
+)
+
+
+def save(ctx: Any, given_temperature: Tensor | None, **tensors: Tensor | None) -> None:
+    """Save tensors for backward, by the names that an error about them is to have.
+
+    The caller's temperature may be another tensor than the converted one among them.
+    """
+    ctx.save_for_backward(*tensors.values())
+    ctx.versions, ctx.temperature = {}, None
+    if torch.compiler.is_compiling():
+        return
+    ctx.versions = {
+        name: None if value is None or value.is_inference() else _Version(value)
+        for name, value in tensors.items()
+    }
+    if given_temperature is not None and not given_temperature.is_inference():
+        ctx.temperature = given_temperature.detach(), given_temperature._version
+
+
+def saved(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the saved tensors to a backward that was given `grads`.
+
+    Raises:
+        RuntimeError: a saved tensor or the temperature was changed in place since, or `grads` are
+            batches.
+    """
+    found: tuple[Tensor | None, ...] = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        return found
+    for grad in grads:
+        if grad is not None and any(is_batched(grad) for is_batched in _IS_BATCHED):
+            raise RuntimeError(
+                "is_grads_batched: got a batch of upstream gradients, expected one backward for "
+                "each of them"
+            )
+    for (name, version), value in zip(ctx.versions.items(), found, strict=False):
+        if version is not None and value is not None:
+            version.check(name, value)
+    if ctx.temperature is not None:
+        _compare("temperature", *ctx.temperature)
+    return found
+
+
+class _Version:
+    """The memory and the version of a tensor, without keeping it alive."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._storage, self._number = StorageWeakRef(value.untyped_storage()), value._version
+
+    def check(self, name: str, value: Tensor) -> None:
+        """Raise if `value` lies in that memory at another version; a copy of it may be at any."""
+        if value.untyped_storage()._cdata == self._storage.cdata:
+            _compare(name, value, self._number)
+
+
+def _compare(name: str, value: Tensor, version: int) -> None:
+    if value._version != version:
+        raise RuntimeError(
+            f"{name}: got a tensor that was modified by an inplace operation between forward and "
+            f"backward (at version {value._version}, expected {version}); change a copy of it"
+        )
