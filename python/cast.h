@@ -1,11 +1,13 @@
-// How Python calls a kernel: pointers arrive as integers (Tensor.data_ptr(), 0 for null), and the
-// interpreter lock is released while the kernel runs.
+// How Python calls a kernel: pointers arrive as integers (Tensor.data_ptr(), 0 for null). While the
+// kernel runs, the interpreter lock is released and the floating-point mode is the standard one.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <type_traits>
+
+#include "steppo/floats.h"
 
 namespace steppo::binding {
 
@@ -21,11 +23,29 @@ A cast(FromPython<A> value) {
   }
 }
 
+// Runs body() without the interpreter lock. There is no guard object for it: once the interpreter
+// has ended, taking the lock ends a thread (before Python 3.14), and a destructor would make that
+// the end of the process by std::terminate.
+template <class F>
+void without_lock(F&& body) {
+  PyThreadState* const thread = PyEval_SaveThread();
+  try {
+    body();
+  } catch (...) {
+    PyEval_RestoreThread(thread);
+    throw;
+  }
+  PyEval_RestoreThread(thread);
+}
+
 template <class... A>
 void def(pybind11::module_& m, const char* name, void (*kernel)(A...)) {
-  m.def(
-      name, [kernel](FromPython<A>... values) { kernel(cast<A>(values)...); },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def(name, [kernel](FromPython<A>... values) {
+    without_lock([&] {
+      const StandardFloats standard;
+      kernel(cast<A>(values)...);
+    });
+  });
 }
 
 }  // namespace steppo::binding

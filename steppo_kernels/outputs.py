@@ -65,12 +65,13 @@ class Metrics:
         return self.names
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: ``output.loss /= k`` divides the tensor in place and then assigns it.
+@dataclass(eq=False)
 class StepPOOutput:
     """A loss and what it was made of.
 
     Attributes:
-        loss: 0-dim, a fresh tensor that may be modified in place.
+        loss: 0-dim, a fresh tensor that may be modified in place: ``output.loss /= k`` works.
         metrics: see `Metrics`.
         step_log_ratio: log-ratio of each step before the upper clamp, ``[S]`` without gradient;
             0 for an empty step. None for the value loss, and where a mask was given instead of a

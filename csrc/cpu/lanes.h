@@ -115,6 +115,15 @@ struct Gathered {
   int64_t operator()(int64_t i) const { return index[i]; }
 };
 
+// Whether the positions of a step follow each other. Its first and last one do not tell alone: a
+// step of several rows may hold these in any order.
+static inline bool follow_each_other(const int64_t* index, int64_t length) {
+  const int64_t first = index[0];
+  int64_t apart = 0;
+  for (int64_t i = 0; i < length; ++i) apart |= index[i] ^ (first + i);
+  return apart == 0;
+}
+
 // The values from `at(i)` on; past `length`, zeros.
 template <class T>
 static inline Lanes<T> load(const T* values, Contiguous at, int64_t i, int64_t length) {

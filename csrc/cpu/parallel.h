@@ -8,7 +8,9 @@
 namespace steppo::cpu {
 
 // Runs task(context, i) for i in [0, count) on at most `threads` threads, the caller's included.
-// Which thread runs a task is not fixed: results must not depend on it.
+// Which thread runs a task is not fixed: results must not depend on it. Where threads cannot be
+// made, fewer of them do the work. An exception of a task leaves the tasks that nobody has begun
+// undone, and is thrown here when no thread works any more.
 void run_tasks(int64_t count, int threads, void (*task)(void*, int64_t), void* context);
 
 template <class F>

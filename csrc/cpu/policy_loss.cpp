@@ -1,4 +1,5 @@
-// The policy loss on a StepLayout: see losses/policy_loss.py and backends/operators.py of the package.
+// The policy loss on a StepLayout: see losses/policy_loss.py and backends/operators.py of the
+// package.
 #include "policy_loss.h"
 
 namespace steppo::cpu::STEPPO_ISA {
@@ -60,17 +61,10 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
                  double dual_clip, double log_ratio_max, int reduction, double kl_coef,
                  int kl_estimator, double entropy_coef, int64_t num_tokens, int64_t num_steps,
                  void* loss, double* metrics, void* step_log_ratio, void* grad_log_probs,
-                 void* grad_entropy, void* grad_scale, int threads) {
+                 void* grad_entropy, void* grad_scale, int64_t* ends_tell, int threads) {
   threads = worthwhile_threads(num_tokens, threads);
-  const PolicyConfig config{static_cast<Ratio>(ratio),
-                            clip_low,
-                            clip_high,
-                            dual_clip,
-                            log_ratio_max,
-                            static_cast<Reduction>(reduction),
-                            kl_coef,
-                            static_cast<KLEstimator>(kl_estimator),
-                            entropy_coef};
+  const PolicyConfig config = policy_config(ratio, clip_low, clip_high, dual_clip, log_ratio_max,
+                                            reduction, kl_coef, kl_estimator, entropy_coef);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     PolicyCall<T> call =
@@ -100,12 +94,14 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
     const int64_t work = num_actions + num_steps;
     const int64_t tasks = ceil_div(work, kBlock);
     Buffer<PolicySums> partial(tasks);
+    Buffer<bool> told(tasks);
     const auto border = [&](int64_t wanted) {
       return first_not_below(num_steps, wanted, [&](int64_t s) { return step_offsets[s] + s; });
     };
     parallel_blocks(work, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
       PolicySums sums;
       Sum<T> k3;
+      bool all_told = true;
       const int64_t last = end == work ? num_steps : border(end);
       for (int64_t s = border(begin); s < last; ++s) {
         const int64_t* index = token_index + step_offsets[s];
@@ -119,7 +115,11 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
             weights != nullptr
                 ? static_cast<double>(weights[s])
                 : step_weight(config.reduction, static_cast<double>(length), trajectory_counts[s]);
-        const bool contiguous = index[length - 1] - index[0] == length - 1;
+        bool contiguous = index[length - 1] - index[0] == length - 1;
+        if (contiguous && ends_tell != nullptr) {
+          contiguous = follow_each_other(index, length);
+          all_told &= contiguous;
+        }
         const double log_ratio =
             contiguous
                 ? add_step(call, Contiguous{index[0]}, length, s, advantage, weight, sums, k3)
@@ -128,9 +128,15 @@ void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
       }
       sums.k3 = k3.total();
       partial[b] = sums;
+      told[b] = all_told;
     });
     PolicySums sums;
-    for (int64_t b = 0; b < tasks; ++b) sums.add(partial[b]);
+    bool all_told = true;
+    for (int64_t b = 0; b < tasks; ++b) {
+      sums.add(partial[b]);
+      all_told &= told[b];
+    }
+    if (ends_tell != nullptr) *ends_tell = all_told;
     finish<T>(sums, config, call.total, loss, metrics, grad_scale);
   });
 }

@@ -61,9 +61,8 @@ struct PolicySums {
     kl += other.kl;
     entropy += other.entropy;
     ratio += other.ratio;
-    // A NaN stays: comparisons with it are false.
-    ratio_min = ratio_min < other.ratio_min ? ratio_min : other.ratio_min;
-    ratio_max = ratio_max > other.ratio_max ? ratio_max : other.ratio_max;
+    ratio_min = lesser(ratio_min, other.ratio_min);
+    ratio_max = greater(ratio_max, other.ratio_max);
     clipped_low += other.clipped_low;
     clipped_high += other.clipped_high;
     clipped_tokens += other.clipped_tokens;
@@ -92,6 +91,18 @@ static inline bool any_beyond(L largest_square) {
   return any != 0;
 }
 
+// e^d - 1 - d of |d| <= 1/16 to the last bits of the type: d^2 (1/2! + d/3! + d^2/4! + ...).
+template <class T>
+static inline Lanes<T> near_k3(Lanes<T> d) {
+  constexpr double kFactors[] = {1 / 2.,    1 / 6.,     1 / 24.,     1 / 120.,     1 / 720.,
+                                 1 / 5040., 1 / 40320., 1 / 362880., 1 / 3628800., 1 / 39916800.};
+  constexpr int kTerms = sizeof(T) == sizeof(float) ? 4 : 10;
+  Lanes<T> sum = Lanes<T>{} + T(kFactors[kTerms - 1]);
+#pragma GCC unroll 10
+  for (int k = kTerms - 2; k >= 0; --k) sum = T(kFactors[k]) + d * sum;
+  return d * d * sum;
+}
+
 // Returns the sum of z and adds e^z - 1 - z, for approx_kl_k3, to `k3`. Policies move little
 // between updates, and then a short series is enough for the second; a block of tokens where one
 // moved far is summed again. Lanes without a token hold z = 0, which adds nothing to either.
@@ -106,8 +117,8 @@ static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t l
       const Lanes<T> d = load(now, at, i, length) - load(old, at, i, length);
       const Lanes<T> square = d * d;
       z.add(d);
-      series += square * (0.5f + d * (1.6666667e-1f + d * (4.1666668e-2f + d * 8.3333338e-3f)));
-      // Written so that a NaN stays.
+      series += near_k3<T>(d);
+      // A NaN may get lost here; it is in the series.
       largest = Arithmetic<Lanes<T>>::select(square <= largest, largest, square);
     }
     if (any_beyond(largest)) {
@@ -121,23 +132,24 @@ static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t l
   return z.total();
 }
 
-// Writes the gradient of every token: `same` times its own weight plus the KL part. Adds up the KL
-// and counts the tokens left with a gradient of exactly 0.
+// Writes the gradient of every token: `step_slope` times its own weight plus the KL part. Adds up
+// the KL and counts the tokens left with a gradient of exactly 0.
 template <bool has_kl, KLEstimator kind, class T, class At>
-static inline void differentiate(const PolicyCall<T>& call, At at, int64_t length, T same,
+static inline void differentiate(const PolicyCall<T>& call, At at, int64_t length, T step_slope,
                                  bool weigh_tokens, T kl_coefficient, double* kl_sum,
                                  int64_t* zero_count) {
   Sum<T> kl;
   int64_t zeros = 0;
   for (int64_t i = 0; i < length; i += kLanes<T>) {
-    Lanes<T> grad = Lanes<T>{} + same;
+    Lanes<T> grad = Lanes<T>{} + step_slope;
     if (weigh_tokens) grad *= load(call.is_weights, at, i, length);
     if constexpr (has_kl) {
       const Lanes<T> d =
           load(call.ref_log_probs, at, i, length) - load(call.log_probs, at, i, length);
       const KL<Lanes<T>> penalty = kl_penalty<kind>(d);
       kl.add(penalty.value);
-      grad += kl_coefficient * penalty.slope;
+      // A penalty that only reports has no gradient, whatever its slope is.
+      if (kl_coefficient != T(0)) grad += kl_coefficient * penalty.slope;
     }
     const int count = length - i >= kLanes<T> ? kLanes<T> : static_cast<int>(length - i);
     for (int k = 0; k < count; ++k) zeros += grad[k] == T(0);
@@ -166,8 +178,8 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   }
   sums.policy += weight * loss.loss * is_weight;
   sums.ratio += loss.ratio;
-  sums.ratio_min = loss.ratio >= sums.ratio_min ? sums.ratio_min : loss.ratio;
-  sums.ratio_max = loss.ratio <= sums.ratio_max ? sums.ratio_max : loss.ratio;
+  sums.ratio_min = lesser(sums.ratio_min, loss.ratio);
+  sums.ratio_max = greater(sums.ratio_max, loss.ratio);
   sums.clipped_low += loss.is_clipped && advantage < 0;
   sums.clipped_high += loss.is_clipped && advantage > 0;
   sums.clipped_tokens += loss.is_clipped ? n : 0;
@@ -175,19 +187,19 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
   sums.steps += 1;
   sums.tokens += n;
 
-  // d total / d log pi of every token, before its own weight and the KL part.
+  // d total / d log pi of every token, before its own weight and the KL part. What is 0 stays 0,
+  // whatever the weights are.
   const bool has_kl = call.ref_log_probs != nullptr;
-  const bool weigh_tokens =
-      call.is_weights != nullptr && call.is_weights_per_token && loss.slope != 0;
   const double share = weight / call.total;
-  // A step without a gradient keeps none, whatever its weight is.
-  const double own_weight = weigh_tokens || loss.slope == 0 ? 1.0 : is_weight;
-  const T same = static_cast<T>(share * loss.slope * scale * own_weight);
+  double slope = loss.slope == 0 ? 0.0 : share * loss.slope * scale;
+  const bool weigh_tokens = call.is_weights != nullptr && call.is_weights_per_token && slope != 0;
+  if (!weigh_tokens && slope != 0) slope *= is_weight;
+  const T step_slope = static_cast<T>(slope);
   int64_t zeros = 0;
   if (!has_kl && !weigh_tokens) {
-    zeros = same == T(0) ? length : 0;
+    zeros = step_slope == T(0) ? length : 0;
     if (call.grad_log_probs != nullptr) {
-      for (int64_t i = 0; i < length; ++i) call.grad_log_probs[at(i)] = same;
+      for (int64_t i = 0; i < length; ++i) call.grad_log_probs[at(i)] = step_slope;
     }
   } else {
     double kl = 0;
@@ -195,16 +207,17 @@ static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, 
                      : config.kl_estimator == kK1 ? &differentiate<true, kK1, T, At>
                      : config.kl_estimator == kK2 ? &differentiate<true, kK2, T, At>
                                                   : &differentiate<true, kK3, T, At>;
-    const T kl_coefficient = static_cast<T>(config.kl_coef * share / n);
-    run(call, at, length, same, weigh_tokens, kl_coefficient, &kl, &zeros);
+    const T kl_coefficient =
+        config.kl_coef == 0 ? T(0) : static_cast<T>(config.kl_coef * share / n);
+    run(call, at, length, step_slope, weigh_tokens, kl_coefficient, &kl, &zeros);
     sums.kl += weight * kl / n;
   }
   if (call.entropy != nullptr) {
-    const double slope = -config.entropy_coef * share / n;
+    const double bonus = config.entropy_coef == 0 ? 0.0 : -config.entropy_coef * share / n;
     sums.entropy += weight * sum_tokens(call.entropy, at, length) / n;
-    if (slope != 0) zeros = 0;
+    if (bonus != 0) zeros = 0;
     if (call.grad_entropy != nullptr) {
-      for (int64_t i = 0; i < length; ++i) call.grad_entropy[at(i)] = static_cast<T>(slope);
+      for (int64_t i = 0; i < length; ++i) call.grad_entropy[at(i)] = static_cast<T>(bonus);
     }
   }
   sums.dead += static_cast<double>(zeros);

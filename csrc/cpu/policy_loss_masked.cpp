@@ -14,7 +14,7 @@ void for_steps(const bool* mask, int64_t row_length, int64_t begin, int64_t end,
   for (int64_t first = begin, last; first < end; first = last) {
     const int64_t in_row = first % row_length, row_end = first - in_row + row_length;
     last = row_end < end ? row_end : end;
-    const bool open = in_row != 0 && mask[first - 1];
+    const bool open = in_row != 0 && is_set(mask, first - 1);
     const auto take = [&](Run run) {
       if (open && run.begin == first) return;
       if (run.end == last) run.end = find_byte(mask, 0, last, row_end);
@@ -35,15 +35,8 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
                         int64_t num_tokens, void* loss, double* metrics, void* grad_log_probs,
                         void* grad_entropy, void* grad_scale, int threads) {
   threads = worthwhile_threads(num_tokens, threads);
-  const PolicyConfig config{static_cast<Ratio>(ratio),
-                            clip_low,
-                            clip_high,
-                            dual_clip,
-                            log_ratio_max,
-                            static_cast<Reduction>(reduction),
-                            kl_coef,
-                            static_cast<KLEstimator>(kl_estimator),
-                            entropy_coef};
+  const PolicyConfig config = policy_config(ratio, clip_low, clip_high, dual_clip, log_ratio_max,
+                                            reduction, kl_coef, kl_estimator, entropy_coef);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     PolicyCall<T> call =
@@ -80,8 +73,8 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
       }
     }
 
-    // Counted first: a step's weight in its trajectory takes the steps of its row, and with the
-    // denominator known the gradients are final.
+    // Count the steps of each row first. `trajectory_mean` needs them for the weights, and with the
+    // denominator known the last pass writes final gradients.
     const bool by_row = config.reduction == kTrajectoryMean;
     const int64_t rows = row_length > 0 ? num_tokens / row_length : 0;
     Buffer<RunCounts> counts(rows);

@@ -1,4 +1,7 @@
 // Runs of ones in a mask, 64 tokens at a time: the bits of a word show where runs begin and end.
+//
+// What the caller's bool tensor holds may be bytes of any value, and what is not 0 is true there.
+// So a mask is only looked at as bytes.
 #pragma once
 
 #if defined(__AVX2__)
@@ -13,6 +16,13 @@ struct Run {
   int64_t begin, end;
 };
 
+// Whether token i is one of the ones.
+static inline bool is_set(const bool* mask, int64_t i) {
+  unsigned char byte;
+  std::memcpy(&byte, mask + i, 1);
+  return byte != 0;
+}
+
 // The first 64 bytes of a mask as bits, the first one lowest.
 static inline std::uint64_t mask_word(const bool* mask) {
 #if defined(__AVX512BW__)
@@ -22,8 +32,8 @@ static inline std::uint64_t mask_word(const bool* mask) {
   const auto half = [](const bool* at) {
     __m256i bytes;
     std::memcpy(&bytes, at, sizeof bytes);
-    // The lowest bit of each byte becomes its highest, which movemask collects.
-    return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes, 7)));
+    const __m256i zeros = _mm256_cmpeq_epi8(bytes, _mm256_setzero_si256());
+    return ~static_cast<std::uint32_t>(_mm256_movemask_epi8(zeros));
   };
   return half(mask) | static_cast<std::uint64_t>(half(mask + 32)) << 32;
 #else
@@ -31,6 +41,9 @@ static inline std::uint64_t mask_word(const bool* mask) {
   for (int k = 0; k < 8; ++k) {
     std::uint64_t bytes;
     std::memcpy(&bytes, mask + 8 * k, sizeof bytes);
+    // The highest bit of each byte becomes that of a byte that is not 0, and then the lowest one.
+    constexpr std::uint64_t kLow = 0x7F7F7F7F7F7F7F7Fu;
+    bytes = ((((bytes & kLow) + kLow) | bytes) & ~kLow) >> 7;
     // The product moves the lowest bit of byte i to bit 56 + i.
     bits |= bytes * 0x0102040810204080u >> 56 << 8 * k;
   }
@@ -38,8 +51,9 @@ static inline std::uint64_t mask_word(const bool* mask) {
 #endif
 }
 
-// Calls body(at, count, bits, borders) for words of [begin, end). A bit of `borders` says that the
-// token differs from the one before it; `open` is what comes before the first.
+// Calls body(at, bits, borders) for the words of [begin, end), the first token of each at `at`. A
+// bit of `borders` says that the token differs from the one before it; `open` is what comes before
+// the first.
 template <class F>
 static inline void for_words(const bool* mask, int64_t begin, int64_t end, bool open, F&& body) {
   std::uint64_t before = open;

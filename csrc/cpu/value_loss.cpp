@@ -7,33 +7,52 @@
 namespace steppo::cpu::STEPPO_ISA {
 namespace {
 
-struct Sums {
-  double loss = 0, clipped = 0, value = 0, target = 0, steps = 0, tokens = 0, trajectories = 0;
-  double target_squares = 0, residual_squares = 0;
+// What the denominator is made of.
+struct Counts {
+  double steps = 0, trajectories = 0, tokens = 0;
+
+  void add(const Counts& other) {
+    steps += other.steps;
+    trajectories += other.trajectories;
+    tokens += other.tokens;
+  }
 };
 
-template <class F>
-Sums sum_blocks(int64_t count, int threads, F&& body) {
+struct Sums {
+  double loss = 0, clipped = 0, value = 0, target = 0;
+
+  void add(const Sums& other) {
+    loss += other.loss;
+    clipped += other.clipped;
+    value += other.value;
+    target += other.target;
+  }
+};
+
+// Squared deviations from the means: of the returns, and of what the values leave of them.
+struct Spread {
+  double target = 0, residual = 0;
+
+  void add(const Spread& other) {
+    target += other.target;
+    residual += other.residual;
+  }
+};
+
+// Adds up what body(s, sums) adds to `sums` for the steps s that are not empty.
+template <class S, class F>
+S sum_steps(const int32_t* step_lengths, int64_t num_steps, int threads, F&& body) {
   constexpr int64_t kSteps = 2048;
-  Buffer<Sums> partial(ceil_div(count, kSteps));
-  parallel_blocks(count, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
-    Sums sums;
-    for (int64_t s = begin; s < end; ++s) body(s, sums);
+  Buffer<S> partial(ceil_div(num_steps, kSteps));
+  parallel_blocks(num_steps, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    S sums;
+    for (int64_t s = begin; s < end; ++s) {
+      if (step_lengths[s] != 0) body(s, sums);
+    }
     partial[b] = sums;
   });
-  Sums total;
-  for (int64_t b = 0; b < ceil_div(count, kSteps); ++b) {
-    const Sums& p = partial[b];
-    total.loss += p.loss;
-    total.clipped += p.clipped;
-    total.value += p.value;
-    total.target += p.target;
-    total.steps += p.steps;
-    total.tokens += p.tokens;
-    total.trajectories += p.trajectories;
-    total.target_squares += p.target_squares;
-    total.residual_squares += p.residual_squares;
-  }
+  S total;
+  for (int64_t b = 0; b < ceil_div(num_steps, kSteps); ++b) total.add(partial[b]);
   return total;
 }
 
@@ -58,19 +77,18 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
       parallel_blocks(num_values, kBlock, threads,
                       [&](int64_t, int64_t begin, int64_t end) { fill(grad, begin, end, zero); });
     }
-    const Sums counts = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
-      if (step_lengths[s] == 0) return;
-      sum.steps += 1;
-      sum.tokens += step_lengths[s];
-      sum.trajectories += 1.0 / trajectory_counts[s];
-    });
+    const auto counts =
+        sum_steps<Counts>(step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
+          sum.steps += 1;
+          sum.tokens += step_lengths[s];
+          sum.trajectories += 1.0 / trajectory_counts[s];
+        });
     const double total =
         normalizer != nullptr
             ? *normalizer
             : reduction_total(kind, counts.steps, counts.trajectories, counts.tokens);
     const auto at = [&](bool per_token, int64_t s) { return per_token ? state_index[s] : s; };
-    const Sums sums = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
-      if (step_lengths[s] == 0) return;
+    const auto sums = sum_steps<Sums>(step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
       const double value = v[at(values_per_token, s)];
       const double before = old == nullptr ? 0.0 : old[at(old_values_per_token, s)];
       const ValueLoss step = value_step_loss(value, target[s], old != nullptr, before, clip);
@@ -86,20 +104,19 @@ void value_loss(int dtype, const void* values, const void* returns, const void* 
     const double steps = counts.steps > 0 ? counts.steps : 1;
     const double target_mean = sums.target / steps;
     const double residual_mean = (sums.target - sums.value) / steps;
-    const Sums spread = sum_blocks(num_steps, threads, [&](int64_t s, Sums& sum) {
-      if (step_lengths[s] == 0) return;
-      const double residual = target[s] - static_cast<double>(v[at(values_per_token, s)]);
-      sum.target_squares += (target[s] - target_mean) * (target[s] - target_mean);
-      sum.residual_squares += (residual - residual_mean) * (residual - residual_mean);
-    });
+    const auto spread =
+        sum_steps<Spread>(step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
+          const double residual = target[s] - static_cast<double>(v[at(values_per_token, s)]);
+          sum.target += (target[s] - target_mean) * (target[s] - target_mean);
+          sum.residual += (residual - residual_mean) * (residual - residual_mean);
+        });
     *static_cast<T*>(loss) = static_cast<T>(sums.loss / total);
     *static_cast<T*>(grad_scale) = T(1);
     metrics[kValueLoss] = sums.loss / total;
     metrics[kValueClipFraction] = sums.clipped / steps;
     metrics[kValueMean] = sums.value / steps;
     metrics[kReturnMean] = target_mean;
-    metrics[kExplainedVariance] =
-        spread.target_squares > 0 ? 1 - spread.residual_squares / spread.target_squares : 0.0;
+    metrics[kExplainedVariance] = spread.target == 0 ? 0.0 : 1 - spread.residual / spread.target;
     metrics[kValueNumSteps] = counts.steps;
   });
 }

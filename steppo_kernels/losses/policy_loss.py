@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -207,15 +208,20 @@ def scaled_gradient(
 ) -> Tensor:
     """Return a saved gradient times one or two 0-dim factors, in the shape and dtype of its input.
 
-    If this is the last use of the saved tensor, it is multiplied in place and given away. On the
-    CPU the factors can be looked at without waiting, and in a plain ``loss.backward()`` they are 1:
-    then there is nothing to do.
+    What is exactly 0, as it is at masked tokens, stays so, whatever the factors are. If this is the
+    last use of the saved tensor, it is multiplied in place and given away. On the CPU the factors
+    can be looked at without waiting, and in a plain ``loss.backward()`` they are 1: then there is
+    nothing to do.
     """
     is_last = not torch.compiler.is_compiling() and not _keeps_graph()
+    is_seen = not torch.compiler.is_compiling() and grad.device.type == "cpu"
     factors = [upstream] if grad_scale is None else [upstream, grad_scale]
-    if not (is_last and grad.device.type == "cpu" and all(f.item() == 1.0 for f in factors)):
+    if not (is_last and is_seen and all(f.item() == 1.0 for f in factors)):
         factor = functools.reduce(torch.mul, factors)
+        zeros = None if is_seen and math.isfinite(factor.item()) else grad == 0
         grad = grad.mul_(factor) if is_last else grad * factor
+        if zeros is not None:
+            grad = grad.masked_fill_(zeros, 0.0)
     return grad.view(shape).to(dtype)
 
 

@@ -119,7 +119,7 @@ Bytes run(const Batch& batch, int threads) {
                 batch.ref_log_probs.data(), nullptr, nullptr, nullptr, false, false, index.data(),
                 offsets.data(), trajectory_counts.data(), nullptr, nullptr, ratio, 0.2, 0.2, 0,
                 10.0, kTrajectoryMean, 0.1, kK3, 0.0, kTokens, steps, &loss, metrics.data(),
-                log_ratios.data(), grad.data(), nullptr, &scale, threads);
+                log_ratios.data(), grad.data(), nullptr, &scale, nullptr, threads);
     keep(bytes, metrics);
     keep(bytes, grad);
     keep(bytes, log_ratios);

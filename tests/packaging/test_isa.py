@@ -20,12 +20,12 @@ _FILES = (
     *(f"losses/test_{name}.py" for name in ("gae", "policy_loss", "value_loss")),
     *(f"layout/test_{name}.py" for name in ("broadcast", "segment", "layout")),
     *(f"log_probs/test_{name}.py" for name in ("lm_head", "token_log_probs")),
-    "rules/test_rules.py",
+    *(f"rules/test_{name}.py" for name in ("rules", "order_of_tokens", "loss_output")),
 )
 # The properties, the error rule, ties and sizes; what does not depend on the kernel is left out.
 _TESTS = (
     "test_loops or fp32_error or keeps_its_gradient or golden or segment or from_markers or "
-    "threads or test_sizes or masked_position or same_bits"
+    "threads or test_sizes or masked_position or same_bits or order_of_tokens or fp64 or any_bytes"
 )
 _CALL = (
     "import sys, torch; from steppo_kernels import StepLayout; "

@@ -1,7 +1,8 @@
 // The C++ API of the CPU kernels: raw pointers and sizes, no torch, no Python.
 //
 // Each operator exists once per instruction set, in a namespace of its own (cpu_ops.inc is the
-// list), and as a function pointer `steppo::cpu::<op>` to the best one that this CPU runs.
+// list), and as a function pointer `steppo::cpu::<op>` to the best one that this CPU runs. Callers
+// hold a StandardFloats of steppo/floats.h, which is the mode of the threads that help.
 #pragma once
 
 #include "steppo/types.h"

@@ -80,8 +80,12 @@ STEPPO_FN T clamp(T x, float low, float high) {
   return Arithmetic<T>::select(x > above, above, x);
 }
 
+// The smaller and the larger of two numbers; a NaN if one of them is.
+STEPPO_FN double lesser(double a, double b) { return a < b || a != a ? a : b; }
+STEPPO_FN double greater(double a, double b) { return a > b || a != a ? a : b; }
+
 // The KL estimate of a token from d = log pi_ref - log pi, and its derivative by log pi.
-// d is clamped to +-20 and the value to +-10; beyond, the derivative is 0.
+// d is clamped to +-20 and the value to +-10; beyond, the derivative is 0. A NaN is not beyond.
 template <class T>
 struct KL {
   T value, slope;
@@ -102,8 +106,7 @@ STEPPO_FN KL<T> kl_penalty(T d) {
     value = e.scale * e.tail + (e.scale * e.r - c) + (e.scale - 1.0f);
     slope = -(e.scale * e.tail + e.scale * e.r + (e.scale - 1.0f));
   }
-  // A NaN counts as clamped here; the value carries it on.
-  const auto clamped = (c != d) | (value > 10.0f) | (value < -10.0f);
+  const auto clamped = (d < -20.0f) | (d > 20.0f) | (value > 10.0f) | (value < -10.0f);
   return {clamp(value, -10.0f, 10.0f), Arithmetic<T>::select(clamped, T{}, slope)};
 }
 
@@ -161,8 +164,11 @@ STEPPO_FN ValueLoss value_step_loss(double value, double target, bool has_old, d
   const double moved = value - old;
   // Within the range the clipped value is the value itself, to the last bit.
   if (has_old && !(moved <= clip && moved >= -clip)) {
-    const double clipped = old + (moved > 0 ? clip : -clip) - target;
-    if (!(clipped * clipped <= error * error)) return {0.5 * clipped * clipped, 0.0, true};
+    const double held = moved > clip ? clip : moved < -clip ? -clip : moved;
+    const double clipped = old + held - target;
+    if (clipped * clipped > error * error) return {0.5 * clipped * clipped, 0.0, true};
+    // No number is larger than a NaN: it becomes both the loss and the derivative.
+    if (clipped != clipped) return {clipped, clipped, false};
   }
   return {0.5 * error * error, error, false};
 }

@@ -65,4 +65,19 @@ struct PolicyConfig {
   double entropy_coef;
 };
 
+// A PolicyConfig from numbers as they cross from Python.
+STEPPO_FN PolicyConfig policy_config(int ratio, double clip_low, double clip_high, double dual_clip,
+                                     double log_ratio_max, int reduction, double kl_coef,
+                                     int kl_estimator, double entropy_coef) {
+  return {static_cast<Ratio>(ratio),
+          clip_low,
+          clip_high,
+          dual_clip,
+          log_ratio_max,
+          static_cast<Reduction>(reduction),
+          kl_coef,
+          static_cast<KLEstimator>(kl_estimator),
+          entropy_coef};
+}
+
 }  // namespace steppo

@@ -35,6 +35,7 @@ def policy_loss(
     loss, metrics, grad, grad_entropy, grad_scale = outputs
     num_steps = step_offsets.numel() - 1
     step_log_ratio = log_probs.new_empty(num_steps)
+    ends_tell = None if _ends_tell(token_index, step_offsets) else empty((), torch.int64)
     kernels.policy_loss(
         dtype_code(log_probs),
         pointer(log_probs),
@@ -60,8 +61,11 @@ def policy_loss(
         pointer(grad),
         pointer(grad_entropy),
         pointer(grad_scale),
+        pointer(ends_tell),
         threads(),
     )
+    if ends_tell is not None and ends_tell.item():
+        _remember(token_index, step_offsets)
     return loss, metrics, step_log_ratio, grad, grad_entropy, grad_scale
 
 
@@ -104,6 +108,23 @@ def policy_loss_masked(
         threads(),
     )
     return outputs
+
+
+# A step of which the first and last position span its length mostly lies in one piece. It need not:
+# a step of several rows may hold these in any order. The kernel looks at every position once, and
+# the answer is kept with the index, as a layout is used for more than one loss.
+def _ends_tell(token_index: Tensor, step_offsets: Tensor) -> bool:
+    kept = getattr(token_index, "_steppo_ends_tell", None)
+    if kept is None or kept[0] is not step_offsets:
+        return False
+    return bool(kept[1:] == (token_index._version, step_offsets._version))
+
+
+def _remember(token_index: Tensor, step_offsets: Tensor) -> None:
+    # What was made in inference mode does not tell when it is changed.
+    if not (token_index.is_inference() or step_offsets.is_inference()):
+        versions = token_index._version, step_offsets._version
+        token_index._steppo_ends_tell = (step_offsets, *versions)  # type: ignore[attr-defined]
 
 
 def _outputs(log_probs: Tensor, need_grad: bool, need_entropy_grad: bool) -> tuple[Tensor, ...]:

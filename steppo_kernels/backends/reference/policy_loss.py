@@ -18,20 +18,34 @@ def kl_penalty(d: Tensor, estimator: str) -> Tensor:
 
     d is clamped to +-20 and the value to +-10, the bounds of verl's ``low_var_kl``.
     """
-    return _kl_value(d.clamp(-20.0, 20.0), estimator).clamp(-10.0, 10.0)
+    return _clamp(_kl_value(_clamp(d, 20.0), estimator), 10.0)
 
 
 def kl_slope(d: Tensor, estimator: str) -> Tensor:
     """Return the derivative of `kl_penalty` with respect to log pi = log pi_ref - d."""
     slope = {"k1": torch.ones_like(d), "k2": -d, "k3": -torch.expm1(d)}[estimator]
-    unclamped = (d.abs() <= 20.0) & (_kl_value(d, estimator).abs() <= 10.0)
-    return torch.where(unclamped, slope, 0.0)
+    is_clamped = (d.abs() > 20.0) | (_kl_value(d, estimator).abs() > 10.0)
+    return torch.where(is_clamped, 0.0, slope)
+
+
+def _clamp(x: Tensor, bound: float) -> Tensor:
+    """Return x within +-bound, without gradient beyond; a NaN stays one, gradient too."""
+    return torch.where(x > bound, bound, torch.where(x < -bound, -bound, x))
 
 
 def _kl_value(d: Tensor, estimator: str) -> Tensor:
     if estimator == "k1":
         return -d
-    return 0.5 * d * d if estimator == "k2" else torch.expm1(d) - d
+    if estimator == "k2":
+        return 0.5 * d * d
+    far = torch.expm1(d) - d
+    if d.dtype != torch.float64:
+        return far
+    # The difference cancels around 0, where its series is d^2/2 (1 + d/3 (1 + d/4 (...))).
+    near = torch.ones_like(d)
+    for k in range(18, 2, -1):
+        near = 1 + d / k * near
+    return torch.where(d.abs() > 0.5, far, 0.5 * d * d * near)
 
 
 def clipped_loss(
@@ -112,29 +126,56 @@ def policy_loss(
         step_log_ratio = torch.where(nonempty, mu + scale * per_step(z - mu), 0.0)
     else:
         step_log_ratio = scale * per_step(z)
-    ratio = _ratio(step_log_ratio, config.log_ratio_max)
-
-    loss, is_clipped, active = clipped_loss(ratio, advantages, config)
-    if is_weights is not None and is_weights_per_token:
-        # The token form: each token carries the step's ratio, but a gradient of its own.
-        step_part = step_log_ratio.detach()[step_of]
-        own_part = (scale * divisor)[step_of] * (z - z.detach())
-        token_ratio = _ratio(step_part + own_part, config.log_ratio_max)
-        token_loss, _, moving = clipped_loss(token_ratio, advantages[step_of], config)
-        loss = per_step_mean(_weighted(token_loss, is_weights[token_index], moving))
-    elif is_weights is not None:
-        loss = _weighted(loss, is_weights, active)
-
-    kl = entropy_mean = torch.zeros_like(divisor)
-    if ref_log_probs is not None:
-        kl = per_step_mean(kl_penalty(ref_log_probs[token_index] - new, config.kl_estimator))
-    if entropy is not None:
-        entropy_mean = per_step_mean(entropy[token_index])
 
     weights, count = reduction_weights(lengths, trajectory_counts, config.reduction, dtype)
     if step_weights is not None:
         weights = torch.where(nonempty, step_weights, 0.0)
     total = count if normalizer is None else normalizer.to(device=count.device, dtype=dtype)
+
+    # What log pi of a token is multiplied by in the gradient, but for 1 / total: first the part of
+    # the policy, by step and then by token. A part of 0 is cut off where its graph begins, as a
+    # NaN further on would make it one.
+    with torch.no_grad():
+        ratio = _ratio(step_log_ratio, config.log_ratio_max)
+        _, is_clipped, active = clipped_loss(ratio, advantages, config)
+        moving = active & ~(step_log_ratio > config.log_ratio_max)
+        slope = torch.where(moving, -advantages * ratio, 0.0)
+        step_slope = _times(_times(slope, weights), scale)
+        if is_weights is not None and not is_weights_per_token:
+            step_slope = _times(step_slope, is_weights)
+        coefficient = step_slope[step_of]
+        if is_weights is not None and is_weights_per_token:
+            coefficient = _times(coefficient, is_weights[token_index])
+
+    if is_weights is not None and is_weights_per_token:
+        # The token form: each token carries the step's ratio, but a gradient of its own.
+        step_part = step_log_ratio.detach()[step_of]
+        own_part = torch.where(coefficient != 0, z - z.detach(), 0.0)
+        own_part = (scale * divisor)[step_of] * own_part
+        token_ratio = _ratio(step_part + own_part, config.log_ratio_max)
+        token_loss, *_ = clipped_loss(token_ratio, advantages[step_of], config)
+        loss = per_step_mean(token_loss * is_weights[token_index])
+    else:
+        moved_by = _only(step_log_ratio, step_slope != 0)
+        loss, *_ = clipped_loss(_ratio(moved_by, config.log_ratio_max), advantages, config)
+        if is_weights is not None:
+            loss = loss * is_weights
+
+    kl = entropy_mean = torch.zeros_like(divisor)
+    if ref_log_probs is not None:
+        ref = ref_log_probs[token_index]
+        with torch.no_grad():
+            kl_unit = _times(torch.full_like(divisor, config.kl_coef), weights / divisor)
+            kl_part = _times(kl_unit[step_of], kl_slope(ref - new, config.kl_estimator))
+            coefficient = coefficient + kl_part
+        kl = per_step_mean(kl_penalty(ref - _only(new, kl_part != 0), config.kl_estimator))
+    is_dead = coefficient == 0
+    if entropy is not None:
+        entropy_unit = _times(torch.full_like(divisor, config.entropy_coef), weights)
+        has_bonus = (entropy_unit != 0)[step_of]
+        is_dead &= ~has_bonus
+        entropy_mean = per_step_mean(_only(entropy[token_index], has_bonus))
+
     policy_term, kl_term, entropy_term = (
         (weights * torch.where(nonempty, term, 0.0)).sum() / total
         for term in (loss, kl, entropy_mean)
@@ -143,27 +184,20 @@ def policy_loss(
     # Without action tokens the graph must still reach the inputs.
     objective = objective + log_probs[:0].sum()
     with torch.no_grad():
-        # A token is dead if its whole coefficient is 0: policy and KL together, and entropy.
-        moving = active & ~(step_log_ratio > config.log_ratio_max)
-        coefficient = torch.where(moving, -advantages * ratio * weights * scale, 0.0)[step_of]
-        if is_weights is not None:
-            by_token = is_weights[token_index] if is_weights_per_token else is_weights[step_of]
-            coefficient = torch.where(coefficient == 0, 0.0, coefficient * by_token)
-        if ref_log_probs is not None and config.kl_coef != 0:
-            slope = kl_slope(ref_log_probs[token_index] - new, config.kl_estimator)
-            coefficient = coefficient + config.kl_coef * (weights / divisor)[step_of] * slope
-        dead = coefficient == 0
-        if entropy is not None and config.entropy_coef != 0:
-            dead &= weights[step_of] == 0
         metrics = _metrics(
-            (policy_term, kl_term, entropy_term), ratio, is_clipped, advantages, lengths, z, dead
+            (policy_term, kl_term, entropy_term), ratio, is_clipped, advantages, lengths, z, is_dead
         )
     return objective, metrics, step_log_ratio.detach()
 
 
-def _weighted(loss: Tensor, weights: Tensor, moving: Tensor) -> Tensor:
-    """Return loss times weights; what is not `moving` has no gradient, whatever its weight is."""
-    return torch.where(moving, loss * weights.where(moving, 1.0), loss.detach() * weights)
+def _times(coefficient: Tensor, factor: Tensor) -> Tensor:
+    """Return the product; a coefficient of 0 makes it 0, whatever the other factor is."""
+    return torch.where(coefficient == 0, 0.0, coefficient * factor)
+
+
+def _only(values: Tensor, alive: Tensor) -> Tensor:
+    """Return the values, with a gradient of exactly 0 where they are not alive."""
+    return torch.where(alive, values, values.detach())
 
 
 def _ratio(log_ratio: Tensor, log_ratio_max: float) -> Tensor:
@@ -191,18 +225,22 @@ def _metrics(
     def over_tokens(values: Tensor) -> Tensor:
         return values.sum() / num_tokens.clamp_min(1)
 
-    # An entry of 1 stands in where there is no step.
-    stand_in = torch.where(num_steps == 0, 1.0, torch.nan).to(ratio).reshape(1)
-    seen = torch.cat((torch.where(nonempty, ratio, torch.nan), stand_in))
-    bounds = [
-        torch.where(seen.isnan(), sign * torch.inf, seen).mul(sign).min().mul(sign)
-        for sign in (1.0, -1.0)
-    ]
+    # An entry of 1 stands in where there is no step. A NaN is both the least and the largest.
+    lowest, largest = (
+        torch.cat(
+            (
+                torch.where(nonempty, ratio, unseen),
+                torch.where(num_steps == 0, 1.0, unseen).to(ratio).reshape(1),
+            )
+        )
+        for unseen in (torch.inf, -torch.inf)
+    )
     clipped = is_clipped & nonempty
     values = (
         *terms,
         torch.where(num_steps == 0, 1.0, over_steps(ratio)),
-        *bounds,
+        lowest.amin(),
+        largest.amax(),
         over_steps(clipped.to(ratio)),
         over_steps((clipped & (advantages < 0)).to(ratio)),
         over_steps((clipped & (advantages > 0)).to(ratio)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,26 +28,30 @@ def value_loss(
 
     Arguments are those of the operator `value_loss` in `steppo_kernels.backends.operators`.
     """
+    weights, count = reduction_weights(step_lengths, trajectory_counts, reduction, returns.dtype)
+    total = count if normalizer is None else normalizer.to(device=count.device, dtype=returns.dtype)
     kept = step_lengths > 0
     zero = torch.zeros_like(returns)
     reached = at_states(values, state_index) if values_per_token else values
     v = torch.where(kept, reached, zero)
     target = torch.where(kept, returns, zero)
-    loss = (v - target) ** 2
-    is_clipped = torch.zeros_like(kept)
+    error = v.detach() - target
+    clipped = torch.zeros_like(error)
+    is_clipped = is_lost = torch.zeros_like(kept)
     if old_values is not None:
         old = at_states(old_values, state_index) if old_values_per_token else old_values
         old = torch.where(kept, old, zero)
+        moved = v.detach() - old
         # Within the clip range the clipped value is the value itself, to the last bit.
-        # Written so that a NaN reaches the loss.
-        is_moved = ~((v - old).abs() <= clip)
-        held = torch.where(is_moved, old + (v - old).detach().clamp(-clip, clip), v)
-        clipped = (held - target) ** 2
-        is_clipped = is_moved & ~(clipped <= loss)
-        loss = torch.where(is_clipped, clipped, loss)
+        is_moved = ~(moved.abs() <= clip)
+        clipped = (old + moved.clamp(-clip, clip) - target) ** 2
+        is_clipped = is_moved & (clipped > error**2)
+        # No number is larger than a NaN: it becomes both the loss and the gradient.
+        is_lost = is_moved & clipped.isnan()
+    gain = torch.where(is_lost, torch.nan, 1.0)
+    is_flat = is_clipped | ((weights * error == 0) & ~is_lost)
+    loss = torch.where(is_clipped, clipped, gain * (_ZeroStays.apply(v, is_flat) - target) ** 2)
     loss = 0.5 * loss
-    weights, count = reduction_weights(step_lengths, trajectory_counts, reduction, v.dtype)
-    total = count if normalizer is None else normalizer.to(device=count.device, dtype=v.dtype)
     objective = (weights * loss).sum() / total + values[:0].sum()
 
     with torch.no_grad():
@@ -57,7 +63,7 @@ def value_loss(
         residual = target - v
         spread = mean((target - mean(target)) ** 2)
         unexplained = mean((residual - mean(residual)) ** 2)
-        explained = torch.where(spread > 0, 1 - unexplained / spread, 0.0)
+        explained = torch.where(spread == 0, 0.0, 1 - unexplained / spread)
         rows = (
             objective,
             mean(is_clipped.to(v.dtype)),
@@ -68,3 +74,17 @@ def value_loss(
         )
         metrics = torch.stack([value.to(torch.float64) for value in rows])
     return objective, metrics
+
+
+class _ZeroStays(torch.autograd.Function):
+    """The identity. Where its gradient is 0 times some factor, a factor of NaN makes it 0 too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, is_zero: Tensor) -> Tensor:
+        ctx.save_for_backward(is_zero)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (is_zero,) = ctx.saved_tensors
+        return torch.where(is_zero & grad.isnan(), 0.0, grad), None

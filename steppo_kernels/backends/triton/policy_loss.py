@@ -34,14 +34,16 @@ from .policy_sums import (
     add_steps,
     find_center,
     finish,
+    largest,
     needs_token_pass,
     new_gradients,
     new_partials,
     or_empty,
     read_center,
+    smallest,
     store_partials,
 )
-from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, kl_k3, kl_terms, step_terms
+from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, kl_k3, kl_terms, step_terms, times
 from .tiles import chunk
 
 # `operators.launcher` looks for both here.
@@ -206,11 +208,13 @@ def policy_loss_kernel(
                 b_w = b_len.to(tl.float64)
             # w_s / L_s, the weight of a token in the means over the step.
             b_unit = b_w * b_inverse
-            b_slope = b_slope * b_w
+            b_kl_unit = times(kl_coef, b_unit)
+            b_entropy_unit = times(entropy_coef, b_unit)
+            b_slope = times(b_slope, b_w)
             if p_is is not None and not IS_PER_TOKEN:
                 b_step_is = tl.load(p_is + b_s, mask=m_step, other=0.0).to(tl.float64)
                 b_loss = b_loss * b_step_is
-                b_slope = tl.where(b_slope != 0, b_slope * b_step_is, 0.0)
+                b_slope = times(b_slope, b_step_is)
 
             if TOKEN_PASS:
                 b_is_sum = tl.zeros([BS, BT], tl.float64)
@@ -225,28 +229,25 @@ def policy_loss_kernel(
                     if p_is is not None and IS_PER_TOKEN:
                         b_is = tl.load(p_is + b_pos, mask=m_token, other=0.0).to(tl.float64)
                         b_is_sum += b_is
-                        b_grad = tl.where(b_grad != 0, b_grad * b_is, 0.0)
+                        b_grad = times(b_grad, b_is)
                     m_dead = m_token & (b_grad == 0)
                     if p_ref is not None:
                         b_new = tl.load(p_new + b_pos, mask=m_token, other=0.0)
                         b_ref = tl.load(p_ref + b_pos, mask=m_token, other=0.0)
                         b_value, b_kl_slope = kl_terms(b_ref - b_new, KL)
                         b_kl_sum += b_value.to(tl.float64)
-                        b_kl_grad = b_unit[:, None] * kl_coef * b_kl_slope.to(tl.float64)
-                        b_grad += b_kl_grad
+                        b_grad += times(b_kl_unit[:, None], b_kl_slope.to(tl.float64))
                         m_dead = m_token & (b_grad == 0)
                     if p_entropy is not None:
                         b_h = tl.load(p_entropy + b_pos, mask=m_token, other=0.0)
                         b_entropy_sum += b_h.to(tl.float64)
-                        m_dead = m_dead & (b_unit * entropy_coef == 0)[:, None]
+                        m_dead = m_dead & (b_entropy_unit == 0)[:, None]
                     b_dead_sum += m_dead.to(tl.int32)
                     if p_grad is not None:
                         tl.store(p_grad + b_pos, b_grad, mask=m_token)
                     if p_grad_entropy is not None:
-                        b_grad_entropy = tl.broadcast_to(
-                            (-b_unit * entropy_coef)[:, None], [BS, BT]
-                        )
-                        tl.store(p_grad_entropy + b_pos, b_grad_entropy, mask=m_token)
+                        b_bonus = tl.broadcast_to(-b_entropy_unit[:, None], [BS, BT])
+                        tl.store(p_grad_entropy + b_pos, b_bonus, mask=m_token)
                 b_dead += tl.sum(b_dead_sum.to(tl.int64), 1)
                 b_kl += b_unit * tl.sum(b_kl_sum, 1)
                 b_entropy += b_unit * tl.sum(b_entropy_sum, 1)
@@ -263,8 +264,8 @@ def policy_loss_kernel(
             tl.sum(b_kl, 0),
             tl.sum(b_entropy, 0),
             tl.sum(b_ratios, 0),
-            tl.min(b_min, 0),
-            tl.max(b_max, 0),
+            smallest(b_min),
+            largest(b_max),
             tl.sum(b_low, 0),
             tl.sum(b_high, 0),
             tl.sum(b_clipped_tokens, 0),

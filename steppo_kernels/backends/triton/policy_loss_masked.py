@@ -19,14 +19,16 @@ from .policy_sums import (
     add_steps,
     find_center,
     finish,
+    largest,
     needs_token_pass,
     new_gradients,
     new_partials,
     or_empty,
     read_center,
+    smallest,
     store_partials,
 )
-from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, kl_k3, kl_terms, step_terms
+from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, kl_k3, kl_terms, step_terms, times
 from .tiles import chunk, last, running_sum
 
 
@@ -143,7 +145,7 @@ def policy_loss_masked_kernel(
                 b_w = b_w / runs.to(tl.float64)
             elif REDUCTION == TOKEN_MEAN:
                 b_w = b_len.to(tl.float64)
-            b_slope = b_slope * b_w
+            b_slope = times(b_slope, b_w)
             b_unit = b_w * b_inverse
             if TOKEN_PASS:
                 tl.store(p_a + b_run, b_slope, mask=m_step)
@@ -187,7 +189,7 @@ def policy_loss_masked_kernel(
                     b_is = tl.load(p_is + i_flat + b_lane, mask=m_row, other=0.0)
                     b_is = tl.where(m_token, b_is, 0.0).to(tl.float64)
                     b_is_policy += b_is * tl.load(p_c + b_run, mask=m_token, other=0.0)
-                    b_grad = tl.where(b_grad != 0, b_grad * b_is, 0.0)
+                    b_grad = times(b_grad, b_is)
                 m_dead = m_token & (b_grad == 0)
                 if p_ref is not None or p_entropy is not None:
                     b_unit = tl.load(p_b + b_run, mask=m_token, other=0.0)
@@ -197,18 +199,18 @@ def policy_loss_masked_kernel(
                     b_d = tl.where(m_token, b_ref, 0.0) - tl.where(m_token, b_new, 0.0)
                     b_value, b_kl_slope = kl_terms(b_d, KL)
                     b_kl += b_unit * b_value.to(tl.float64)
-                    b_kl_grad = b_unit * kl_coef * b_kl_slope.to(tl.float64)
-                    b_grad += b_kl_grad
+                    b_grad += times(times(kl_coef, b_unit), b_kl_slope.to(tl.float64))
                     m_dead = m_token & (b_grad == 0)
                 if p_entropy is not None:
                     b_h = tl.load(p_entropy + i_flat + b_lane, mask=m_row, other=0.0)
                     b_entropy += b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64)
-                    m_dead = m_dead & (b_unit * entropy_coef == 0)
+                    b_entropy_unit = times(entropy_coef, b_unit)
+                    m_dead = m_dead & (b_entropy_unit == 0)
                 b_dead_tokens += m_dead.to(tl.int32)
                 if p_grad is not None:
                     tl.store(p_grad + i_flat + b_lane, b_grad, mask=m_row)
                 if p_grad_entropy is not None:
-                    tl.store(p_grad_entropy + i_flat + b_lane, -b_unit * entropy_coef, mask=m_row)
+                    tl.store(p_grad_entropy + i_flat + b_lane, -b_entropy_unit, mask=m_row)
             # The next row overwrites the scratch.
             tl.debug_barrier()
 
@@ -221,8 +223,8 @@ def policy_loss_masked_kernel(
         tl.sum(b_kl, 0),
         tl.sum(b_entropy, 0),
         tl.sum(b_ratios, 0),
-        tl.min(b_min, 0),
-        tl.max(b_max, 0),
+        smallest(b_min),
+        largest(b_max),
         tl.sum(b_low, 0),
         tl.sum(b_high, 0),
         tl.sum(b_clipped_tokens, 0),

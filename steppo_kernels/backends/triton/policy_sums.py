@@ -89,16 +89,29 @@ def add_steps(
     m_clipped,
 ):
     """Return what the ratio metrics are made of, a block of steps added to it."""
-    m_seen = m_step & (b_ratio == b_ratio)
     m_clipped = m_clipped & m_step
+    # A NaN enters, and stays as it is neither above nor below.
+    m_nan = b_ratio != b_ratio
     return (
         b_ratios + tl.where(m_step, b_ratio, 0.0),
-        tl.where(m_seen & (b_ratio < b_min), b_ratio, b_min),
-        tl.where(m_seen & (b_ratio > b_max), b_ratio, b_max),
+        tl.where(m_step & ((b_ratio < b_min) | m_nan), b_ratio, b_min),
+        tl.where(m_step & ((b_ratio > b_max) | m_nan), b_ratio, b_max),
         b_low + (m_clipped & (b_adv < 0)).to(tl.int32),
         b_high + (m_clipped & (b_adv > 0)).to(tl.int32),
         b_clipped_tokens + tl.where(m_clipped, b_len, 0),
     )
+
+
+@triton.jit
+def smallest(b_x):
+    """Return the minimum along the first axis, NaN if one is: `tl.min` may drop it."""
+    return tl.min(b_x, 0) + tl.sum(tl.where(b_x == b_x, 0.0, b_x), 0)
+
+
+@triton.jit
+def largest(b_x):
+    """Return the maximum along the first axis, NaN if one is: `tl.max` may drop it."""
+    return tl.max(b_x, 0) + tl.sum(tl.where(b_x == b_x, 0.0, b_x), 0)
 
 
 @triton.jit
@@ -173,11 +186,11 @@ def finish_policy_loss_kernel(
         b_tile = tl.load(p_tile, mask=m_row, other=0.0)
         b_sums += tl.sum(b_tile, 0)
         m_extreme = m_row & (b_k == _RATIO_MIN)[None, :]
-        b_least = tl.min(tl.where(m_extreme, b_tile, float("inf")), 0)
-        b_min = tl.where(b_least < b_min, b_least, b_min)
+        b_least = smallest(tl.where(m_extreme, b_tile, float("inf")))
+        b_min = tl.where((b_least < b_min) | (b_least != b_least), b_least, b_min)
         m_extreme = m_row & (b_k == _RATIO_MAX)[None, :]
-        b_most = tl.max(tl.where(m_extreme, b_tile, float("-inf")), 0)
-        b_max = tl.where(b_most > b_max, b_most, b_max)
+        b_most = largest(tl.where(m_extreme, b_tile, float("-inf")))
+        b_max = tl.where((b_most > b_max) | (b_most != b_most), b_most, b_max)
 
     steps = _field(b_sums, 13)
     tokens = _field(b_sums, 14)

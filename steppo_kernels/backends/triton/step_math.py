@@ -31,6 +31,12 @@ def clamp(b_x, low, high):
 
 
 @triton.jit
+def times(coefficient, factor):
+    """Return the product; a coefficient of 0 makes it 0, whatever the other factor is."""
+    return tl.where(coefficient != 0, coefficient * factor, 0.0)
+
+
+@triton.jit
 def step_terms(
     b_sum,
     b_len,
@@ -138,8 +144,9 @@ def kl_terms(b_d, KL: tl.constexpr):
     else:
         b_value = expm1_minus(b_within)
         b_slope = -(b_value + b_within)
-    m_inside = (tl.abs(b_d) <= 20.0) & (tl.abs(b_value) <= 10.0)
-    return clamp(b_value, -10.0, 10.0), tl.where(m_inside, b_slope, 0.0)
+    # A NaN is not beyond the bounds.
+    m_beyond = (tl.abs(b_d) > 20.0) | (tl.abs(b_value) > 10.0)
+    return clamp(b_value, -10.0, 10.0), tl.where(m_beyond, 0.0, b_slope)
 
 
 @triton.jit

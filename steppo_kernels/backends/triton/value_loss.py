@@ -63,9 +63,12 @@ def _step_values(
         b_old = tl.load(p_old + b_old_at, mask=m_kept, other=0.0).to(tl.float64)
         b_moved = b_v - b_old
         b_other = b_old + clamp(b_moved, -clip, clip) - b_return
-        # Written so that a NaN reaches the loss.
-        m_clipped = ~(tl.abs(b_moved) <= clip) & ~(b_other * b_other <= b_loss) & m_kept
-        b_loss = tl.where(m_clipped, b_other * b_other, b_loss)
+        m_moved = m_kept & ~(tl.abs(b_moved) <= clip)
+        m_clipped = m_moved & (b_other * b_other > b_loss)
+        # No number is larger than a NaN: it becomes both the loss and the gradient.
+        m_nan = m_moved & (b_other != b_other)
+        b_loss = tl.where(m_clipped | m_nan, b_other * b_other, b_loss)
+        b_error = tl.where(m_nan, b_other, b_error)
     b_w = tl.where(m_kept, 1.0, 0.0).to(tl.float64)
     if REDUCTION == TRAJECTORY_MEAN:
         b_count = tl.load(p_counts + b_s, mask=m_kept, other=1)
@@ -188,14 +191,14 @@ def _finish(
     )
     total = denominator(p_normalizer, normalizer, steps, shares, tokens, GIVEN, REDUCTION)
     divisor = tl.where(steps > 0, steps, 1.0)
-    explained = 1.0 - unexplained / tl.where(spread > 0, spread, 1.0)
+    explained = 1.0 - unexplained / tl.where(spread == 0, 1.0, spread)
     tl.store(p_loss, loss / total)
     tl.store(p_scale, 1.0 / total)
     tl.store(p_metrics, loss / total)
     tl.store(p_metrics + 1, clipped / divisor)
     tl.store(p_metrics + 2, value / divisor)
     tl.store(p_metrics + 3, mean)
-    tl.store(p_metrics + 4, tl.where(spread > 0, explained, 0.0))
+    tl.store(p_metrics + 4, tl.where(spread == 0, 0.0, explained))
     tl.store(p_metrics + 5, steps)
 
 

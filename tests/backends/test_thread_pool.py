@@ -1,0 +1,231 @@
+"""The threads of the C++ kernels: what they share with the process around them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from steppo_kernels import StepLayout, StepPOConfig, step_gae, steppo_loss
+from steppo_kernels.backends import choice
+
+_ROOT = Path(__file__).parents[2]
+_NATIVE = _ROOT / "tests/native/pool.cpp"
+
+pytestmark = pytest.mark.skipif(
+    choice.why_not_cpu() is not None, reason=f"cpu: {choice.why_not_cpu()}"
+)
+
+# Enough tokens for four threads.
+_ROWS, _LENGTH = 1024, 1024
+_SETUP = f"""
+import os, resource, sys, threading
+import torch
+from steppo_kernels import StepPOConfig, steppo_loss
+mask = torch.ones({_ROWS}, {_LENGTH}, dtype=torch.bool)
+mask[:, ::50] = False
+x, old = (torch.randn(mask.shape, generator=torch.Generator().manual_seed(k)) / 8 for k in (1, 2))
+config = StepPOConfig(clip_low=0.9, clip_high=9.0)
+
+def call(threads):
+    torch.set_num_threads(threads)
+    out = steppo_loss(x, old, old, mask, config=config, backend="cpu")
+    return out.loss.view(torch.int32), out.metrics.values.view(torch.int64)
+
+def same(found):
+    return all(map(torch.equal, found, expected))
+
+def threads_now():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+
+def run(program: str) -> str:
+    """Run a program in a process of its own; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SETUP + program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=_ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def batch(denormal=False):
+    """Log-probs of a million tokens; with `denormal`, much of it is below the normal range."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(_ROWS, _LENGTH, generator=generator) < 0.9
+    x, old, advantages = (torch.randn(mask.shape, generator=generator) / 8 for _ in range(3))
+    if denormal:
+        small = torch.rand(mask.shape, generator=generator) < 0.5
+        x = torch.where(small, 1e-39 * x, x)
+        old = torch.where(small, 1e-39 * old, old)
+        advantages = 1e-36 * advantages
+    return mask, x, old, advantages
+
+
+def results(mask, x, old, advantages):
+    """Every output of the loss of a mask and of a layout, and of the advantages."""
+    found = []
+    config = StepPOConfig(clip_low=0.9, clip_high=9.0, kl_coef=1e-38)
+    layout = StepLayout.from_mask(mask, backend="cpu")
+    for steps in (mask, layout):
+        y = x.clone().requires_grad_()
+        out = steppo_loss(
+            y,
+            old,
+            advantages,
+            steps,
+            config=config,
+            ref_log_probs=old,
+            is_weights=advantages,
+            backend="cpu",
+        )
+        out.loss.backward()
+        found += [out.loss.detach(), out.metrics.values, y.grad]
+    adv = step_gae(advantages, x, layout, whiten=False, backend="cpu")
+    return [*found, adv.advantages, adv.returns]
+
+
+def assert_same_bits(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        kind = torch.int32 if one.dtype == torch.float32 else torch.int64
+        assert torch.equal(one.view(kind), other.view(kind))
+
+
+def test_denormal_numbers_come_out_the_same_whatever_the_caller_flushes(threads_restored):
+    """The mode of floating-point numbers is a thread's own, and only the caller's is changed."""
+    if not torch.set_flush_denormal(False):
+        pytest.skip("torch cannot flush denormal numbers on this CPU")
+    inputs = batch(denormal=True)
+    torch.set_num_threads(1)
+    expected = results(*inputs)
+    grad = expected[2]
+    assert ((grad != 0) & (grad.abs() < torch.finfo(torch.float32).tiny)).any()
+    try:
+        for flushes in (True, False):
+            for count in (1, 4):
+                torch.set_num_threads(count)
+                torch.set_flush_denormal(flushes)
+                found = results(*inputs)
+                # The caller's mode is as it was.
+                assert (torch.tensor([1e-39]) * 1.0 == 0).item() == flushes
+                torch.set_flush_denormal(False)
+                assert_same_bits(found, expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_threads_that_are_made_while_the_caller_flushes_do_not():
+    """New threads take the mode of the one that makes them."""
+    program = """
+x, old = x * 1e-39, old * 1e-39
+config = StepPOConfig(ratio="product", reduction="sum", clip_low=0.9, clip_high=9.0)
+torch.set_flush_denormal(True)
+expected = call(4)
+torch.set_flush_denormal(False)
+assert same(call(1))
+assert expected[0].item() != 0
+"""
+    run(program)
+
+
+def test_calls_of_several_threads_at_once_are_each_as_alone(threads_restored):
+    torch.set_num_threads(4)
+    inputs = [batch(), batch(denormal=True)]
+    expected = [results(*one) for one in inputs]
+    wrong = []
+
+    def work(k):
+        try:
+            for _ in range(3):
+                assert_same_bits(results(*inputs[k % 2]), expected[k % 2])
+        except BaseException as error:
+            wrong.append(error)
+
+    callers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_thread_that_cannot_be_made_is_done_without():
+    """Without room for its stack, no thread begins; once there is some, one does."""
+    program = """
+expected = call(1)
+before = threads_now()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), hard))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    pass
+else:
+    sys.exit("a thread could be made after all")
+assert same(call(4))
+assert same(call(4))
+assert threads_now() == before
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+assert same(call(4))
+print(threads_now() - before)
+"""
+    assert run(program) == "3"
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="has no fork")
+def test_a_child_of_fork_has_threads_of_its_own():
+    program = """
+expected = call(4)
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        ok = same(call(1)) and same(call(4)) and same(call(4))
+        os._exit(0 if ok and threads_now() >= 4 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert same(call(4))
+"""
+    run(program)
+
+
+def test_a_process_ends_while_its_threads_still_call():
+    """Daemon threads are cut off wherever they are, without a crash or a hang."""
+    program = """
+# No torch: what it does without the interpreter's lock would end the process.
+from steppo_kernels import _C_cpu
+ids = torch.zeros(mask.shape, dtype=torch.int32)
+arguments = 0, x.data_ptr(), ids.data_ptr(), ids.numel(), old.data_ptr(), 4
+def work():
+    while True:
+        _C_cpu.broadcast_to_tokens(*arguments)
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+import time
+time.sleep(0.2)
+print("done")
+"""
+    assert run(program) == "done"
+
+
+def test_an_exception_of_a_task_reaches_the_caller_and_leaves_the_pool_usable(tmp_path):
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None or not _NATIVE.exists():
+        pytest.skip("there is no C++ compiler, or the package is installed without its sources")
+    command = [compiler, "-std=c++17", "-O1", "-pthread", "-I", str(_ROOT / "csrc/include")]
+    command += ["-I", str(_ROOT / "csrc/cpu"), str(_ROOT / "csrc/cpu/parallel.cpp"), str(_NATIVE)]
+    subprocess.run([*command, "-o", str(tmp_path / "pool")], check=True)
+    done = subprocess.run(
+        [tmp_path / "pool"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "pool: exceptions and nested calls\n"), done.stderr
