@@ -53,7 +53,17 @@ def linear_token_log_probs(
         fp32 (fp64 for fp64 inputs) of the shape of `token_ids`; with `return_entropy` a pair.
 
     Raises:
-        ValueError, TypeError, RuntimeError: naming the argument.
+        ValueError, TypeError: naming the argument.
+        RuntimeError: in backward, where an input was changed in place since the forward pass, and
+            for second derivatives.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import linear_token_log_probs
+        >>> hidden = torch.ones(2, 3)
+        >>> weight = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+        >>> linear_token_log_probs(hidden, weight, torch.tensor([0, 1]))
+        tensor([-1.3133, -0.3133])
     """
     checks.switch("return_entropy", return_entropy)
     hidden = checks.floating("hidden", hidden)

@@ -67,7 +67,7 @@ def gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
             storage is not None
             and _references(storage) == _ALONE
             and storage.nbytes() == nbytes
-            # Of what another process may have too.
+            # Another process may have shared memory too.
             and not storage.is_shared()
         ):
             made = torch.empty(0, dtype=dtype, device="cpu").set_(storage).resize_(shape)
@@ -85,7 +85,8 @@ def release() -> None:
 
 
 def _can_keep(device: torch.device) -> bool:
-    # Neither a GPU's, nor compiled code's, nor what a mode of torch puts in place of tensors.
+    # Only plain CPU tensors are kept: no GPU memory, nothing under torch.compile, no fake tensors
+    # or other subclasses that a mode of torch creates.
     return (
         device.type == "cpu"
         and not torch.compiler.is_compiling()

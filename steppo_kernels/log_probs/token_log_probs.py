@@ -52,7 +52,21 @@ def token_log_probs(
         fp32 (fp64 for fp64 logits) of the shape of `token_ids`; with `return_entropy` a pair.
 
     Raises:
-        ValueError, TypeError, RuntimeError: naming the argument.
+        ValueError, TypeError: naming the argument.
+        RuntimeError: in backward, where an input was changed in place since the forward pass, for a
+            second backward after one in place, and for second derivatives.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import token_log_probs
+        >>> logits = torch.zeros(1, 3, 4, requires_grad=True)
+        >>> ids = torch.tensor([[0, 3, 2]])
+        >>> log_probs, entropy = token_log_probs(logits, ids, return_entropy=True)
+        >>> log_probs.tolist() == (-entropy).tolist()
+        True
+        >>> log_probs.sum().backward()
+        >>> logits.grad[0, 0]
+        tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
     checks.switch("return_entropy", return_entropy)
     checks.switch("inplace_backward", inplace_backward)

@@ -92,7 +92,21 @@ def linear_steppo_loss(
         As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: naming the argument.
+        ValueError, TypeError: naming the argument.
+        RuntimeError: in backward, where the temperature was changed in place since the forward
+            pass, and for second derivatives.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, linear_steppo_loss
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> hidden = torch.ones(1, 5, 3, requires_grad=True)
+        >>> weight = torch.zeros(4, 3, requires_grad=True)
+        >>> ids, advantages = torch.tensor([[0, 1, 2, 3, 0]]), torch.tensor([1.0, -3.0])
+        >>> output = linear_steppo_loss(hidden, weight, ids, None, advantages, layout)
+        >>> output.loss.backward()
+        >>> weight.grad[:, 0]
+        tensor([ 1.2500, -0.5000, -0.5000, -0.2500])
     """
     inputs = check_loss_inputs(
         "hidden",

@@ -61,7 +61,22 @@ def steppo_loss_from_logits(
         As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: naming the argument.
+        ValueError, TypeError: naming the argument.
+        RuntimeError: in backward, where an input was changed in place since the forward pass, for a
+            second backward after one in place, and for second derivatives.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, steppo_loss_from_logits
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> logits = torch.zeros(1, 5, 4, requires_grad=True)
+        >>> ids, advantages = torch.tensor([[0, 1, 2, 3, 0]]), torch.tensor([1.0, -3.0])
+        >>> output = steppo_loss_from_logits(logits, ids, None, advantages, layout)
+        >>> output.loss.item()
+        1.0
+        >>> output.loss.backward()
+        >>> logits.grad[0, 4]
+        tensor([ 1.1250, -0.3750, -0.3750, -0.3750])
     """
     checks.switch("inplace_backward", inplace_backward)
     logits = rows_of("logits", logits)

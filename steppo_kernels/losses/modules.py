@@ -20,6 +20,15 @@ class StepPOLoss(nn.Module):
     Args:
         config: hyper-parameters; the defaults of `StepPOConfig` if None.
         backend: implementation.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, StepPOLoss
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> log_probs = torch.full((1, 5), -1.0, requires_grad=True)
+        >>> output = StepPOLoss()(log_probs, None, torch.tensor([1.0, -3.0]), layout)
+        >>> output.loss.item()
+        1.0
     """
 
     def __init__(self, config: StepPOConfig | None = None, *, backend: Backend = "auto") -> None:
@@ -58,6 +67,14 @@ class StepValueLoss(nn.Module):
         clip: range of the value clip.
         reduction: weights and denominator, as in `StepPOConfig`.
         backend: implementation.
+
+    Example:
+        >>> import torch
+        >>> from steppo_kernels import StepLayout, StepValueLoss
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> values = torch.zeros(1, 5, requires_grad=True)
+        >>> StepValueLoss()(values, torch.tensor([1.0, 2.0]), layout).loss.item()
+        1.25
     """
 
     def __init__(
