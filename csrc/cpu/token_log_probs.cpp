@@ -57,9 +57,7 @@ RowSums sum_block(const In* x, int64_t count, double top, const ExpScale<RowValu
     const Lanes d = larger(z - around, lowest);
     const Lanes e = scaled_exp(d, scale);
     sum[k] += e;
-    // In this order the product d * scale is not rounded in the exponential either, so that the
-    // sum has the same bits with and without the moment.
-    if constexpr (need_moment) moment[k] += (e * scale.scale) * d;
+    if constexpr (need_moment) moment[k] += e * d;
   };
   const auto capped = [&](RowPair<In> z) {
     if constexpr (is_capped) z = {cap(z.a).value, cap(z.b).value};
@@ -84,7 +82,7 @@ RowSums sum_block(const In* x, int64_t count, double top, const ExpScale<RowValu
   RowSums sums{largest_of(high), 0, 0};
   for (int k = 0; k < 4; ++k) {
     sums.sum += total(sum[k]);
-    if constexpr (need_moment) sums.moment += total(moment[k]) * kExpUnit<RowValue<In>>;
+    if constexpr (need_moment) sums.moment += total(moment[k]);
   }
   return sums;
 }
@@ -99,7 +97,7 @@ void add_logits(const In* x, int64_t count, double temperature, const ExpScale<R
     RowSums block = sum_block<is_capped, need_moment>(x + begin, size, sums.top, scale, cap);
     if (block.top > sums.top) {
       if (sums.sum > 0) {
-        const double d = (sums.top - block.top) / temperature, e = std::exp(d);
+        const double d = sums.top - block.top, e = std::exp(d / temperature);
         sums.moment = e * (sums.moment + (e > 0 ? d : 0.0) * sums.sum);
         sums.sum *= e;
       }
@@ -111,6 +109,39 @@ void add_logits(const In* x, int64_t count, double temperature, const ExpScale<R
   }
 }
 
+// One capped logit.
+template <bool is_capped, class In>
+Capped<RowValue<In>> capped_logit(const In& x, const Cap<In>& cap) {
+  if constexpr (is_capped) return cap(to_float(x));
+  return {to_float(x), 1};
+}
+
+// Whether the vectors of a type of logits can compute rows at this temperature.
+template <class In>
+bool fits(double temperature) {
+  return sizeof(RowValue<In>) == sizeof(double) || fits_fp32(temperature);
+}
+
+// The sums of a row at a temperature that does not fit; its largest logit is at least `top`.
+template <bool is_capped, class In>
+RowSums wide_sums(const Rows<In>& rows, const In* x, int64_t id, double temperature,
+                  const Cap<In>& cap, double top) {
+  const ExpScale<double> scale = exp_scale<double>(temperature);
+  RowSums sums{top, 0, 0};
+  for (int64_t i = 0; i < rows.vocabulary; ++i) {
+    const double z = capped_logit<is_capped>(x[i], cap).value;
+    sums.top = z > sums.top ? z : sums.top;
+  }
+  for (int64_t i = 0; i < rows.vocabulary; ++i) {
+    if (i == id) continue;
+    const double d = larger(capped_logit<is_capped>(x[i], cap).value - sums.top, scale.lowest);
+    const double e = scaled_exp(d, scale);
+    sums.sum += e;
+    sums.moment += e * d;
+  }
+  return sums;
+}
+
 template <bool is_capped, bool need_moment, class In>
 RowResult read_row(const Rows<In>& rows, int64_t row) {
   using Value = RowValue<In>;
@@ -119,26 +150,28 @@ RowResult read_row(const Rows<In>& rows, int64_t row) {
   const Cap<In> cap(rows.softcap);
   const In* x = rows.logits + rows.offset(row);
   const int64_t id = rows.token_ids[row];
-  Value target = to_float(x[id]);
-  if constexpr (is_capped) target = cap(target).value;
+  const Value target = capped_logit<is_capped>(x[id], cap).value;
   // A policy takes likely tokens, so that few blocks hold a larger logit than the token's.
   constexpr Value kLowest = std::numeric_limits<Value>::lowest();
   RowSums sums{target > kLowest ? target : kLowest, 0, 0};
+  if (!fits<In>(temperature)) {
+    sums = wide_sums<is_capped>(rows, x, id, temperature, cap, sums.top);
+    return row_result(target, sums, temperature);
+  }
   add_logits<is_capped, need_moment>(x, id, temperature, scale, cap, sums);
   add_logits<is_capped, need_moment>(x + id + 1, rows.vocabulary - id - 1, temperature, scale, cap,
                                      sums);
   return row_result(target, sums, temperature);
 }
 
-// The gradient of a row whose factors leave the range of fp32: at a tiny temperature they are huge,
-// and words of probability 0 have no gradient all the same.
+// The gradient of a row at a temperature that does not fit, or whose factors leave the range. Words
+// of probability 0 have no gradient, however large these are.
 template <bool is_capped, class In, class Out>
 void write_wide_gradient(const Rows<In>& rows, const In* x, Out* out, double temperature,
                          const Cap<In>& cap, double top, const RowGradient& row) {
   const ExpScale<double> scale = exp_scale<double>(temperature);
   for (int64_t i = 0; i < rows.vocabulary; ++i) {
-    Capped<RowValue<In>> z{to_float(x[i]), 1};
-    if constexpr (is_capped) z = cap(z.value);
+    const Capped<RowValue<In>> z = capped_logit<is_capped>(x[i], cap);
     const double d = larger(z.value - top, scale.lowest);
     store_one(out + i, scaled_exp(d, scale) * (row.rise * (d * scale.scale) + row.base) * z.slope);
   }
@@ -151,12 +184,12 @@ void write_gradient(const Rows<In>& rows, const In* x, Out* out, double temperat
   using Lanes = typename RowType<In>::Lanes;
   constexpr int64_t kStep = kPairSize<In>;
   const Cap<In> cap(rows.softcap);
-  Capped<Value> target{to_float(x[id]), 1};
-  if constexpr (is_capped) target = cap(target.value);
+  const Capped<Value> target = capped_logit<is_capped>(x[id], cap);
   const RowGradient row = row_gradient(target.value, lse, entropy, grad, grad_entropy, temperature);
   const Value top = static_cast<Value>(lse.top), base = static_cast<Value>(row.base),
-              rise = static_cast<Value>(row.rise * kExpUnit<Value>);
-  if (!(base - base == 0 && rise - rise == 0)) {  // inf or NaN
+              rise = static_cast<Value>(row.rise / temperature);
+  const bool is_finite = base - base == 0 && rise - rise == 0;
+  if (!is_finite || !fits<In>(temperature)) {
     write_wide_gradient<is_capped>(rows, x, out, temperature, cap, lse.top, row);
     store_one(out + id, row.target * target.slope);
     return;
@@ -174,7 +207,7 @@ void write_gradient(const Rows<In>& rows, const In* x, Out* out, double temperat
     const Lanes p = scaled_exp(d, scale);
     Lanes result;
     if constexpr (has_rise) {
-      result = ((p * scale.scale) * d) * rise + p * base;
+      result = p * (d * rise + base);
     } else {
       result = p * base;
     }

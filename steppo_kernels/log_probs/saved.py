@@ -19,6 +19,8 @@ _IS_BATCHED = tuple(
     for name in ("is_legacy_batchedtensor", "is_batchedtensor")
     if hasattr(torch._C._functorch, name)
 )
+# The saved-tensor hooks that are on; a torch without the answer says that there are some.
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def save(ctx: Any, given_temperature: Tensor | None, **tensors: Tensor | None) -> None:
@@ -30,10 +32,11 @@ def save(ctx: Any, given_temperature: Tensor | None, **tensors: Tensor | None) -
     ctx.versions, ctx.temperature = {}, None
     if torch.compiler.is_compiling():
         return
-    ctx.versions = {
-        name: None if value is None or value.is_inference() else _Version(value)
-        for name, value in tensors.items()
-    }
+    if _hooks(False) is not None:
+        ctx.versions = {
+            name: None if value is None or value.is_inference() else _Version(value)
+            for name, value in tensors.items()
+        }
     if given_temperature is not None and not given_temperature.is_inference():
         ctx.temperature = given_temperature.detach(), given_temperature._version
 

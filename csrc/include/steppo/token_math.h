@@ -19,21 +19,25 @@ struct ExpScale {
   T scale, lowest;
 };
 
-// What d * scale is to be multiplied by to be d / temperature.
-template <class T>
-constexpr double kExpUnit = sizeof(T) == 8 ? 1.0 : 0.6931471805599453;
-
-// Both numbers stay finite at any temperature. Without that, 0 times an infinite scale would be
-// NaN, and a word at -inf would not be below an infinite `lowest`.
+// Both numbers stay finite at any temperature that T is used for. Without that, 0 times an infinite
+// scale would be NaN, and a word at -inf would not be below an infinite `lowest`.
 template <class T>
 STEPPO_FN ExpScale<T> exp_scale(double temperature) {
-  constexpr double kFar = sizeof(T) == 8 ? 800.0 : 127.0;
-  constexpr double kMost = sizeof(T) == 8 ? 1.7e308 : 3.4e38;
-  double scale = 1.0 / (kExpUnit<T> * temperature);
-  scale = scale < kMost ? scale : kMost;
-  scale = scale > kFar / kMost ? scale : kFar / kMost;
-  return {static_cast<T>(scale), static_cast<T>(-kFar / scale)};
+  if constexpr (sizeof(T) == 8) {
+    constexpr double kMost = 1.7e308;
+    double scale = 1.0 / temperature;
+    scale = scale < kMost ? scale : kMost;
+    scale = scale > 800.0 / kMost ? scale : 800.0 / kMost;
+    return {scale, -800.0 / scale};
+  } else {
+    const double scale = 1.4426950408889634 / temperature;
+    return {static_cast<T>(scale), static_cast<T>(-127.0 / scale)};
+  }
 }
+
+// Whether products of d and e^(d / temperature), and of these with 1 / temperature twice, stay in
+// the range of fp32. Rows of fp32 logits at other temperatures are computed in fp64.
+STEPPO_FN bool fits_fp32(double temperature) { return temperature > 1e-15 && temperature < 1e15; }
 
 // For d from s.lowest to about 0; a float, or a vector of them.
 template <class T>
@@ -89,7 +93,7 @@ STEPPO_FN Capped<double> soft_cap(double x, double cap, double inverse_cap) {
   return {cap * t, inverse_cosh * inverse_cosh};
 }
 
-// Sums over the logits of a row without its target: of e^(z - z_top), and of that times z - z_top.
+// Sums over the logits of a row without its target: of e^(z - z_top), and of that times x - top.
 // `top` is at least each of these logits and the target.
 struct RowSums {
   double top, sum, moment;
@@ -114,7 +118,7 @@ STEPPO_FN RowResult row_result(double target, const RowSums& s, double temperatu
   const double log_sum = d == 0 ? std::log1p(s.sum) : std::log(sum);
   // p log p tends to 0 with p.
   const double own = e > 0 ? e * d : 0.0;
-  return {d - log_sum, log_sum - (s.moment + own) / sum, {s.top, log_sum}};
+  return {d - log_sum, log_sum - (s.moment / temperature + own) / sum, {s.top, log_sum}};
 }
 
 // The gradient of the logits of a row, dL/dx = (c [x is the target] - p (c + e (log p + H))) slope
