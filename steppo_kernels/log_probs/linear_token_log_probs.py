@@ -11,8 +11,8 @@ from .. import checks
 from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
 from ..backends.reference import lm_head as reference
-from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows, rows_to_save
-from .saved import owned, save, saved
+from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
+from .saved import save, saved
 
 
 def linear_token_log_probs(
@@ -73,10 +73,9 @@ def linear_token_log_probs(
     tokens, head = check_head(
         hidden, weight, bias, temperature, softcap, shape, mask, resolve(backend, device)
     )
-    ids = owned(checks.token_ids("token_ids", token_ids, shape, device))
+    ids = checks.token_ids("token_ids", token_ids, shape, device)
     index = torch.arange(len(tokens), device=device) if mask is None else mask.nonzero().squeeze(1)
     chunk = check_chunk(chunk_tokens, len(index), head)
-    tokens, head = rows_to_save(tokens, head)
     if head.backend == "reference":
         log_probs, entropy = reference.linear_token_log_probs(
             tokens,

@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from .memory import KEPT_BYTES, gradient, scratch
-from .saved import owned
 from .token_log_probs import Targets
 
 # Logits of a chunk: few enough to leave memory to the model, and so many that the sum of the
@@ -317,24 +316,11 @@ def check_head(
             raise TypeError(
                 f"{name}: got {value.dtype}, expected {hidden.dtype}, the dtype of hidden"
             )
-    every, number = checks.temperature("temperature", temperature, shape, device, mask)
-    every = None if every is None else owned(every)
+    temperatures, number = checks.temperature("temperature", temperature, shape, device, mask)
     return (
         hidden.reshape(-1, hidden.shape[-1]),
-        Head(weight, bias, every, number, float(softcap), backend),
+        Head(weight, bias, temperatures, number, float(softcap), backend),
     )
-
-
-def rows_to_save(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Return hidden states and a head that can be saved where a gradient is wanted.
-
-    What was made in inference mode cannot, and is copied.
-    """
-    weight, bias = head.weight, head.bias
-    if checks.wants_gradient(hidden, weight, bias):
-        bias = None if bias is None else owned(bias)
-        hidden, head = owned(hidden), head._replace(weight=owned(weight), bias=bias)
-    return hidden, head
 
 
 def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:

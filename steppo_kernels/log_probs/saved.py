@@ -65,13 +65,6 @@ def saved(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return found
 
 
-def owned(value: Tensor) -> Tensor:
-    """Return `value`, or a copy of one made in inference mode, which autograd could not save."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return value
-    return value.clone() if value.is_inference() else value
-
-
 class _Version:
     """The memory and the version of a tensor, without keeping it alive."""
 

@@ -13,7 +13,7 @@ from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
 from ..backends.reference import token_log_probs as reference
 from .overwrite import Whole
-from .saved import owned, save, saved
+from .saved import save, saved
 
 
 def token_log_probs(
@@ -110,13 +110,7 @@ class Targets(NamedTuple):
         """Return the checked arguments of a call on logits of N tokens; `mask` is checked."""
         ids = checks.token_ids("token_ids", token_ids, shape, device)
         every, number = checks.temperature("temperature", temperature, shape, device, mask)
-        return cls(
-            owned(ids),
-            None if mask is None else owned(mask),
-            None if every is None else owned(every),
-            number,
-            0.0,
-        )
+        return cls(ids, mask, every, number, 0.0)
 
 
 def rows_of(name: str, values: Tensor) -> Tensor:

@@ -23,9 +23,8 @@ from ..log_probs.lm_head import (
     check_head,
     live_rows,
     packed,
-    rows_to_save,
 )
-from ..log_probs.saved import owned, save, saved
+from ..log_probs.saved import save, saved
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, Steps, check_loss_inputs
 from .policy_loss import loss_of, run_operator, scaled_gradient
@@ -132,11 +131,10 @@ def linear_steppo_loss(
     rows, head = check_head(
         hidden, weight, bias, temperature, softcap, inputs.shape, is_action, inputs.backend
     )
-    ids = owned(checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device))
+    ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
     chunk = check_chunk(chunk_tokens, inputs.layout.num_tokens, head)
     index = inputs.layout.token_index
     if head.backend == "reference":
-        rows, head = rows_to_save(rows, head)
         log_probs, entropy = reference.linear_token_log_probs(
             rows,
             head.weight,
