@@ -166,9 +166,10 @@ def assert_layout(layout: StepLayout, shape: Sequence[int], steps: Steps) -> Non
 def step_rewards(rewards: Sequence[float], rows: Sequence[int], steps: Steps) -> list[float]:
     """Token rewards go to their step, others to the latest step before them in the row.
 
-    In front of the first step they go to this one.
+    In front of the first step they go to this one. A row whose step has no token keeps its own.
     """
     owner = {position: step for step, tokens in enumerate(steps.tokens) for position in tokens}
+    empty = {state: step for step, state in enumerate(steps.states) if not steps.tokens[step]}
     total = [0.0] * len(steps.tokens)
     for start, end in itertools.pairwise(rows):
         actions = [position for position in range(start, end) if position in owner]
@@ -176,6 +177,8 @@ def step_rewards(rewards: Sequence[float], rows: Sequence[int], steps: Steps) ->
             before = [action for action in actions if action <= position]
             if actions:
                 total[owner[before[-1] if before else actions[0]]] += rewards[position]
+            elif start in empty:
+                total[empty[start]] += rewards[position]
     return total
 
 

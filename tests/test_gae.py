@@ -44,6 +44,13 @@ def layouts(draw):
     return StepLayout.from_rows(mask, groups, order, valid=torch.tensor(valid), backend="reference")
 
 
+def test_the_oracle_keeps_the_rewards_of_a_row_without_actions():
+    mask = torch.tensor([[False, False], [True, False]])
+    layout = StepLayout.from_rows(mask, [0, 0], [0, 1], backend="reference")
+    steps = oracles.of_layout(layout)
+    assert oracles.step_rewards([1.0, 2.0, 4.0, 8.0], [0, 2, 4], steps) == [3.0, 12.0]
+
+
 @examples(
     layout=layouts(),
     seed=st.integers(0, 2**31),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import metadata
 
 import oracles
 import pytest
@@ -323,6 +324,14 @@ def one_step(target, log_ratios, advantage, config, masked, dtype=torch.float32)
     return result.metrics.as_dict(), log_probs.grad
 
 
+def needs_exact_numbers(target, dtype):
+    """Skip where a number of the config does not reach the kernel as it is."""
+    if target.backend == "triton" and dtype == torch.float64:
+        release = tuple(map(int, metadata.version("triton").split(".")[:2]))
+        if release < (3, 9):
+            pytest.skip("Triton before 3.9 hands numbers to its kernels in fp32")
+
+
 _TIE_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
@@ -331,6 +340,7 @@ _TIE_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], i
 @pytest.mark.parametrize("length", [1, 3, 40])
 def test_ratio_exactly_at_a_clip_border_keeps_its_gradient(target, masked, side, length, dtype):
     target.thin([1, 3, 40].index(length), side == "low", every=3)
+    needs_exact_numbers(target, dtype)
     sign = 1.0 if side == "high" else -1.0
     z = [sign * 0.25 + 0.001 * k for k in range(length)]
     ratio = one_step(target, z, 1.0, StepPOConfig(), masked, dtype)[0]["ratio_mean"]
@@ -364,6 +374,7 @@ def test_ratio_one_without_room_keeps_its_gradient(target, masked, ratio, dtype)
 
 @_TIE_DTYPES
 def test_log_ratio_at_its_maximum_keeps_its_gradient(target, masked, dtype):
+    needs_exact_numbers(target, dtype)
     z = torch.tensor(1.3, dtype=dtype)
     beyond = torch.nextafter(z, torch.tensor(2.0, dtype=dtype))
     config = StepPOConfig(log_ratio_max=float(z))
