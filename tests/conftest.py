@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     # Read once, when triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import grids
 import hypothesis
 import numpy as np
 import pytest
@@ -40,31 +41,75 @@ class Target(NamedTuple):
         """Whether kernels run in Triton's interpreter, where large inputs take minutes."""
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def name(self) -> str:
+        """The backend, and "-gpu" if that is where it runs."""
+        return self.backend if self.device == "cpu" else f"{self.backend}-gpu"
+
     def thin(self, *places: int, every: int) -> None:
         """Skip the cases of a grid but every so many, in the interpreter."""
         if self.interpreted and sum(places) % every:
             pytest.skip(f"the interpreter runs one case of {every}")
 
 
-def _kernels() -> list[object]:
-    on_gpu = ["triton"] if choice.why_not_cuda() else ["triton", "cuda"]
-    return [
-        *(_target(Target(name, "cpu")) for name in ("cpu", "triton")),
-        *(_target(Target(name, "cuda"), pytest.mark.gpu) for name in on_gpu),
-    ]
+def _kernels() -> list[Target]:
+    """The backends beside the reference, as far as the machine can run them.
+
+    A backend that is not installed is among them: its tests are skipped, which says so.
+    """
+    found = [Target("cpu", "cpu")]
+    if torch.cuda.is_available():
+        found.append(Target("triton", "cuda"))
+        if not choice.why_not_cuda():
+            found.append(Target("cuda", "cuda"))
+    else:
+        found.append(Target("triton", "cpu"))
+    return found
 
 
-def _target(target: Target, *marks: pytest.MarkDecorator) -> object:
+KERNELS = _kernels()
+TARGETS = [Target("reference", "cpu"), *KERNELS]
+
+
+def _parameter(target: Target, *values: object, name: str = "") -> object:
     why = choice.unavailable(target.backend, torch.device(target.device))
-    if target.device == "cuda" and not torch.cuda.is_available():
-        why = "torch sees no GPU"
-    if why is not None:
-        marks = (*marks, pytest.mark.skip(reason=f"{target.backend}: {why}"))
-    name = target.backend if target.device == "cpu" else f"{target.backend}-gpu"
-    return pytest.param(target, id=name, marks=marks)
+    marks = [pytest.mark.skip(reason=f"{target.backend}: {why}")] if why else []
+    if target.device == "cuda":
+        marks.append(pytest.mark.gpu)
+    return pytest.param(target, *values, id=f"{target.name}{name and '-'}{name}", marks=marks)
+
+
+def pytest_report_header() -> list[str]:
+    runs, lacks = [], []
+    for target in TARGETS:
+        why = choice.unavailable(target.backend, torch.device(target.device))
+        where = "in its interpreter" if target.interpreted else f"on {target.device}"
+        runs += [] if why else [f"{target.backend} {where}"]
+        lacks += [f"{target.backend}: {why}; its tests are skipped"] if why else []
+    if not torch.cuda.is_available():
+        lacks.append("no GPU: triton-gpu is not collected")
+    return [f"backends: {', '.join(runs)}", *lacks]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test under `grids.grid` its targets, each with the cases that it runs."""
+    mark = metafunc.definition.get_closest_marker("grid")
+    if mark is None:
+        return
+    axes, cover = mark.args
+    if "masked" in metafunc.fixturenames:
+        axes = axes | {"masked": _MASKED}
+    fixture = "target" if "target" in metafunc.fixturenames else "kernel"
+    parameters = [
+        _parameter(target, *case.values, name=case.name)
+        for target in (TARGETS if fixture == "target" else KERNELS)
+        for case in grids.cases(axes, cover if target.interpreted else None)
+    ]
+    metafunc.parametrize((fixture, *axes), parameters)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "grid(axes, cover): made by grids.grid")
     # Tests run side by side; the tensors are small.
     torch.set_num_threads(1)
     if choice.triton_interprets():
@@ -88,19 +133,22 @@ def _round_to_bfloat16() -> None:
     interpreter._convert_float = rounding
 
 
-@pytest.fixture(params=[_target(Target("reference", "cpu")), *_kernels()])
+@pytest.fixture(params=[_parameter(target) for target in TARGETS])
 def target(request: pytest.FixtureRequest) -> Target:
     """Each backend that runs on this machine."""
     return request.param
 
 
-@pytest.fixture(params=_kernels())
+@pytest.fixture(params=[_parameter(kernel) for kernel in KERNELS])
 def kernel(request: pytest.FixtureRequest) -> Target:
     """Each of them but the reference, for tests that measure by it."""
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["layout", "mask"])
+_MASKED = {"layout": False, "mask": True}
+
+
+@pytest.fixture(params=list(_MASKED.values()), ids=list(_MASKED))
 def masked(request: pytest.FixtureRequest) -> bool:
     """Whether the loss is given the mask (the fused kernel) or a layout."""
     return request.param

@@ -1,0 +1,60 @@
+"""The rule by which Triton's interpreter runs a part of a grid: nothing of an axis is left out."""
+
+from __future__ import annotations
+
+import itertools
+
+import grids
+import pytest
+
+_AXES = {
+    "ratio": ["geometric", "product", "centered"],
+    "reduction": ["step_mean", "trajectory_mean", "token_mean", "sum"],
+    "dual_clip": [None, 3.0],
+    "masked": {"layout": False, "mask": True},
+}
+
+
+def values_of(axis):
+    return list(axis.values()) if isinstance(axis, dict) else axis
+
+
+@pytest.mark.parametrize("cover", [1, 2, 3, 4])
+def test_any_axes_take_each_combination_of_their_values(cover):
+    found = [case.values for case in grids.cases(_AXES, cover)]
+    for chosen in itertools.combinations(range(len(_AXES)), cover):
+        axes = [values_of(list(_AXES.values())[place]) for place in chosen]
+        seen = {tuple(values[place] for place in chosen) for values in found}
+        assert seen == set(itertools.product(*axes))
+
+
+def test_few_cases_cover_the_values_and_their_pairs():
+    """As many as the longest axis has values, and as the two longest have pairs."""
+    assert [len(grids.cases(_AXES, cover)) for cover in (1, 2)] == [4, 12]
+    assert len(grids.cases(_AXES)) == 3 * 4 * 2 * 2
+
+
+def test_cases_are_named_by_their_values_and_are_the_same_every_time():
+    found = grids.cases(_AXES, 2)
+    assert found[0] == ("geometric-step_mean-None-layout", ("geometric", "step_mean", None, False))
+    assert found == grids.cases(_AXES, 2)
+    assert len({case.name for case in found}) == len(found)
+    every = grids.cases(_AXES)
+    assert [case for case in every if case in found] == found
+
+
+def test_an_axis_alone_runs_whole():
+    assert [case.values for case in grids.cases({"ratio": _AXES["ratio"]}, 2)] == [
+        ("geometric",),
+        ("product",),
+        ("centered",),
+    ]
+
+
+def test_the_interpreter_meets_every_value_of_every_grid_of_the_suite(request):
+    """As far as files were collected with this one."""
+    marks = [item.get_closest_marker("grid") for item in request.session.items]
+    for axes, cover in {id(mark): mark.args for mark in marks if mark}.values():
+        found = list(zip(*(case.values for case in grids.cases(axes, cover)), strict=True))
+        for seen, axis in zip(found, axes.values(), strict=True):
+            assert set(map(repr, seen)) == set(map(repr, values_of(axis)))
