@@ -204,3 +204,14 @@ def _ratio(error: float, scale: float) -> float:
     if error == 0.0:
         return 0.0
     return error / scale if scale > 0.0 else math.inf
+
+
+def fp64(values: Any, device: torch.device | str = "cpu", **options: Any) -> Tensor:
+    """Return the numbers as an fp64 tensor."""
+    return torch.tensor(values, device=device, dtype=torch.float64, **options)
+
+
+def two_steps(target: Any) -> tuple[Tensor, StepLayout]:
+    """Return the mask of a row with a step of two tokens and one of a single token; its layout."""
+    mask = torch.tensor([[1, 1, 0, 1]], device=target.device, dtype=torch.bool)
+    return mask, StepLayout.from_mask(mask, backend=target.backend)

@@ -12,7 +12,6 @@ if not torch.cuda.is_available():
     # Read once, when triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import grids
 import hypothesis
 import numpy as np
 import pytest
@@ -45,11 +44,6 @@ class Target(NamedTuple):
     def name(self) -> str:
         """The backend, and "-gpu" if that is where it runs."""
         return self.backend if self.device == "cpu" else f"{self.backend}-gpu"
-
-    def thin(self, *places: int, every: int) -> None:
-        """Skip the cases of a grid but every so many, in the interpreter."""
-        if self.interpreted and sum(places) % every:
-            pytest.skip(f"the interpreter runs one case of {every}")
 
 
 def _kernels() -> list[Target]:
@@ -91,25 +85,26 @@ def pytest_report_header() -> list[str]:
     return [f"backends: {', '.join(runs)}", *lacks]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test under `grids.grid` its targets, each with the cases that it runs."""
+    """Give a test with a mark of `grids.grid` its targets, each with the cases that it runs."""
     mark = metafunc.definition.get_closest_marker("grid")
     if mark is None:
         return
-    axes, cover = mark.args
+    (grid,) = mark.args
     if "masked" in metafunc.fixturenames:
-        axes = axes | {"masked": _MASKED}
+        grid = grid._replace(axes={**grid.axes, "masked": _MASKED})
     fixture = "target" if "target" in metafunc.fixturenames else "kernel"
     parameters = [
         _parameter(target, *case.values, name=case.name)
         for target in (TARGETS if fixture == "target" else KERNELS)
-        for case in grids.cases(axes, cover if target.interpreted else None)
+        for case in grid.cases(interpreted=target.interpreted)
     ]
-    metafunc.parametrize((fixture, *axes), parameters)
+    # A mark comes before the parameters of the fixtures that it names.
+    metafunc.definition.add_marker(pytest.mark.parametrize((fixture, *grid.axes), parameters))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "grid(axes, cover): made by grids.grid")
     # Tests run side by side; the tensors are small.
     torch.set_num_threads(1)
     if choice.triton_interprets():

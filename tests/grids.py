@@ -18,7 +18,31 @@ class Case(NamedTuple):
     values: tuple[Any, ...]
 
 
-def grid(*, cover: int = 2, **axes: Axis) -> pytest.MarkDecorator:
+class Grid(NamedTuple):
+    """The axes of a test, by the names of its arguments, and what the interpreter runs of them."""
+
+    axes: Mapping[str, Axis]
+    cover: int
+    interpreted: Mapping[str, Axis]
+
+    def cases(self, *, interpreted: bool = False) -> list[Case]:
+        """Return all combinations, or the covering set."""
+        axes = {**self.axes, **self.interpreted} if interpreted else self.axes
+        named = [_named(values) for values in axes.values()]
+        cover = self.cover if interpreted else len(named)
+        chosen = covering([range(len(values)) for values in named], cover)
+        picked = [
+            [axis[place] for axis, place in zip(named, places, strict=True)] for places in chosen
+        ]
+        return [
+            Case("-".join(name for name, _ in pairs), tuple(value for _, value in pairs))
+            for pairs in picked
+        ]
+
+
+def grid(
+    *, cover: int = 2, interpreted: Mapping[str, Axis] | None = None, **axes: Axis
+) -> pytest.MarkDecorator:
     """Run a test that takes `target` or `kernel` on combinations of values of `axes`.
 
     Compiled kernels and the reference run all of them. Triton's interpreter is a thousand times
@@ -28,27 +52,14 @@ def grid(*, cover: int = 2, **axes: Axis) -> pytest.MarkDecorator:
 
     Args:
         cover: the number of axes whose combinations all occur in the interpreter.
+        interpreted: the values of an axis that stand for all of them in the interpreter.
         **axes: the values of each argument of the test, in a mapping by the names that they have
             in the test's id.
 
     Returns:
         The mark that `conftest.py` reads.
     """
-    return pytest.mark.grid(axes, cover)
-
-
-def cases(axes: Mapping[str, Axis], cover: int | None = None) -> list[Case]:
-    """Return all combinations of values of `axes`, or those that cover any `cover` axes."""
-    named = [_named(values) for values in axes.values()]
-    sizes = [range(len(values)) for values in named]
-    chosen = list(itertools.product(*sizes)) if cover is None else covering(sizes, cover)
-    found = []
-    for places in chosen:
-        names, values = zip(
-            *(axis[place] for axis, place in zip(named, places, strict=True)), strict=True
-        )
-        found.append(Case("-".join(names), values))
-    return found
+    return pytest.mark.grid(Grid(axes, cover, interpreted or {}))
 
 
 def covering(sizes: Sequence[range], cover: int) -> list[tuple[int, ...]]:
@@ -56,15 +67,18 @@ def covering(sizes: Sequence[range], cover: int) -> list[tuple[int, ...]]:
 
     They are chosen one after another. Each is the first of those that add the most combinations.
     """
-    groups = list(itertools.combinations(range(len(sizes)), min(cover, len(sizes))))
+    product = list(itertools.product(*sizes))
+    if cover >= len(sizes):
+        return product
+    groups = list(itertools.combinations(range(len(sizes)), cover))
     combinations = {
         places: {(group, tuple(places[axis] for axis in group)) for group in groups}
-        for places in itertools.product(*sizes)
+        for places in product
     }
     missing = set().union(*combinations.values())
     chosen = []
     while missing:
-        best = max(combinations, key=lambda places: len(combinations[places] & missing))
+        best = max(product, key=lambda places: len(combinations[places] & missing))
         chosen.append(best)
         missing -= combinations[best]
     return sorted(chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from batches import Error, ragged_mask, random_batch
+from batches import Error, fp64, ragged_mask, random_batch, two_steps
 from hypothesis import strategies as st
 from properties import examples
 
@@ -14,6 +14,7 @@ from steppo_kernels import StepLayout, broadcast_to_tokens
 _EPS = torch.finfo(torch.float32).eps
 
 
+@pytest.mark.isa
 @examples(
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(1, 5), st.integers(1, 30)),
@@ -68,6 +69,7 @@ def test_backward_takes_any_upstream_gradient(target):
     assert torch.equal(second, third)
 
 
+@pytest.mark.isa
 def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel):
     """Long sums; the broadcast itself is exact."""
     rms = {"kernel": 0.0, "reference": 0.0}
@@ -99,3 +101,13 @@ def test_dtypes(target, dtype):
     assert torch.equal(spread[batch.mask], batch.on_tokens(leaf.detach().to(wide))[batch.mask])
     spread.sum().backward()
     assert leaf.grad.dtype == dtype
+
+
+def test_the_broadcast_is_linear_twice_over(target):
+    _, layout = two_steps(target)
+    per_step = fp64([1.0, 2.0], target.device, requires_grad=True)
+
+    def spread(x):
+        return broadcast_to_tokens(x, layout, backend=target.backend)
+
+    assert torch.autograd.gradgradcheck(spread, (per_step,))

@@ -162,6 +162,7 @@ def test_from_rows_takes_lists_and_no_rows(target):
     assert layout.trajectory_steps.tolist() == [2, 0, 1]
 
 
+@pytest.mark.isa
 @examples(
     80,
     rows=packed(st.integers(0, 3), max_length=16),
@@ -183,6 +184,7 @@ def test_from_markers(target, rows, start, end):
     oracles.assert_layout(layout, (len(ids),), expected)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize(
     ("start", "end", "ids", "mask"),
     [

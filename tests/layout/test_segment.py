@@ -9,6 +9,8 @@ from batches import ragged_mask
 from steppo_kernels import StepLayout
 from steppo_kernels.layout import segment
 
+pytestmark = pytest.mark.isa
+
 # One row, many rows, rows of one token, and rows longer than any block of a kernel.
 _SHAPES = [(1, 1), (5, 7), (3, 2049), (1, 5000), (97, 31), (3000, 1)]
 

@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from batches import Error
+from grids import grid
 from head_cases import head_case, new_tensors, plain_log_probs, products
 
 from steppo_kernels import linear_token_log_probs
@@ -54,16 +55,22 @@ def ramp(case, start=1.0):
     ).view(case.mask.shape)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 5])
-@pytest.mark.parametrize("which", ["both", "log_probs", "entropy"])
-@pytest.mark.parametrize("seed", range(4))
-def test_equals_plain_pytorch(target, seed, which, chunk):
-    target.thin(seed, len(which), every=5)
-    case = head_case(seed).to(torch.float64, target.device)
+@grid(
+    cover=1,
+    given=["nothing", "a temperature", "a softcap", "everything"],
+    which=["both", "log_probs", "entropy"],
+    chunk=[None, 1, 5],
+)
+def test_equals_plain_pytorch(target, given, which, chunk):
+    case = head_case(3).to(torch.float64, target.device)
     options = {
-        "bias": case.bias if seed % 2 else None,
-        "temperature": [1.0, case.temperatures, 0.6, case.temperatures][seed],
-        "softcap": [None, None, 2.0, 1.5][seed],
+        "nothing": {},
+        "a temperature": {"temperature": 0.6},
+        "a softcap": {"softcap": 2.0},
+        "everything": {"bias": case.bias, "temperature": case.temperatures, "softcap": 1.5},
+    }[given]
+    options = {
+        **options,
         "upstream": None if which == "entropy" else ramp(case),
         "upstream_entropy": None if which == "log_probs" else ramp(case, 2.0),
     }
@@ -103,7 +110,6 @@ def test_all_rows_without_a_mask(target):
 
 
 def test_without_gradients_only_the_forward_product_is_formed(kernel):
-    kernel.thin(0, every=1)
     case = head_case(6, rows=5, length=40, vocabulary=101).to(torch.float32, kernel.device)
     unit = int(case.mask.sum()) * case.weight.numel()
     with products() as counter, torch.no_grad(), new_tensors() as sizes:
@@ -120,10 +126,9 @@ def test_without_gradients_only_the_forward_product_is_formed(kernel):
     assert max(sizes) <= max(8 * 101, case.hidden.numel())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@grid(share=[0.0, 0.5, 1.0])
 def test_backward_takes_only_rows_with_a_gradient(kernel, share):
-    kernel.thin(share == 0.5, every=2)
-    case = head_case(7, rows=4, length=30, vocabulary=51).to(torch.float32, kernel.device)
+    case = head_case(7, rows=2, length=24, vocabulary=51).to(torch.float32, kernel.device)
     log_probs = linear_token_log_probs(
         case.hidden,
         case.weight,
@@ -148,8 +153,8 @@ def test_backward_takes_only_rows_with_a_gradient(kernel, share):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_that_of_plain_pytorch(kernel, dtype):
-    kernel.thin(0, every=1)
-    exact = head_case(8, rows=3, length=50, size=64, vocabulary=515, sharp=4.0)
+    rows, length = (2, 20) if kernel.interpreted else (3, 50)
+    exact = head_case(8, rows, length, 64, 515, sharp=4.0)
     options = {"upstream": ramp(exact), "upstream_entropy": ramp(exact, 2.0)}
     expected = plain(exact.to(torch.float64), **options)
     case = exact.to(dtype, kernel.device)
@@ -199,11 +204,11 @@ def test_no_rows(target):
 _PRODUCTS = [(1, 2, 1), (5, 3, 7), (13, 34, 130), (7, 1100, 65), (510, 66, 70), (4, 512, 2100)]
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", _PRODUCTS, ids=str)
 def test_sizes_of_head_logits(kernel, shape, dtype):
     """Halves on the CPU are summed and kept in fp32: not worse than twice an fp32 product."""
-    kernel.thin(_PRODUCTS.index(shape), every=3)
     rows, size, vocabulary = shape
     generator = torch.Generator().manual_seed(size)
 
@@ -228,11 +233,11 @@ def test_sizes_of_head_logits(kernel, shape, dtype):
             assert Error.between(logits, exact).largest <= allowed
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 31, 33, 70_001])
 def test_sizes_of_accumulate(kernel, count, dtype):
     """A sum of fp32 and a product is rounded once, however many there are."""
-    kernel.thin(count == 33, every=1)
     product = torch.linspace(-3.0, 3.0, count).to(dtype)
     # Subnormal, infinite and NaN halves are numbers like others.
     for place, value in enumerate((6e-8, torch.inf, torch.nan)):
@@ -250,10 +255,9 @@ def test_sizes_of_accumulate(kernel, count, dtype):
         )
 
 
-@pytest.mark.parametrize("live", [1, 2, 3, 5])
+@grid(live=[1, 2, 3, 5])
 def test_confident_tokens_in_products_of_other_rows(kernel, live):
     """Backward forms logits again, of fewer rows: libraries then add up in another order."""
-    kernel.thin(live, every=2)
     generator = torch.Generator().manual_seed(live)
     rows, size, vocabulary = 64, 256, 100
     weight = torch.randn((vocabulary, size), generator=generator)

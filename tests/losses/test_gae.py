@@ -5,17 +5,13 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from batches import Error, ragged_mask, random_batch
+from batches import Error, fp64, ragged_mask, random_batch
 from hypothesis import strategies as st
 from properties import examples
 
 from steppo_kernels import StepLayout, step_gae
 
 _EPS = torch.finfo(torch.float32).eps
-
-
-def fp64(values, device="cpu"):
-    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def whitened(raw, members):
@@ -44,6 +40,7 @@ def layouts(draw):
     return StepLayout.from_rows(mask, groups, order, valid=torch.tensor(valid), backend="reference")
 
 
+@pytest.mark.isa
 @examples(
     layout=layouts(),
     seed=st.integers(0, 2**31),
@@ -210,6 +207,7 @@ def test_long_trajectories(target, lengths):
     torch.testing.assert_close(found.returns.cpu(), exact.returns, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.isa
 def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel):
     squares = {"kernel": [0.0, 0.0], "reference": [0.0, 0.0]}
     largest = {"kernel": 0.0, "reference": 0.0}
@@ -284,3 +282,26 @@ def test_rewards_of_rows_without_an_action_are_kept_at_every_level(target):
     assert returns(per_token.per_trajectory())[0] == 16
     assert returns(layout.per_trajectory().per_token()) == [16, 13, 8, 8]
     assert per_token.to("cpu").reward_homes is not None
+
+
+def test_equal_advantages_whiten_to_zero(target):
+    mask = torch.ones(7, 1, device=target.device, dtype=torch.bool)
+    layout = StepLayout.from_mask(mask, backend=target.backend)
+    rewards = torch.full((7,), 0.1, device=target.device)
+    found = step_gae(rewards, torch.zeros_like(rewards), layout, backend=target.backend)
+    assert found.advantages.abs().max() < 1e-6
+
+
+def test_an_empty_response_keeps_its_reward(target):
+    mask = torch.fp64([[1, 1], [0, 0], [1, 1]], device=target.device, dtype=torch.bool)
+    layout = StepLayout.from_rows(mask, [0, 0, 0], [0, 1, 2], backend=target.backend)
+    rewards = fp64([[0.0, 0.0], [5.0, torch.nan], [0.0, 0.0]], target.device)
+    found = step_gae(
+        rewards,
+        torch.zeros(3, device=target.device, dtype=torch.float64),
+        layout,
+        gamma=1.0,
+        whiten=False,
+        backend=target.backend,
+    )
+    assert found.returns.tolist() == [5.0, 5.0, 0.0]

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from batches import Error, ragged_mask
+from grids import grid
 
 from steppo_kernels import (
     StepLayout,
@@ -116,11 +117,9 @@ def everything(output, logits):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", _CONFIGS)
+@grid(cover=1, name=list(_CONFIGS), dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_is_the_loss_of_the_log_probs(target, masked, name, dtype):
     """To the last bit, of `token_log_probs` and `steppo_loss` one after the other."""
-    target.thin(list(_CONFIGS).index(name), 2 * masked, 3 * (dtype == torch.float64), every=5)
     config = _CONFIGS[name]
     case = draw(target, 1)
     case.logits = case.logits.to(dtype)
@@ -152,9 +151,8 @@ def test_is_the_loss_of_the_log_probs(target, masked, name, dtype):
         assert torch.equal(found[key], value), key
 
 
-@pytest.mark.parametrize("name", _CONFIGS)
+@grid(cover=1, name=list(_CONFIGS))
 def test_reference_in_fp64(kernel, masked, name):
-    kernel.thin(list(_CONFIGS).index(name), masked, every=2)
     config = _CONFIGS[name]
     case = draw(kernel, 2, dtype=torch.float64)
     expected = run(case, "reference", config, masked=masked)
@@ -177,9 +175,8 @@ def test_half_precision(target, dtype):
     torch.testing.assert_close(found["grad"].float(), expected["grad"], rtol=rtol, atol=1e-7)
 
 
-@pytest.mark.parametrize("garbage", [math.inf, -math.inf, 0.0], ids=str)
+@grid(cover=1, garbage=[math.inf, -math.inf, 0.0])
 def test_nothing_of_a_masked_position_counts(target, masked, garbage):
-    target.thin(masked, garbage == 0.0, 2 * (garbage > 0), every=3)
     case = draw(target, 4)
     expected = run(case, target.backend, masked=masked)
     filled = {
@@ -262,9 +259,8 @@ def test_on_policy(target, masked):
     torch.testing.assert_close(logits.grad, plain.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@grid(cover=1, name=["plain", "everything"])
 def test_inplace_backward(kernel, masked, name):
-    kernel.thin(masked, name == "plain", every=2)
     case = draw(kernel, 7)
     expected = run(case, kernel.backend, _CONFIGS[name], masked=masked)
     logits = case.logits.clone().requires_grad_()
@@ -366,10 +362,9 @@ def step(case, args, backend, inplace):
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("inplace", [False, True], ids=["plain", "inplace"])
+@grid(cover=1, inplace={"plain": False, "inplace": True})
 def test_compile(kernel, masked, inplace):
     """One graph; the reference counts the rows of a mask, which no graph can."""
-    kernel.thin(masked, 2 * inplace, every=4)
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for seed, (rows, length) in enumerate([(3, 17), (4, 23)]):

@@ -1,4 +1,4 @@
-"""steppo_loss: values, gradients and metrics against loops, gradcheck, fp32 error and ties."""
+"""steppo_loss: values, gradients and metrics against loops, gradcheck and fp32 error."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import math
 import oracles
 import pytest
 import torch
-from batches import Error, policy_results, ragged_mask, random_batch
+from batches import Error, fp64, policy_results, ragged_mask, random_batch, two_steps
+from grids import grid
 from hypothesis import strategies as st
 from properties import examples
 
-from steppo_kernels import StepLayout, StepPOConfig, broadcast_to_tokens, steppo_loss
+from steppo_kernels import StepPOConfig, broadcast_to_tokens, steppo_loss
 from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
 from steppo_kernels.outputs import POLICY_METRICS
 
 _EPS = torch.finfo(torch.float32).eps
+
 
 configs = st.builds(
     StepPOConfig,
@@ -31,6 +33,7 @@ configs = st.builds(
 )
 
 
+@pytest.mark.isa
 @examples(
     config=configs,
     seed=st.integers(0, 2**31),
@@ -104,15 +107,13 @@ def test_loops(
         )
 
 
-@pytest.mark.parametrize("dual_clip", [None, 1.5], ids=["no-dual-clip", "dual-clip"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_gradcheck(target, masked, ratio, reduction, dual_clip):
-    target.thin(RATIOS.index(ratio), REDUCTIONS.index(reduction), bool(dual_clip), every=4)
-    estimators = KL_ESTIMATORS
-    if target.interpreted:
-        # One each, so that all are met over the reductions.
-        estimators = (KL_ESTIMATORS[REDUCTIONS.index(reduction) % 3],)
+@grid(
+    ratio=RATIOS,
+    reduction=REDUCTIONS,
+    dual_clip={"no-dual-clip": None, "dual-clip": 1.5},
+    estimator=KL_ESTIMATORS,
+)
+def test_gradcheck(target, masked, ratio, reduction, dual_clip, estimator):
     # Element by element where that is fast, else along random directions.
     fast_mode = target.backend != "cpu"
     batch = random_batch(
@@ -125,34 +126,33 @@ def test_gradcheck(target, masked, ratio, reduction, dual_clip):
         dtype=torch.float64,
         device=target.device,
     )
-    for estimator in estimators:
-        config = StepPOConfig(
-            ratio=ratio,
-            reduction=reduction,
-            dual_clip=dual_clip,
-            kl_estimator=estimator,
-            clip_low=0.2,
-            clip_high=0.3,
-            kl_coef=0.4,
-            entropy_coef=0.1,
-        )
+    config = StepPOConfig(
+        ratio=ratio,
+        reduction=reduction,
+        dual_clip=dual_clip,
+        kl_estimator=estimator,
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coef=0.4,
+        entropy_coef=0.1,
+    )
 
-        def loss(log_probs, entropy, config=config):
-            # The default center has no gradient, but finite differences would see it move.
-            return steppo_loss(
-                log_probs,
-                batch.old_log_probs,
-                batch.on_tokens(batch.advantages) if masked else batch.advantages,
-                batch.mask if masked else batch.layout,
-                config=config,
-                ref_log_probs=batch.ref_log_probs,
-                entropy=entropy,
-                ratio_center=0.03,
-                backend=target.backend,
-            ).loss
+    def loss(log_probs, entropy):
+        # The default center has no gradient, but finite differences would see it move.
+        return steppo_loss(
+            log_probs,
+            batch.old_log_probs,
+            batch.on_tokens(batch.advantages) if masked else batch.advantages,
+            batch.mask if masked else batch.layout,
+            config=config,
+            ref_log_probs=batch.ref_log_probs,
+            entropy=entropy,
+            ratio_center=0.03,
+            backend=target.backend,
+        ).loss
 
-        inputs = batch.log_probs.requires_grad_(), batch.entropy.requires_grad_()
-        assert torch.autograd.gradcheck(loss, inputs, fast_mode=fast_mode)
+    inputs = batch.log_probs.requires_grad_(), batch.entropy.requires_grad_()
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=fast_mode)
 
 
 def away_from_borders(batch, config):
@@ -172,8 +172,8 @@ def away_from_borders(batch, config):
     assert int(near.sum()) <= 1
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.isa
+@grid(cover=1, ratio=RATIOS, reduction=REDUCTIONS)
 def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel, masked, ratio, reduction):
     """Against fp64, over batches with ratios from 1e-4 to e^8: the house rule on accuracy."""
     config = StepPOConfig(
@@ -185,7 +185,6 @@ def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel, masked, ratio
         kl_coef=0.1,
         entropy_coef=0.05,
     )
-    kernel.thin(RATIOS.index(ratio), REDUCTIONS.index(reduction), every=4)
     sums, largest = {}, {}
     for seed in range(3 if kernel.interpreted else 24):
         batch = random_batch(seed, 6, 64, ratio=ratio, mean_step=8.0)
@@ -249,11 +248,12 @@ def test_token_weights_are_the_token_form(target, masked):
     torch.testing.assert_close(found["grad_log_probs"], grad, rtol=1e-12, atol=1e-16)
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.1], ids=["no-entropy", "entropy"])
-@pytest.mark.parametrize("kl", [None, *KL_ESTIMATORS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@grid(
+    dtype=[torch.float32, torch.float64],
+    kl=[None, *KL_ESTIMATORS],
+    entropy_coef={"no-entropy": 0.0, "entropy": 0.1},
+)
 def test_dead_tokens_are_those_without_a_gradient(target, masked, dtype, kl, entropy_coef):
-    target.thin(len(kl or ""), KL_ESTIMATORS.index(kl or "k1"), bool(entropy_coef), every=4)
     batch = random_batch(9, 7, 40, log_ratios=(-0.5, 0.5), dtype=dtype, device=target.device)
     batch.advantages[::3] = 0.0
     # Beyond the clamp of a penalty it has no gradient.
@@ -346,136 +346,6 @@ def test_advantages_count_at_the_first_token_of_a_step(target, masked):
     assert torch.equal(found.loss, expected["loss"])
 
 
-def one_step(target, log_ratios, advantage, config, masked, dtype=torch.float32):
-    """Return the metrics and the gradient of a single step with these token log-ratios."""
-    log_probs = torch.tensor(log_ratios, dtype=dtype, device=target.device).requires_grad_()
-    mask = torch.ones(len(log_ratios), dtype=torch.bool, device=target.device)
-    layout = StepLayout.from_mask(mask, backend="reference")
-    advantages = torch.full((len(log_ratios) if masked else 1,), advantage, dtype=dtype)
-    result = steppo_loss(
-        log_probs,
-        torch.zeros_like(log_probs),
-        advantages.to(target.device),
-        mask if masked else layout,
-        config=config,
-        backend=target.backend,
-    )
-    result.loss.backward()
-    return result.metrics.as_dict(), log_probs.grad
-
-
-_TIE_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@_TIE_DTYPES
-@pytest.mark.parametrize("side", ["high", "low"])
-@pytest.mark.parametrize("length", [1, 3, 40])
-def test_ratio_exactly_at_a_clip_border_keeps_its_gradient(target, masked, side, length, dtype):
-    target.thin([1, 3, 40].index(length), side == "low", every=3)
-    sign = 1.0 if side == "high" else -1.0
-    z = [sign * 0.25 + 0.001 * k for k in range(length)]
-    ratio = one_step(target, z, 1.0, StepPOConfig(), masked, dtype)[0]["ratio_mean"]
-    # Both differences are exact, as is adding them to 1 again.
-    at = StepPOConfig(clip_high=ratio - 1) if side == "high" else StepPOConfig(clip_low=1 - ratio)
-    metrics, grad = one_step(target, z, sign, at, masked, dtype)
-    assert metrics["clip_fraction"] == 0.0
-    assert metrics["dead_token_fraction"] == 0.0
-    expected = torch.full_like(grad, -sign * ratio / length)
-    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0.0)
-    # One unit in the last place closer, it is clipped.
-    closer = torch.nextafter(torch.tensor(ratio, dtype=dtype), torch.tensor(1.0, dtype=dtype))
-    inside = abs(float(closer) - 1)
-    below = StepPOConfig(clip_high=inside) if side == "high" else StepPOConfig(clip_low=inside)
-    metrics, grad = one_step(target, z, sign, below, masked, dtype)
-    assert metrics["clip_fraction"] == metrics[f"clip_fraction_{side}"] == 1.0
-    assert metrics["dead_token_fraction"] == 1.0
-    assert torch.equal(grad, torch.zeros_like(grad))
-
-
-@_TIE_DTYPES
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_ratio_one_without_room_keeps_its_gradient(target, masked, ratio, dtype):
-    config = StepPOConfig(ratio=ratio, clip_low=0.0, clip_high=0.0)
-    for advantage in (2.0, -2.0):
-        metrics, grad = one_step(target, [0.0, 0.0, 0.0, 0.0], advantage, config, masked, dtype)
-        slope = {"geometric": 0.25, "product": 1.0, "centered": 0.5}[ratio]
-        assert grad.tolist() == [-advantage * slope] * 4
-        assert metrics["clip_fraction"] == 0.0
-
-
-@_TIE_DTYPES
-def test_log_ratio_at_its_maximum_keeps_its_gradient(target, masked, dtype):
-    z = torch.tensor(1.3, dtype=dtype)
-    beyond = torch.nextafter(z, torch.tensor(2.0, dtype=dtype))
-    config = StepPOConfig(log_ratio_max=float(z))
-    # The advantage is negative, so that the clip does not act.
-    at, grad = one_step(target, [float(z)], -1.0, config, masked, dtype)
-    assert float(grad) == pytest.approx(math.exp(float(z)), rel=1e-6)
-    past, grad = one_step(target, [float(beyond)], -1.0, config, masked, dtype)
-    assert float(grad) == 0.0
-    assert (at["dead_token_fraction"], past["dead_token_fraction"]) == (0.0, 1.0)
-    assert past["policy_loss"] == at["policy_loss"] == pytest.approx(math.exp(1.3), rel=1e-6)
-
-
-@_TIE_DTYPES
-def test_dual_clip_border_keeps_its_gradient(target, masked, dtype):
-    # Ratio and bound are powers of 2 times the advantage, so that their products are exact.
-    ratio = one_step(target, [0.8], -2.0, StepPOConfig(), masked, dtype)[0]["ratio_mean"]
-    at, grad = one_step(target, [0.8], -2.0, StepPOConfig(dual_clip=ratio), masked, dtype)
-    assert float(grad) == pytest.approx(2 * ratio, rel=1e-6)
-    inside = float(torch.nextafter(torch.tensor(ratio, dtype=dtype), torch.tensor(1.0).to(dtype)))
-    past, grad = one_step(target, [0.8], -2.0, StepPOConfig(dual_clip=inside), masked, dtype)
-    assert float(grad) == 0.0
-    assert (at["dead_token_fraction"], past["dead_token_fraction"]) == (0.0, 1.0)
-    # The dual clip bounds the loss; it is no clip of the ratio.
-    assert past["clip_fraction"] == at["clip_fraction"] == 0.0
-    assert past["policy_loss"] == 2 * inside
-
-
-def test_no_advantage_no_gradient(target, masked):
-    """Exactly 0, at any ratio, and no step counts as clipped."""
-    batch = random_batch(2, device=target.device)
-    batch.advantages.zero_()
-    found = policy_results(batch, StepPOConfig(), target.backend, masked=masked)
-    assert torch.equal(found["grad_log_probs"], torch.zeros_like(batch.log_probs))
-    metrics = dict(zip(POLICY_METRICS, found["metrics"].tolist(), strict=True))
-    assert metrics["clip_fraction"] == metrics["policy_loss"] == 0.0
-    assert metrics["dead_token_fraction"] == 1.0
-
-
-def test_penalties_are_clamped(target, masked):
-    """d to +-20, the value to +-10; beyond either, the gradient is 0."""
-    d = [0.5, 3.0, 25.0, -25.0, -15.0, 9.0, -9.0, 19.0]
-    log_probs = torch.zeros(8, dtype=torch.float64, device=target.device)
-    mask = torch.tensor([True] * 8, device=target.device)
-    ref = torch.tensor(d, dtype=torch.float64, device=target.device)
-    for estimator, slopes in {
-        "k1": [1.0, 1.0, 0, 0, 0, 1.0, 1.0, 0],
-        "k2": [-0.5, -3.0, 0, 0, 0, 0, 0, 0],
-        "k3": [-math.expm1(0.5), 0, 0, 0, 0, 0, -math.expm1(-9.0), 0],
-    }.items():
-        new = log_probs.clone().requires_grad_()
-        config = StepPOConfig(kl_coef=8.0, kl_estimator=estimator)
-        result = steppo_loss(
-            new,
-            None,
-            torch.zeros(8 if masked else 1, dtype=torch.float64, device=target.device),
-            mask if masked else StepLayout.from_mask(mask, backend="reference"),
-            config=config,
-            ref_log_probs=ref,
-            backend=target.backend,
-        )
-        result.loss.backward()
-        expected_slope = [float(slope) for slope in slopes]
-        if estimator == "k3":
-            # e^-9 + 9 - 1 < 10, e^3 - 4 > 10.
-            assert math.expm1(-9.0) + 9 < 10 < math.expm1(3.0) - 3
-        assert new.grad.tolist() == pytest.approx(expected_slope, rel=1e-12, abs=0.0)
-        values = [oracles._kl(x, estimator)[0] for x in d]
-        assert result.loss.item() == pytest.approx(math.fsum(values), rel=1e-12)
-        assert result.metrics.as_dict()["kl_loss"] == pytest.approx(math.fsum(values) / 8)
-
-
 def test_metrics_do_not_touch_the_host_until_asked(target):
     batch = random_batch(1, device=target.device)
     result = steppo_loss(
@@ -517,3 +387,49 @@ def test_needs_no_gradient(target, masked):
     for result in (plain, inside):
         assert not result.loss.requires_grad
         assert torch.equal(result.loss, expected)
+
+
+def test_a_token_is_dead_if_its_whole_coefficient_is_zero(target):
+    """Policy -A and KL +1 cancel."""
+    _, layout = two_steps(target)
+    x = fp64([[-0.5] * 4], target.device, requires_grad=True)
+    config = StepPOConfig(kl_coef=1.0, kl_estimator="k1")
+    out = steppo_loss(
+        x,
+        None,
+        fp64([1.0, 1.0], target.device),
+        layout,
+        config=config,
+        ref_log_probs=x.detach(),
+        backend=target.backend,
+    )
+    out.loss.backward()
+    assert not x.grad.any()
+    assert out.metrics["dead_token_fraction"] == 1
+
+
+def test_on_policy_ratios_are_one_whatever_the_center(target):
+    _, layout = two_steps(target)
+    x = fp64([[-0.5] * 4], target.device)
+    out = steppo_loss(
+        x,
+        None,
+        fp64([1.0, 1.0], target.device),
+        layout,
+        ratio_center=0.5,
+        config=StepPOConfig(ratio="centered"),
+        backend=target.backend,
+    )
+    assert out.metrics["ratio_min"] == out.metrics["ratio_max"] == 1
+
+
+def test_metrics_by_name():
+    batch = random_batch(3, 2, 9)
+    metrics = steppo_loss(
+        batch.log_probs, batch.old_log_probs, batch.advantages, batch.layout, backend="reference"
+    ).metrics
+    assert list(metrics) == list(POLICY_METRICS)
+    values = dict(metrics)
+    assert {name: value.item() for name, value in values.items()} == metrics.as_dict()
+    with pytest.raises(KeyError, match="'clip', expected one of policy_loss, kl_loss"):
+        metrics["clip"]

@@ -8,6 +8,7 @@ import oracles
 import pytest
 import torch
 from batches import Error, ragged_mask, random_batch
+from grids import grid
 from hypothesis import strategies as st
 from properties import examples
 
@@ -82,6 +83,7 @@ def loops(values, returns, layout, *, old_values, clip, reduction, normalizer):
     return loss, grad, metrics
 
 
+@pytest.mark.isa
 @examples(
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(1, 5), st.integers(1, 20)),
@@ -141,11 +143,12 @@ def test_loops(target, seed, shape, reduction, clip, per_token, old_per_token, b
     assert found["metrics"].tolist() == pytest.approx(metrics, rel=1e-9, abs=1e-11)
 
 
-@pytest.mark.parametrize("clipped", [False, True], ids=["plain", "clipped"])
-@pytest.mark.parametrize("per_token", [False, True], ids=["steps", "tokens"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@grid(
+    reduction=REDUCTIONS,
+    per_token={"steps": False, "tokens": True},
+    clipped={"plain": False, "clipped": True},
+)
 def test_gradcheck(target, reduction, per_token, clipped):
-    target.thin(REDUCTIONS.index(reduction), per_token, clipped, every=3)
     batch = random_batch(3, 2, 14, mean_step=2.0, dtype=torch.float64, device=target.device)
     values = batch.values
     if not per_token:
@@ -166,11 +169,11 @@ def test_gradcheck(target, reduction, per_token, clipped):
     assert torch.autograd.gradcheck(loss, values.requires_grad_(), fast_mode=fast_mode)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.isa
+@grid(reduction=REDUCTIONS)
 def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel, reduction):
-    kernel.thin(REDUCTIONS.index(reduction), every=4)
     sums, largest = {}, {}
-    for seed in range(6 if kernel.interpreted else 24):
+    for seed in range(2 if kernel.interpreted else 24):
         batch = random_batch(seed, 6, 64)
         # Take out the steps so near the border that fp32 may err on it: their value is the old.
         state = batch.layout.state_index
@@ -208,6 +211,7 @@ def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel, reduction):
         assert top[1] < 1e-4, name
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["above", "below"])
 def test_border_of_the_clip_keeps_its_gradient(target, sign):
     """At |v - v_old| = clip exactly, both branches are the same number."""

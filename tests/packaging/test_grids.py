@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-import grids
 import pytest
+from grids import Grid
 
 _AXES = {
     "ratio": ["geometric", "product", "centered"],
@@ -21,7 +21,7 @@ def values_of(axis):
 
 @pytest.mark.parametrize("cover", [1, 2, 3, 4])
 def test_any_axes_take_each_combination_of_their_values(cover):
-    found = [case.values for case in grids.cases(_AXES, cover)]
+    found = [case.values for case in Grid(_AXES, cover, {}).cases(interpreted=True)]
     for chosen in itertools.combinations(range(len(_AXES)), cover):
         axes = [values_of(list(_AXES.values())[place]) for place in chosen]
         seen = {tuple(values[place] for place in chosen) for values in found}
@@ -30,31 +30,32 @@ def test_any_axes_take_each_combination_of_their_values(cover):
 
 def test_few_cases_cover_the_values_and_their_pairs():
     """As many as the longest axis has values, and as the two longest have pairs."""
-    assert [len(grids.cases(_AXES, cover)) for cover in (1, 2)] == [4, 12]
-    assert len(grids.cases(_AXES)) == 3 * 4 * 2 * 2
+    counts = [len(Grid(_AXES, cover, {}).cases(interpreted=True)) for cover in (1, 2)]
+    assert counts == [4, 12]
+    assert len(Grid(_AXES, 1, {}).cases()) == 3 * 4 * 2 * 2
 
 
 def test_cases_are_named_by_their_values_and_are_the_same_every_time():
-    found = grids.cases(_AXES, 2)
+    grid = Grid(_AXES, 2, {})
+    found = grid.cases(interpreted=True)
     assert found[0] == ("geometric-step_mean-None-layout", ("geometric", "step_mean", None, False))
-    assert found == grids.cases(_AXES, 2)
+    assert found == grid.cases(interpreted=True)
     assert len({case.name for case in found}) == len(found)
-    every = grids.cases(_AXES)
-    assert [case for case in every if case in found] == found
+    assert [case for case in grid.cases() if case in found] == found
 
 
-def test_an_axis_alone_runs_whole():
-    assert [case.values for case in grids.cases({"ratio": _AXES["ratio"]}, 2)] == [
-        ("geometric",),
-        ("product",),
-        ("centered",),
-    ]
+def test_values_may_stand_for_an_axis():
+    grid = Grid({"rows": [1, 2, 70_000], "dtype": ["fp32", "fp64"]}, 2, {"rows": [2]})
+    assert [case.values for case in grid.cases(interpreted=True)] == [(2, "fp32"), (2, "fp64")]
+    assert len(grid.cases()) == 6
 
 
 def test_the_interpreter_meets_every_value_of_every_grid_of_the_suite(request):
     """As far as files were collected with this one."""
     marks = [item.get_closest_marker("grid") for item in request.session.items]
-    for axes, cover in {id(mark): mark.args for mark in marks if mark}.values():
-        found = list(zip(*(case.values for case in grids.cases(axes, cover)), strict=True))
-        for seen, axis in zip(found, axes.values(), strict=True):
-            assert set(map(repr, seen)) == set(map(repr, values_of(axis)))
+    for (grid,) in {id(mark): mark.args for mark in marks if mark}.values():
+        columns = zip(*(case.values for case in grid.cases(interpreted=True)), strict=True)
+        for (name, axis), seen in zip(grid.axes.items(), columns, strict=True):
+            assert set(map(repr, seen)) <= set(map(repr, values_of(axis)))
+            wanted = grid.interpreted.get(name, axis)
+            assert set(map(repr, seen)) == set(map(repr, values_of(wanted))), name

@@ -15,18 +15,8 @@ import torch
 from steppo_kernels.backends import choice
 
 _ROOT = Path(__file__).parents[2]
-_FILES = (
-    "peers/test_golden.py",
-    *(f"losses/test_{name}.py" for name in ("gae", "policy_loss", "value_loss")),
-    *(f"layout/test_{name}.py" for name in ("broadcast", "segment", "layout")),
-    *(f"log_probs/test_{name}.py" for name in ("lm_head", "token_log_probs")),
-    "rules/test_rules.py",
-)
-# The properties, the error rule, ties and sizes; what does not depend on the kernel is left out.
-_TESTS = (
-    "test_loops or fp32_error or keeps_its_gradient or golden or segment or from_markers or "
-    "threads or test_sizes or masked_position or same_bits"
-)
+# What does not depend on the kernels has no mark, and is not run again.
+_FOLDERS = ("layout", "log_probs", "losses", "peers", "rules")
 _CALL = (
     "import sys, torch; from steppo_kernels import StepLayout; "
     "print(StepLayout.from_mask(torch.ones(1, 2), backend=sys.argv[1]).num_steps)"
@@ -52,9 +42,10 @@ def test_instruction_set(isa):
     if "ValueError: STEPPO_ISA" in found.stderr:
         pytest.skip(found.stderr.splitlines()[-1])
     assert found.returncode == 0, found.stderr
-    files = [str(_ROOT / "tests" / name) for name in _FILES]
+    folders = [str(_ROOT / "tests" / name) for name in _FOLDERS]
     options = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider")
-    done = python(isa, "-m", "pytest", *options, "-k", f"cpu and ({_TESTS})", *files)
+    selected = ("-m", "isa", "-k", "not triton and not reference")
+    done = python(isa, "-m", "pytest", *options, *selected, *folders)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
 

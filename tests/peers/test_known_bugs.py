@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import pytest
 import torch
 from batches import Error
+from grids import grid
 from head_cases import head_case
 
 from steppo_kernels import (
@@ -28,8 +28,8 @@ LINEAR = [linear_token_log_probs, linear_steppo_loss]
 # As wide as some of the steps need: the gradients of others are 0.
 _CONFIG = StepPOConfig(clip_low=0.1, clip_high=0.1)
 
-of_all = pytest.mark.parametrize("function", FROM_LOGITS + LINEAR, ids=lambda f: f.__name__)
-of_a_weight = pytest.mark.parametrize("function", LINEAR, ids=lambda f: f.__name__)
+of_all = grid(function=FROM_LOGITS + LINEAR)
+of_a_weight = grid(function=LINEAR)
 
 
 class Call:
@@ -101,14 +101,12 @@ def assert_same(found, expected, bound):
         assert Error.between(found[name], value).largest <= bound, name
 
 
-@of_all
-@pytest.mark.parametrize("vocabulary", [5, 4097, 4100])
+@grid(cover=1, function=FROM_LOGITS + LINEAR, vocabulary=[5, 4097, 4100])
 def test_phantom_vocabulary_columns(kernel, function, vocabulary):
     """Columns beyond the vocabulary, read as logits of 0, add e^0 each: verl #5349, SkyRL #2141.
 
     Next to logits far below 0 they are all that counts.
     """
-    kernel.thin(vocabulary, (FROM_LOGITS + LINEAR).index(function), every=2)
     call = draw(function, kernel, dtype=torch.float32, vocabulary=vocabulary, shift=-300.0)
     found, expected = call.fused(kernel.backend), call.plain()
     assert Error.between(found, expected).largest <= 1e-4
@@ -191,11 +189,9 @@ def test_more_rows_than_a_grid_has(kernel, function):
     assert_same(call.gradients(found), call.gradients(expected), 1e-10)
 
 
-@of_all
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf], ids=str)
+@grid(cover=1, function=FROM_LOGITS + LINEAR, garbage=[math.nan, math.inf, -math.inf])
 def test_nan_from_masked_rows(kernel, function, garbage):
     """0 times NaN is NaN: rows that do not count are not multiplied by a mask: OpenRLHF #1240."""
-    kernel.thin((FROM_LOGITS + LINEAR).index(function), not math.isnan(garbage), every=2)
     call = draw(function, kernel)
     name = "hidden" if function in LINEAR else "logits"
     counts = call.case.mask[..., None]
@@ -248,11 +244,9 @@ def test_weight_gradient_summed_in_bf16(kernel, function):
         assert Error.between(many[name], expected[name]).rms <= allowed, name
 
 
-@of_a_weight
-@pytest.mark.parametrize("chunk", [None, 4])
+@grid(cover=1, function=LINEAR, chunk=[None, 4])
 def test_bias_gradient_summed_in_bf16(kernel, function, chunk):
     """As that of the weight: at most twice the error of bf16 rows that are summed in fp32."""
-    kernel.thin(chunk is None, every=2)
     call, expected = many_rows(function, kernel, 64 if kernel.interpreted else 3000, alike=False)
     logits = call.leaves["hidden"].double() @ call.leaves["weight"].double().t()
     logits = logits + call.leaves["bias"].double()

@@ -1,0 +1,150 @@
+"""token_log_probs: gradients in the memory of the logits, or of the slice that they are."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from grids import grid
+from head_cases import new_tensors
+from logit_cases import DTYPES, draw, fused, on, upstream
+
+from steppo_kernels import token_log_probs
+
+
+@grid(dtype=DTYPES)
+def test_inplace_backward(kernel, dtype):
+    """The same gradient to the last bit, in the memory of the logits; and only once."""
+    logits, ids = on(kernel, *draw(14, 12, 133))
+    mask = torch.arange(12, device=kernel.device) % 4 != 2
+    logits = logits.to(dtype)
+    grads = upstream(12).to(kernel.device)
+
+    def gradient(inplace):
+        leaf = logits.clone().requires_grad_()
+        found = fused(kernel.backend, inplace_backward=inplace, mask=mask)(leaf, ids)
+        weights = [grad.to(value) for grad, value in zip(grads, found, strict=True)]
+        (grad,) = torch.autograd.grad(found, leaf, weights, retain_graph=True)
+        return leaf, grad, found, weights
+
+    _, expected, *_ = gradient(False)
+    leaf, grad, found, weights = gradient(True)
+    assert torch.equal(grad, expected)
+    assert grad.data_ptr() == leaf.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(found, leaf, weights)
+
+
+def test_inplace_backward_behind_a_linear_layer(kernel):
+    hidden = torch.randn((10, 6), generator=torch.Generator().manual_seed(1)).to(kernel.device)
+    head = torch.nn.Linear(6, 29, device=kernel.device)
+    ids = torch.arange(8, device=kernel.device).view(2, 4)
+    found = []
+    for inplace in (False, True):
+        logits = head(hidden).view(2, 5, 29)[:, :-1]
+        log_probs = token_log_probs(logits, ids, inplace_backward=inplace, backend=kernel.backend)
+        found.append(torch.autograd.grad((log_probs**2).sum(), list(head.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+_SLICES = {
+    "next token": lambda z: z[:, :-1],
+    "response": lambda z: z[:, 2:-1],
+    "rows": lambda z: z[1:],
+    "one row": lambda z: z[1],
+    "every other": lambda z: z[:, ::2],
+    "of a view": lambda z: z.view(-1, z.shape[-1])[3:9].unsqueeze(0),
+    "time first": lambda z: z.transpose(0, 1)[1:],
+    "of a slice": lambda z: z[1:][:, :-1],
+}
+
+
+def head_and_gradients(kernel, part, inplace, extra=None):
+    """Gradients of a head through a slice of its logits, and what backward allocates."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn((3, 6, 4), generator=generator).to(kernel.device)
+    weight = torch.randn((29, 4), generator=generator).to(kernel.device).requires_grad_()
+    whole = hidden @ weight.t()
+    logits = _SLICES[part](whole) if isinstance(part, str) else part(whole)
+    ids = torch.arange(logits.shape[:-1].numel(), device=kernel.device) % 29
+    found = fused(kernel.backend, inplace_backward=inplace)(logits, ids.view(logits.shape[:-1]))
+    loss = (found[0] ** 2 + found[1]).sum()
+    if extra is not None:
+        loss = loss + extra(whole)
+    seen = []
+    whole.register_hook(seen.append)
+    with new_tensors() as sizes:
+        (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    return grad, sizes, whole, seen[0], loss, weight
+
+
+@pytest.mark.parametrize("part", _SLICES)
+def test_inplace_backward_of_a_slice_overwrites_all_of_it(kernel, part):
+    expected = head_and_gradients(kernel, part, False)[0]
+    grad, sizes, whole, grad_whole, loss, weight = head_and_gradients(kernel, part, True)
+    assert torch.equal(grad, expected)
+    assert grad_whole.data_ptr() == whole.data_ptr()
+    if kernel.backend == "cpu":  # the interpreter makes tensors of its own
+        assert max(sizes) < whole.numel()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, weight)
+
+
+def test_inplace_backward_of_a_slice_leaves_other_uses_alone(kernel):
+    def extra(whole):
+        return (whole * torch.linspace(-1, 1, 29, device=whole.device)).sum()
+
+    expected = head_and_gradients(kernel, "next token", False, extra)[0]
+    found = head_and_gradients(kernel, "next token", True, extra)[0]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("why", ["hook", "retain_grad", "columns", "not a view", "offloaded"])
+def test_inplace_backward_where_a_slice_is_looked_at(kernel, why):
+    """Then autograd's own path is taken, or the same result comes of the other."""
+    seen = []
+
+    def part(whole):
+        logits = whole[:, :-1]
+        if why == "hook":
+            logits.register_hook(seen.append)
+        elif why == "retain_grad":
+            logits.retain_grad()
+            seen.append(logits)
+        elif why == "columns":
+            logits = whole[..., :20]
+        elif why == "not a view":
+            logits = (whole * 1.0)[:, :-1]
+        return logits
+
+    def plain(whole):
+        return whole[..., :20] if why == "columns" else whole[:, :-1]
+
+    offload = torch.autograd.graph.save_on_cpu() if why == "offloaded" else nullcontext()
+    expected = head_and_gradients(kernel, plain, False)[0]
+    with offload:
+        found = head_and_gradients(kernel, part, True)[0]
+    assert torch.equal(found, expected)
+    if why == "hook":
+        assert seen[0].shape == (3, 5, 29)
+    if why == "retain_grad":
+        assert seen[0].grad.shape == (3, 5, 29)
+
+
+def test_inplace_backward_needs_memory_of_its_own(kernel):
+    base = torch.zeros((2, 3, 4), device=kernel.device)
+    ids = torch.zeros((2, 3), dtype=torch.int64, device=kernel.device)
+    windows = torch.zeros(40, device=kernel.device).as_strided((2, 3, 4), (12, 2, 1))
+    for logits in (
+        base.transpose(1, 2).contiguous().transpose(1, 2),  # needs a copy
+        base[:1].expand(2, 3, 4),
+        base[:, :1].expand(2, 3, 4),
+        windows,
+    ):
+        with pytest.raises(ValueError, match=r"^inplace_backward: got logits of shape"):
+            token_log_probs(logits, ids, inplace_backward=True, backend=kernel.backend)
+    for logits in (base, base.transpose(0, 1).contiguous().transpose(0, 1), base[:, 1:]):
+        token_log_probs(
+            logits, ids[:, : logits.shape[1]], inplace_backward=True, backend=kernel.backend
+        )

@@ -1,0 +1,62 @@
+"""Sizes at which kernels change: many rows, one token, odd lengths, a step of everything."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from batches import policy_results, random_batch
+from every_function import CONFIG, everything
+
+# More rows than a grid's second dimension, one row, one token, odd sizes, one step that is huge.
+_SIZES = {
+    "70001x3": (70_001, 3, 2.0),
+    "1x1": (1, 1, 2.0),
+    "1x7": (1, 7, 2.0),
+    "13x1": (13, 1, 2.0),
+    "5x1023": (5, 1023, 300.0),
+    "3x4099": (3, 4099, 2.0),
+}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("size", _SIZES)
+def test_sizes(kernel, size):
+    rows, length, mean_step = _SIZES[size]
+    if kernel.interpreted and rows > 10_000:
+        pytest.skip("the interpreter takes minutes for that many rows")
+    batch = random_batch(15, rows, length, mean_step=mean_step, dtype=torch.float64)
+    exact = everything(batch, "reference")
+    found = everything(batch.to(torch.float64, kernel.device), kernel.backend)
+    for name, value in exact.items():
+        scale = float(value.abs().max()) if value.numel() else 1.0
+        torch.testing.assert_close(
+            found[name].cpu(),
+            value,
+            rtol=1e-9,
+            atol=1e-11 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("form", ["one-huge-step", "steps-of-one-token", "one-step-among-many"])
+def test_extreme_steps(kernel, form):
+    total = 1_000_003 if form == "one-huge-step" else 50_003
+    if kernel.interpreted:
+        total = 6_001
+    mask = torch.ones((1, total), dtype=torch.bool)
+    if form == "steps-of-one-token":
+        mask[:, 1::2] = False
+    elif form == "one-step-among-many":
+        mask[:, : total // 2 : 2] = False
+    batch = random_batch(16, mask=mask, log_ratios=(-0.4, 0.4), dtype=torch.float64)
+    config = dataclasses.replace(CONFIG, reduction="token_mean")
+    moved = batch.to(torch.float64, kernel.device)
+    for masked in (False, True):
+        exact = policy_results(batch, config, "reference", masked=masked)
+        found = policy_results(moved, config, kernel.backend, masked=masked)
+        for name, value in exact.items():
+            scale = float(value.abs().max())
+            torch.testing.assert_close(found[name].cpu(), value, rtol=1e-9, atol=1e-11 * scale)
