@@ -1,9 +1,9 @@
 """Compile what the Triton launchers launch, for GPUs that need not be there, and read the result.
 
-Run as a script, in a process without TRITON_INTERPRET: `python compiled_kernels.py ARCH...` prints
-JSON. The launchers run on CPU tensors, with the launch itself replaced by a recorder: so
-what is compiled is what a GPU would be asked to run. `benchmarks/triton_account.py` reads the
-machine code of the same launches.
+Run as a script, in a process without TRITON_INTERPRET: `python compiled_kernels.py ARCH` prints
+JSON, and without ARCH the keys of Triton's cache. The launchers run on CPU tensors, with the launch
+itself replaced by a recorder: so what is compiled is what a GPU would be asked to run.
+`benchmarks/triton_account` reads the machine code of the same launches.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ LOGITS_SHAPES = (
     [(2, 3, 4099), (1, 5, 50_257), (3, 1, 151_669), (7, 2, 32_001), (2, 17, 129)],
 )
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Compiled with everything that can be asked; the others with every pair of what can be asked.
+WHOLE = "sm_90"
 # What a row of logits may carry beside its token.
 CARRIED = ("mask", "temperatures", "rows")
 # A processor of sm_90: registers, bytes of shared memory, warps and blocks at most.
@@ -173,26 +175,29 @@ def logits(
     )
 
 
-def logits_launches(shape: tuple[int, int, int]) -> list[Launch]:
+def logits_launches(shape: tuple[int, int, int], *, whole: bool = True) -> list[Launch]:
     """Return launches of the kernels that read logits: on aligned rows, with all that can be asked.
 
     What rows carry is read in one way whatever the dtype: in bf16 they carry any choice, else all.
-    Rows that are not aligned have every dtype, two of them with everything only.
+    Rows that are not aligned have every dtype, two of them with everything only. Where the launches
+    need not be whole, aligned rows have each pair of dtype, entropy and softcap, carry all or
+    nothing, and rows that are not aligned have everything only.
     """
     work = list(itertools.product((False, True), repeat=2))
     is_aligned = shape[2] % 16 == 0
     choices = [
         carried
-        for count in range(len(CARRIED) if is_aligned else 0)
+        for count in range((len(CARRIED) if whole else 1) if is_aligned else 0)
         for carried in itertools.combinations(CARRIED, count)
     ]
 
     def everything() -> None:
-        for dtype in LOGITS_DTYPES:
-            is_first = is_aligned or dtype in (torch.bfloat16, torch.float32)
+        for at, dtype in enumerate(LOGITS_DTYPES):
+            is_first = is_aligned or (whole and dtype in (torch.bfloat16, torch.float32))
             for entropy, softcap in work if is_first else work[-1:]:
-                logits(shape, dtype, entropy=entropy, softcap=softcap)
-        for entropy, softcap in work:
+                if whole or not is_aligned or (at + entropy + softcap) % 2 == 0:
+                    logits(shape, dtype, entropy=entropy, softcap=softcap)
+        for entropy, softcap in work if whole else (work[0], work[-1]):
             logits(shape, torch.float32, entropy=entropy, softcap=softcap, halved=True)
         for carried, (entropy, softcap) in zip(choices, itertools.cycle(work), strict=False):
             logits(shape, torch.bfloat16, entropy=entropy, softcap=softcap, carried=carried)
@@ -357,29 +362,31 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def main(architectures: list[str]) -> None:
-    """Print the reports for the architectures, and the keys of launches on rows of other lengths.
+def reports(arch: str) -> list[dict[str, Any]]:
+    """Return what `compiled` finds for an architecture, once for each kernel that it caches."""
+    launch.warp_size = TARGETS[arch].warp_size
+    every = [
+        *launches(),
+        *(
+            each
+            for group in LOGITS_SHAPES
+            for each in logits_launches(group[0], whole=arch == WHOLE)
+        ),
+    ]
+    distinct = {specialized(each, TARGETS[arch])[2]: each for each in every}
+    return [compiled(each, arch)[1] for each in distinct.values()]
+
+
+def keys_by_size() -> dict[str, list[Any]]:
+    """Return the keys of launches on rows of each length, and on logits of each shape.
 
     The lengths are alike in what a kernel may depend on: divisible by 16 or not.
     """
-    reports = []
-    for arch in architectures:
-        launch.warp_size = TARGETS[arch].warp_size
-        every = [
-            *launches(),
-            *(each for group in LOGITS_SHAPES for each in logits_launches(group[0])),
-        ]
-        distinct = {specialized(each, TARGETS[arch])[2]: each for each in every}
-        reports += [compiled(each, arch)[1] for each in distinct.values()]
-    found = {
-        "reports": reports,
-        "keys": [keys(launches(length)) for length in LENGTHS],
-        "logits_keys": [
-            [keys(logits_launches(shape)) for shape in group] for group in LOGITS_SHAPES
-        ],
+    return {
+        "lengths": [keys(launches(length)) for length in LENGTHS],
+        "logits": [[keys(logits_launches(shape)) for shape in group] for group in LOGITS_SHAPES],
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(json.dumps(reports(sys.argv[1]) if len(sys.argv) > 1 else keys_by_size()))

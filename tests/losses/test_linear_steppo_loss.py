@@ -451,15 +451,15 @@ def test_inside_a_compiled_function(kernel):
     assert Error.between(found, expected).largest <= 1e-5
 
 
-@pytest.mark.parametrize("outlier", [64.0, 150.0])
+@pytest.mark.parametrize("outlier", [1024.0, 2400.0])
 def test_half_precision_sums_over_rows_that_leave_its_range(kernel, outlier):
     """A dimension that is large in all rows, as final norms have them, and one word in all."""
     generator = torch.Generator().manual_seed(1)
-    hidden = 0.1 * torch.randn((16, 64, 6), generator=generator)
+    hidden = 0.1 * torch.randn((4, 16, 6), generator=generator)
     hidden[..., 0] = outlier
-    hidden, weight = hidden.half(), (0.02 * torch.randn((9, 6), generator=generator)).half()
-    layout = StepLayout.from_mask(torch.ones(16, 64, dtype=torch.bool), backend="reference")
-    ids = torch.zeros((16, 64), dtype=torch.int64)
+    hidden, weight = hidden.half(), (0.002 * torch.randn((9, 6), generator=generator)).half()
+    layout = StepLayout.from_mask(torch.ones(4, 16, dtype=torch.bool), backend="reference")
+    ids = torch.zeros((4, 16), dtype=torch.int64)
 
     def gradient(dtype, device, backend):
         leaf = weight.to(device, dtype).requires_grad_()
@@ -468,7 +468,7 @@ def test_half_precision_sums_over_rows_that_leave_its_range(kernel, outlier):
             leaf,
             ids.to(device),
             None,
-            torch.ones(16, device=device),
+            torch.ones(4, device=device),
             layout.to(device),
             backend=backend,
         ).loss
