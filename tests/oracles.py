@@ -213,7 +213,7 @@ def policy_loss(
     normalizer: float | None = None,
     ratio_center: float | None = None,
 ) -> dict[str, Tensor]:
-    """Return what `steppo_kernels.testing.policy_results` returns with a layout, in fp64."""
+    """Return what `batches.policy_results` returns with a layout, in fp64."""
     new, old = log_probs.reshape(-1).tolist(), old_log_probs.reshape(-1).tolist()
     ref = None if ref_log_probs is None else ref_log_probs.reshape(-1).tolist()
     bonus = None if entropy is None else entropy.reshape(-1).tolist()

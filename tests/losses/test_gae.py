@@ -293,7 +293,7 @@ def test_equal_advantages_whiten_to_zero(target):
 
 
 def test_an_empty_response_keeps_its_reward(target):
-    mask = torch.fp64([[1, 1], [0, 0], [1, 1]], device=target.device, dtype=torch.bool)
+    mask = torch.tensor([[1, 1], [0, 0], [1, 1]], device=target.device, dtype=torch.bool)
     layout = StepLayout.from_rows(mask, [0, 0, 0], [0, 1, 2], backend=target.backend)
     rewards = fp64([[0.0, 0.0], [5.0, torch.nan], [0.0, 0.0]], target.device)
     found = step_gae(

@@ -20,6 +20,5 @@ STEPPO_SANITIZE=address,undefined "$bin/python" setup.py --quiet build \
 LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so) $("$cxx" -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 STEPPO_SANITIZED=1 \
   PYTHONPATH="$out/lib" TRITON_INTERPRET=0 "$bin/pytest" -q -p no:cacheprovider \
-  -n 2 -k "cpu and not compile and not opcheck and not instruction_set" \
-  tests --ignore tests/test_demo.py --ignore tests/test_cli.py --ignore tests/test_validate.py \
-  --ignore tests/test_memory.py --ignore-glob "tests/test_transformers*.py" --ignore tests/test_example.py
+  -n 2 -k "cpu and not compile and not opcheck" --ignore tests/rules/test_memory.py \
+  tests/backends tests/ground tests/layout tests/log_probs tests/losses tests/peers tests/rules

@@ -63,7 +63,7 @@ def test_what_is_not_finite_shows_on_policy_from_hidden_states(target, ratio):
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn((1, 4, 3), generator=generator, dtype=torch.float64).to(target.device)
     weight = torch.randn((7, 3), generator=generator, dtype=torch.float64).to(target.device)
-    ids = torch.fp64([[1, 2, 3, 4]], device=target.device)
+    ids = torch.tensor([[1, 2, 3, 4]], device=target.device)
     broken = clean.clone()
     broken[0, 1, 0] = torch.nan
     found = []
