@@ -163,7 +163,7 @@ def poisoned_allocations(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     """Fill what the package allocates with NaN or garbage, so that an unwritten output shows."""
     if request.node.get_closest_marker("unpoisoned"):
         return
-    # What is kept for the next call would not be poisoned again.
+    # Memory kept for the next call would not be poisoned again.
     monkeypatch.setattr(memory, "KEPT_BYTES", 0)
     monkeypatch.setattr(memory, "KEPT_GRADIENT_BYTES", 0)
     for owner, name in (

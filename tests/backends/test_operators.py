@@ -205,7 +205,7 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
 
 
 def head_samples(batch: Batch) -> dict[str, list[tuple]]:
-    """Of the operators on logits."""
+    """Arguments of the operators on logits."""
     device, dtype = batch.mask.device, batch.log_probs.dtype
     # Few rows: the interpreter takes 50 ms for each.
     mask = batch.mask[:2, :5]
@@ -413,7 +413,7 @@ def test_compile_with_numbers_that_change(target):
 
 
 def test_compile_with_the_default_compiler(kernel):
-    """And with the backend left to the package."""
+    """The backend is left to the package."""
     if kernel.interpreted:
         pytest.skip("what is compiled around interpreted kernels is no different")
     torch._dynamo.reset()

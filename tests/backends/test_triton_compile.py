@@ -60,7 +60,7 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def reports(arch: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every kernel is when it is compiled for an architecture."""
+    """Every kernel as it is compiled for an architecture."""
     found = run_tool(tmp_path_factory.mktemp("triton"), arch)
     print("\n" + _table(found))
     return found
@@ -68,7 +68,7 @@ def reports(arch: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What Triton's cache knows launches by."""
+    """The keys by which Triton's cache knows launches."""
     return run_tool(tmp_path_factory.mktemp("triton"))
 
 
@@ -97,7 +97,7 @@ def test_logits_move_128_bits_at_a_time(reports: list[dict[str, Any]]) -> None:
         if kernel in cases:
             cases[kernel] += wide
             assert (report["wide_loads"] > 0) == wide, report
-            # What is written is a gradient or zeros; of fp32 logits perhaps as bf16.
+            # Gradients or zeros are written, those of fp32 logits perhaps as bf16.
             stores = (1 if "halved" in report["case"] else 2) * report["wide_loads"]
             stores = stores if "backward" in kernel else 0
             assert report["wide_stores"] == stores, report
@@ -107,7 +107,7 @@ def test_logits_move_128_bits_at_a_time(reports: list[dict[str, Any]]) -> None:
 def test_logits_are_compiled_with_all_that_can_be_asked(
     reports: list[dict[str, Any]], arch: str
 ) -> None:
-    """In every combination for the GPU of the account, in every pair for the others."""
+    """The GPU of the account has every combination, the others every pair."""
     cases = {
         (report["kernel"], report["case"][0], *(part in report["case"] for part in ASKED))
         for report in reports
@@ -161,12 +161,12 @@ def test_as_many_warps_fit_as_the_account_of_an_h100_says(reports: list[dict[str
                 seen.add(case)
                 assert report["warps"] >= expected[case], report
     assert seen == {case for case in expected if case[0] != "zeros"}
-    # Of two dtypes, forward and backward; backward of fp32 to bf16 besides.
+    # Forward and backward of two dtypes, and backward of fp32 to bf16.
     assert len(seen) == 2 * 4 * (2 * 2 + 1)
 
 
 def test_a_new_vocabulary_compiles_nothing(keys: dict[str, Any]) -> None:
-    """Nor do other numbers of rows, or strides: kernels depend on whether rows are aligned."""
+    """Kernels depend on whether rows are aligned, and not on their number or strides."""
     for group in keys["logits"]:
         assert all(each == group[0] for each in group)
 

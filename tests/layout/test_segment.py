@@ -60,7 +60,7 @@ def test_segment_ids(target, shape, ordered):
     found = segment.segment_ids(ids.to(target.device), rows.to(target.device), target.backend)
     expected = segment.segment_ids(ids, rows, "reference")
     if expected.counts[1] >= 0:
-        # Of ids that decrease, only the place of the first is used: for the error.
+        # The error names the place of the first id that decreases: only that is used.
         assert found.counts[1].item() == expected.counts[1].item()
     else:
         assert_equal(found, expected, target)
@@ -111,7 +111,7 @@ def test_compact(target, shape):
 
 @pytest.mark.parametrize("length", [33, 50])
 def test_rows_longer_than_a_block(kernel, length):
-    """What a row has open, and its largest id, are carried from block to block."""
+    """Each block hands a row's open step and its largest id on to the next."""
     generator = torch.Generator().manual_seed(length)
     tokens = torch.randint(0, 6, (2, length), generator=generator)
     # A step whose tokens lie in three blocks, and ids that grow across their borders.

@@ -102,7 +102,7 @@ def test_inplace_backward_of_a_slice_leaves_other_uses_alone(kernel):
 
 @pytest.mark.parametrize("why", ["hook", "retain_grad", "columns", "not a view", "offloaded"])
 def test_inplace_backward_where_a_slice_is_looked_at(kernel, why):
-    """Then autograd's own path is taken, or the same result comes of the other."""
+    """Where autograd cannot be passed by, its own path gives the same result."""
     seen = []
 
     def part(whole):

@@ -146,7 +146,7 @@ def test_without_counts_nothing_is_kept(monkeypatch):
 
 
 def test_the_weight_gets_its_gradient_without_a_copy(kernel):
-    """And in the next step in the same memory, whatever is in it by then."""
+    """The next step's gradient takes the same memory, whatever is in it by then."""
     case = head_case(4, rows=3, length=20).to(torch.float32, kernel.device)
     leaves = case.hidden, case.weight, case.bias
 
@@ -175,7 +175,7 @@ def test_the_weight_gets_its_gradient_without_a_copy(kernel):
 
 
 def test_compiled_code_with_changing_sizes(kernel):
-    """What is kept would become an input of the graph, of a size that it was not compiled for."""
+    """Kept memory would become an input of the graph, of a size that it was not compiled for."""
     weight = torch.randn((11, 6), device=kernel.device)
 
     def step(hidden, ids):

@@ -290,7 +290,7 @@ def test_confident_tokens_in_products_of_other_rows(kernel, live):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_autocast_leaves_double_precision(target, dtype):
-    """As `torch.nn.functional.linear` does; and nobody's inner products are cast twice."""
+    """So does `torch.nn.functional.linear`. No product inside is cast twice."""
     case = head_case(12).to(dtype, target.device)
     with torch.no_grad():
         with torch.autocast(target.device, torch.bfloat16):
@@ -331,7 +331,7 @@ def test_autocast_around_backward_alone(kernel):
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("vocabulary", [1000, 151_936, 10**7])
 def test_rows_of_a_chunk_are_a_share_of_the_memory(monkeypatch, backend, vocabulary):
-    """Of a bf16 head: logits in fp32, 256 MiB on a CPU, a sixteenth of a GPU, at least 128 rows."""
+    """A bf16 head takes 256 MiB of a CPU or a sixteenth of a GPU, and at least 128 rows."""
     device, budget = "cpu", 256 * 2**20
     if backend == "triton":
         device, budget = "cuda", 5 * 10**9

@@ -61,7 +61,7 @@ def test_nothing_has_the_size_of_the_logits_in_place(kernel):
 
 
 def step(logits, ids, mask, temperature, backend, inplace=False):
-    # Of what a model computes, as a leaf cannot be written to.
+    # A leaf cannot be written to; the output of a model can.
     logits = logits * 1.0
     log_probs, entropy = token_log_probs(
         logits[:, :-1],

@@ -13,7 +13,7 @@ from steppo_kernels.backends import operators
 @pytest.mark.parametrize("softcap", [0.0, 3.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
 def test_operator_gathers_rows(kernel, shared, softcap):
-    """As the loss from hidden states uses it: live rows move to the front of their own memory."""
+    """The loss from hidden states lets live rows move to the front of their own memory."""
     logits, ids = on(kernel, *draw(21, 8, 45))
     logits = logits.float().unsqueeze(0)
     temperatures = torch.linspace(0.5, 2.0, 8, device=kernel.device).double()
@@ -49,7 +49,7 @@ def test_operator_gathers_rows(kernel, shared, softcap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spread", [0.5, 5.0, 12.0])
 def test_softcap_error(kernel, dtype, spread):
-    """Of the operators, from logits much smaller to larger than the cap."""
+    """Logits go from much smaller to larger than the cap."""
     rows, cap = 20 if kernel.interpreted else 60, 5.0
     logits = spread * torch.randn((rows, 257), generator=torch.Generator().manual_seed(4))
     logits = logits.to(dtype)

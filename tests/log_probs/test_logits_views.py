@@ -133,7 +133,7 @@ def test_dtypes(target, dtype):
 
 
 def test_rows_do_not_depend_on_each_other(target):
-    """Nor on how they are cut into batches."""
+    """Batches may be cut anywhere."""
     logits, ids = on(target, *draw(20, 9, 70))
     whole = results(fused(target.backend), logits.float(), ids)
     for begin, end in ((0, 1), (1, 4), (4, 9)):

@@ -55,7 +55,7 @@ _CASES = {
 @pytest.mark.isa
 @grid(cover=1, case=list(_CASES), dtype=[torch.float32, *HALVES])
 def test_fp32_error_is_at_most_twice_that_of_plain_pytorch(kernel, case, dtype):
-    """And in half precision at most that of a softmax in that precision."""
+    """In half precision it is at most that of a softmax in that precision."""
     rows, vocabulary, scale, shift, temperature = _CASES[case]
     rows = min(rows, 20) if kernel.interpreted else rows
     sums, largest = {}, {}
@@ -156,7 +156,7 @@ _NOT_FINITE = {
 
 @grid(cover=1, case=list(_NOT_FINITE), dtype=DTYPES, padding={"short": 0, "long": 300})
 def test_logits_that_are_not_finite(target, case, dtype, padding):
-    """As torch has it; where p is 0, p log p and the gradient are 0."""
+    """The results are torch's. Where p is 0, p log p and the gradient are 0."""
     row, token = _NOT_FINITE[case]
     row = [-_INF if math.isinf(row[0]) else -1.0] * padding + row
     logits = torch.tensor([row, [0.5] * len(row)], dtype=dtype, device=target.device)
@@ -181,7 +181,7 @@ def test_logits_that_are_not_finite(target, case, dtype, padding):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_words_at_the_lowest_number_count_nothing(target, dtype):
-    """As at -inf, under any upstream gradient: how trainers write banned words."""
+    """Trainers ban words so. Under any upstream gradient they are as words at -inf."""
     row = [1.0, torch.finfo(dtype).min, 3.0, torch.finfo(dtype).min, 0.5]
     logits = torch.tensor([row], dtype=dtype, device=target.device)
     ids = torch.tensor([0], device=target.device)
@@ -211,7 +211,7 @@ def test_temperatures_by_token(target):
 @pytest.mark.parametrize("wanted", ["log_probs", "entropy", "both"])
 @pytest.mark.parametrize("expanded", [False, True], ids=["drawn", "one_number"])
 def test_upstream_gradients(target, wanted, expanded):
-    """Of one result or of both, different in every row or one number for all."""
+    """One result has them or both, different in every row or one number for all."""
     logits, ids = on(target, *draw(12, 7, 23))
     weights = torch.ones((2, 7)) * 0.5 if expanded else upstream(7).float()
     weights = weights.to(target.device)

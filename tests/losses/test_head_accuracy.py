@@ -164,7 +164,7 @@ def evaluate(case: Any, regime: Regime, way: str, backend: str, chunk: int | Non
         )
     names = ("hidden", "weight", "bias") if regime.bias is not None else ("hidden", "weight")
     gradients = case.gradients(output.loss, *names)
-    # What masked hidden states hold, and get, is another test's.
+    # Other tests look at masked hidden states.
     gradients["grad_hidden"] = gradients["grad_hidden"][case.mask]
     return found | {"loss": output.loss.detach()} | gradients
 

@@ -1,4 +1,4 @@
-"""What the step objective is in special cases, each written out plainly.
+"""Special cases of the step objective, each written out plainly.
 
 PPO on tokens, GSPO on sequences, the product and centered ratios, the reductions and penalties.
 """

@@ -11,7 +11,7 @@ from head_cases import head_case, new_tensors, plain_log_probs, plain_loss, prod
 from steppo_kernels import StepLayout, StepPOConfig, broadcast_to_tokens, linear_steppo_loss
 from steppo_kernels.config import RATIOS, REDUCTIONS
 
-# As wide as the log-ratios, so that some steps are clipped and some are not.
+# The clip is as wide as the log-ratios, so that some steps are clipped and some are not.
 _CONFIG = StepPOConfig(clip_low=0.05, clip_high=0.05)
 
 
@@ -148,7 +148,7 @@ def test_error_is_at_most_that_of_plain_pytorch(kernel, dtype, sizes):
     config = StepPOConfig(clip_low=0.05, clip_high=0.05)
     expected = plain(exact.to(torch.float64), config=config)
     case = exact.to(dtype, kernel.device)
-    # What is not the model's stays in fp32, as trainers keep it.
+    # Trainers keep these in fp32.
     for name in ("old_log_probs", "ref_log_probs", "advantages"):
         setattr(case, name, getattr(exact, name).float().to(kernel.device))
     found = run(case, kernel.backend, config=config, chunk_tokens=chunk)
@@ -161,7 +161,7 @@ def test_error_is_at_most_that_of_plain_pytorch(kernel, dtype, sizes):
 
 
 def test_the_weight_gradient_is_summed_in_fp32(kernel):
-    """With a chunk a token, a sum in bf16 would lose what is small against it."""
+    """A sum in bf16 over many chunks would lose what is small against it."""
     if kernel.interpreted:
         pytest.skip("a launch for every two of 960 rows takes the interpreter minutes")
     exact = head_case(11, rows=8, length=120, size=8, vocabulary=13, moved=0.0)

@@ -119,7 +119,7 @@ def everything(output, logits):
 
 @grid(cover=1, name=list(_CONFIGS), dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_is_the_loss_of_the_log_probs(target, masked, name, dtype):
-    """To the last bit, of `token_log_probs` and `steppo_loss` one after the other."""
+    """It has the bits of `token_log_probs` and `steppo_loss` one after the other."""
     config = _CONFIGS[name]
     case = draw(target, 1)
     case.logits = case.logits.to(dtype)
@@ -215,7 +215,7 @@ def test_no_action_token(target, masked):
 
 
 def test_clipped_steps_have_no_gradient(target):
-    """Nor are their logits read by backward."""
+    """Backward does not read their logits either."""
     case = draw(target, 5, moved=2.0)
     config = StepPOConfig(clip_low=0.01, clip_high=0.01)
     logits = case.logits.clone().requires_grad_()
@@ -330,7 +330,7 @@ def test_needs_no_gradient(target, masked):
 
 
 def test_micro_batches_add_up(target):
-    """With the normalizer of the whole batch."""
+    """Each part is given the normalizer of the whole batch."""
     if target.interpreted:
         pytest.skip("rows are cut outside of the kernels")
     case = draw(target, 11, dtype=torch.float64)
@@ -349,7 +349,7 @@ def test_micro_batches_add_up(target):
 
 
 def step(case, args, backend, inplace):
-    # Of what a model computes, as a leaf cannot be written to.
+    # A leaf cannot be written to; the output of a model can.
     output = steppo_loss_from_logits(
         case.logits * 1.0,
         *args,

@@ -29,7 +29,7 @@ def test_any_axes_take_each_combination_of_their_values(cover):
 
 
 def test_few_cases_cover_the_values_and_their_pairs():
-    """As many as the longest axis has values, and as the two longest have pairs."""
+    """They are as many as the longest axis has values, and as the two longest have pairs."""
     counts = [len(Grid(_AXES, cover, {}).cases(interpreted=True)) for cover in (1, 2)]
     assert counts == [4, 12]
     assert len(Grid(_AXES, 1, {}).cases()) == 3 * 4 * 2 * 2
@@ -51,7 +51,7 @@ def test_values_may_stand_for_an_axis():
 
 
 def test_the_interpreter_meets_every_value_of_every_grid_of_the_suite(request):
-    """As far as files were collected with this one."""
+    """Each grid of the files that were collected together with this one is looked at."""
     marks = [item.get_closest_marker("grid") for item in request.session.items]
     for (grid,) in {id(mark): mark.args for mark in marks if mark}.values():
         columns = zip(*(case.values for case in grid.cases(interpreted=True)), strict=True)

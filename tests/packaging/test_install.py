@@ -118,7 +118,7 @@ def test_wheel_with_a_compiler(source, tmp_path):
     real = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if real is None:
         pytest.skip("no C++ compiler")
-    # What is in the wheel does not depend on it, and optimizing takes most of the time.
+    # The wheel holds the same files without optimization, which takes most of the time.
     compiler = tmp_path / "quick-compiler"
     compiler.write_text(f'#!/bin/sh\nexec {real} "$@" -O0\n')
     compiler.chmod(0o755)

@@ -15,7 +15,7 @@ import torch
 from steppo_kernels.backends import choice
 
 _ROOT = Path(__file__).parents[2]
-# What does not depend on the kernels has no mark, and is not run again.
+# Tests that do not depend on the kernels have no mark and are not run again.
 _FOLDERS = ("layout", "log_probs", "losses", "peers", "rules")
 _CALL = (
     "import sys, torch; from steppo_kernels import StepLayout; "
@@ -87,7 +87,7 @@ def test_unknown_instruction_set_on_the_command_line():
     assert found.stdout == ""
 
 
-# What compilers put into every object: a pointer to data, and a call of std::terminate.
+# Compilers put these into every object: a pointer to data, and a call of std::terminate.
 _HARMLESS = re.compile(r"DW\.ref\.|__clang_call_terminate$")
 
 

@@ -25,7 +25,7 @@ from steppo_kernels import (
 
 FROM_LOGITS = [token_log_probs, steppo_loss_from_logits]
 LINEAR = [linear_token_log_probs, linear_steppo_loss]
-# As wide as some of the steps need: the gradients of others are 0.
+# The clip is as wide as some of the steps need: the gradients of others are 0.
 _CONFIG = StepPOConfig(clip_low=0.1, clip_high=0.1)
 
 of_all = grid(function=FROM_LOGITS + LINEAR)
@@ -246,7 +246,7 @@ def test_weight_gradient_summed_in_bf16(kernel, function):
 
 @grid(cover=1, function=LINEAR, chunk=[None, 4])
 def test_bias_gradient_summed_in_bf16(kernel, function, chunk):
-    """As that of the weight: at most twice the error of bf16 rows that are summed in fp32."""
+    """It errs at most twice as much as bf16 rows that are summed in fp32."""
     call, expected = many_rows(function, kernel, 64 if kernel.interpreted else 3000, alike=False)
     logits = call.leaves["hidden"].double() @ call.leaves["weight"].double().t()
     logits = logits + call.leaves["bias"].double()

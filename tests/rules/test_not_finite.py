@@ -37,7 +37,7 @@ def test_a_nan_on_an_action_token_reaches_its_step_and_the_loss(target):
 @pytest.mark.parametrize("ratio", ["geometric", "centered"])
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf], ids=str)
 def test_what_is_not_finite_shows_on_policy(target, value, ratio):
-    """In its step and in the loss; other steps have the ratio 1 that they have without it."""
+    """It shows in its step and in the loss. Other steps keep their ratio of 1."""
     mask, layout = two_steps(target)
     config = StepPOConfig(ratio=ratio)
     for steps, advantages in ((layout, [1.0, 1.0]), (mask, [[1.0] * 4])):

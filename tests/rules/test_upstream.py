@@ -49,7 +49,7 @@ def test_gradients_accumulate_and_do_not_share_memory(target):
 
 
 def test_gradients_may_be_clipped_between_backward_passes(target):
-    """What is done to .grad in place stays there: it is no part of the graph."""
+    """Changes of .grad in place stay there: it is no part of the graph."""
     batch = random_batch(10, 6, 30, device=target.device)
     for loss, inputs in losses(batch, target):
         first = torch.autograd.grad(loss, inputs, retain_graph=True)
@@ -67,7 +67,7 @@ def test_gradients_may_be_clipped_between_backward_passes(target):
 
 
 def test_loss_modified_in_place(target):
-    """As trainers do: they add the losses of micro-batches, and divide."""
+    """Trainers add the losses of micro-batches in place, and divide them."""
     batch = random_batch(11, 6, 30, dtype=torch.float64, device=target.device)
     pairs = zip(losses(batch, target), losses(batch, target), strict=True)
     for (loss, inputs), (again, inputs_again) in pairs:
