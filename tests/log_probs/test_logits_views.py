@@ -21,7 +21,7 @@ _VIEWS = {
     "rows and columns swapped": lambda z: z.transpose(0, 1),
     "one row": lambda z: z[1, 2],
     "two dimensions": lambda z: z[:, 3],
-    "four dimensions": lambda z: z.view(3, 2, 2, -1)[:, :, 1:],
+    "four dimensions": lambda z: z.view(2, 2, 2, -1)[:, :, 1:],
     "an entry that is not contiguous": lambda z: z.transpose(1, 2),
     "every other logit": lambda z: z[..., ::2],
 }
@@ -29,7 +29,7 @@ _VIEWS = {
 
 @grid(cover=1, view=list(_VIEWS), dtype=[torch.float32, torch.bfloat16])
 def test_views_are_as_their_copies(target, view, dtype):
-    base = draw(4, 12, 41)[0].to(target.device, dtype).view(3, 4, 41)
+    base = draw(4, 8, 41)[0].to(target.device, dtype).view(2, 4, 41)
     viewed = _VIEWS[view](base)
     shape = viewed.shape[:-1]
     ids = torch.arange(shape.numel(), device=target.device).view(shape) % viewed.shape[-1]

@@ -108,6 +108,7 @@ def test_loops(
 
 
 @grid(
+    cover=1,
     ratio=RATIOS,
     reduction=REDUCTIONS,
     dual_clip={"no-dual-clip": None, "dual-clip": 1.5},

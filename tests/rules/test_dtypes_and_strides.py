@@ -21,23 +21,24 @@ from steppo_kernels import (
 
 @grid(view=["transposed", "strided", "sliced", "flat", "expanded"])
 def test_inputs_of_any_strides(target, view):
-    batch = random_batch(4, 8, 20, device=target.device)
+    rows, length = 4, 12
+    batch = random_batch(4, rows, length, device=target.device)
     expected = everything(batch, target.backend)
 
     def as_view(value):
         if view == "transposed":
             return value.T.contiguous().T
         if view == "strided":
-            wide = torch.full((8, 40), torch.nan, device=target.device)
+            wide = torch.full((rows, 2 * length), torch.nan, device=target.device)
             wide[:, ::2] = value
             return wide[:, ::2]
         if view == "sliced":
-            larger = torch.full((10, 33), torch.nan, device=target.device)
-            larger[1:9, 5:25] = value
-            return larger[1:9, 5:25]
+            larger = torch.full((rows + 2, length + 9), torch.nan, device=target.device)
+            larger[1:-1, 5:-4] = value
+            return larger[1:-1, 5:-4]
         if view == "flat":
             return value.reshape(-1)
-        return value[None].expand(1, 8, 20)[0]
+        return value[None].expand(1, rows, length)[0]
 
     viewed = {name: as_view(getattr(batch, name)) for name in (*ON_TOKENS, "rewards")}
     log_probs, entropy = (
@@ -59,7 +60,7 @@ def test_inputs_of_any_strides(target, view):
         grads = torch.autograd.grad(result.loss, (log_probs, entropy))
         assert torch.equal(result.loss, expected[f"loss, {masked=}"])
         for grad, name in zip(grads, ("grad_log_probs", "grad_entropy"), strict=True):
-            assert torch.equal(grad.reshape(8, 20), expected[f"{name}, {masked=}"])
+            assert torch.equal(grad.reshape(rows, length), expected[f"{name}, {masked=}"])
     gae = step_gae(
         viewed["rewards"],
         viewed["values"],
@@ -78,7 +79,7 @@ def test_inputs_of_any_strides(target, view):
     )
     result.loss.backward()
     assert torch.equal(result.loss, expected["value loss"])
-    assert torch.equal(values.grad.reshape(8, 20), expected["grad_values"])
+    assert torch.equal(values.grad.reshape(rows, length), expected["grad_values"])
     per_step = torch.stack((batch.advantages, batch.returns), 1)[:, 0]
     spread = broadcast_to_tokens(per_step, batch.layout, backend=target.backend)
     assert torch.equal(spread, expected["broadcast"])
