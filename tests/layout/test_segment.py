@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import ragged_mask
+from grids import grid
 
 from steppo_kernels import StepLayout
 from steppo_kernels.layout import segment
@@ -13,11 +14,11 @@ pytestmark = pytest.mark.isa
 
 # One row, many rows, rows of one token, and rows longer than any block of a kernel.
 _SHAPES = [(1, 1), (5, 7), (3, 2049), (1, 5000), (97, 31), (3000, 1)]
+_NO_TOKENS = [(0, 4), (4, 0)]
 
 
-def skip_in_interpreter(target, shape):
-    if target.interpreted and shape[0] * shape[1] > 50:
-        pytest.skip("the interpreter takes minutes for that many tokens and rows")
+# The interpreter takes minutes for the others; `test_rows_longer_than_a_block` has its blocks.
+_FEW = {"shape": [(1, 1), (5, 7)]}
 
 
 def uneven_rows(numel: int, generator: torch.Generator) -> torch.Tensor:
@@ -33,10 +34,8 @@ def assert_equal(found, expected, target):
         assert torch.equal(value.cpu(), wanted), name
 
 
-@pytest.mark.parametrize("shape", _SHAPES, ids=str)
-@pytest.mark.parametrize("with_boundaries", [False, True], ids=["runs", "boundaries"])
+@grid(interpreted=_FEW, shape=_SHAPES, with_boundaries={"runs": False, "boundaries": True})
 def test_segment_mask(target, shape, with_boundaries):
-    skip_in_interpreter(target, shape)
     generator = torch.Generator().manual_seed(shape[1])
     mask = ragged_mask(*shape, mean_step=40, generator=generator).reshape(-1)
     rows = uneven_rows(mask.numel(), generator)
@@ -46,10 +45,8 @@ def test_segment_mask(target, shape, with_boundaries):
     assert_equal(found, segment.segment_mask(mask, opens, rows, "reference"), target)
 
 
-@pytest.mark.parametrize("shape", _SHAPES, ids=str)
-@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "decreasing"])
+@grid(interpreted=_FEW, shape=_SHAPES, ordered={"ordered": True, "decreasing": False})
 def test_segment_ids(target, shape, ordered):
-    skip_in_interpreter(target, shape)
     generator = torch.Generator().manual_seed(shape[1])
     numel = shape[0] * shape[1]
     rows = uneven_rows(numel, generator)
@@ -66,10 +63,12 @@ def test_segment_ids(target, shape, ordered):
         assert_equal(found, expected, target)
 
 
-@pytest.mark.parametrize("shape", [*_SHAPES, (0, 4), (4, 0)], ids=str)
-@pytest.mark.parametrize("padded", [False, True], ids=["all-valid", "padded"])
+@grid(
+    interpreted={"shape": [*_FEW["shape"], *_NO_TOKENS]},
+    shape=[*_SHAPES, *_NO_TOKENS],
+    padded={"all-valid": False, "padded": True},
+)
 def test_segment_rows(target, shape, padded):
-    skip_in_interpreter(target, shape)
     generator = torch.Generator().manual_seed(shape[1])
     mask = torch.rand(shape, generator=generator) < 0.6
     valid = torch.rand(shape[0], generator=generator) < 0.7 if padded else None
@@ -79,10 +78,8 @@ def test_segment_rows(target, shape, padded):
     assert_equal(found, segment.segment_rows(mask, valid, "reference"), target)
 
 
-@pytest.mark.parametrize("shape", _SHAPES, ids=str)
-@pytest.mark.parametrize("start", [[1], [1, 2], [0, 1, 0]], ids=str)
+@grid(interpreted=_FEW, shape=_SHAPES, start=[[1], [1, 2], [0, 1, 0]])
 def test_mark_actions(target, shape, start):
-    skip_in_interpreter(target, shape)
     generator = torch.Generator().manual_seed(shape[1])
     ids = torch.randint(6, (shape[0] * shape[1],), generator=generator)
     rows = uneven_rows(ids.numel(), generator)
@@ -93,9 +90,8 @@ def test_mark_actions(target, shape, start):
     assert torch.equal(found.cpu(), segment.mark_actions(ids, rows, marker, 5, "reference"))
 
 
-@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@grid(interpreted=_FEW, shape=_SHAPES)
 def test_compact(target, shape):
-    skip_in_interpreter(target, shape)
     generator = torch.Generator().manual_seed(shape[1])
     mask = ragged_mask(*shape, mean_step=40, generator=generator).reshape(-1)
     rows = torch.arange(shape[0] + 1) * shape[1]

@@ -16,8 +16,8 @@ _FOLDERS = ("steppo_kernels", "csrc", "python", "tests", "tools", "benchmarks", 
 _SUFFIXES = {".py", ".pyi", ".cpp", ".cu", ".h", ".cuh", ".inc"}
 _LINES = 500
 _UNFORMATTED = 40
-# Folders of tests that ask something of every wing, and the one of the modules outside of wings.
-_ACROSS = {"rules", "peers", "packaging", "native", "ground"}
+# Folders of tests that ask something of every wing, and that of the modules below the wings.
+_ACROSS = {"docs", "ground", "native", "packaging", "peers", "rules"}
 
 
 def sources() -> Iterator[Path]:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from batches import policy_results, random_batch
 from every_function import CONFIG, everything
+from grids import grid
 
-# More rows than a grid's second dimension, one row, one token, odd sizes, one step that is huge.
+# More rows than a grid's second dimension, which take the interpreter minutes. One row, one token,
+# odd sizes, one step that is huge.
 _SIZES = {
     "70001x3": (70_001, 3, 2.0),
     "1x1": (1, 1, 2.0),
@@ -21,11 +23,9 @@ _SIZES = {
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("size", _SIZES)
+@grid(interpreted={"size": list(_SIZES)[1:]}, size=list(_SIZES))
 def test_sizes(kernel, size):
     rows, length, mean_step = _SIZES[size]
-    if kernel.interpreted and rows > 10_000:
-        pytest.skip("the interpreter takes minutes for that many rows")
     batch = random_batch(15, rows, length, mean_step=mean_step, dtype=torch.float64)
     exact = everything(batch, "reference")
     found = everything(batch.to(torch.float64, kernel.device), kernel.backend)
