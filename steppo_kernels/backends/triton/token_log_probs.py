@@ -131,9 +131,10 @@ def _softcap(b_logit, cap, high, low):
         b_r = 1.0 / (1.0 + b_e)
         b_tanh = (1.0 - b_e) * b_r
     else:
-        b_x = b_logit.to(tl.float32)
-        # Of an infinite logit, the second product would be an infinity of the other sign, or NaN.
-        b_u = b_x * high + tl.where(tl.abs(b_x) < float("inf"), b_x * low, 0.0)
+        # Of an infinite logit, the products would be infinities of different signs.
+        b_x = tl.maximum(b_logit.to(tl.float32), -3.4e38, propagate_nan=tl.PropagateNan.ALL)
+        b_x = tl.minimum(b_x, 3.4e38, propagate_nan=tl.PropagateNan.ALL)
+        b_u = b_x * high + b_x * low
         b_e = tl.exp2(tl.abs(b_u) * (-2.0 * _LOG2_E))
         # A division costs twice as much: 1 + e is neither large nor small.
         b_root = tl.rsqrt(1.0 + b_e)
@@ -239,6 +240,19 @@ def token_log_probs_kernel(
 
 
 @triton.jit
+def _times(x, factor, dtype):
+    """Return x times an fp64 factor in `dtype`.
+
+    Where the factor alone leaves its range, that is the end of the range, which 0 times is 0.
+    """
+    product = (x.to(tl.float64) * factor).to(dtype)
+    if dtype == tl.float32:
+        is_beyond = (tl.abs(product) == float("inf")) & (tl.abs(x) < float("inf"))
+        product = tl.where(is_beyond, tl.where(product < 0, -3.4e38, 3.4e38), product)
+    return product
+
+
+@triton.jit
 def _expm1(b_x):
     """Return e^x - 1, accurate however small x is."""
     return tl.where(b_x > -0.5, b_x + expm1_minus(b_x), tl.exp(b_x) - 1.0)
@@ -295,16 +309,15 @@ def token_log_probs_backward_kernel(
     if is_live:
         p_row = p_logits + _row_start(i_from, row_length, stride_b, stride_t, ALIGNED, BK)
         inverse, scale, cap, high, low = _scalars(p_temperatures, i_from, inverse, softcap, dtype)
-        factor = inverse.to(dtype)
         # Between logits, differences are exact where e^z is not small.
         top = tl.load(p_top + i_from).to(dtype)
         log_sum = (tl.load(p_log_sum + i_from) * _LOG2_E).to(dtype)
         token = tl.load(p_ids + i_from)
         m_valid = (token >= 0) & (token < num_columns)
-        slope = tl.where(m_valid, -slope, float("nan"))
+        slope = tl.where(m_valid, _times(slope, -inverse, dtype), float("nan"))
         if p_grad_entropy is not None:
-            entropy_part = -entropy_slope * tl.load(p_entropy + i_from)
-            entropy_slope = -entropy_slope * _LN_2
+            entropy_part = _times(entropy_slope * tl.load(p_entropy + i_from), -inverse, dtype)
+            entropy_slope = _times(entropy_slope, -inverse * _LN_2, dtype)
         for i_chunk in range(0, num_columns, BR * BK):
             b_logit = _load(p_row, b_column, i_chunk, num_columns, ALIGNED, BK)
             if HALVED:
@@ -323,9 +336,7 @@ def token_log_probs_backward_kernel(
                 b_less = tl.where(m_token, b_minus[:, None], b_p)
             b_grad = slope * b_less
             if p_grad_entropy is not None:
-                b_grad += b_p * (entropy_slope * tl.maximum(b_d, _FAR) + entropy_part)
-            # The factor may be infinite where words of probability 0 have no gradient.
-            b_grad = tl.where(b_grad == 0, 0.0, b_grad * factor)
+                b_grad += (b_p * tl.maximum(b_d, _FAR)) * entropy_slope + b_p * entropy_part
             if SOFTCAP:
                 b_grad = b_grad * b_bend
             m_in = _inside(b_column, i_chunk, num_columns, ALIGNED, BK)
