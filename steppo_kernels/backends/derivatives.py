@@ -61,7 +61,8 @@ def keep_inputs(ctx: Any, *inputs: Tensor | None) -> None:
 
 def kept_inputs(ctx: Any) -> tuple[Tensor | None, ...]:
     """Return what `keep_inputs` kept."""
-    inputs: tuple[Tensor | None, ...] = ctx.kept_inputs
+    # A forward that was compiled kept none.
+    inputs: tuple[Tensor | None, ...] = getattr(ctx, "kept_inputs", ())
     return inputs
 
 

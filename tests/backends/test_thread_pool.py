@@ -204,7 +204,8 @@ for _ in range(2):
         os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert call(4)
-    assert threads_now() == before
+    # A thread of somebody else may have ended meanwhile.
+    assert threads_now() <= before
 """
     run(program)
 
