@@ -74,6 +74,7 @@ _FILTERS = (
     # torch's compiler where it is imported and where it traces an autograd function.
     "default:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "default:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "default:`torch.jit.script` is deprecated:DeprecationWarning",
     "default:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
 )
 

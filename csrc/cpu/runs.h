@@ -1,7 +1,6 @@
 // Runs of ones in a mask, 64 tokens at a time: the bits of a word show where runs begin and end.
 //
-// What the caller's bool tensor holds may be bytes of any value, and what is not 0 is true there.
-// So a mask is only looked at as bytes.
+// A mask is read as bytes, and what is not 0 is one of the ones.
 #pragma once
 
 #if defined(__AVX2__)

@@ -7,6 +7,10 @@ lives outside, in the public functions: an operator returns what backward needs.
 A launcher is the function ``<name>`` in ``<stem>.py`` of the backend's folder. It takes checked,
 contiguous tensors on one device and the schema's arguments without the last, `backend`. To add an
 operator: a row below, a launcher per backend, and tests.
+
+The reference has two ways. Its layouts, broadcasts and advantages are launchers like those of the
+other backends. Its losses and log-probs are called by the public functions themselves, with the
+config as it is, and autograd differentiates them.
 """
 
 from __future__ import annotations
@@ -170,7 +174,7 @@ def step_gae(
     whiten: bool,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.gae`."""
+    """Fake: see `steppo_kernels.step_gae`."""
     num_steps = state_index.shape[0]
     return values.new_empty((num_steps,)), values.new_empty((num_steps,))
 
@@ -197,7 +201,7 @@ def value_loss(
     need_grad: bool,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.value_loss`.
+    """Fake: see `steppo_kernels.step_value_loss`.
 
     The gradient is `grad_values` (of the shape of `values`, empty without `need_grad`) times
     `grad_scale`.
@@ -255,7 +259,7 @@ def policy_loss(
     need_entropy_grad: bool,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.policy_loss`. `dual_clip` 0 is off.
+    """Fake: see `steppo_kernels.steppo_loss`. `dual_clip` 0 is off.
 
     The gradients of the loss are `grad_log_probs` and `grad_entropy` (``[N]``, 0 at masked tokens,
     empty where not needed) times `grad_scale`: so the normalizer may be known last.
@@ -389,8 +393,8 @@ def head_logits(
 
     `hidden` ``[n, d]`` and `logits` ``[n, V]`` are contiguous, `weight` ``[V, d]`` may be strided.
     `logits` has the dtype of the others, or is fp32 and theirs a half precision: then products are
-    summed in fp32 and not rounded (`steppo_kernels.lm_head.logits_dtype` is what a backend does
-    well).
+    summed in fp32 and not rounded (`logits_dtype` in `log_probs/lm_head.py` says what a backend
+    does well).
     """
 
 

@@ -129,7 +129,6 @@ class _Batch:
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
-    step_rows: Tensor
 
 
 class Trainer:
@@ -240,7 +239,6 @@ class Trainer:
             old_values=old_values,
             advantages=estimate.advantages,
             returns=estimate.returns,
-            step_rows=layout.state_index // rollouts.token_ids.shape[1],
         )
 
     def _update(self, batch: _Batch) -> dict[str, float]:
@@ -253,7 +251,7 @@ class Trainer:
                 # Ascending, so that the minibatch's steps come in the order of the batch's.
                 rows = part.sort().values
                 columns = int(lengths[rows].max())
-                steps = torch.isin(batch.step_rows, rows)
+                steps = torch.isin(batch.layout.step_rows, rows)
 
                 def pick(table: Tensor, rows: Tensor = rows, columns: int = columns) -> Tensor:
                     return table[rows, :columns]
@@ -305,7 +303,7 @@ class Trainer:
             range(len(self.envs)),
             key=lambda i: (rollouts.outcomes[i] == "goal", rollouts.turns[i]),
         )
-        steps = (batch.step_rows == row).nonzero().squeeze(-1)
+        steps = (batch.layout.step_rows == row).nonzero().squeeze(-1)
         states = self.agent.states(rollouts.token_ids, rollouts.attention_mask)
         update = steppo_loss(
             self.agent.log_probs(states, rollouts.token_ids, rollouts.action_mask),

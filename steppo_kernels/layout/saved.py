@@ -63,6 +63,9 @@ def _check_values(steps: StepTensors) -> None:
     ids = torch.full((num_positions,), -1, dtype=torch.int32, device="cpu")
     ids[steps.token_index] = torch.repeat_interleave(numbers, steps.step_offsets.diff())
     _require("step_ids", torch.equal(ids, steps.step_ids.reshape(-1)))
+    places = (ids >= 0).nonzero().squeeze(1)
+    stays = csr.group_of(places, steps.row_offsets).diff() == 0
+    _require("step_ids", not bool((stays & (ids[places].diff() < 0)).any()))
     rows = csr.group_of(steps.token_index, steps.row_offsets)
     goes_on = (rows.diff() == 0) & (ids[steps.token_index].diff() == 0)
     _require("token_index", not bool((goes_on & (steps.token_index.diff() < 0)).any()))

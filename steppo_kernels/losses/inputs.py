@@ -98,7 +98,7 @@ def check_loss_inputs(
     else:
         held = require_layout(layout)
         num_steps, shape, device = held.num_steps, held.shape, held.device
-    dtype = checks.compute_dtype(checks.floating(name, values, device))
+    dtype = checks.compute_dtype(checks.floating(name, values, device, saved=False))
     chosen = resolve(backend, device)
     old, ref = None, None
     if old_log_probs is not None:

@@ -123,6 +123,20 @@ def test_a_damaged_layout_is_refused_when_it_is_loaded(damage):
         torch.load(file, weights_only=False)
 
 
+def test_a_layout_whose_steps_exchanged_their_places_in_a_row_is_refused():
+    """Its tensors agree with each other; kernels rely on ids that do not decrease along a row."""
+    layout = StepLayout.from_mask(torch.tensor([[1, 1, 0, 1, 1]]))
+    ids = layout.step_ids
+    state = layout.__getstate__()
+    exchanged = {
+        "step_ids": torch.where(ids >= 0, 1 - ids, ids),
+        "token_index": torch.tensor([3, 4, 0, 1]),
+        "state_index": torch.tensor([3, 0]),
+    }
+    with pytest.raises(ValueError, match=r"^StepLayout.step_ids: got entries that do not go"):
+        object.__new__(StepLayout).__setstate__({**state, **exchanged})
+
+
 def test_states_that_are_none_of_a_layout():
     for state in ({}, {"step_ids": torch.zeros(1)}, None, [1]):
         with pytest.raises((ValueError, TypeError), match=r"^StepLayout: got a state"):

@@ -1,5 +1,5 @@
 // Numbers that Python and every kernel agree on. The Python side: steppo_kernels/config.py,
-// outputs.py and cpu/launch.py.
+// outputs.py and backends/compiled/launch.py.
 #pragma once
 
 #include <cstdint>

@@ -14,8 +14,8 @@ MAX_PROGRAMS = 1024
 FLAT_BLOCK = 2048
 # Block sizes along a row: few, so that lengths share their compiled kernels.
 _ROW_BLOCKS = (16, 128, 1024)
-# Blocks of steps: mean number of tokens up to which, steps, tokens. A thread then holds one or two
-# steps, of each of which it keeps a dozen sums.
+# Tiles by mean step length, each (largest mean length, steps per block, tokens per block). A thread
+# then holds one or two steps and keeps a dozen sums of each.
 _STEP_TILES = ((2, 256, 1), (32, 32, 16), (256, 4, 128))
 _LONG_STEP_TILE = (1, 512)
 STEP_THREADS = 256

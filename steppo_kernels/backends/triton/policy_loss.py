@@ -3,7 +3,7 @@
     total = sum_s w_s (l_s + kl_coef mean_i KL_i - entropy_coef mean_i H_i) / normalizer
     d total / d log pi_i = w_s (-A_s rho_s L_s^-p w_i + kl_coef / L_s dKL_i) / normalizer
 
-The l_s, rho_s and their slope are in `objective.py`. The normalizer is known last: gradients are
+The l_s, rho_s and their slope are in `step_math.py`. The normalizer is known last: gradients are
 written without it, and the finishing kernel returns 1 / normalizer next to the loss.
 """
 

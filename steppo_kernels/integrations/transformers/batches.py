@@ -94,7 +94,7 @@ class StepPOBatch:
             states.weight,
             placed.tokens(*states.tokens),
             placed.tokens("old_log_probs", self.old_log_probs),
-            placed.tokens("advantages", self.advantages),
+            placed.tokens("advantages", self.advantages, or_steps=True),
             placed.layout,
             bias=states.bias,
             temperature=states.logit_map.temperature(
@@ -104,7 +104,7 @@ class StepPOBatch:
             chunk_tokens=self.chunk_tokens,
             config=self.config,
             ref_log_probs=placed.tokens("ref_log_probs", self.ref_log_probs),
-            is_weights=placed.tokens("is_weights", self.is_weights),
+            is_weights=placed.tokens("is_weights", self.is_weights, or_steps=True),
             step_weights=self.step_weights,
             normalizer=self.normalizer,
             ratio_center=self.ratio_center,

@@ -36,8 +36,8 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
     the model's own forward. Everything else that is done there raises. A forward hook on the model
     may look at the output, and may not change its logits: rows of other positions than the first
     two are not looked at there. The first call of a model that has a scale, a softcap or a cut
-    evaluates its batch twice. Each call waits for the device: where the action tokens are is looked
-    at on the host.
+    evaluates its batch twice. Each call waits for the device: where the action tokens are, and what
+    became of the four rows, is looked at on the host.
 
     Patch the model itself; wrap it before or after. What wraps it is handed no logits. A deep copy
     of a patched model is patched too, and `patch_of` finds its handle. A pickle of one

@@ -79,11 +79,14 @@ class Placed:
             )
         self.layout = shifted_left(layout)
 
-    def tokens(self, name: str, values: Any) -> Any:
+    def tokens(self, name: str, values: Any, *, or_steps: bool = False) -> Any:
         """Return what is given per token at the places of the states; all else as it is.
 
-        What is given per step is never as long: where a row begins there is no action.
+        With `or_steps`, a vector with as many entries as there are steps is per step, as it is for
+        the loss.
         """
+        if or_steps and isinstance(values, Tensor) and values.shape == (self.layout.num_steps,):
+            return values
         if not isinstance(values, Tensor) or values.numel() != self._shape.numel():
             return values
         if not _is_view(values.shape, self._shape):

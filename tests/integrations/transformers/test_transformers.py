@@ -29,7 +29,7 @@ from tiny_models import (
     unfused_loss,
 )
 
-from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
 from steppo_kernels.backends import choice
 from steppo_kernels.integrations.transformers import (
     LogProbBatch,
@@ -163,6 +163,31 @@ def test_what_is_given_per_token_is_at_its_token(backend: str) -> None:
     out.loss.backward()
     torch.testing.assert_close(out.loss.detach(), expected_loss, rtol=1e-6, atol=1e-6)
     assert_same(gradients(model), expected, 1e-6)
+
+
+@ON_BACKENDS
+def test_numbers_of_steps_stay_where_there_are_as_many_steps_as_tokens(backend: str) -> None:
+    """Steps of one token, of which those that no state predicts are left empty."""
+    model, batch = make(), Batch()
+    ids = batch.inputs["input_ids"]
+    scored = torch.ones(ids.shape, dtype=torch.bool)
+    whole = StepLayout.from_mask(scored).per_token()
+    scored[:, 0] = False
+    layout = whole.keep(scored)
+    assert layout.num_steps == ids.numel()
+    generator = torch.Generator().manual_seed(5)
+    advantages, weights = torch.rand((2, ids.numel()), generator=generator)
+    logits = model(input_ids=ids).logits
+    new = torch.zeros(ids.shape)
+    new[:, 1:] = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    old = (new + 0.1 * torch.randn(ids.shape, generator=generator)).detach()
+    config = StepPOConfig(clip_low=0.5, clip_high=0.5)
+    options = {"config": config, "is_weights": weights}
+    expected = steppo_loss(new, old, advantages, layout, **options, backend="reference").loss
+    patch_lm_head(model)
+    request = StepPOBatch(old, advantages, layout, **options, backend=backend)
+    found = model(input_ids=ids, steppo=request).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @ON_BACKENDS

@@ -368,7 +368,7 @@ class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 class _Trainer(transformers.Trainer):
-    """A subclass as the README shows it."""
+    """A subclass whose loss is that of the patched model."""
 
     normalizer = 1.0
 
