@@ -176,11 +176,12 @@ def test_numbers_of_steps_stay_where_there_are_as_many_steps_as_tokens(backend: 
     layout = whole.keep(scored)
     assert layout.num_steps == ids.numel()
     generator = torch.Generator().manual_seed(5)
-    advantages, weights = torch.rand((2, ids.numel()), generator=generator)
+    numbers = torch.rand((3, ids.numel()), generator=generator, dtype=torch.float64)
+    advantages, weights, moves = numbers
     logits = model(input_ids=ids).logits
-    new = torch.zeros(ids.shape)
+    new = torch.zeros_like(ids, dtype=torch.float64)
     new[:, 1:] = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    old = (new + 0.1 * torch.randn(ids.shape, generator=generator)).detach()
+    old = (new + 0.1 * moves.view(ids.shape)).detach()
     config = StepPOConfig(clip_low=0.5, clip_high=0.5)
     options = {"config": config, "is_weights": weights}
     expected = steppo_loss(new, old, advantages, layout, **options, backend="reference").loss
