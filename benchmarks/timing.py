@@ -25,7 +25,8 @@ from .variants import Variant
 
 TURNS, GROWTH_TURNS = 5, 3
 
-# Of one variant in one turn. A slow call is its own warm-up, and one round a turn has to do.
+# The time and the rounds of one variant in one turn. A slow call is its own warm-up, and one round
+# a turn has to do.
 _SECONDS, _MAX_ROUNDS = 0.12, 200
 _SLOW = 0.05
 

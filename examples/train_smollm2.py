@@ -313,8 +313,8 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=16, help="Longer trajectories are cut.")] = 256,
     updates: Annotated[int, typer.Option(min=1)] = 4,
     variant: Annotated[Variant, typer.Option(help="Which to run.")] = Variant.BOTH,
-    seed: Annotated[int, typer.Option(help="Of the choice of trajectories.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of trajectories.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
     model: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder of another ChatML model."),

@@ -171,7 +171,7 @@ def as_many(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
     That is the shape itself, or with dimensions of size 1 more or less, or flat.
     """
-    if value.shape != shape and not _same_order(value.shape, shape):
+    if value.shape != shape and not same_order(value.shape, shape):
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, expected the token shape {tuple(shape)}, "
             f"flat or as it is"
@@ -179,7 +179,8 @@ def as_many(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value
 
 
-def _same_order(shape: torch.Size, wanted: torch.Size) -> bool:
+def same_order(shape: torch.Size, wanted: torch.Size) -> bool:
+    """Return whether `shape` is `wanted` with dimensions of size 1 more or less, or flat."""
     if len(shape) == 1:
         return shape[0] == wanted.numel()
     return [size for size in shape if size != 1] == [size for size in wanted if size != 1]
@@ -187,7 +188,7 @@ def _same_order(shape: torch.Size, wanted: torch.Size) -> bool:
 
 def in_order(name: str, value: Tensor, shape: torch.Size, what: str) -> Tensor:
     """Return `value` if its dimensions but the last, which counts `what`, fit the token shape."""
-    if value.dim() < 1 or not (value.shape[:-1] == shape or _same_order(value.shape[:-1], shape)):
+    if value.dim() < 1 or not (value.shape[:-1] == shape or same_order(value.shape[:-1], shape)):
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, expected the token shape {tuple(shape)}, "
             f"flat or as it is, and the {what}"
@@ -232,7 +233,7 @@ def steps_or_tokens(
         return tokens(name, checked, shape, device, dtype), True
     if checked.shape == (num_steps,):
         return flat(checked, dtype), False
-    if checked.shape == shape or _same_order(checked.shape, shape):
+    if checked.shape == shape or same_order(checked.shape, shape):
         return flat(checked, dtype), True
     raise ValueError(
         f"{name}: got shape {tuple(checked.shape)}, expected one entry per step {(num_steps,)} "

@@ -37,8 +37,8 @@ SHAPE = Shape(8, 32, 32, 8)
 CASE = f"[{SHAPE.tokens}, {SHAPE.vocabulary}]"
 _ROWS = 32
 
-# Of log-probs (down to -3.1, where bf16 has 64ths) and gradients, which all round to bf16. The fp32
-# of PyTorch is off by up to 7e-5 on rows of this length.
+# The errors allowed to log-probs (down to -3.1, where bf16 has 64ths) and to gradients, which all
+# round to bf16. The fp32 of PyTorch is off by up to 7e-5 on rows of this length.
 _TOLERANCES = {FUSED: (1e-5, 4e-3), EAGER_HALF: (0.02, 0.02), TRL_SELECTIVE: (0.02, 0.02)}
 _FLOAT_TOLERANCES = 2e-4, 4e-3
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -43,7 +43,8 @@ class Kernel:
     Attributes:
         part: what it does.
         dtype, rows: of the logits; whether rows are aligned.
-        registers, threads, warps: of a thread; of a program; that a processor holds at once.
+        registers, threads, warps: of a thread; of a program; that a processor holds at once. They
+            are those of rows that carry all or nothing, whichever need more registers.
         loop: its inner loop.
         row_bytes: what a row moves beside its logits, if it carries all it can.
     """
@@ -128,15 +129,19 @@ def logits_kernels() -> list[Kernel]:
     """Compile the kernels that read logits."""
     found: dict[tuple[str, str, str], Kernel] = {}
     for (rows, shape), (dtype, torch_dtype) in itertools.product(SHAPES.items(), DTYPES.items()):
-        # Of a head in bf16, logits are fp32 and gradients bf16.
+        # The logits of a head in bf16 are fp32, and their gradients bf16.
         halves = (False, True) if dtype == "fp32" else (False,)
-        for halved, softcap, entropy in itertools.product(halves, (False, True), (False, True)):
+        # A row that carries nothing beside its token may need more registers.
+        for carries, halved, softcap, entropy in itertools.product(
+            (compiled_kernels.CARRIED, ()), halves, (False, True), (False, True)
+        ):
             call = functools.partial(
                 compiled_kernels.logits,
                 shape,
                 torch_dtype,
                 entropy=entropy,
                 softcap=softcap,
+                carried=carries,
                 halved=halved,
             )
             for each in compiled_kernels.recorded(call):
@@ -163,6 +168,9 @@ def logits_kernels() -> list[Kernel]:
                         loop,
                         row,
                     )
-                    found.setdefault((part, dtype, rows), new)
+                    first = found.setdefault((part, dtype, rows), new)
+                    if new.warps < first.warps:
+                        fewest = replace(first, registers=new.registers, warps=new.warps)
+                        found[part, dtype, rows] = fewest
     order = [part for part, *_ in found]
     return sorted(found.values(), key=lambda each: (each.rows, each.dtype, order.index(each.part)))

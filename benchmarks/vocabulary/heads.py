@@ -42,8 +42,8 @@ Call = Callable[[], None]
 # What is compiled for these.
 _COMPILED_FROM = {COMPILED: EAGER, COMPILED_ACTIONS: EAGER_ACTIONS}
 
-# Of the expected root mean square. bf16 rounds the logits of likely tokens by up to 3 hundredths,
-# and with them their probabilities and the ratios.
+# A share of the expected root mean square. bf16 rounds the logits of likely tokens by up to 3
+# hundredths, and with them their probabilities and the ratios.
 _TOLERANCE = 0.03
 # Where chunk sizes are tried.
 _TRIAL_VOCABULARY = 8192

@@ -75,7 +75,8 @@ def info(as_json: _AsJson = False) -> None:
 @main.command()
 def validate(
     seed: Annotated[
-        int | None, typer.Option(help="Of the batches. A fresh one, which is shown, by default.")
+        int | None,
+        typer.Option(help="Seed of the batches. The default is a fresh one, which is shown."),
     ] = None,
     batches: Annotated[
         int, typer.Option(min=1, help="Random batches per case; every 8 have all kinds of them.")

@@ -16,7 +16,7 @@ from ..backends.reference.reductions import reduction_weights
 from ..config import REDUCTIONS, Reduction, one_of
 from . import build, regroup
 from .inference import outside_inference_mode
-from .saved import checked_tensors
+from .loaded import checked_tensors
 from .step_tensors import StepTensors
 
 
@@ -404,7 +404,7 @@ class StepLayout:
         """Return the caller's copy of a tensor."""
         if name not in self._copies:
             copy: Tensor = getattr(self._held, name).clone()
-            # Of two threads, both get the first one's.
+            # Two threads both get the copy that the first one made.
             self._copies.setdefault(name, (copy, copy._version))
         return self._copies[name][0]
 

@@ -42,9 +42,10 @@ def token_log_probs(
         mask: bool or 0/1 ``[...]``; where it is False, logits are not read (and may hold anything),
             the result is 0 and so is the gradient.
         inplace_backward: let backward overwrite `logits` with their gradient, so that no second
-            tensor of that size exists. Of a slice, such as ``logits[:, :-1]`` of what a model
-            returned, all of the sliced tensor is overwritten, and the gradient goes to it. Only if
-            nothing else needs the logits after that; a second backward raises. The reference
+            tensor of that size exists. Where `logits` are a slice, such as
+            ``logits[:, :-1]`` of what a model returned, all of the sliced tensor is overwritten,
+            and the gradient goes to it. Nothing else may need the logits after that. A second
+            backward raises. The reference
             backend has no use for it.
         backend: implementation.
 

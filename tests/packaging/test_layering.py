@@ -152,6 +152,7 @@ def test_imports_go_downhill():
                 assert here[1] in ("demo", "cli"), f"{module} imports the package itself: {name}"
                 continue
             assert there[0] <= here[0], f"{module} imports {name} upward"
+            assert here[0] > 0, f"{module} is ground and imports {name}"
             apart = any(
                 here[1] != there[1] and {here[1], there[1]} <= set(wings) for wings in _APART
             )

@@ -109,7 +109,7 @@ def test_create_graph_alone_changes_nothing(target, loss_of):
     x, y = (_numbers(2, 4).to(target.device).requires_grad_() for _ in range(2))
     for _ in range(2):
         with warnings.catch_warnings():
-            # Of a reference cycle, which `x.grad = None` would end.
+            # torch warns of a reference cycle, which `x.grad = None` would end.
             warnings.simplefilter("ignore")
             loss_of(x, target.backend).backward(create_graph=True)
         loss_of(y, target.backend).backward()

@@ -204,7 +204,7 @@ def mark_actions_kernel(
                 b_at = b_pos - length
                 m_inside = m_before & (b_at >= i_begin)
                 m_start = _stands(p_ids, p_starts, i_first, length, b_at, i_end, m_inside)
-                # Of the sequences that begin at one token, only the longest counts.
+                # Only the longest of the sequences that begin at one token counts.
                 m_shorter = b_pos < i_begin
                 for other in range(num_starts):
                     i_other = tl.load(p_start_offsets + other)

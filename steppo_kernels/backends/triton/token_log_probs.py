@@ -41,7 +41,7 @@ _LENGTHS = [
     "grad_stride_b",
     "grad_stride_t",
 ]
-# Of one number a row: slices of them begin anywhere.
+# Arrays of one number a row: slices of them begin anywhere.
 _ROWS = [
     "p_ids",
     "p_mask",
@@ -131,7 +131,7 @@ def _softcap(b_logit, cap, high, low):
         b_r = 1.0 / (1.0 + b_e)
         b_tanh = (1.0 - b_e) * b_r
     else:
-        # Of an infinite logit, the products would be infinities of different signs.
+        # The products of an infinite logit would be infinities of different signs.
         b_x = tl.maximum(b_logit.to(tl.float32), -3.4e38, propagate_nan=tl.PropagateNan.ALL)
         b_x = tl.minimum(b_x, 3.4e38, propagate_nan=tl.PropagateNan.ALL)
         b_u = b_x * high + b_x * low

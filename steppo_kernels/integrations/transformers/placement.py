@@ -100,12 +100,9 @@ class Placed:
 def _is_view(shape: torch.Size, other: torch.Size) -> bool:
     """Return whether tensors of both shapes have the same elements in the same order.
 
-    Dimensions of size 1 may be more or less, and either may be flat: rows that were exchanged for
-    columns have as many elements, and another order.
+    Either may be flat. Rows that were exchanged for columns have another order.
     """
-    sizes, others = ([n for n in sizes if n != 1] for sizes in (shape, other))
-    is_flat = min(len(sizes), len(others)) <= 1
-    return shape.numel() == other.numel() and (is_flat or sizes == others)
+    return checks.same_order(shape, other) or checks.same_order(other, shape)
 
 
 def _predicted(layout: StepLayout, shape: torch.Size, attention_mask: object) -> Tensor:

@@ -344,7 +344,7 @@ def test_bad_arguments() -> None:
 
 
 def test_an_action_at_the_start_of_a_row_raises() -> None:
-    """Of a row of the layout or of the batch: neither has a state before it."""
+    """No state is before the first token of a row, be it of the layout or of the batch."""
     model, batch = make(), Batch()
     patch_lm_head(model)
     mask = torch.zeros(ROWS * LENGTH, dtype=torch.bool)

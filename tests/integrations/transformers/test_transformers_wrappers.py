@@ -80,7 +80,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     model(**batch.inputs, steppo=request).loss.backward()
     expected = gradients(model)
     runs = []
-    # Of a module in the layer: hooks of the layer itself may stay outside.
+    # The hook is of a module in the layer: hooks of the layer itself may stay outside.
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     # transformers has called it gradient checkpointing, too.
     enable = getattr(model, "activation_checkpointing_enable", None)
@@ -230,7 +230,7 @@ def on_a_rank(rank: int, rendezvous: str) -> None:
 
 
 def test_two_ranks_reduce_gradients(tmp_path: Any) -> None:
-    """Of batches that differ: with one rank alone, a sum that is missing shows nowhere."""
+    """The batches of the ranks differ: with one rank alone, a missing sum shows nowhere."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     ranks = torch.multiprocessing.spawn(
