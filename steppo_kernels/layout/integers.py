@@ -38,8 +38,7 @@ def sequence(name: str, value: object, expected: str) -> list[Any]:
 def index(name: str, value: object, also: str = "") -> int:
     """Return an integer of any type, within int64 (any size if `also` names other types)."""
     expected = f"integers {also}".strip()
-    is_flag = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-    if is_flag or not hasattr(value, "__index__"):
+    if _is_flag(value) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: got an entry of type {type(value).__name__}, expected {expected}")
     try:
         found = operator.index(value)
@@ -54,6 +53,11 @@ def index(name: str, value: object, also: str = "") -> int:
 
 def token_id(name: str, value: object) -> int:
     """Return one token id, an integer of any type."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if _is_flag(value) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: got {type(value).__name__}, expected token ids")
     return index(name, value)
+
+
+def _is_flag(value: object) -> bool:
+    """Return whether a value is a bool of Python, torch or numpy; some count as integers."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
