@@ -1,27 +1,15 @@
-// How Python calls a kernel: pointers arrive as integers (Tensor.data_ptr(), 0 for null). While the
-// kernel runs, the interpreter lock is released and the floating-point mode is the standard one.
+// How Python calls an operator: a tuple for each of its records, the place last. While it runs, the
+// interpreter lock is released and the floating-point mode is the standard one.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <type_traits>
+#include <tuple>
 
+#include "records.h"
 #include "steppo/floats.h"
 
 namespace steppo::binding {
-
-template <class A>
-using FromPython = std::conditional_t<std::is_pointer_v<A>, std::uintptr_t, A>;
-
-template <class A>
-A cast(FromPython<A> value) {
-  if constexpr (std::is_pointer_v<A>) {
-    return reinterpret_cast<A>(value);
-  } else {
-    return value;
-  }
-}
 
 // Runs body() without the interpreter lock. There is no guard object for it: once the interpreter
 // has ended, taking the lock ends a thread (before Python 3.14), and a destructor would make that
@@ -38,14 +26,25 @@ void without_lock(F&& body) {
   PyEval_RestoreThread(thread);
 }
 
-template <class... A>
-void def(pybind11::module_& m, const char* name, void (*kernel)(A...)) {
-  m.def(name, [kernel](FromPython<A>... values) {
+template <class>
+using Tuple = const pybind11::tuple&;
+
+template <class... Records>
+void def(pybind11::module_& m, const char* name, void (*kernel)(const Records&...)) {
+  m.def(name, [kernel](Tuple<Records>... tuples) {
+    const std::tuple<Records...> records{record_of<Records>(tuples)...};
     without_lock([&] {
       const StandardFloats standard;
-      kernel(cast<A>(values)...);
+      std::apply(kernel, records);
     });
   });
+  // The names that a test compares with those of the launchers.
+  pybind11::dict operators = m.attr("operators");
+  operators[name] = pybind11::make_tuple(Names<Records>::kRecord...);
+  pybind11::dict records = m.attr("records");
+  ((records[Names<Records>::kRecord] = pybind11::tuple(pybind11::cast(
+        std::vector<std::string>(std::begin(Names<Records>::kFields), std::end(Names<Records>::kFields))))),
+   ...);
 }
 
 }  // namespace steppo::binding

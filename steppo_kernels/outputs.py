@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# The order in which every backend fills the metric vector (csrc/include/steppo/types.h).
+# The order in which every backend fills the metric vector (csrc/include/steppo/types.h). More entries
+# follow, which are not shown: of a policy loss, what its sums were divided by; of a value loss, that
+# and the squared deviations of returns and residuals from their means. The last entry is the factor
+# of the gradients (`backends/operators.py`).
 POLICY_METRICS: tuple[str, ...] = (
     "policy_loss",
     "kl_loss",
@@ -35,13 +38,18 @@ VALUE_METRICS: tuple[str, ...] = (
 )
 
 
+NUM_POLICY_METRICS = len(POLICY_METRICS) + 2
+NUM_VALUE_METRICS = len(VALUE_METRICS) + 4
+
+
 @dataclass(frozen=True, eq=False)
 class Metrics:
     """Named scalars that stay on the device until they are asked for.
 
     Attributes:
-        values: fp64 ``[len(names)]`` on the device of the inputs, without gradient.
-        names: the names of the entries, in their order.
+        values: fp64, one entry per name and then what `merge` takes besides, on the device of the
+            inputs, without gradient.
+        names: the names of the first entries, in their order.
 
     Example:
         >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
@@ -66,7 +74,7 @@ class Metrics:
             >>> out.metrics.as_dict()["policy_loss"]
             -1.5
         """
-        return dict(zip(self.names, self.values.tolist(), strict=True))
+        return dict(zip(self.names, self.values.tolist(), strict=False))
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one metric as a 0-dim tensor on the device, without a host copy."""

@@ -79,12 +79,12 @@ const char* isas() {
 }
 
 #if defined(STEPPO_X86)
-#define STEPPO_OP(name) \
+#define STEPPO_OPERATOR(name, ...) \
   decltype(&baseline::name) const name = select(&baseline::name, &avx2::name, &avx512::name);
 #else
-#define STEPPO_OP(name) decltype(&baseline::name) const name = &baseline::name;
+#define STEPPO_OPERATOR(name, ...) decltype(&baseline::name) const name = &baseline::name;
 #endif
-#include "steppo/cpu_op_names.inc"
-#undef STEPPO_OP
+#include "steppo/operators.inc"
+#undef STEPPO_OPERATOR
 
 }  // namespace steppo::cpu

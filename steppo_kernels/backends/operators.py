@@ -5,8 +5,10 @@ the registered operator ``torch.ops.steppo.<name>``, so that the graph does not 
 lives outside, in the public functions: an operator returns what backward needs.
 
 A launcher is the function ``<name>`` in ``<stem>.py`` of the backend's folder. It takes checked,
-contiguous tensors on one device and the schema's arguments without the last, `backend`. To add an
-operator: a row below, a launcher per backend, and tests.
+contiguous tensors on one device and the schema's arguments without the last, `backend`. Tensors that
+belong together are one record (`records.py`), a ``Tensor[]`` in the schema, and numbers are one
+``float[]``. An output that is not needed may be None; the registered operator makes it empty. To add
+an operator: a row below, a launcher per backend, and tests.
 
 The reference has two ways. Its layouts, broadcasts and advantages are launchers like those of the
 other backends. Its losses and log-probs are called by the public functions themselves, with the
@@ -23,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import POLICY_METRICS, VALUE_METRICS
+from ..outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
+from .records import Steps, Timeline
 
 _library = torch.library.Library("steppo", "DEF")
 # Backends whose launchers stand in a folder of another name.
@@ -55,7 +58,11 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
         name = fake.__name__
 
         def dispatch(*args: Any) -> Any:
-            return launcher(args[-1], name)(*args[:-1])
+            outputs = launcher(args[-1], name)(*args[:-1])
+            if not isinstance(outputs, tuple):
+                return outputs
+            empty = next((x for x in outputs if x is not None), None)
+            return tuple(empty.new_empty((0,)) if x is None else x for x in outputs)
 
         _stems[name] = stem
         _library.define(f"{name}{schema}")
@@ -120,7 +127,7 @@ def mark_actions(
 @_operator(
     "segment",
     "(Tensor step_ids, SymInt num_steps, SymInt num_tokens, str backend) "
-    "-> (Tensor token_index, Tensor step_offsets, Tensor step_lengths)",
+    "-> (Tensor token_index, Tensor step_offsets, Tensor step_lengths, Tensor step_starts)",
 )
 def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
@@ -128,6 +135,7 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> 
         step_ids.new_empty((num_tokens,), dtype=torch.int64),
         step_ids.new_empty((num_steps + 1,), dtype=torch.int64),
         step_ids.new_empty((num_steps,), dtype=torch.int32),
+        step_ids.new_empty((num_steps,), dtype=torch.int64),
     )
 
 
@@ -153,82 +161,62 @@ def sum_over_steps(
 
 @_operator(
     "gae",
-    "(Tensor rewards, Tensor values, bool rewards_per_token, bool values_per_token, "
-    "Tensor step_ids, Tensor row_offsets, Tensor state_index, Tensor trajectory_steps, "
-    "Tensor trajectory_offsets, Tensor? bootstrap_values, float gamma, float lam, bool whiten, "
-    "str backend) -> (Tensor advantages, Tensor returns)",
+    "(Tensor rewards, Tensor values, Tensor? bootstrap_values, Tensor[] timeline, float[] config, "
+    "bool rewards_per_token, bool values_per_token, str backend) "
+    "-> (Tensor advantages, Tensor returns)",
 )
 def step_gae(
     rewards: Tensor,
     values: Tensor,
+    bootstrap_values: Tensor | None,
+    timeline: list[Tensor],
+    config: tuple[float, ...],
     rewards_per_token: bool,
     values_per_token: bool,
-    step_ids: Tensor,
-    row_offsets: Tensor,
-    state_index: Tensor,
-    trajectory_steps: Tensor,
-    trajectory_offsets: Tensor,
-    bootstrap_values: Tensor | None,
-    gamma: float,
-    lam: float,
-    whiten: bool,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.step_gae`."""
-    num_steps = state_index.shape[0]
+    """Fake: see `steppo_kernels.step_gae`. `config` is gamma, lam and whether to whiten."""
+    num_steps = Timeline(*timeline).state_index.shape[0]
     return values.new_empty((num_steps,)), values.new_empty((num_steps,))
 
 
 @_operator(
     "value_loss",
-    "(Tensor values, Tensor returns, Tensor? old_values, bool values_per_token, "
-    "bool old_values_per_token, Tensor state_index, Tensor step_lengths, "
-    "Tensor trajectory_counts, Tensor? normalizer, float clip, int reduction, bool need_grad, "
-    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values, Tensor grad_scale)",
+    "(Tensor values, Tensor returns, Tensor? old_values, Tensor? normalizer, Tensor[] states, "
+    "float[] config, bool values_per_token, bool old_values_per_token, bool need_grad, "
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values)",
 )
 def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
+    normalizer: Tensor | None,
+    states: list[Tensor],
+    config: tuple[float, ...],
     values_per_token: bool,
     old_values_per_token: bool,
-    state_index: Tensor,
-    step_lengths: Tensor,
-    trajectory_counts: Tensor,
-    normalizer: Tensor | None,
-    clip: float,
-    reduction: int,
     need_grad: bool,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.step_value_loss`.
+    """Fake: see `steppo_kernels.step_value_loss`. `config` is clip and reduction.
 
-    The gradient is `grad_values` (of the shape of `values`, empty without `need_grad`) times
-    `grad_scale`.
+    The gradient is `grad_values` (of the shape of `values`) times `gradient_scale`.
     """
     return (
         values.new_empty(()),
-        values.new_empty((len(VALUE_METRICS),), dtype=torch.float64),
-        values.new_empty((values.numel() if need_grad else 0,)),
-        values.new_empty(()),
+        values.new_empty((NUM_VALUE_METRICS,), dtype=torch.float64),
+        torch.empty_like(values) if need_grad else values.new_empty((0,)),
     )
-
-
-_POLICY_SCALARS = (
-    "Tensor? ratio_center, Tensor? normalizer, int ratio, float clip_low, float clip_high, "
-    "float dual_clip, float log_ratio_max, int reduction, float kl_coef, int kl_estimator, "
-    "float entropy_coef, bool need_grad, bool need_entropy_grad, str backend"
-)
 
 
 @_operator(
     "policy_loss",
     "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
-    "Tensor? entropy, Tensor? is_weights, Tensor? step_weights, bool advantages_per_token, "
-    "bool is_weights_per_token, Tensor step_ids, Tensor token_index, Tensor step_offsets, "
-    f"Tensor trajectory_counts, {_POLICY_SCALARS}) "
-    "-> (Tensor loss, Tensor metrics, Tensor step_log_ratio, Tensor grad_log_probs, "
-    "Tensor grad_entropy, Tensor grad_scale)",
+    "Tensor? entropy, Tensor? is_weights, Tensor? step_weights, Tensor? clip_low, "
+    "Tensor? clip_high, Tensor? ratio_center, Tensor? normalizer, Tensor[] steps, float[] config, "
+    "bool advantages_per_token, bool is_weights_per_token, bool need_grad, "
+    "bool need_entropy_grad, str backend) -> (Tensor loss, Tensor metrics, Tensor step_log_ratio, "
+    "Tensor grad_log_probs, Tensor grad_entropy)",
 )
 def policy_loss(
     log_probs: Tensor,
@@ -238,33 +226,25 @@ def policy_loss(
     entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
-    advantages_per_token: bool,
-    is_weights_per_token: bool,
-    step_ids: Tensor,
-    token_index: Tensor,
-    step_offsets: Tensor,
-    trajectory_counts: Tensor,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
-    ratio: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    log_ratio_max: float,
-    reduction: int,
-    kl_coef: float,
-    kl_estimator: int,
-    entropy_coef: float,
+    steps: list[Tensor],
+    config: tuple[float, ...],
+    advantages_per_token: bool,
+    is_weights_per_token: bool,
     need_grad: bool,
     need_entropy_grad: bool,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.steppo_loss`. `dual_clip` 0 is off.
+    """Fake: see `steppo_kernels.steppo_loss`. `config` is a `KernelConfig`.
 
-    The gradients of the loss are `grad_log_probs` and `grad_entropy` (``[N]``, 0 at masked tokens,
-    empty where not needed) times `grad_scale`: so the normalizer may be known last.
+    What is given per token has N entries in the order of `log_probs`, contiguous and of any shape.
+    The gradients of the loss are `grad_log_probs` and `grad_entropy` (of the shape of `log_probs`,
+    0 at masked tokens) times `gradient_scale`: so the normalizer may be known last.
     """
-    step_log_ratio = log_probs.new_empty((step_offsets.shape[0] - 1,))
+    step_log_ratio = log_probs.new_empty((Steps(*steps).step_offsets.shape[0] - 1,))
     loss, metrics, *grads = _loss_outputs(log_probs, need_grad, need_entropy_grad)
     return loss, metrics, step_log_ratio, *grads
 
@@ -272,9 +252,9 @@ def policy_loss(
 @_operator(
     "policy_loss",
     "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
-    f"Tensor? entropy, Tensor? is_weights, Tensor mask, SymInt row_length, {_POLICY_SCALARS}) "
-    "-> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy, "
-    "Tensor grad_scale)",
+    "Tensor? entropy, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, Tensor mask, "
+    "SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, str backend) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
 )
 def policy_loss_masked(
     log_probs: Tensor,
@@ -283,19 +263,11 @@ def policy_loss_masked(
     ref_log_probs: Tensor | None,
     entropy: Tensor | None,
     is_weights: Tensor | None,
-    mask: Tensor,
-    row_length: int,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
-    ratio: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    log_ratio_max: float,
-    reduction: int,
-    kl_coef: float,
-    kl_estimator: int,
-    entropy_coef: float,
+    mask: Tensor,
+    row_length: int,
+    config: tuple[float, ...],
     need_grad: bool,
     need_entropy_grad: bool,
     backend: str,
@@ -305,6 +277,15 @@ def policy_loss_masked(
     Everything else is per token, rows are `row_length` long.
     """
     return _loss_outputs(log_probs, need_grad, need_entropy_grad)
+
+
+def gradient_scale(backend: str, metrics: Tensor) -> Tensor | None:
+    """Return what the gradients of a loss are to be multiplied by, 0-dim; None is 1.
+
+    Compiled code knows the normalizer before it writes gradients. A GPU adds it up last, and leaves
+    its reciprocal in the last entry of the metrics.
+    """
+    return None if backend == "cpu" else metrics[-1]
 
 
 _HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"
@@ -420,11 +401,9 @@ def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Ten
 def _loss_outputs(
     log_probs: Tensor, need_grad: bool, need_entropy_grad: bool
 ) -> tuple[Tensor, ...]:
-    num_tokens = log_probs.numel()
     return (
         log_probs.new_empty(()),
-        log_probs.new_empty((len(POLICY_METRICS),), dtype=torch.float64),
-        log_probs.new_empty((num_tokens if need_grad else 0,)),
-        log_probs.new_empty((num_tokens if need_entropy_grad else 0,)),
-        log_probs.new_empty(()),
+        log_probs.new_empty((NUM_POLICY_METRICS,), dtype=torch.float64),
+        torch.empty_like(log_probs) if need_grad else log_probs.new_empty((0,)),
+        torch.empty_like(log_probs) if need_entropy_grad else log_probs.new_empty((0,)),
     )

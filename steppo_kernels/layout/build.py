@@ -154,12 +154,15 @@ def _assemble(
     state_index: Tensor | None,
     step_rows: Tensor,
 ) -> StepTensors:
-    index, offsets, lengths = segment.compact(found.step_ids, num_steps, num_tokens, backend)
+    index, offsets, lengths, starts = segment.compact(
+        found.step_ids, num_steps, num_tokens, backend
+    )
     return StepTensors(
         step_ids=found.step_ids.view(shape),
         token_index=index,
         step_offsets=offsets,
         step_lengths=lengths,
+        step_starts=starts,
         trajectory_steps=trajectory_steps,
         trajectory_offsets=trajectory_offsets,
         trajectory_counts=csr.count_nonempty(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.reference.segment import step_starts
 from . import csr
-from .step_tensors import StepTensors
+from .step_tensors import DERIVED, StepTensors
 
 _DTYPES = {
     "step_ids": torch.int32,
@@ -26,8 +27,9 @@ def checked_tensors(state: Mapping[str, object]) -> StepTensors:
         ValueError, TypeError: they are not those of a layout.
     """
     given = dict(state) if isinstance(state, Mapping) else {}
-    wanted = set(StepTensors._fields) - set(_OPTIONAL)
-    if not wanted <= set(given) <= set(StepTensors._fields):
+    known = set(StepTensors._fields) - set(DERIVED)
+    wanted = known - set(_OPTIONAL)
+    if not wanted <= set(given) <= known:
         raise ValueError(f"StepLayout: got a state of {sorted(given)}, expected {sorted(wanted)}")
     made = {}
     for name, value in given.items():
@@ -37,12 +39,20 @@ def checked_tensors(state: Mapping[str, object]) -> StepTensors:
             raise TypeError(f"StepLayout.{name}: got {tensor.dtype}, expected {dtype}")
         checks.dims(f"StepLayout.{name}", tensor, (1, 2) if name == "step_ids" else (1,))
         made[name] = tensor.clone(memory_format=torch.contiguous_format)
-    steps = StepTensors(**made)
+    device = made["step_ids"].device
     for name, tensor in made.items():
-        checks.on_device(f"StepLayout.{name}", tensor, steps.device)
-    if steps.device.type != "meta":
-        _check_values(StepTensors(**{name: tensor.cpu() for name, tensor in made.items()}))
-    return steps
+        checks.on_device(f"StepLayout.{name}", tensor, device)
+    if device.type != "meta":
+        _check_values(_with_starts({name: tensor.cpu() for name, tensor in made.items()}, False))
+    return _with_starts(made, True)
+
+
+def _with_starts(made: dict[str, Tensor], are_checked: bool) -> StepTensors:
+    """Return the tensors with those that follow from them, once they are known to be sound."""
+    starts = made["step_offsets"]
+    if are_checked:
+        starts = step_starts(made["token_index"], starts)
+    return StepTensors(**made, step_starts=starts)
 
 
 def _check_values(steps: StepTensors) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.reference.segment import step_starts
 from . import csr
 from .step_tensors import StepTensors
 
@@ -30,6 +31,7 @@ def per_token(steps: StepTensors) -> StepTensors:
         token_index=steps.token_index,
         step_offsets=torch.arange(num_tokens + 1, device=device),
         step_lengths=ones,
+        step_starts=steps.token_index,
         trajectory_steps=members,
         trajectory_offsets=offsets,
         trajectory_counts=csr.count_nonempty(ones, members, offsets, num_tokens),
@@ -73,6 +75,7 @@ def per_trajectory(steps: StepTensors) -> StepTensors:
         token_index=index,
         step_offsets=offsets,
         step_lengths=step_lengths,
+        step_starts=step_starts(index, offsets),
         trajectory_steps=kept,
         trajectory_offsets=csr.prefix(has_steps.to(torch.int64)),
         trajectory_counts=(step_lengths > 0).to(torch.int32),
@@ -96,6 +99,7 @@ def keep(steps: StepTensors, mask: Tensor) -> StepTensors:
         token_index=token_index,
         step_offsets=step_offsets,
         step_lengths=step_lengths,
+        step_starts=step_starts(token_index, step_offsets),
         trajectory_counts=csr.count_nonempty(
             step_lengths, steps.trajectory_steps, steps.trajectory_offsets, steps.num_steps
         ),
@@ -111,7 +115,12 @@ def shifted_left(steps: StepTensors) -> StepTensors:
     No step may have a token at the first place.
     """
     flat = steps.step_ids.reshape(-1).roll(-1)
-    return steps._replace(step_ids=flat.view(steps.shape), token_index=steps.token_index - 1)
+    token_index = steps.token_index - 1
+    return steps._replace(
+        step_ids=flat.view(steps.shape),
+        token_index=token_index,
+        step_starts=step_starts(token_index, steps.step_offsets),
+    )
 
 
 def with_rewards_of_rows(steps: StepTensors) -> StepTensors:

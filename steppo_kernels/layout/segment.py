@@ -89,11 +89,14 @@ def mark_actions(
 
 def compact(
     step_ids: Tensor, num_steps: int, num_tokens: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the CSR form of ascending `step_ids`.
 
     Returns:
-        token_index int64 ``[M]``, step_offsets int64 ``[S + 1]``, step_lengths int32 ``[S]``.
+        token_index int64 ``[M]``, step_offsets int64 ``[S + 1]``, step_lengths int32 ``[S]``,
+        step_starts int64 ``[S]``: see `StepTensors`.
     """
-    index, offsets, lengths = operators.call("compact", backend, step_ids, num_steps, num_tokens)
-    return index, offsets, lengths
+    index, offsets, lengths, starts = operators.call(
+        "compact", backend, step_ids, num_steps, num_tokens
+    )
+    return index, offsets, lengths, starts

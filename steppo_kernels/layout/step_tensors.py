@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.records import States, Steps, Timeline
 
-class StepTensors(NamedTuple):
+# What follows from the others, and is neither shown nor saved.
+DERIVED = ("step_starts",)
+
+
+class _StepTensors(NamedTuple):
+    step_ids: Tensor
+    token_index: Tensor
+    step_offsets: Tensor
+    step_lengths: Tensor
+    step_starts: Tensor
+    trajectory_steps: Tensor
+    trajectory_offsets: Tensor
+    trajectory_counts: Tensor
+    state_index: Tensor
+    step_rows: Tensor
+    row_offsets: Tensor
+    reward_index: Tensor | None = None
+    reward_offsets: Tensor | None = None
+
+
+class StepTensors(_StepTensors):
     """What a `StepLayout` holds. Only the package sees these tensors, so nothing changes them.
 
     N tokens (flat positions are row-major), M action tokens, S steps, G trajectories, R rows.
@@ -18,6 +40,8 @@ class StepTensors(NamedTuple):
         token_index: int64 ``[M]``: flat positions of the action tokens, step by step.
         step_offsets: int64 ``[S + 1]``: where the steps begin in `token_index`.
         step_lengths: int32 ``[S]``.
+        step_starts: int64 ``[S]``: the first position of a step whose positions follow each other;
+            -1 of any other step, and of an empty one.
         trajectory_steps: int64 ``[K]``: steps of the trajectories, each in time order.
         trajectory_offsets: int64 ``[G + 1]``: where the trajectories begin in `trajectory_steps`.
         trajectory_counts: int32 ``[S]``: number of non-empty steps in the step's trajectory.
@@ -29,19 +53,6 @@ class StepTensors(NamedTuple):
             action's goes to the latest step before it in its row, else to the first one.
         reward_offsets: int64 ``[S + 1]`` or None: where the steps begin in `reward_index`.
     """
-
-    step_ids: Tensor
-    token_index: Tensor
-    step_offsets: Tensor
-    step_lengths: Tensor
-    trajectory_steps: Tensor
-    trajectory_offsets: Tensor
-    trajectory_counts: Tensor
-    state_index: Tensor
-    step_rows: Tensor
-    row_offsets: Tensor
-    reward_index: Tensor | None = None
-    reward_offsets: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -68,9 +79,40 @@ class StepTensors(NamedTuple):
         """G."""
         return self.trajectory_offsets.shape[0] - 1
 
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """Which tokens form which step, as operators take it."""
+        return Steps(
+            self.step_ids,
+            self.token_index,
+            self.step_offsets,
+            self.step_starts,
+            self.trajectory_counts,
+        )
+
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """The order of the steps in time, as operators take it."""
+        return Timeline(
+            self.step_ids,
+            self.row_offsets,
+            self.state_index,
+            self.trajectory_steps,
+            self.trajectory_offsets,
+        )
+
+    @functools.cached_property
+    def states(self) -> States:
+        """The states before the steps, as operators take them."""
+        return States(self.state_index, self.step_lengths, self.trajectory_counts)
+
     def by_name(self) -> dict[str, Tensor]:
-        """Return the tensors that are there, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        """Return the tensors that make it up, by name."""
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if value is not None and name not in DERIVED
+        }
 
     def to(self, device: torch.device, non_blocking: bool) -> StepTensors:
         """Return them on `device`."""

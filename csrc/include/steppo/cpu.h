@@ -1,25 +1,27 @@
 // The C++ API of the CPU kernels: raw pointers and sizes, no torch, no Python.
 //
-// Each operator exists once per instruction set, in a namespace of its own (cpu_ops.inc is the
-// list), and as a function pointer `steppo::cpu::<op>` to the best one that this CPU runs. Callers
-// hold a StandardFloats of steppo/floats.h, which is the mode of the threads that help.
+// Each operator of operators.inc exists once per instruction set, in a namespace of its own, and as a
+// function pointer `steppo::cpu::<operator>` to the best one that this CPU runs. Callers hold a
+// StandardFloats of steppo/floats.h, which is the mode of the threads that help.
 #pragma once
 
-#include "steppo/types.h"
+#include "steppo/arguments.h"
 
 namespace steppo::cpu {
 
+#define STEPPO_OPERATOR(name, ...) Operator<__VA_ARGS__> name;
 namespace baseline {
-#include "steppo/cpu_ops.inc"
+#include "steppo/operators.inc"
 }
 #if defined(STEPPO_X86)
 namespace avx2 {
-#include "steppo/cpu_ops.inc"
+#include "steppo/operators.inc"
 }
 namespace avx512 {
-#include "steppo/cpu_ops.inc"
+#include "steppo/operators.inc"
 }
 #endif
+#undef STEPPO_OPERATOR
 
 // The instruction set that runs: "avx512", "avx2" or "baseline". The environment variable
 // STEPPO_ISA lowers it; std::invalid_argument says so if it asks for what this CPU does not run.
@@ -35,8 +37,8 @@ bool multiplies_bf16();
 // page of fresh memory takes about ten times as long as the numbers that fill it.
 void prefer_huge_pages(void* data, int64_t bytes);
 
-#define STEPPO_OP(name) extern decltype(&baseline::name) const name;
-#include "steppo/cpu_op_names.inc"
-#undef STEPPO_OP
+#define STEPPO_OPERATOR(name, ...) extern decltype(&baseline::name) const name;
+#include "steppo/operators.inc"
+#undef STEPPO_OPERATOR
 
 }  // namespace steppo::cpu

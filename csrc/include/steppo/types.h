@@ -17,12 +17,15 @@ namespace steppo {
 // The last two are dtypes of logits only.
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-enum Ratio : int { kGeometric = 0, kProduct = 1, kCentered = 2 };
+enum Ratio : int { kGeometric = 0, kProduct = 1, kCentered = 2, kToken = 3 };
+
+enum Surrogate : int { kClip = 0, kCispo = 1, kMask = 2, kSoft = 3, kQuadratic = 4, kTv = 5 };
 
 enum Reduction : int { kStepMean = 0, kTrajectoryMean = 1, kTokenMean = 2, kSum = 3 };
 
 enum KLEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2 };
 
+// The entries after the number of tokens are not shown: see steppo_kernels/outputs.py.
 enum PolicyMetric : int {
   kPolicyLoss,
   kKLLoss,
@@ -39,9 +42,12 @@ enum PolicyMetric : int {
   kDeadTokenFraction,
   kNumSteps,
   kNumTokens,
+  kPolicyDenominator,
+  kPolicyGradientScale,
   kNumPolicyMetrics,
 };
 
+// The entries after the number of steps are not shown.
 enum ValueMetric : int {
   kValueLoss,
   kValueClipFraction,
@@ -49,35 +55,11 @@ enum ValueMetric : int {
   kReturnMean,
   kExplainedVariance,
   kValueNumSteps,
+  kValueDenominator,
+  kReturnSquares,
+  kResidualSquares,
+  kValueGradientScale,
   kNumValueMetrics,
 };
-
-// Hyper-parameters of the policy loss: StepPOConfig in steppo_kernels/config.py.
-struct PolicyConfig {
-  Ratio ratio;
-  double clip_low;
-  double clip_high;
-  double dual_clip;  // 0 is off
-  double log_ratio_max;
-  Reduction reduction;
-  double kl_coef;
-  KLEstimator kl_estimator;
-  double entropy_coef;
-};
-
-// A PolicyConfig from numbers as they cross from Python.
-STEPPO_FN PolicyConfig policy_config(int ratio, double clip_low, double clip_high, double dual_clip,
-                                     double log_ratio_max, int reduction, double kl_coef,
-                                     int kl_estimator, double entropy_coef) {
-  return {static_cast<Ratio>(ratio),
-          clip_low,
-          clip_high,
-          dual_clip,
-          log_ratio_max,
-          static_cast<Reduction>(reduction),
-          kl_coef,
-          static_cast<KLEstimator>(kl_estimator),
-          entropy_coef};
-}
 
 }  // namespace steppo

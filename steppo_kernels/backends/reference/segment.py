@@ -66,12 +66,27 @@ def mark_actions(
     return opened > closed
 
 
-def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, ...]:
     """Return the CSR form of ascending `step_ids`."""
     token_index = (step_ids >= 0).nonzero().squeeze(1)
     steps = torch.arange(num_steps + 1, device=step_ids.device, dtype=step_ids.dtype)
     step_offsets = torch.searchsorted(step_ids[token_index], steps)
-    return token_index, step_offsets, step_offsets.diff().to(torch.int32)
+    lengths = step_offsets.diff().to(torch.int32)
+    return token_index, step_offsets, lengths, step_starts(token_index, step_offsets)
+
+
+def step_starts(token_index: Tensor, step_offsets: Tensor) -> Tensor:
+    """Return the first position of each step whose positions follow each other, else -1."""
+    num_tokens = token_index.numel()
+    if num_tokens == 0:
+        return torch.full_like(step_offsets[:-1], -1)
+    # The number of jumps before a token is the same all over a step without one.
+    jumps = torch.zeros_like(token_index)
+    jumps[1:] = (token_index.diff() != 1).cumsum(0)
+    first = step_offsets[:-1].clamp_max(num_tokens - 1)
+    last = (step_offsets[1:] - 1).clamp_min(0)
+    is_whole = (step_offsets.diff() > 0) & (jumps[first] == jumps[last])
+    return torch.where(is_whole, token_index[first], -1)
 
 
 def _number(action: Tensor, start: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

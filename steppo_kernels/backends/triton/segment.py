@@ -245,14 +245,22 @@ def compact_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def step_offsets_kernel(
-    p_step_ids, p_index, p_offsets, p_lengths, num_steps, num_actions, BS: tl.constexpr
+    p_step_ids, p_index, p_offsets, p_lengths, p_starts, num_steps, num_actions, BS: tl.constexpr
 ):
-    """Find the first action token of each step and of the one after it by bisection."""
+    """Find the first action token of each step and of the one after it by bisection.
+
+    Positions ascend within a step, so that its ends tell whether they follow each other.
+    """
     b_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
     b_begin = _first_at_least(p_step_ids, p_index, b_s, num_actions, BS)
     b_end = _first_at_least(p_step_ids, p_index, b_s + 1, num_actions, BS)
     tl.store(p_offsets + b_s, b_begin, mask=b_s <= num_steps)
     tl.store(p_lengths + b_s, (b_end - b_begin).to(tl.int32), mask=b_s < num_steps)
+    m_step = b_begin < b_end
+    b_first = tl.load(p_index + b_begin, mask=m_step, other=0)
+    b_last = tl.load(p_index + b_end - 1, mask=m_step, other=0)
+    m_whole = m_step & (b_last - b_first == b_end - 1 - b_begin)
+    tl.store(p_starts + b_s, tl.where(m_whole, b_first, -1), mask=b_s < num_steps)
 
 
 @triton.jit
@@ -374,13 +382,14 @@ def mark_actions(
     return mask
 
 
-def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, ...]:
     """Return the CSR form of ascending `step_ids`."""
     length = step_ids.numel()
     blocks = cdiv(length, FLAT_BLOCK)
     token_index = step_ids.new_empty((num_tokens,), dtype=torch.int64)
     step_offsets = step_ids.new_empty((num_steps + 1,), dtype=torch.int64)
     step_lengths = step_ids.new_empty((num_steps,))
+    step_starts = step_ids.new_empty((num_steps,), dtype=torch.int64)
     first = step_ids.new_zeros((blocks + 1,), dtype=torch.int64)
     options = {"ALIGNED": aligned(length), "BT": FLAT_BLOCK} | threads(FLAT_BLOCK)
     with device_guard(step_ids):
@@ -393,9 +402,10 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
             token_index,
             step_offsets,
             step_lengths,
+            step_starts,
             num_steps,
             num_tokens,
             BS=_SEARCH_BLOCK,
             **threads(_SEARCH_BLOCK),
         )
-    return token_index, step_offsets, step_lengths
+    return token_index, step_offsets, step_lengths, step_starts

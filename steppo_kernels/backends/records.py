@@ -1,0 +1,108 @@
+"""The tensors of a layout that operators take together, each in a record of its own.
+
+In a schema a record is a ``Tensor[]``. Compiled launchers turn it into a struct of
+csrc/include/steppo/records.inc: addresses, and sizes behind them. A layout holds its records, whose
+memory nobody else sees, so that this is done once for a layout and not once for a call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+Record = TypeVar("Record", bound="tuple[Tensor, ...]")
+
+
+class _Steps(NamedTuple):
+    step_ids: Tensor
+    token_index: Tensor
+    step_offsets: Tensor
+    step_starts: Tensor
+    trajectory_counts: Tensor
+
+
+class Steps(_Steps):
+    """Which tokens form which step.
+
+    Attributes:
+        step_ids: int32 ``[N]``, -1 where no action token.
+        token_index: int64 ``[M]``.
+        step_offsets: int64 ``[S + 1]``.
+        step_starts: int64 ``[S]``: the first position of a step whose positions follow each other,
+            else -1.
+        trajectory_counts: int32 ``[S]``.
+    """
+
+    @functools.cached_property
+    def fields(self) -> tuple[int, ...]:
+        """The record ``Steps`` of the compiled code."""
+        sizes = (self.step_ids.numel(), self.token_index.numel(), self.step_offsets.numel() - 1)
+        return _addresses(self) + sizes
+
+
+class _Timeline(NamedTuple):
+    step_ids: Tensor
+    row_offsets: Tensor
+    state_index: Tensor
+    trajectory_steps: Tensor
+    trajectory_offsets: Tensor
+
+
+class Timeline(_Timeline):
+    """The order of the steps in time, and where their rewards and values lie.
+
+    Attributes:
+        step_ids: int32 ``[N]``.
+        row_offsets: int64 ``[R + 1]``.
+        state_index: int64 ``[S]``.
+        trajectory_steps: int64 ``[K]``.
+        trajectory_offsets: int64 ``[G + 1]``.
+    """
+
+    @functools.cached_property
+    def fields(self) -> tuple[int, ...]:
+        """The record ``Timeline`` of the compiled code."""
+        sizes = (
+            self.step_ids.numel(),
+            self.row_offsets.numel() - 1,
+            self.state_index.numel(),
+            self.trajectory_steps.numel(),
+            self.trajectory_offsets.numel() - 1,
+        )
+        return _addresses(self) + sizes
+
+
+class _States(NamedTuple):
+    state_index: Tensor
+    step_lengths: Tensor
+    trajectory_counts: Tensor
+
+
+class States(_States):
+    """The states before the steps.
+
+    Attributes:
+        state_index: int64 ``[S]``.
+        step_lengths: int32 ``[S]``.
+        trajectory_counts: int32 ``[S]``.
+    """
+
+    @functools.cached_property
+    def fields(self) -> tuple[int, ...]:
+        """The record ``States`` of the compiled code."""
+        return (*_addresses(self), self.state_index.numel())
+
+
+def record(kind: type[Record], tensors: Sequence[Tensor]) -> Record:
+    """Return the tensors of a schema as the record that they are; a record is returned itself."""
+    return tensors if type(tensors) is kind else kind(*tensors)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise RuntimeError("a kernel got a tensor that is not contiguous")
+    return tuple(tensor.data_ptr() for tensor in tensors)
