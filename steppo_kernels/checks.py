@@ -211,8 +211,8 @@ def token_count(name: str, value: object, shape: torch.Size, device: torch.devic
 def tokens(
     name: str, value: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return a floating tensor with as many elements as `shape`, flat, contiguous, in `dtype`."""
-    return flat(token_count(name, value, shape, device), dtype)
+    """Return a floating tensor whose entries stand in the order of `shape`, solid in `dtype`."""
+    return solid(token_count(name, value, shape, device), dtype)
 
 
 def steps_or_tokens(
@@ -223,7 +223,7 @@ def steps_or_tokens(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, bool]:
-    """Return a floating tensor, flat and in `dtype`, and whether it has one entry per token.
+    """Return a floating tensor, solid in `dtype`, and whether it has one entry per token.
 
     Without `num_steps` it must. A vector that can be both, as there are as many steps as tokens, is
     read per step; with a dimension of size 1 more it is per token.
@@ -231,12 +231,13 @@ def steps_or_tokens(
     checked = floating(name, value, device)
     if num_steps is None:
         return tokens(name, checked, shape, device, dtype), True
-    if checked.shape == (num_steps,):
-        return flat(checked, dtype), False
-    if checked.shape == shape or same_order(checked.shape, shape):
-        return flat(checked, dtype), True
+    found = checked.shape
+    if len(found) == 1 and found[0] == num_steps:
+        return solid(checked, dtype), False
+    if found == shape or same_order(found, shape):
+        return solid(checked, dtype), True
     raise ValueError(
-        f"{name}: got shape {tuple(checked.shape)}, expected one entry per step {(num_steps,)} "
+        f"{name}: got shape {tuple(found)}, expected one entry per step {(num_steps,)} "
         f"or the token shape {tuple(shape)}"
     )
 
@@ -303,7 +304,7 @@ def temperature(
         number = _number(name, value, "a number or tensor")
         _finite(name, number, positive=True)
         return None, _float(name, number)
-    checked = tokens(name, value, shape, device, torch.float64).detach()
+    checked = flat(token_count(name, value, shape, device), torch.float64).detach()
     if checked.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ~((checked > 0) & checked.isfinite())
         if mask is not None:
@@ -324,7 +325,7 @@ def vector(
         raise ValueError(
             f"{name}: got shape {tuple(checked.shape)}, expected ({length},), one entry per {what}"
         )
-    return flat(checked, dtype)
+    return solid(checked, dtype)
 
 
 def scalar(
@@ -410,6 +411,18 @@ def flat(value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.dim() != 1:
         value = value.reshape(-1)
     return value.contiguous()
+
+
+def solid(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `value` contiguous and in `dtype`, of its shape; gradients flow back to it."""
+    if value.dtype is not dtype:
+        value = value.to(dtype)
+    return value if value.is_contiguous() else value.contiguous()
+
+
+def constant(value: Tensor) -> Tensor:
+    """Return `value` without its graph."""
+    return value.detach() if value.requires_grad else value
 
 
 def wants_gradient(*values: Tensor | None) -> bool:

@@ -50,6 +50,8 @@ class Metrics:
         values: fp64, one entry per name and then what `merge` takes besides, on the device of the
             inputs, without gradient.
         names: the names of the first entries, in their order.
+        adds_up: whether the losses among them are parts of a whole, which add up with other parts:
+            they were divided by a given `normalizer`, or by nothing.
 
     Example:
         >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
@@ -63,6 +65,7 @@ class Metrics:
 
     values: Tensor
     names: tuple[str, ...]
+    adds_up: bool = False
 
     def as_dict(self) -> dict[str, float]:
         """Return the metrics as Python floats. This is the only copy to the host.

@@ -75,11 +75,12 @@ def step_gae(
             "values", values, num_steps, shape, device, dtype
         )
         if rewards_per_token and steps.reward_index is not None:
-            counts = (steps.step_ids.view(-1) >= 0) | rewards.isfinite()
+            line = rewards.view(-1)
+            counts = (steps.step_ids.view(-1) >= 0) | line.isfinite()
             rewards = operators.call(
                 "sum_over_steps",
                 chosen,
-                torch.where(counts, rewards, 0.0),
+                torch.where(counts, line, 0.0),
                 steps.reward_index,
                 steps.reward_offsets,
             )
@@ -101,16 +102,10 @@ def step_gae(
             chosen,
             rewards,
             values,
+            bootstrap_values,
+            steps.timeline,
+            (checks.fraction("gamma", gamma), checks.fraction("lam", lam), float(whiten)),
             rewards_per_token,
             values_per_token,
-            steps.step_ids.view(-1),
-            steps.row_offsets,
-            steps.state_index,
-            steps.trajectory_steps,
-            steps.trajectory_offsets,
-            bootstrap_values,
-            checks.fraction("gamma", gamma),
-            checks.fraction("lam", lam),
-            whiten,
         )
     return StepAdvantages(advantages, returns)

@@ -1,7 +1,8 @@
-"""The arguments of the clipped step objective that do not depend on where log-probs come from."""
+"""The arguments of the step objective that do not depend on where log-probs come from."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,48 +10,23 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import resolve
+from ..backends.records import Steps
 from ..config import StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
 
 
-class Steps(NamedTuple):
-    """Steps as the loss reads them: those of a layout, or a range of steps with rows of its own.
-
-    Attributes:
-        step_ids: int32 ``[N]``, -1 where no action token.
-        token_index: int64 ``[M]``.
-        step_offsets: int64 ``[S + 1]``.
-        trajectory_counts: int32 ``[S]``.
-    """
-
-    step_ids: Tensor
-    token_index: Tensor
-    step_offsets: Tensor
-    trajectory_counts: Tensor
-
-    @classmethod
-    def of(cls, layout: StepTensors) -> Steps:
-        """Return the steps of a layout."""
-        return cls(
-            layout.step_ids.view(-1),
-            layout.token_index,
-            layout.step_offsets,
-            layout.trajectory_counts,
-        )
-
-
 class LossInputs(NamedTuple):
-    """Checked arguments: constants, flat and contiguous in the dtype of the computation.
+    """Checked arguments: constants, contiguous in the dtype of the computation.
 
     Attributes:
         backend: the one that runs.
         shape, device, dtype: the token shape, and where and in what to compute.
         layout, mask: what was given; one of them is None.
         steps: the steps of `layout`; None with a mask.
-        old_log_probs, ref_log_probs: ``[N]``.
-        advantages, is_weights: ``[N]`` or ``[S]``, as the flag next to each says.
-        step_weights: ``[S]``.
+        old_log_probs, ref_log_probs: N entries in the order of the token shape.
+        advantages, is_weights: N entries or ``[S]``, as the flag of each says.
+        step_weights, clip_low, clip_high: ``[S]``.
         ratio_center, normalizer: 0-dim fp64.
     """
 
@@ -61,16 +37,18 @@ class LossInputs(NamedTuple):
     layout: StepTensors | None
     mask: Tensor | None
     steps: Steps | None
+    config: StepPOConfig
     old_log_probs: Tensor | None
     advantages: Tensor
-    advantages_per_token: bool
     ref_log_probs: Tensor | None
     is_weights: Tensor | None
-    is_weights_per_token: bool
     step_weights: Tensor | None
+    clip_low: Tensor | None
+    clip_high: Tensor | None
     ratio_center: Tensor | None
     normalizer: Tensor | None
-    config: StepPOConfig
+    advantages_per_token: bool
+    is_weights_per_token: bool
 
 
 def check_loss_inputs(
@@ -85,6 +63,8 @@ def check_loss_inputs(
     step_weights: Tensor | None,
     normalizer: float | Tensor | None,
     ratio_center: float | Tensor | None,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
     backend: str,
 ) -> LossInputs:
     """Return the checked arguments of a loss from `values`, the argument `name`."""
@@ -94,17 +74,21 @@ def check_loss_inputs(
     held: StepTensors | None = None
     if isinstance(layout, Tensor):
         mask = checks.flags("layout", layout, (1, 2), wait=False)
+        mask = mask if mask.is_contiguous() else mask.contiguous()
         num_steps, shape, device = None, mask.shape, mask.device
     else:
         held = require_layout(layout)
         num_steps, shape, device = held.num_steps, held.shape, held.device
     dtype = checks.compute_dtype(checks.floating(name, values, device, saved=False))
     chosen = resolve(backend, device)
-    old, ref = None, None
     if old_log_probs is not None:
-        old = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype).detach()
+        old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
+        old_log_probs = checks.constant(old_log_probs)
     if ref_log_probs is not None:
-        ref = checks.tokens("ref_log_probs", ref_log_probs, shape, device, dtype).detach()
+        ref_log_probs = checks.tokens("ref_log_probs", ref_log_probs, shape, device, dtype)
+        ref_log_probs = checks.constant(ref_log_probs)
+    elif config.kl_coef != 0:
+        raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
     advantages, by_token = checks.steps_or_tokens(
         "advantages", advantages, num_steps, shape, device, dtype
     )
@@ -113,18 +97,20 @@ def check_loss_inputs(
         is_weights, weights_by_token = checks.steps_or_tokens(
             "is_weights", is_weights, num_steps, shape, device, dtype
         )
-        is_weights = is_weights.detach()
+        is_weights = checks.constant(is_weights)
     if step_weights is not None:
-        if num_steps is None:
-            raise ValueError("step_weights: got it with a mask, expected a StepLayout with it")
-        step_weights = checks.vector("step_weights", step_weights, num_steps, "step", device, dtype)
-        step_weights = step_weights.detach()
-    if config.kl_coef != 0 and ref is None:
-        raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
-    center = checks.scalar("ratio_center", ratio_center, device)
-    if old is None and config.ratio == "centered":
+        step_weights = _per_step("step_weights", step_weights, held, dtype)
+    if clip_low is not None or clip_high is not None:
+        clip_low = _bounds("clip_low", clip_low, 1.0, held, config, dtype)
+        clip_high = _bounds("clip_high", clip_high, math.inf, held, config, dtype)
+    if ratio_center is not None:
+        ratio_center = checks.scalar("ratio_center", ratio_center, device)
+    if old_log_probs is None and config.ratio == "centered":
         # On-policy every ratio is 1, whatever the center of an earlier batch was.
-        center = checks.scalar("ratio_center", 0.0, device)
+        ratio_center = checks.scalar("ratio_center", 0.0, device)
+    if normalizer is not None:
+        is_empty = held is not None and held.num_tokens == 0
+        normalizer = checks.normalizer(normalizer, device, is_empty)
     return LossInputs(
         chosen,
         shape,
@@ -132,18 +118,55 @@ def check_loss_inputs(
         dtype,
         held,
         mask,
-        None if held is None else Steps.of(held),
-        old,
-        advantages.detach(),
-        by_token,
-        ref,
-        is_weights,
-        weights_by_token,
-        step_weights,
-        center,
-        checks.normalizer(normalizer, device, held is not None and held.num_tokens == 0),
+        None if held is None else held.steps,
         config,
+        old_log_probs,
+        checks.constant(advantages),
+        ref_log_probs,
+        is_weights,
+        step_weights,
+        clip_low,
+        clip_high,
+        ratio_center,
+        normalizer,
+        by_token,
+        weights_by_token,
     )
+
+
+def _per_step(name: str, value: Tensor, held: StepTensors | None, dtype: torch.dtype) -> Tensor:
+    """Return a number per step; a mask tells nothing of the order of its steps."""
+    if held is None:
+        raise ValueError(f"{name}: got it with a mask, expected a StepLayout with it")
+    return checks.constant(checks.vector(name, value, held.num_steps, "step", held.device, dtype))
+
+
+def _bounds(
+    name: str,
+    value: Tensor | None,
+    most: float,
+    held: StepTensors | None,
+    config: StepPOConfig,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Return bounds of the steps, looked at where that costs no wait."""
+    if value is None:
+        return None
+    if config.surrogate == "soft":
+        raise ValueError(f"{name}: got it with the surrogate 'soft', which has no bounds")
+    given = _per_step(name, value, held, dtype)
+    assert held is not None
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        least = given > 0 if config.surrogate == "quadratic" else given >= 0
+        good = least & (given <= most) & (given < math.inf)
+        bad = ~good & (held.step_lengths > 0)
+        if bool(bad.any()):
+            above = "above 0" if config.surrogate == "quadratic" else "of at least 0"
+            raise ValueError(
+                f"{name}: got {given[bad][0].item()}, expected finite numbers {above}"
+                + (f", at most {most:g}" if most < math.inf else "")
+            )
+    return given
 
 
 def check_entropy(entropy: Tensor | None, inputs: LossInputs) -> Tensor | None:

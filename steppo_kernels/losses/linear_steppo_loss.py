@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import Backend
+from ..backends import operators
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
+from ..backends.records import Steps
 from ..backends.reference import lm_head as reference
 from ..backends.reference.reductions import reduction_weights
 from ..config import DEFAULT_CONFIG, StepPOConfig
@@ -26,7 +28,7 @@ from ..log_probs.lm_head import (
 )
 from ..log_probs.saved import save, saved
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
-from .inputs import LossInputs, Steps, check_loss_inputs
+from .inputs import LossInputs, check_loss_inputs
 from .policy_loss import loss_of, run_operator, scaled_gradient
 
 
@@ -48,6 +50,9 @@ def linear_steppo_loss(
     step_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     ratio_center: float | Tensor | None = None,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+    report_entropy: bool = False,
     backend: Backend = "auto",
 ) -> StepPOOutput:
     """Return `steppo_loss` of ``hidden @ weight.T + bias``, and form its gradients in one pass.
@@ -86,10 +91,12 @@ def linear_steppo_loss(
         step_weights: as in `steppo_loss`.
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
+        clip_low, clip_high: as in `steppo_loss`.
+        report_entropy: fill the metric `entropy` without an `entropy_coef` too.
         backend: implementation of what is not a matrix product.
 
     Returns:
-        As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef`.
+        As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef` or `report_entropy`.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -108,6 +115,7 @@ def linear_steppo_loss(
         >>> weight.grad[:, 0]
         tensor([ 1.2500, -0.5000, -0.5000, -0.2500])
     """
+    checks.switch("report_entropy", report_entropy)
     inputs = check_loss_inputs(
         "hidden",
         hidden,
@@ -120,12 +128,14 @@ def linear_steppo_loss(
         step_weights,
         normalizer,
         ratio_center,
+        clip_low,
+        clip_high,
         backend,
     )
     hidden = checks.in_order("hidden", checks.tensor("hidden", hidden), inputs.shape, "hidden size")
     if inputs.mask is not None:
         made = require_layout(StepLayout.from_mask(inputs.mask, backend=backend))
-        inputs = inputs._replace(layout=made, steps=Steps.of(made), mask=None)
+        inputs = inputs._replace(layout=made, steps=made.steps, mask=None)
     assert inputs.layout is not None
     is_action = inputs.layout.step_ids.reshape(-1) >= 0
     rows, head = check_head(
@@ -145,25 +155,28 @@ def linear_steppo_loss(
             head.softcap,
             inputs.dtype,
         )
-        return loss_of(inputs, log_probs, entropy if config.entropy_coef != 0 else None)
+        if config.entropy_coef == 0:
+            entropy = checks.constant(entropy) if report_entropy else None
+        return loss_of(inputs, log_probs, entropy)
     loss, metrics, step_log_ratio = _LinearStepPO.apply(
         rows,
         head.weight,
         head.bias,
         head,
         temperature if isinstance(temperature, Tensor) else None,
-        _Steps(inputs),
+        _Steps(inputs, report_entropy),
         ids,
         chunk,
         torch.is_grad_enabled(),
     )
-    return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS), step_log_ratio)
+    adds_up = normalizer is not None or config.reduction == "sum"
+    return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS, adds_up), step_log_ratio)
 
 
 class _Steps:
     """The objective on action tokens alone, step by step: any range of steps is a range of rows."""
 
-    def __init__(self, inputs: LossInputs) -> None:
+    def __init__(self, inputs: LossInputs, report_entropy: bool) -> None:
         """Gather what is given per token."""
         layout = inputs.layout
         assert layout is not None
@@ -172,32 +185,28 @@ class _Steps:
         self.counts = layout.trajectory_counts
         # The only copy to the host that does not depend on the loss.
         self.borders: list[int] = self.offsets.tolist()
-        advantages = inputs.advantages
-        if inputs.advantages_per_token:
-            first = self.offsets[:-1].clamp_max(max(len(index) - 1, 0))
-            advantages = (
-                advantages[index[first]] if len(index) else advantages.new_zeros(len(self.counts))
-            )
-        weights = inputs.is_weights
-        if weights is not None and inputs.is_weights_per_token:
-            weights = weights[index]
+        self.has_bonus = inputs.config.entropy_coef != 0
+        self.need_entropy = self.has_bonus or report_entropy
+
+        def actions(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.view(-1)[index]
+
         center = inputs.ratio_center
         total = inputs.normalizer
         if total is None:
             total = reduction_weights(
                 layout.step_lengths, self.counts, inputs.config.reduction, torch.float64
             )[1]
-        old, ref = inputs.old_log_probs, inputs.ref_log_probs
         self.needs_center = inputs.config.ratio == "centered" and center is None
+        advantages, weights = inputs.advantages, inputs.is_weights
         self.inputs = inputs._replace(
             shape=index.shape,
             layout=None,
             steps=None,
-            advantages=advantages,
-            advantages_per_token=False,
-            old_log_probs=None if old is None else old[index],
-            ref_log_probs=None if ref is None else ref[index],
-            is_weights=weights,
+            advantages=advantages.view(-1)[index] if inputs.advantages_per_token else advantages,
+            old_log_probs=actions(inputs.old_log_probs),
+            ref_log_probs=actions(inputs.ref_log_probs),
+            is_weights=actions(weights) if inputs.is_weights_per_token else weights,
             normalizer=total,
         )
 
@@ -226,15 +235,19 @@ class _Steps:
         every = torch.arange(last - first, device=offsets.device)
         number = torch.arange(end - begin, device=offsets.device, dtype=torch.int32)
         step_ids = torch.repeat_interleave(number, offsets.diff(), output_size=last - first)
-        by_token = inputs.is_weights_per_token
+        own_advantages, own_weights = inputs.advantages_per_token, inputs.is_weights_per_token
+        advantages = (tokens if own_advantages else steps)(inputs.advantages)
+        assert advantages is not None
         return inputs._replace(
             shape=every.shape,
-            steps=Steps(step_ids, every, offsets, self.counts[begin:end]),
-            advantages=inputs.advantages[begin:end],
+            steps=Steps(step_ids, every, offsets, offsets[:-1], self.counts[begin:end]),
+            advantages=advantages,
             old_log_probs=tokens(inputs.old_log_probs),
             ref_log_probs=tokens(inputs.ref_log_probs),
-            is_weights=tokens(inputs.is_weights) if by_token else steps(inputs.is_weights),
+            is_weights=(tokens if own_weights else steps)(inputs.is_weights),
             step_weights=steps(inputs.step_weights),
+            clip_low=steps(inputs.clip_low),
+            clip_high=steps(inputs.clip_high),
         )
 
 
@@ -254,7 +267,7 @@ class _Pass:
         num_rows = len(steps.index)
         self.hidden, self.head, self.steps, self.token_ids = hidden, head, steps, token_ids
         self.chunk = chunk
-        self.need_entropy = steps.inputs.config.entropy_coef != 0
+        self.need_entropy = steps.need_entropy
         dtype = steps.inputs.dtype
         self.log_probs = hidden.new_empty(num_rows, dtype=dtype)
         self.entropy = hidden.new_empty(num_rows if self.need_entropy else 0, dtype=dtype)
@@ -338,22 +351,26 @@ class _Pass:
         multiple of a unit of its own.
         """
         first, last = self.steps.borders[begin], self.steps.borders[end]
-        entropy = self.entropy[first:last] if self.need_entropy else None
-        *_, grad, grad_entropy, scale = run_operator(
-            self.steps.objective(begin, end),
+        has_bonus = self.steps.has_bonus
+        inputs = self.steps.objective(begin, end)
+        _, metrics, _, grad, grad_entropy = run_operator(
+            inputs,
             self.log_probs[first:last],
-            entropy,
+            self.entropy[first:last] if has_bonus else None,
             True,
-            self.need_entropy,
+            has_bonus,
         )
-        if not self.need_entropy:
+        scale = operators.gradient_scale(inputs.backend, metrics)
+        if not has_bonus:
             grad_entropy = None
         if not self.gradients.takes_units:
+            if scale is None:
+                return grad, grad_entropy, None
             return grad * scale, None if grad_entropy is None else grad_entropy * scale, None
         grad, grad_entropy, units = self.head.in_units(
             grad, grad_entropy, self.steps.index[first:last]
         )
-        return grad, grad_entropy, (units * scale).to(torch.float32)
+        return grad, grad_entropy, (units if scale is None else units * scale).to(torch.float32)
 
 
 class _LinearStepPO(torch.autograd.Function):

@@ -29,6 +29,9 @@ def steppo_loss_from_logits(
     step_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     ratio_center: float | Tensor | None = None,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+    report_entropy: bool = False,
     backend: Backend = "auto",
 ) -> StepPOOutput:
     """Return `steppo_loss` of the log-probs (and, with an `entropy_coef`, entropies) of logits.
@@ -55,10 +58,12 @@ def steppo_loss_from_logits(
         step_weights: as in `steppo_loss`.
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
+        clip_low, clip_high: as in `steppo_loss`.
+        report_entropy: fill the metric `entropy` without an `entropy_coef` too.
         backend: implementation; one named explicitly never falls back.
 
     Returns:
-        As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef`.
+        As `steppo_loss`; the metric `entropy` is 0 without an `entropy_coef` or `report_entropy`.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -79,6 +84,7 @@ def steppo_loss_from_logits(
         tensor([ 1.1250, -0.3750, -0.3750, -0.3750])
     """
     checks.switch("inplace_backward", inplace_backward)
+    checks.switch("report_entropy", report_entropy)
     logits = rows_of("logits", logits)
     inputs = check_loss_inputs(
         "logits",
@@ -92,6 +98,8 @@ def steppo_loss_from_logits(
         step_weights,
         normalizer,
         ratio_center,
+        clip_low,
+        clip_high,
         backend,
     )
     checks.in_order("logits", logits, inputs.shape, "vocabulary")
@@ -99,8 +107,15 @@ def steppo_loss_from_logits(
     assert steps is not None
     steps = steps.reshape(-1).contiguous()
     targets = Targets.of(token_ids, steps, temperature, inputs.shape, inputs.device)
-    need_entropy = config.entropy_coef != 0
+    has_bonus = config.entropy_coef != 0
     log_probs, entropy = log_probs_of(
-        logits, targets, temperature, need_entropy, inplace_backward, inputs.backend
+        logits,
+        targets,
+        temperature,
+        has_bonus or report_entropy,
+        inplace_backward,
+        inputs.backend,
     )
-    return loss_of(inputs, log_probs, entropy if need_entropy else None)
+    if not report_entropy and not has_bonus:
+        return loss_of(inputs, log_probs, None)
+    return loss_of(inputs, log_probs, entropy if has_bonus else checks.constant(entropy))

@@ -14,10 +14,10 @@ from ..backends import operators
 from ..backends.choice import Backend
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.reference import policy_loss as reference
-from ..config import DEFAULT_CONFIG, KL_ESTIMATORS, RATIOS, REDUCTIONS, StepPOConfig
+from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
-from .inputs import LossInputs, Steps, check_entropy, check_loss_inputs
+from .inputs import LossInputs, check_entropy, check_loss_inputs
 
 # Whether the running backward was called with retain_graph; a torch without the answer says yes.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -36,20 +36,25 @@ def steppo_loss(
     step_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     ratio_center: float | Tensor | None = None,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
     backend: Backend = "auto",
 ) -> StepPOOutput:
-    r"""Return the clipped step-level policy loss (StepPO, arXiv 2604.18401, section 3).
+    r"""Return the step-level policy loss (StepPO, arXiv 2604.18401, section 3) and its family.
 
-    With z the token log-ratios of a step of L tokens and A its advantage:
+    With z the token log-ratios of a step of L tokens, x the log-ratio made of them and A the
+    advantage (by default; `StepPOConfig` has the other ratios and surrogates):
 
-    .. math:: \log\rho = \mu + L^{-p} \sum_i (z_i - \mu), \quad
+    .. math:: x = \log\rho = \mu + L^{-p} \sum_i (z_i - \mu), \quad
               \ell = \max(-A\rho, -A\,\mathrm{clip}(\rho, 1-\epsilon_{low}, 1+\epsilon_{high}))
 
+        l_s = mean_i w_i l(x_i, A_i)
         total = sum_s w_s (l_s + kl_coef mean_i KL_i - entropy_coef mean_i H_i) / normalizer
 
-    The forward pass computes the gradients, so that backward only scales them. Masked tokens may
-    hold anything. Under ``layout.per_token()`` this is PPO, under ``layout.per_trajectory()``
-    GSPO.
+    The gradient by log pi of token i is w_i s_i L^-p, s = dl/dx at its own x_i and A_i. Where A and
+    w are constant in a step, that is the derivative of l_s; where they vary, it is the stop-gradient
+    form of GSPO-token. The forward pass computes the gradients, so that backward only scales them.
+    Masked tokens may hold anything.
 
     Args:
         log_probs: log-probs of the taken tokens under the current policy, of the token shape. Here
@@ -58,10 +63,9 @@ def steppo_loss(
             are converted to the dtype of the computation: fp64 if `log_probs` is, else fp32.
         old_log_probs: those of the policy that acted; None if that is the current one: then every
             ratio is exactly 1 (NaN where a log-prob is not finite). No gradient.
-        advantages: per step ``[S]``, or of the token shape: then the entry at the step's first
-            action token counts. A vector of S numbers is always per step: flat numbers of as many
-            tokens are given as ``[1, N]``, and numbers per row as ``x[layout.step_rows]``. No
-            gradient.
+        advantages: per step ``[S]``, or of the token shape: then each token has its own. A vector
+            of S numbers is always per step: flat numbers of as many tokens are given as ``[1, N]``,
+            and numbers per row as ``x[layout.step_rows]``. No gradient.
         layout: the steps; or a mask, bool or 0/1, ``[B, T]`` or ``[N]`` (one row) whose runs of
             ones are the steps. With a mask, segmentation is part of the loss, and everything is
             given per token. On a GPU, and in a compiled graph, the mask's values are not
@@ -69,8 +73,8 @@ def steppo_loss(
         config: hyper-parameters.
         ref_log_probs: reference policy for the KL penalty, of the token shape. No gradient.
         entropy: per-token entropies, of the token shape; gradients flow back to it.
-        is_weights: rollout correction. Per step ``[S]`` it multiplies l_s; per token the value
-            becomes l_s mean(w_i) and the gradient of token i is scaled by w_i. No gradient.
+        is_weights: rollout correction (`rollout_weights`), per step ``[S]`` or of the token shape:
+            the w_i above. No gradient.
         step_weights: ``[S]``, replaces w_s.
         normalizer: replaces the denominator of the reduction; a number, or a 0-dim tensor (no
             host sync). A part of a batch (micro-batch, data-parallel rank) passes that of the
@@ -81,13 +85,17 @@ def steppo_loss(
         ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
             of this call. It plays no part in the other ratios, nor on-policy (no
             `old_log_probs`).
+        clip_low, clip_high: ``[S]``, bounds of each step in place of those of `config`
+            (A2TGPO, arXiv 2605.06200). They go with a layout. On a GPU, and in a compiled graph,
+            their values are not checked. No gradient.
         backend: implementation; one named explicitly never falls back.
 
     Returns:
         `StepPOOutput` with `POLICY_METRICS`: `ratio_*` and `clip_fraction*` are over non-empty
-        steps, `token_clip_fraction`, `approx_kl` (mean of -z), `approx_kl_k3` (mean of
-        e^z - 1 - z) and `dead_token_fraction` (no gradient at all) over action tokens. `num_steps`
-        counts non-empty steps.
+        steps (a step is clipped by the share of its tokens that are; with the ratio ``"token"`` its
+        ratio is the mean of theirs), `token_clip_fraction`, `approx_kl` (mean of -z),
+        `approx_kl_k3` (mean of e^z - 1 - z) and `dead_token_fraction` (no gradient at all) over
+        action tokens. `num_steps` counts non-empty steps.
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument.
@@ -123,6 +131,8 @@ def steppo_loss(
         step_weights,
         normalizer,
         ratio_center,
+        clip_low,
+        clip_high,
         backend,
     )
     log_probs = checks.token_count("log_probs", log_probs, inputs.shape, inputs.device)
@@ -133,32 +143,43 @@ def steppo_loss(
 def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> StepPOOutput:
     """Return the loss of checked arguments: `log_probs` and `entropy` carry the gradients."""
     if inputs.backend == "reference":
-        steps = inputs.steps
-        if steps is None:
-            assert inputs.mask is not None
-            made = StepLayout.from_mask(inputs.mask, backend="reference")
-            steps = Steps.of(require_layout(made))
-        loss, metrics, step_log_ratio = reference.policy_loss(
-            checks.flat(log_probs, inputs.dtype),
-            inputs.old_log_probs,
-            inputs.advantages,
-            inputs.ref_log_probs,
-            None if entropy is None else checks.flat(entropy, inputs.dtype),
-            inputs.is_weights,
-            inputs.step_weights,
-            inputs.advantages_per_token,
-            inputs.is_weights_per_token,
-            *steps,
-            inputs.ratio_center,
-            inputs.normalizer,
-            inputs.config,
-        )
+        loss, metrics, step_log_ratio = _reference_loss(inputs, log_probs, entropy)
     elif checks.wants_gradient(log_probs, entropy):
         loss, metrics, step_log_ratio = _PolicyLoss.apply(log_probs, entropy, inputs)
     else:
         loss, metrics, step_log_ratio = run_operator(inputs, log_probs, entropy, False, False)[:3]
+    # A sum, and a part of a whole, add up with others as they are.
+    adds_up = inputs.normalizer is not None or inputs.config.reduction == "sum"
     return StepPOOutput(
-        loss, Metrics(metrics, POLICY_METRICS), None if inputs.layout is None else step_log_ratio
+        loss,
+        Metrics(metrics, POLICY_METRICS, adds_up),
+        None if inputs.layout is None else step_log_ratio,
+    )
+
+
+def _reference_loss(
+    inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    steps = inputs.steps
+    if steps is None:
+        assert inputs.mask is not None
+        steps = require_layout(StepLayout.from_mask(inputs.mask, backend="reference")).steps
+    return reference.policy_loss(
+        checks.solid(log_probs, inputs.dtype),
+        inputs.old_log_probs,
+        inputs.advantages,
+        inputs.ref_log_probs,
+        None if entropy is None else checks.solid(entropy, inputs.dtype),
+        inputs.is_weights,
+        inputs.step_weights,
+        inputs.clip_low,
+        inputs.clip_high,
+        inputs.ratio_center,
+        inputs.normalizer,
+        steps,
+        inputs.config,
+        inputs.advantages_per_token,
+        inputs.is_weights_per_token,
     )
 
 
@@ -170,54 +191,48 @@ def run_operator(
     need_entropy_grad: bool,
 ) -> tuple[Any, ...]:
     """Run the operator that fits; a mask has no step log-ratios: None."""
-    config = inputs.config
-    log_probs = checks.flat(log_probs.detach(), inputs.dtype)
+    log_probs = checks.solid(checks.constant(log_probs), inputs.dtype)
     if entropy is not None:
-        entropy = checks.flat(entropy.detach(), inputs.dtype)
-    scalars = (
-        inputs.ratio_center,
-        inputs.normalizer,
-        RATIOS.index(config.ratio),
-        float(config.clip_low),
-        float(config.clip_high),
-        float(config.dual_clip or 0.0),
-        float(config.log_ratio_max),
-        REDUCTIONS.index(config.reduction),
-        float(config.kl_coef),
-        KL_ESTIMATORS.index(config.kl_estimator),
-        float(config.entropy_coef),
-        need_grad,
-        need_entropy_grad,
-    )
-    tokens = (
+        entropy = checks.solid(checks.constant(entropy), inputs.dtype)
+    if inputs.mask is None:
+        outputs: tuple[Any, ...] = operators.call(
+            "policy_loss",
+            inputs.backend,
+            log_probs,
+            inputs.old_log_probs,
+            inputs.advantages,
+            inputs.ref_log_probs,
+            entropy,
+            inputs.is_weights,
+            inputs.step_weights,
+            inputs.clip_low,
+            inputs.clip_high,
+            inputs.ratio_center,
+            inputs.normalizer,
+            inputs.steps,
+            inputs.config.kernel,
+            inputs.advantages_per_token,
+            inputs.is_weights_per_token,
+            need_grad,
+            need_entropy_grad,
+        )
+        return outputs
+    loss, metrics, *grads = operators.call(
+        "policy_loss_masked",
+        inputs.backend,
         log_probs,
         inputs.old_log_probs,
         inputs.advantages,
         inputs.ref_log_probs,
         entropy,
         inputs.is_weights,
-    )
-    if inputs.mask is None:
-        assert inputs.steps is not None
-        outputs: tuple[Tensor, ...] = operators.call(
-            "policy_loss",
-            inputs.backend,
-            *tokens,
-            inputs.step_weights,
-            inputs.advantages_per_token,
-            inputs.is_weights_per_token,
-            *inputs.steps,
-            *scalars,
-        )
-        return outputs
-    mask = inputs.mask
-    loss, metrics, *grads = operators.call(
-        "policy_loss_masked",
-        inputs.backend,
-        *tokens,
-        mask.reshape(-1).contiguous(),
-        mask.shape[-1],
-        *scalars,
+        inputs.ratio_center,
+        inputs.normalizer,
+        inputs.mask,
+        inputs.mask.shape[-1],
+        inputs.config.kernel,
+        need_grad,
+        need_entropy_grad,
     )
     return loss, metrics, None, *grads
 
@@ -253,26 +268,29 @@ class _PolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         need_grad, need_entropy_grad, _ = ctx.needs_input_grad
         keep_inputs(ctx, log_probs, entropy)
-        loss, metrics, step_log_ratio, grad, grad_entropy, grad_scale = run_operator(
+        loss, metrics, step_log_ratio, grad, grad_entropy = run_operator(
             inputs, log_probs, entropy, need_grad, need_entropy_grad
         )
+        scale = operators.gradient_scale(inputs.backend, metrics)
         ctx.save_for_backward(
-            grad if need_grad else None, grad_entropy if need_entropy_grad else None, grad_scale
+            grad if need_grad else None, grad_entropy if need_entropy_grad else None, scale
         )
         ctx.log_probs = log_probs.shape, log_probs.dtype
         ctx.entropy = None if entropy is None else (entropy.shape, entropy.dtype)
-        fixed = (metrics,) if step_log_ratio is None else (metrics, step_log_ratio)
-        ctx.mark_non_differentiable(*fixed)
+        if step_log_ratio is None:
+            ctx.mark_non_differentiable(metrics)
+        else:
+            ctx.mark_non_differentiable(metrics, step_log_ratio)
         return loss, metrics, step_log_ratio
 
     @staticmethod
     @first_only("steppo_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad, grad_entropy, grad_scale = ctx.saved_tensors
+        grad, grad_entropy, scale = ctx.saved_tensors
         return (
-            None if grad is None else scaled_gradient(grad, grad_loss, grad_scale, *ctx.log_probs),
+            None if grad is None else scaled_gradient(grad, grad_loss, scale, *ctx.log_probs),
             None
             if grad_entropy is None
-            else scaled_gradient(grad_entropy, grad_loss, grad_scale, *ctx.entropy),
+            else scaled_gradient(grad_entropy, grad_loss, scale, *ctx.entropy),
             None,
         )

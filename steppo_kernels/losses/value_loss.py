@@ -71,47 +71,55 @@ def step_value_loss(
     clip = checks.positive_number("clip", clip)
     chosen = resolve(backend, device)
     new, by_token = checks.steps_or_tokens("values", values, num_steps, shape, device, dtype)
-    returns = checks.vector("returns", returns, num_steps, "step", device, dtype).detach()
-    old, old_by_token = None, False
+    returns = checks.constant(checks.vector("returns", returns, num_steps, "step", device, dtype))
+    old_by_token = False
     if old_values is not None:
-        old, old_by_token = checks.steps_or_tokens(
+        old_values, old_by_token = checks.steps_or_tokens(
             "old_values", old_values, num_steps, shape, device, dtype
         )
-        old = old.detach()
-    total = checks.normalizer(normalizer, device, steps.num_tokens == 0)
-    args = (
-        new,
-        returns,
-        old,
-        by_token,
-        old_by_token,
-        steps.state_index,
-        steps.step_lengths,
-        steps.trajectory_counts,
-        total,
-        clip,
-    )
+        old_values = checks.constant(old_values)
+    if normalizer is not None:
+        normalizer = checks.normalizer(normalizer, device, steps.num_tokens == 0)
     if chosen == "reference":
-        loss, metrics = reference.value_loss(*args, reduction)
+        loss, metrics = reference.value_loss(
+            new,
+            returns,
+            old_values,
+            normalizer,
+            steps.states,
+            clip,
+            reduction,
+            by_token,
+            old_by_token,
+        )
     else:
-        number = REDUCTIONS.index(reduction)
+        constants = (
+            returns,
+            old_values,
+            normalizer,
+            steps.states,
+            (clip, float(REDUCTIONS.index(reduction))),
+            by_token,
+            old_by_token,
+        )
         if checks.wants_gradient(new):
-            loss, metrics = _ValueLoss.apply(values, chosen, (*args[1:], number))
+            loss, metrics = _ValueLoss.apply(values, chosen, constants)
         else:
-            loss, metrics, *_ = operators.call("value_loss", chosen, *args, number, False)
-    return StepPOOutput(loss, Metrics(metrics, VALUE_METRICS))
+            loss, metrics, _ = operators.call("value_loss", chosen, new, *constants, False)
+    adds_up = normalizer is not None or reduction == "sum"
+    return StepPOOutput(loss, Metrics(metrics, VALUE_METRICS, adds_up))
 
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, backend: str, rest: tuple[Any, ...]
+        ctx: Any, values: Tensor, backend: str, constants: tuple[Any, ...]
     ) -> tuple[Tensor, ...]:
         dtype = checks.compute_dtype(values)
-        loss, metrics, grad, grad_scale = operators.call(
-            "value_loss", backend, checks.flat(values, dtype), *rest, True
+        loss, metrics, grad = operators.call(
+            "value_loss", backend, checks.solid(values, dtype), *constants, True
         )
-        ctx.save_for_backward(grad, grad_scale)
+        ctx.save_for_backward(grad, operators.gradient_scale(backend, metrics))
         keep_inputs(ctx, values)
         ctx.values = values.shape, values.dtype
         ctx.mark_non_differentiable(metrics)
@@ -120,5 +128,5 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     @first_only("step_value_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad, grad_scale = ctx.saved_tensors
-        return scaled_gradient(grad, grad_loss, grad_scale, *ctx.values), None, None
+        grad, scale = ctx.saved_tensors
+        return scaled_gradient(grad, grad_loss, scale, *ctx.values), None, None
