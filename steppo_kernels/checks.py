@@ -383,6 +383,14 @@ def positive_number(name: str, value: object) -> float:
     return _float(name, number)
 
 
+def positive_or_zero(name: str, value: object) -> float:
+    """Return `value` if it is a finite number of at least 0."""
+    number = _number(name, value, "a finite number of at least 0")
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name}: got {value!r}, expected a finite number of at least 0")
+    return _float(name, number)
+
+
 def switch(name: str, value: object) -> bool:
     """Return `value` if it is a bool."""
     if not isinstance(value, bool):

@@ -36,6 +36,8 @@ VALUE_METRICS: tuple[str, ...] = (
     "explained_variance",
     "num_steps",
 )
+# Of the weights of `rollout_weights`, as they are before the bounds.
+ROLLOUT_METRICS: tuple[str, ...] = ("mean", "min", "max", "ess", "outside_fraction")
 
 
 NUM_POLICY_METRICS = len(POLICY_METRICS) + 2
@@ -147,3 +149,26 @@ class StepAdvantages:
 
     advantages: Tensor
     returns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutWeights:
+    """Weights of the samples of another policy, from `rollout_weights`.
+
+    Attributes:
+        weights: the `is_weights` of a loss, without gradient: of the token shape at level
+            ``"token"``, else ``[S]``. Masked positions and units without tokens have 1.
+        metrics: `ROLLOUT_METRICS` of the weights before the bounds.
+
+    Example:
+        >>> layout = StepLayout.from_mask(torch.tensor([[0, 1, 1, 0, 1]]))
+        >>> old, sampled = torch.tensor([[0.0, -1.0, -1.0, 0.0, -1.0]]), torch.full((1, 5), -1.0)
+        >>> found = rollout_weights(old, sampled, layout, level="step")
+        >>> found.weights
+        tensor([1., 1.])
+        >>> found.metrics.as_dict()["ess"]
+        1.0
+    """
+
+    weights: Tensor
+    metrics: Metrics
