@@ -249,10 +249,12 @@ def policy_loss(
             weight = 1.0 if is_weights is None else is_weights[at]
             policy += scale * weight * point.value / length
             size += _finite(scale * weight * point.value_size / length)
-            slope_size = max(slope_size, _finite(scale * weight * point.slope_size * pooled.share))
             gradient = 0.0 if slope == 0 else scale * weight * slope * pooled.share
             live = gradient != 0
             of_log_probs[at] = gradient
+            if live:
+                terms = scale * weight * point.slope_size * pooled.share
+                slope_size = max(slope_size, _finite(terms))
             if ref_log_probs is not None:
                 value, slope, near = _kl(
                     _minus(ref_log_probs[at], log_probs[at]), config.kl_estimator

@@ -27,9 +27,14 @@ pytestmark = pytest.mark.isa
 _SURROGATES = sorted(FOLDER.glob("surrogate_*.npz"))
 _ROLLOUTS = sorted(FOLDER.glob("rollout_weights_*.npz"))
 _COUNTS = (
-    "clip_fraction", "clip_fraction_low", "clip_fraction_high", "token_clip_fraction",
-    "dead_token_fraction", "num_steps", "num_tokens",
-)  # fmt: skip
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "token_clip_fraction",
+    "dead_token_fraction",
+    "num_steps",
+    "num_tokens",
+)
 # Level and pool of each array of a rollout file, and how weights outside of the bounds end.
 _LEVELS = {
     "token_truncate": ("token", "mean", "truncate"),
@@ -134,9 +139,14 @@ def exact_weights(arrays, name):
         poisoned(arrays, one).flatten().tolist() for one in ("old_log_probs", "rollout_log_probs")
     )
     return oracle_rollout_weights(
-        old, rollout, oracle_layout(arrays), level=level, pool=pool, outside=outside,
+        old,
+        rollout,
+        oracle_layout(arrays),
+        level=level,
+        pool=pool,
+        outside=outside,
         **bounds_of(arrays, outside),
-    )  # fmt: skip
+    )
 
 
 def bounds_of(arrays, outside):
@@ -239,9 +249,15 @@ def test_rollout_weights(target, path, name, dtype):
             for one in ("old_log_probs", "rollout_log_probs")
         )
         result = package.rollout_weights(
-            old, rollout, one_row_a_step(arrays, target), level=level, pool=pool, outside=outside,
-            **bounds_of(arrays, outside), backend=target.backend,
-        )  # fmt: skip
+            old,
+            rollout,
+            one_row_a_step(arrays, target),
+            level=level,
+            pool=pool,
+            outside=outside,
+            **bounds_of(arrays, outside),
+            backend=target.backend,
+        )
         metrics.update(result.metrics.as_dict())
         weights = result.weights
         if level == "token":
