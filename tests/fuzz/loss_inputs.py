@@ -71,7 +71,8 @@ def draw_numbers(draw: Draw) -> dict[str, object]:
         numbers["soft_temperature"] = draw.rng.choice([(1.0, 1.05), (1.5, 3.0), (10.0, 0.5)])
     if ratio != "token" and draw.chance(0.3):
         numbers["token_clip"] = draw.rng.choice([(0.4, 0.4), (0.02, 0.03), (0.0, 0.3), (0.2, 0.0)])
-    draw.words += [f"{name}={value}" for name, value in numbers.items() if value != 0.0]
+    named = ("surrogate", "ratio", "reduction", "kl_estimator")
+    draw.words += [f"{n}={value}" for n, value in numbers.items() if value and n not in named]
     return numbers
 
 
