@@ -12,6 +12,7 @@ _SUITES = {
     "steps": (
         "layout/bench_segment.py",
         "layout/bench_broadcast.py",
+        "losses/bench_overhead.py",
         "losses/bench_gae.py",
         "losses/bench_policy_loss.py",
         "losses/bench_value_loss.py",
