@@ -21,23 +21,19 @@ _LINE = 64
 # What each floor is, by suite, as the page says it.
 STATED = {
     "policy_loss": (
-        "a bare `autograd.Function` with the same outputs, forward and backward; its forward reads "
-        "two tensors of the token shape and writes a third (the log-probs, the old ones and the "
-        "gradient: 12 bytes a token), and allocates a gradient of zeros"
+        "12 bytes a token (log-probs, old log-probs and a gradient), and a fresh gradient of "
+        "zeros, in a bare `autograd.Function` with the same outputs, forward and backward"
     ),
     "value_loss": (
-        "a bare `autograd.Function` with the same outputs, forward and backward; its forward moves "
-        "two cache lines, an index, a return and a length a step (144 bytes), and allocates a "
-        "gradient of zeros"
+        "144 bytes a step (the cache lines of two values, an index, a return and a length), and a "
+        "fresh gradient of zeros, in a bare `autograd.Function` with the same outputs, forward and "
+        "backward"
     ),
     "step_gae": (
-        "reward and step id of each token (8 bytes), and a cache line, two indices and two results "
-        "a step (88 bytes); both results are allocated"
+        "8 bytes a token (reward and step id) and 88 a step (the cache line of a value, two "
+        "indices and two results), and the allocation of the results"
     ),
-    "segment": (
-        "the mask (a byte a token) and every array of the layout, as many bytes as these have; all "
-        "of them are allocated"
-    ),
+    "segment": "the mask and every array of the layout, and the allocation of these arrays",
 }
 
 
