@@ -90,6 +90,15 @@ def verl_loss(mode: str, config: sk.StepPOConfig) -> Callable[..., tuple[Tensor,
     return functools.partial(core.get_policy_loss_fn(mode), config=actor, loss_agg_mode=aggregation)
 
 
+def verl_rollout_weights() -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """Return verl's truncated weights, with all that it logs of them."""
+    module = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
+    found: Callable[..., tuple[Tensor, dict[str, float]]] = (
+        module.compute_rollout_correction_weights
+    )
+    return found
+
+
 def trl_loss(
     x: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, config: sk.StepPOConfig
 ) -> Callable[[], Tensor]:

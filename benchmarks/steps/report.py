@@ -36,6 +36,8 @@ _NAMES = {
     "segment": "StepLayout",
     "value_loss": "step_value_loss, forward + backward",
     "broadcast": "broadcast_to_tokens, forward + backward",
+    "step_log_ratios": "step_log_ratios, forward + backward",
+    "rollout_weights": "rollout_weights",
 }
 # The variant that the others of a suite are divided by.
 _OURS = dict.fromkeys(("policy_loss", "token_loss", "token_advantages"), LAYOUT)

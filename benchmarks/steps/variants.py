@@ -23,6 +23,9 @@ TRL_FORMULA = Variant("TRL token loss (formula)", "#4a78b5")
 TOKEN_LOSS = (LAYOUT, MASK, EAGER, VANILLA, TRL, TRL_FORMULA)
 GSPO_TOKEN = (LAYOUT, MASK, EAGER, GSPO)
 
+VERL_WEIGHTS = Variant("verl rollout correction", "#7a5ea8", project="verl")
+ROLLOUT_WEIGHTS = (*PAIR, VERL_WEIGHTS)
+
 # A call that makes the outputs and does nothing else.
 BARE = Variant("bare")
 OVERHEAD = (FUSED, BARE)
