@@ -29,7 +29,8 @@ from triton_offsets import offsets
 from steppo_kernels import StepLayout, StepPOConfig
 from steppo_kernels.backends import operators
 from steppo_kernels.backends.triton import launch
-from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
+from steppo_kernels.config import RATIOS, SURROGATES
+from steppo_kernels.layout.step_layout import require_layout
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -96,40 +97,45 @@ def batch(rows: int, length: int, run: int) -> StepLayout:
     return StepLayout.from_mask(mask, backend="reference")
 
 
-def policy(layout: StepLayout, config: StepPOConfig, *, full: bool, masked: bool) -> None:
-    """Launch the policy loss: with everything that tokens can carry, or with as little."""
-    tokens, scalar = torch.zeros(layout.step_ids.numel()), torch.zeros((), dtype=torch.float64)
+def policy(
+    layout: StepLayout,
+    config: StepPOConfig,
+    *,
+    full: bool,
+    masked: bool = False,
+    by_token: bool | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Launch the policy loss: with everything that a batch can carry, or with as little.
+
+    `by_token` says whether advantages are per token; with everything they are, if it does not.
+    """
+    held = require_layout(layout)
+    tokens = torch.zeros(held.step_ids.numel(), dtype=dtype)
     extra = tokens if full else None
     given = (tokens, tokens, tokens, extra, extra, extra)
-    scalars = (
-        None,
-        scalar if full else None,
-        RATIOS.index(config.ratio),
-        3e-4,
-        4e-4,
-        0.0,
-        10.0,
-        REDUCTIONS.index(config.reduction),
-        0.1,
-        KL_ESTIMATORS.index(config.kl_estimator),
-        0.1,
-        True,
-        full,
-    )
+    normalizer = torch.zeros((), dtype=torch.float64) if full else None
     if masked:
-        mask = layout.step_ids.view(-1) >= 0
-        operators.launcher("triton", "policy_loss_masked")(*given, mask, layout.shape[-1], *scalars)
+        mask = held.step_ids.view(-1) >= 0
+        operators.launcher("triton", "policy_loss_masked")(
+            *given, None, normalizer, mask, held.shape[-1], config.kernel, True, full
+        )
     else:
+        # Only a soft surrogate has no bounds.
+        bounds = extra if config.surrogate != "soft" else None
         operators.launcher("triton", "policy_loss")(
             *given,
             None,
+            bounds,
+            bounds,
+            None,
+            normalizer,
+            held.steps,
+            config.kernel,
+            full if by_token is None else by_token,
             full,
+            True,
             full,
-            layout.step_ids.view(-1),
-            layout.token_index,
-            layout.step_offsets,
-            layout.trajectory_counts,
-            *scalars,
         )
 
 
@@ -209,7 +215,8 @@ def logits_launches(shape: tuple[int, int, int], *, whole: bool = True) -> list[
 def launches(length: int = LENGTHS[0]) -> list[Launch]:
     """Return launches of every kernel that works on tokens, on rows of `length` of them."""
     layout = batch(4, length, 511)
-    flat_ids, offsets = layout.step_ids.view(-1), layout.row_offsets
+    held = require_layout(layout)
+    flat_ids, offsets = held.step_ids.view(-1), held.row_offsets
     mask = flat_ids >= 0
     tokens, steps = torch.zeros(mask.numel()), torch.zeros(layout.num_steps)
     ids = flat_ids.to(torch.int64)
@@ -226,54 +233,36 @@ def launches(length: int = LENGTHS[0]) -> list[Launch]:
         run("triton", "broadcast_to_tokens")(steps, flat_ids)
         run("triton", "sum_over_steps")(tokens, layout.token_index, layout.step_offsets)
         run("triton", "step_gae")(
-            tokens,
-            tokens,
-            True,
-            True,
-            flat_ids,
-            offsets,
-            layout.state_index,
-            layout.trajectory_steps,
-            layout.trajectory_offsets,
-            torch.zeros(4),
-            0.99,
-            0.95,
-            True,
+            tokens, tokens, torch.zeros(4), held.timeline, (0.99, 0.95, 1.0), True, True
         )
         run("triton", "step_gae")(
-            tokens,
-            tokens,
-            False,
-            False,
-            flat_ids,
-            offsets,
-            ids,
-            ids,
-            offsets,
-            None,
-            1.0,
-            1.0,
-            False,
+            tokens, tokens, None, held.timeline, (1.0, 1.0, 0.0), False, False
         )
         run("triton", "value_loss")(
-            tokens,
-            steps,
-            tokens,
-            True,
-            True,
-            layout.state_index,
-            layout.step_lengths,
-            layout.trajectory_counts,
-            None,
-            0.5,
-            0,
-            True,
+            tokens, steps, tokens, None, held.states, (0.5, 0.0), True, True, True
         )
         for size in (1, 20, 200, 511):
-            policy(batch(4, length, size), StepPOConfig(), full=False, masked=False)
-        policy(layout, rich, full=True, masked=False)
-        policy(layout, StepPOConfig(), full=False, masked=True)
+            policy(batch(4, length, size), StepPOConfig(), full=False)
+        policy(layout, rich, full=True, by_token=False)
+        policy(layout, rich, full=True)
         policy(layout, rich, full=True, masked=True)
+        policy(layout, StepPOConfig(), full=False, masked=True)
+        for at, surrogate in enumerate(SURROGATES):
+            ratio = "token" if surrogate == "tv" else RATIOS[at % len(RATIOS)]
+            bounds = {"token_clip": (0.1, 0.1)} if ratio != "token" else {}
+            config = StepPOConfig(ratio=ratio, surrogate=surrogate, **bounds)
+            token = StepPOConfig(ratio="token", surrogate=surrogate, reduction="token_mean")
+            if ratio != "token":
+                policy(layout, config, full=True, by_token=False)
+            policy(layout, config, full=True)
+            policy(layout, token, full=False, by_token=False)
+            policy(layout, token, full=True, dtype=torch.float64)
+            policy(layout, config, full=True, masked=True)
+            policy(layout, token, full=True, masked=True, dtype=torch.float64)
+        # Tokens of their own in each tile of steps, the registers at most.
+        for size in (1, 20, 200):
+            policy(batch(4, length, size), rich, full=True)
+            policy(batch(4, length, size), token, full=True)
 
     return recorded(everything)
 

@@ -11,11 +11,14 @@ rewards are first added up by step; advantages are whitened last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Timeline, record
 from .launch import MAX_PROGRAMS, cdiv, device_guard, programs, row_block, threads
 from .tiles import combine_deviations, deviations, last, running_max, running_sum
 
@@ -196,19 +199,17 @@ def whiten_kernel(
 def step_gae(
     rewards: Tensor,
     values: Tensor,
+    bootstrap_values: Tensor | None,
+    timeline: Sequence[Tensor],
+    config: Sequence[float],
     rewards_per_token: bool,
     values_per_token: bool,
-    step_ids: Tensor,
-    row_offsets: Tensor,
-    state_index: Tensor,
-    trajectory_steps: Tensor,
-    trajectory_offsets: Tensor,
-    bootstrap_values: Tensor | None,
-    gamma: float,
-    lam: float,
-    whiten: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns ``[S]``: see `operators.step_gae`."""
+    step_ids, row_offsets, state_index, trajectory_steps, trajectory_offsets = record(
+        Timeline, timeline
+    )
+    gamma, lam, whiten = config
     num_steps, num_entries = state_index.numel(), trajectory_steps.numel()
     num_trajectories = trajectory_offsets.numel() - 1
     # A step of no trajectory gets 0.
@@ -239,7 +240,7 @@ def step_gae(
             gamma,
             gamma * lam,
             VALUES_PER_TOKEN=values_per_token,
-            WHITEN=whiten,
+            WHITEN=bool(whiten),
             BG=block_rows,
             BT=block_steps,
             **threads(block_rows * block_steps),

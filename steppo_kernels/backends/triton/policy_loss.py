@@ -1,10 +1,12 @@
-"""The clipped step objective and its gradient coefficients; the kernel here takes a layout.
+"""The step objective and its gradient coefficients; the kernel here takes a layout.
 
-    total = sum_s w_s (l_s + kl_coef mean_i KL_i - entropy_coef mean_i H_i) / normalizer
-    d total / d log pi_i = w_s (-A_s rho_s L_s^-p w_i + kl_coef / L_s dKL_i) / normalizer
+    total = sum_s w_s mean_i (w_i l(x_i, A_i) + kl_coef KL_i - entropy_coef H_i) / normalizer
+    d total / d log pi_i = w_s (w_i s_i L_s^-p + kl_coef / L_s dKL_i) / normalizer
 
-The l_s, rho_s and their slope are in `step_math.py`. The normalizer is known last: gradients are
-written without it, and the finishing kernel returns 1 / normalizer next to the loss.
+The log-ratios x, the surrogate l and its slope s = dl / dx are in `step_math.py`. In the kernel
+here a step has one x and one A, and so one l and one s; `policy_loss_by_token.py` has the other.
+The normalizer is known last: gradients are written without it, and the finishing kernel leaves
+1 / normalizer in the last of the metrics.
 """
 
 # ruff: noqa: N803
@@ -12,10 +14,14 @@ written without it, and the finishing kernel returns 1 / normalizer next to the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...config import KernelConfig
+from ..records import Steps, record
 from .launch import (
     FLAT_BLOCK,
     MAX_PROGRAMS,
@@ -28,51 +34,35 @@ from .launch import (
     step_tile,
     threads,
 )
+from .policy_loss_by_token import policy_loss_by_token_kernel
 from .policy_loss_masked import policy_loss_masked
+from .policy_steps import (
+    bitten,
+    log_ratio_sums,
+    step_block,
+    step_bound,
+    step_weights,
+    tokens_at,
+    write_tokens,
+    zero_masked,
+)
 from .policy_sums import (
     FIELDS,
-    add_steps,
+    add_ratios,
     find_center,
     finish,
     largest,
     needs_token_pass,
     new_gradients,
     new_partials,
-    or_empty,
     read_center,
     smallest,
     store_partials,
 )
-from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, kl_k3, kl_terms, step_terms, times
-from .tiles import chunk
+from .step_math import TOKEN, TRAJECTORY_MEAN, pool, surrogate, times
 
 # `operators.launcher` looks for both here.
 __all__ = ["policy_loss", "policy_loss_masked"]
-
-
-@triton.jit
-def _zero_masked(
-    p_step_ids,
-    p_grad,
-    p_grad_entropy,
-    i_p,
-    num_programs,
-    num_tokens,
-    ALIGNED: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Write 0 as the gradient of every token without a step."""
-    length = num_tokens.to(tl.int64)
-    for i_block in range(i_p, tl.cdiv(length, BT), num_programs):
-        i_flat, b_lane, m_token = chunk(0, i_block * BT, length, ALIGNED, BT)
-        b_step = tl.load(p_step_ids + i_flat + b_lane, mask=m_token, other=0)
-        m_masked = m_token & (b_step < 0)
-        if p_grad is not None:
-            b_zero = tl.zeros([BT], p_grad.dtype.element_ty)
-            tl.store(p_grad + i_flat + b_lane, b_zero, mask=m_masked)
-        if p_grad_entropy is not None:
-            b_zero = tl.zeros([BT], p_grad_entropy.dtype.element_ty)
-            tl.store(p_grad_entropy + i_flat + b_lane, b_zero, mask=m_masked)
 
 
 @triton.jit(do_not_specialize=["num_steps", "num_actions", "num_tokens", "step_programs"])
@@ -84,6 +74,8 @@ def policy_loss_kernel(
     p_entropy,
     p_is,
     p_weights,
+    p_clip_low,
+    p_clip_high,
     p_step_ids,
     p_index,
     p_offsets,
@@ -98,18 +90,23 @@ def policy_loss_kernel(
     num_tokens,
     step_programs,
     center: tl.float64,
-    low: tl.float64,
-    high: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
     dual_clip: tl.float64,
+    token_low: tl.float64,
+    token_high: tl.float64,
+    soft_positive: tl.float64,
+    soft_negative: tl.float64,
     log_ratio_max: tl.float64,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
     NUM_CENTERS: tl.constexpr,
     RATIO: tl.constexpr,
+    SURROGATE: tl.constexpr,
     REDUCTION: tl.constexpr,
     KL: tl.constexpr,
-    ADV_PER_TOKEN: tl.constexpr,
     IS_PER_TOKEN: tl.constexpr,
+    TOKEN_CLIP: tl.constexpr,
     TOKEN_PASS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BS: tl.constexpr,
@@ -119,7 +116,7 @@ def policy_loss_kernel(
     """Programs before `step_programs` take blocks of BS steps, the others zero masked tokens."""
     i_p = tl.program_id(0).to(tl.int64)
     if i_p >= step_programs:
-        _zero_masked(
+        zero_masked(
             p_step_ids,
             p_grad,
             p_grad_entropy,
@@ -145,72 +142,60 @@ def policy_loss_kernel(
         b_dead = tl.zeros([BS], tl.int64)
         b_steps = tl.zeros([BS], tl.int32)
         b_trajectories = tl.zeros([BS], tl.float64)
-        b_lane = tl.arange(0, BT)[None, :]
 
         for i_block in range(i_p, tl.cdiv(num_steps, BS), step_programs):
-            b_s = i_block * BS + tl.arange(0, BS)
-            m_s = b_s < num_steps
-            b_begin = tl.load(p_offsets + b_s, mask=m_s, other=0)
-            b_len = tl.load(p_offsets + b_s + 1, mask=m_s, other=0) - b_begin
-            longest = tl.max(b_len, 0)
-
-            b_z_sum = tl.zeros([BS, BT], tl.float64)
-            b_k3_sum = tl.zeros([BS, BT], tl.float64)
-            for t in range(0, longest, BT):
-                m_token = t + b_lane < b_len[:, None]
-                p_pos = p_index + t + b_begin[:, None] + b_lane
-                b_pos = tl.load(p_pos, mask=m_token, other=0)
-                b_new = tl.load(p_new + b_pos, mask=m_token, other=0.0)
-                b_old = b_new
-                if p_old is not None:
-                    b_old = tl.load(p_old + b_pos, mask=m_token, other=0.0)
-                b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
-                b_z_sum += b_z
-                b_k3_sum += kl_k3(b_z.to(b_new.dtype)).to(tl.float64)
-
-            m_step = b_len > 0
-            b_first = b_s
-            if ADV_PER_TOKEN:
-                b_first = tl.load(p_index + b_begin, mask=m_step, other=0)
-            b_adv = tl.load(p_adv + b_first, mask=m_step, other=0.0).to(tl.float64)
-            b_sum = tl.sum(b_z_sum, 1)
-            b_inverse = 1.0 / tl.where(m_step, b_len, 1).to(tl.float64)
-            b_log_ratio, b_ratio, b_loss, b_slope, m_clipped = step_terms(
-                b_sum, b_len, b_inverse, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO
+            b_s, m_s, b_begin, b_len, m_step, b_inverse = step_block(
+                p_offsets, i_block, num_steps, BS
             )
-            tl.store(p_log_ratio + b_s, b_log_ratio, mask=m_s)
-            b_ratios, b_min, b_max, b_low, b_high, b_clipped_tokens = add_steps(
-                b_ratios,
-                b_min,
-                b_max,
-                b_low,
-                b_high,
-                b_clipped_tokens,
-                b_ratio,
-                b_adv,
+            b_pooled, b_sum, b_k3 = log_ratio_sums(
+                p_new,
+                p_old,
+                p_adv,
+                p_index,
+                b_s,
+                b_begin,
                 b_len,
-                m_step,
-                m_clipped,
+                token_low,
+                token_high,
+                False,
+                TOKEN_CLIP,
+                BS,
+                BT,
             )
+            b_log_ratio, b_scale = pool(b_pooled, b_len, b_inverse, mu, RATIO)
+            tl.store(p_log_ratio + b_s, b_log_ratio, mask=m_s)
+            b_clip_low = step_bound(p_clip_low, clip_low, b_s, m_step, BS)
+            b_clip_high = step_bound(p_clip_high, clip_high, b_s, m_step, BS)
+            b_adv = tl.load(p_adv + b_s, mask=m_step, other=0.0)
+            b_ratio, b_loss, b_slope, m_clipped = surrogate(
+                b_log_ratio,
+                b_log_ratio,
+                b_adv.to(tl.float64),
+                b_clip_low,
+                b_clip_high,
+                dual_clip,
+                soft_positive,
+                soft_negative,
+                log_ratio_max,
+                SURROGATE,
+            )
+            b_ratios, b_min, b_max = add_ratios(b_ratios, b_min, b_max, b_ratio, m_step)
+            m_clipped = m_clipped & m_step
+            b_low += (m_clipped & (b_ratio < 1)).to(tl.int32)
+            b_high += (m_clipped & (b_ratio >= 1)).to(tl.int32)
+            b_clipped_tokens += tl.where(m_clipped, b_len, 0)
             b_z_all += b_sum
-            b_k3_all += tl.sum(b_k3_sum, 1)
+            b_k3_all += b_k3
             b_steps += m_step.to(tl.int32)
 
-            b_share = tl.where(m_step, 1.0, 0.0).to(tl.float64)
+            b_w, b_share = step_weights(p_weights, p_counts, b_s, b_len, m_step, REDUCTION)
             if REDUCTION == TRAJECTORY_MEAN:
-                b_count = tl.load(p_counts + b_s, mask=m_step, other=1)
-                b_share = b_share / tl.where(b_count > 1, b_count, 1).to(tl.float64)
                 b_trajectories += b_share
-            b_w = b_share
-            if p_weights is not None:
-                b_w = tl.load(p_weights + b_s, mask=m_step, other=0.0).to(tl.float64)
-            elif REDUCTION == TOKEN_MEAN:
-                b_w = b_len.to(tl.float64)
             # w_s / L_s, the weight of a token in the means over the step.
             b_unit = b_w * b_inverse
             b_kl_unit = times(kl_coef, b_unit)
             b_entropy_unit = times(entropy_coef, b_unit)
-            b_slope = times(b_slope, b_w)
+            b_slope = times(b_slope * b_scale, b_w)
             if p_is is not None and not IS_PER_TOKEN:
                 b_step_is = tl.load(p_is + b_s, mask=m_step, other=0.0).to(tl.float64)
                 b_loss = b_loss * b_step_is
@@ -221,33 +206,36 @@ def policy_loss_kernel(
                 b_kl_sum = tl.zeros([BS, BT], tl.float64)
                 b_entropy_sum = tl.zeros([BS, BT], tl.float64)
                 b_dead_sum = tl.zeros([BS, BT], tl.int32)
-                for t in range(0, longest, BT):
-                    m_token = t + b_lane < b_len[:, None]
-                    p_pos = p_index + t + b_begin[:, None] + b_lane
-                    b_pos = tl.load(p_pos, mask=m_token, other=0)
+                for t in range(0, tl.max(b_len, 0), BT):
+                    b_pos, m_token = tokens_at(p_index, b_begin, b_len, t, BT)
                     b_grad = tl.broadcast_to(b_slope[:, None], [BS, BT])
                     if p_is is not None and IS_PER_TOKEN:
                         b_is = tl.load(p_is + b_pos, mask=m_token, other=0.0).to(tl.float64)
                         b_is_sum += b_is
                         b_grad = times(b_grad, b_is)
-                    m_dead = m_token & (b_grad == 0)
-                    if p_ref is not None:
-                        b_new = tl.load(p_new + b_pos, mask=m_token, other=0.0)
-                        b_ref = tl.load(p_ref + b_pos, mask=m_token, other=0.0)
-                        b_value, b_kl_slope = kl_terms(b_ref - b_new, KL)
-                        b_kl_sum += b_value.to(tl.float64)
-                        b_grad += times(b_kl_unit[:, None], b_kl_slope.to(tl.float64))
-                        m_dead = m_token & (b_grad == 0)
-                    if p_entropy is not None:
-                        b_h = tl.load(p_entropy + b_pos, mask=m_token, other=0.0)
-                        b_entropy_sum += b_h.to(tl.float64)
-                        m_dead = m_dead & (b_entropy_unit == 0)[:, None]
-                    b_dead_sum += m_dead.to(tl.int32)
-                    if p_grad is not None:
-                        tl.store(p_grad + b_pos, b_grad, mask=m_token)
-                    if p_grad_entropy is not None:
-                        b_bonus = tl.broadcast_to(-b_entropy_unit[:, None], [BS, BT])
-                        tl.store(p_grad_entropy + b_pos, b_bonus, mask=m_token)
+                    if TOKEN_CLIP:
+                        m_bitten = bitten(
+                            p_new, p_old, b_adv[:, None], b_pos, m_token, token_low, token_high
+                        )
+                        b_grad = tl.where(m_bitten, 0.0, b_grad)
+                    b_kl_sum, b_entropy_sum, b_dead_sum = write_tokens(
+                        p_new,
+                        p_ref,
+                        p_entropy,
+                        p_grad,
+                        p_grad_entropy,
+                        b_pos,
+                        m_token,
+                        b_grad,
+                        b_kl_unit,
+                        b_entropy_unit,
+                        b_kl_sum,
+                        b_entropy_sum,
+                        b_dead_sum,
+                        KL,
+                        BS,
+                        BT,
+                    )
                 b_dead += tl.sum(b_dead_sum.to(tl.int64), 1)
                 b_kl += b_unit * tl.sum(b_kl_sum, 1)
                 b_entropy += b_unit * tl.sum(b_entropy_sum, 1)
@@ -286,31 +274,20 @@ def policy_loss(
     entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
-    advantages_per_token: bool,
-    is_weights_per_token: bool,
-    step_ids: Tensor,
-    token_index: Tensor,
-    step_offsets: Tensor,
-    trajectory_counts: Tensor,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
-    ratio: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    log_ratio_max: float,
-    reduction: int,
-    kl_coef: float,
-    kl_estimator: int,
-    entropy_coef: float,
+    steps: Sequence[Tensor],
+    config: Sequence[float],
+    advantages_per_token: bool,
+    is_weights_per_token: bool,
     need_grad: bool,
     need_entropy_grad: bool,
-) -> tuple[Tensor, ...]:
-    """Return loss, metrics, step log-ratios, gradients and their scale.
-
-    See `operators.policy_loss`.
-    """
-    num_steps, num_actions = step_offsets.numel() - 1, token_index.numel()
+) -> tuple[Tensor | None, ...]:
+    """Return loss, metrics, step log-ratios and gradients: see `operators.policy_loss`."""
+    of, c = record(Steps, steps), KernelConfig(*config)
+    num_steps, num_actions = of.step_offsets.numel() - 1, of.token_index.numel()
     num_tokens = log_probs.numel()
     block_steps, block_tokens = step_tile(num_actions, num_steps)
     step_programs = programs(cdiv(num_steps, block_steps))
@@ -318,11 +295,34 @@ def policy_loss(
     step_log_ratio = log_probs.new_empty((num_steps,))
     grad, grad_entropy = new_gradients(log_probs, need_grad, need_entropy_grad)
     partials = new_partials(log_probs, step_programs)
+    # On-policy, z is 0 and no clamp bites.
+    clips_tokens = c.clips_tokens and old_log_probs is not None
+    choices: dict[str, bool] = {}
+    if advantages_per_token or int(c.ratio) == TOKEN.value:
+        kernel = policy_loss_by_token_kernel
+        choices["ADV_PER_TOKEN"] = advantages_per_token
+    else:
+        kernel = policy_loss_kernel
+        choices["TOKEN_PASS"] = clips_tokens or needs_token_pass(
+            grad,
+            grad_entropy,
+            ref_log_probs,
+            entropy,
+            is_weights if is_weights_per_token else None,
+        )
     with device_guard(log_probs):
         p_center, center, num_centers = find_center(
-            log_probs, old_log_probs, token_index, None, ratio_center, ratio
+            log_probs,
+            old_log_probs,
+            advantages,
+            of.step_ids,
+            of.token_index,
+            None,
+            ratio_center,
+            c,
+            advantages_per_token,
         )
-        policy_loss_kernel[(step_programs + min(zero_programs, 8 * MAX_PROGRAMS),)](
+        kernel[(step_programs + min(zero_programs, 8 * MAX_PROGRAMS),)](
             log_probs,
             old_log_probs,
             advantages,
@@ -330,10 +330,12 @@ def policy_loss(
             entropy,
             is_weights,
             step_weights,
-            step_ids,
-            token_index,
-            step_offsets,
-            trajectory_counts,
+            clip_low,
+            clip_high,
+            of.step_ids,
+            of.token_index,
+            of.step_offsets,
+            of.trajectory_counts,
             p_center,
             step_log_ratio,
             grad,
@@ -344,40 +346,30 @@ def policy_loss(
             num_tokens,
             step_programs,
             center,
-            1.0 - clip_low,
-            1.0 + clip_high,
-            dual_clip,
-            log_ratio_max,
-            kl_coef,
-            entropy_coef,
+            c.clip_low,
+            c.clip_high,
+            c.dual_clip,
+            c.token_clip_low,
+            c.token_clip_high,
+            c.soft_positive,
+            c.soft_negative,
+            c.log_ratio_max,
+            c.kl_coef,
+            c.entropy_coef,
             NUM_CENTERS=num_centers,
-            RATIO=ratio,
-            REDUCTION=reduction,
-            KL=kl_estimator,
-            ADV_PER_TOKEN=advantages_per_token,
+            RATIO=int(c.ratio),
+            SURROGATE=int(c.surrogate),
+            REDUCTION=int(c.reduction),
+            KL=int(c.kl_estimator),
             IS_PER_TOKEN=is_weights_per_token,
-            TOKEN_PASS=needs_token_pass(
-                grad,
-                grad_entropy,
-                ref_log_probs,
-                entropy,
-                is_weights if is_weights_per_token else None,
-            ),
+            TOKEN_CLIP=clips_tokens,
             ALIGNED=aligned(num_tokens),
             BS=block_steps,
             BT=block_tokens,
             BZ=FLAT_BLOCK,
+            **choices,
             **threads(STEP_THREADS, 1),
             **all_registers(),
         )
-        loss, metrics, scale = finish(
-            log_probs, partials, normalizer, reduction, kl_coef, entropy_coef
-        )
-    return (
-        loss,
-        metrics,
-        step_log_ratio,
-        or_empty(grad, log_probs),
-        or_empty(grad_entropy, log_probs),
-        scale,
-    )
+        loss, metrics = finish(log_probs, partials, normalizer, c)
+    return loss, metrics, step_log_ratio, grad, grad_entropy

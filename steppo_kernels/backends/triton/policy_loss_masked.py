@@ -1,6 +1,7 @@
 """The policy loss on a mask: each program finds the runs of ones of its rows by itself.
 
-The formulas stand in `policy_loss.py`, which is the form on a layout.
+The formulas stand in `policy_loss.py`, which is the form on a layout. Advantages are given per
+token, so that the surrogate is taken of every token.
 """
 
 # ruff: noqa: N803
@@ -8,28 +9,65 @@ The formulas stand in `policy_loss.py`, which is the form on a layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...config import KernelConfig
 from .launch import aligned, device_guard, programs, row_block, threads
 from .policy_sums import (
     FIELDS,
-    add_steps,
+    add_ratios,
     find_center,
     finish,
     largest,
-    needs_token_pass,
     new_gradients,
     new_partials,
-    or_empty,
     read_center,
     smallest,
     store_partials,
 )
-from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, kl_k3, kl_terms, step_terms, times
+from .step_math import (
+    CENTERED,
+    PRODUCT,
+    TOKEN,
+    TOKEN_MEAN,
+    TRAJECTORY_MEAN,
+    TV,
+    clip_tokens,
+    exp_and_excess,
+    kl_k3,
+    kl_terms,
+    pool,
+    probability_gap,
+    surrogate,
+    times,
+)
 from .tiles import chunk, last, running_sum
+
+
+@triton.jit
+def _log_probs(p_new, p_old, b_pos, m_row, m_token):
+    """Return new and old log-probs of a chunk, 0 where no token acts."""
+    b_new = tl.load(p_new + b_pos, mask=m_row, other=0.0)
+    b_new = tl.where(m_token, b_new, 0.0)
+    b_old = b_new
+    if p_old is not None:
+        b_old = tl.load(p_old + b_pos, mask=m_row, other=0.0)
+        b_old = tl.where(m_token, b_old, 0.0)
+    return b_new, b_old
+
+
+@triton.jit
+def _actions(p_mask, i_flat, b_lane, m_row, t, length):
+    """Return which tokens of a chunk act, and which of them end a run."""
+    m_token = tl.load(p_mask + i_flat + b_lane, mask=m_row, other=0) != 0
+    m_next = t + 1 + b_lane < length
+    b_next = tl.load(p_mask + i_flat + 1 + b_lane, mask=m_next, other=0)
+    return m_token, m_token & (b_next == 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "row_length", "max_runs"])
@@ -50,48 +88,51 @@ def policy_loss_masked_kernel(
     row_length,
     max_runs,
     center: tl.float64,
-    low: tl.float64,
-    high: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
     dual_clip: tl.float64,
+    token_low: tl.float64,
+    token_high: tl.float64,
+    soft_positive: tl.float64,
+    soft_negative: tl.float64,
     log_ratio_max: tl.float64,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
     NUM_CENTERS: tl.constexpr,
     RATIO: tl.constexpr,
+    SURROGATE: tl.constexpr,
     REDUCTION: tl.constexpr,
     KL: tl.constexpr,
-    TOKEN_PASS: tl.constexpr,
+    TOKEN_CLIP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Each program takes rows: sums of z by run, then the runs, then the tokens.
+    """Each program takes rows: lengths and sums of z by run, then the runs, then the tokens.
 
-    `p_runs` is the program's scratch, three numbers a run: sum of z, first token and length; then
-    slope, weight of a token and weighted loss of a token.
+    `p_runs` is the program's scratch, three numbers a run: length and sum of z; then 1 / length,
+    log-ratio and w_s / length.
     """
     i_p = tl.program_id(0).to(tl.int64)
     length = row_length.to(tl.int64)
-    p_a = p_runs + i_p * max_runs * 3
-    p_b = p_a + max_runs
-    p_c = p_b + max_runs
+    p_length = p_runs + i_p * max_runs * 3
+    p_x = p_length + max_runs
+    p_unit = p_x + max_runs
 
     mu = read_center(p_center, center, NUM_CENTERS)
-    b_policy = tl.zeros([BR], tl.float64)
-    b_ratios = tl.zeros([BR], tl.float64)
-    b_min = tl.full([BR], float("inf"), tl.float64)
-    b_max = tl.full([BR], float("-inf"), tl.float64)
-    b_low = tl.zeros([BR], tl.int32)
-    b_high = tl.zeros([BR], tl.int32)
-    b_clipped_tokens = tl.zeros([BR], tl.int64)
-    b_z_all = tl.zeros([BR], tl.float64)
-    b_dead = tl.zeros([BR], tl.int64)
-    b_tokens = tl.zeros([BR], tl.int64)
+    b_ratios = tl.zeros([BT if RATIO == TOKEN else BR], tl.float64)
+    b_min = tl.full([BT if RATIO == TOKEN else BR], float("inf"), tl.float64)
+    b_max = tl.full([BT if RATIO == TOKEN else BR], float("-inf"), tl.float64)
+    b_policy = tl.zeros([BT], tl.float64)
+    b_z_all = tl.zeros([BT], tl.float64)
     b_k3 = tl.zeros([BT], tl.float64)
-    b_is_policy = tl.zeros([BT], tl.float64)
     b_kl = tl.zeros([BT], tl.float64)
     b_entropy = tl.zeros([BT], tl.float64)
-    b_dead_tokens = tl.zeros([BT], tl.int32)
+    b_low = tl.zeros([BT], tl.float64)
+    b_high = tl.zeros([BT], tl.float64)
+    b_clipped_tokens = tl.zeros([BT], tl.int32)
+    b_dead = tl.zeros([BT], tl.int32)
+    b_tokens = tl.zeros([BT], tl.int32)
     steps = tl.full((), 0, tl.int64)
     trajectories = tl.full((), 0, tl.int64)
 
@@ -105,24 +146,23 @@ def policy_loss_masked_kernel(
         runs = tl.full((), 0, tl.int64)
         for t in range(0, length, BT):
             i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
-            m_token = tl.load(p_mask + i_flat + b_lane, mask=m_row, other=0) != 0
-            m_next = t + 1 + b_lane < length
-            m_last = m_token & (tl.load(p_mask + i_flat + 1 + b_lane, mask=m_next, other=0) == 0)
-            b_new = tl.load(p_new + i_flat + b_lane, mask=m_row, other=0.0)
-            b_new = tl.where(m_token, b_new, 0.0)
-            b_old = b_new
-            if p_old is not None:
-                b_old = tl.load(p_old + i_flat + b_lane, mask=m_row, other=0.0)
-                b_old = tl.where(m_token, b_old, 0.0)
+            m_token, m_last = _actions(p_mask, i_flat, b_lane, m_row, t, length)
+            b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
             b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
+            b_z_all += b_z
             b_k3 += kl_k3(b_z.to(b_new.dtype)).to(tl.float64)
+            b_tokens += m_token.to(tl.int32)
+            if TOKEN_CLIP:
+                b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
+                b_z, _ = clip_tokens(b_z, b_adv, token_low, token_high)
+                b_z = tl.where(m_token, b_z, 0.0)
             b_sum, b_start = running_sum(b_z, tl.where(m_token, 0, b_lane + 1))
             b_sum = tl.where(b_start == 0, b_sum + carry, b_sum)
             b_first = tl.where(b_start == 0, carry_start, t + b_start)
             b_run = runs + tl.cumsum(m_last.to(tl.int32), 0) - 1
-            tl.store(p_a + b_run, b_sum, mask=m_last)
-            tl.store(p_b + b_run, b_first.to(tl.float64), mask=m_last)
-            tl.store(p_c + b_run, (t + 1 + b_lane - b_first).to(tl.float64), mask=m_last)
+            tl.store(p_length + b_run, (t + 1 + b_lane - b_first).to(tl.float64), mask=m_last)
+            if RATIO != TOKEN:
+                tl.store(p_x + b_run, b_sum, mask=m_last)
             carry = last(b_sum, b_lane, BT)
             carry_start = last(b_first, b_lane, BT)
             runs += tl.sum(m_last.to(tl.int32), 0)
@@ -132,94 +172,107 @@ def policy_loss_masked_kernel(
         for r in range(0, runs, BR):
             b_run = r + tl.arange(0, BR)
             m_step = b_run < runs
-            b_sum = tl.load(p_a + b_run, mask=m_step, other=0.0)
-            b_first = tl.load(p_b + b_run, mask=m_step, other=0.0).to(tl.int64)
-            b_len = tl.load(p_c + b_run, mask=m_step, other=0.0).to(tl.int64)
-            b_adv = tl.load(p_adv + i_begin + b_first, mask=m_step, other=0.0).to(tl.float64)
-            b_inverse = 1.0 / tl.where(m_step, b_len, 1).to(tl.float64)
-            _, b_ratio, b_loss, b_slope, m_clipped = step_terms(
-                b_sum, b_len, b_inverse, b_adv, mu, low, high, dual_clip, log_ratio_max, RATIO
-            )
-            b_w = tl.full([BR], 1.0, tl.float64)
+            b_len = tl.load(p_length + b_run, mask=m_step, other=1.0)
+            b_inverse = 1.0 / b_len
+            b_unit = b_inverse
             if REDUCTION == TRAJECTORY_MEAN:
-                b_w = b_w / runs.to(tl.float64)
+                b_unit = b_inverse / runs.to(tl.float64)
             elif REDUCTION == TOKEN_MEAN:
-                b_w = b_len.to(tl.float64)
-            b_slope = times(b_slope, b_w)
-            b_unit = b_w * b_inverse
-            if TOKEN_PASS:
-                tl.store(p_a + b_run, b_slope, mask=m_step)
-                tl.store(p_b + b_run, b_unit, mask=m_step)
-                tl.store(p_c + b_run, b_unit * b_loss, mask=m_step)
-            else:
-                b_dead += tl.where(b_slope == 0, b_len, 0)
-            b_policy += tl.where(m_step, b_w * b_loss, 0.0)
-            b_ratios, b_min, b_max, b_low, b_high, b_clipped_tokens = add_steps(
-                b_ratios,
-                b_min,
-                b_max,
-                b_low,
-                b_high,
-                b_clipped_tokens,
-                b_ratio,
-                b_adv,
-                b_len,
-                m_step,
-                m_clipped,
-            )
-            b_z_all += b_sum
-            b_tokens += b_len
+                b_unit = tl.full([BR], 1.0, tl.float64)
+            tl.store(p_length + b_run, b_inverse, mask=m_step)
+            tl.store(p_unit + b_run, b_unit, mask=m_step)
+            if RATIO != TOKEN:
+                b_sum = tl.load(p_x + b_run, mask=m_step, other=0.0)
+                b_x, _ = pool(b_sum, b_len, b_inverse, mu, RATIO)
+                tl.store(p_x + b_run, b_x, mask=m_step)
+                b_rho, _ = exp_and_excess(tl.where(b_x > log_ratio_max, log_ratio_max, b_x))
+                b_ratios, b_min, b_max = add_ratios(b_ratios, b_min, b_max, b_rho, m_step)
         steps += runs
         trajectories += tl.where(runs > 0, 1, 0)
         tl.debug_barrier()
 
-        if TOKEN_PASS:
-            done = tl.full((), 0, tl.int64)
-            for t in range(0, length, BT):
-                i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
-                m_token = tl.load(p_mask + i_flat + b_lane, mask=m_row, other=0) != 0
-                m_next = t + 1 + b_lane < length
-                b_last = (
-                    m_token & (tl.load(p_mask + i_flat + 1 + b_lane, mask=m_next, other=0) == 0)
-                ).to(tl.int32)
-                b_run = done + tl.cumsum(b_last, 0) - b_last
-                done += tl.sum(b_last, 0)
-                b_grad = tl.load(p_a + b_run, mask=m_token, other=0.0)
-                if p_is is not None:
-                    b_is = tl.load(p_is + i_flat + b_lane, mask=m_row, other=0.0)
-                    b_is = tl.where(m_token, b_is, 0.0).to(tl.float64)
-                    b_is_policy += b_is * tl.load(p_c + b_run, mask=m_token, other=0.0)
-                    b_grad = times(b_grad, b_is)
-                m_dead = m_token & (b_grad == 0)
-                if p_ref is not None or p_entropy is not None:
-                    b_unit = tl.load(p_b + b_run, mask=m_token, other=0.0)
-                if p_ref is not None:
-                    b_new = tl.load(p_new + i_flat + b_lane, mask=m_row, other=0.0)
-                    b_ref = tl.load(p_ref + i_flat + b_lane, mask=m_row, other=0.0)
-                    b_d = tl.where(m_token, b_ref, 0.0) - tl.where(m_token, b_new, 0.0)
-                    b_value, b_kl_slope = kl_terms(b_d, KL)
-                    b_kl += b_unit * b_value.to(tl.float64)
-                    b_grad += times(times(kl_coef, b_unit), b_kl_slope.to(tl.float64))
-                    m_dead = m_token & (b_grad == 0)
-                if p_entropy is not None:
-                    b_h = tl.load(p_entropy + i_flat + b_lane, mask=m_row, other=0.0)
-                    b_entropy += b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64)
-                    b_entropy_unit = times(entropy_coef, b_unit)
-                    m_dead = m_dead & (b_entropy_unit == 0)
-                b_dead_tokens += m_dead.to(tl.int32)
-                if p_grad is not None:
-                    tl.store(p_grad + i_flat + b_lane, b_grad, mask=m_row)
-                if p_grad_entropy is not None:
-                    tl.store(p_grad_entropy + i_flat + b_lane, -b_entropy_unit, mask=m_row)
-            # The next row overwrites the scratch.
-            tl.debug_barrier()
+        done = tl.full((), 0, tl.int64)
+        for t in range(0, length, BT):
+            i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
+            m_token, m_last = _actions(p_mask, i_flat, b_lane, m_row, t, length)
+            b_last = m_last.to(tl.int32)
+            b_run = done + tl.cumsum(b_last, 0) - b_last
+            done += tl.sum(b_last, 0)
+            b_inverse = tl.load(p_length + b_run, mask=m_token, other=1.0)
+            b_unit = tl.load(p_unit + b_run, mask=m_token, other=0.0)
+            b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
+            b_adv = tl.where(m_token, b_adv, 0.0)
+            if RATIO == TOKEN or TOKEN_CLIP:
+                b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
+            if RATIO == TOKEN:
+                b_x = b_new - b_old
+                b_gap = probability_gap(b_new, b_old) if SURROGATE == TV else b_x
+            else:
+                b_x = tl.load(p_x + b_run, mask=m_token, other=0.0).to(b_adv.dtype)
+                b_gap = b_x
+            b_rho, b_value, b_slope, m_clipped = surrogate(
+                b_x,
+                b_gap,
+                b_adv,
+                clip_low,
+                clip_high,
+                dual_clip,
+                soft_positive,
+                soft_negative,
+                log_ratio_max,
+                SURROGATE,
+            )
+            if RATIO == TOKEN:
+                b_ratios += tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0)
+                _, b_min, b_max = add_ratios(b_ratios, b_min, b_max, b_rho.to(tl.float64), m_token)
+            m_clipped = m_clipped & m_token
+            b_clipped_tokens += m_clipped.to(tl.int32)
+            b_low += tl.where(m_clipped & (b_rho < 1), b_inverse, 0.0)
+            b_high += tl.where(m_clipped & (b_rho >= 1), b_inverse, 0.0)
 
-    policy = tl.sum(b_policy, 0)
-    if p_is is not None:
-        policy = tl.sum(b_is_policy, 0)
+            # w_s L_s^-p
+            b_factor = b_unit
+            if RATIO == PRODUCT:
+                b_factor = b_unit / b_inverse
+            elif RATIO == CENTERED:
+                b_factor = b_unit / tl.sqrt(b_inverse)
+            b_grad = times(b_slope.to(tl.float64), b_factor)
+            b_loss = b_unit * b_value.to(tl.float64)
+            if p_is is not None:
+                b_is = tl.load(p_is + i_flat + b_lane, mask=m_row, other=0.0)
+                b_is = tl.where(m_token, b_is, 0.0).to(tl.float64)
+                b_loss = b_loss * b_is
+                b_grad = times(b_grad, b_is)
+            b_policy += b_loss
+            if TOKEN_CLIP:
+                b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
+                _, m_bitten = clip_tokens(b_z, b_adv, token_low, token_high)
+                b_grad = tl.where(m_bitten, 0.0, b_grad)
+            m_dead = m_token & (b_grad == 0)
+            if p_ref is not None:
+                b_new = tl.load(p_new + i_flat + b_lane, mask=m_row, other=0.0)
+                b_ref = tl.load(p_ref + i_flat + b_lane, mask=m_row, other=0.0)
+                b_d = tl.where(m_token, b_ref, 0.0) - tl.where(m_token, b_new, 0.0)
+                b_kl_value, b_kl_slope = kl_terms(b_d, KL)
+                b_kl += b_unit * b_kl_value.to(tl.float64)
+                b_grad += times(times(kl_coef, b_unit), b_kl_slope.to(tl.float64))
+                m_dead = m_token & (b_grad == 0)
+            if p_entropy is not None:
+                b_h = tl.load(p_entropy + i_flat + b_lane, mask=m_row, other=0.0)
+                b_entropy += b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64)
+                b_entropy_unit = times(entropy_coef, b_unit)
+                m_dead = m_dead & (b_entropy_unit == 0)
+            b_dead += m_dead.to(tl.int32)
+            if p_grad is not None:
+                tl.store(p_grad + i_flat + b_lane, b_grad, mask=m_row)
+            if p_grad_entropy is not None:
+                tl.store(p_grad_entropy + i_flat + b_lane, -b_entropy_unit, mask=m_row)
+        # The next row overwrites the scratch.
+        tl.debug_barrier()
+
     store_partials(
         p_partials + i_p * FIELDS,
-        policy,
+        tl.sum(b_policy, 0),
         tl.sum(b_kl, 0),
         tl.sum(b_entropy, 0),
         tl.sum(b_ratios, 0),
@@ -227,12 +280,12 @@ def policy_loss_masked_kernel(
         largest(b_max),
         tl.sum(b_low, 0),
         tl.sum(b_high, 0),
-        tl.sum(b_clipped_tokens, 0),
+        tl.sum(b_clipped_tokens.to(tl.int64), 0),
         tl.sum(b_z_all, 0),
         tl.sum(b_k3, 0),
-        tl.sum(b_dead, 0) + tl.sum(b_dead_tokens.to(tl.int64), 0),
+        tl.sum(b_dead.to(tl.int64), 0),
         steps,
-        tl.sum(b_tokens, 0),
+        tl.sum(b_tokens.to(tl.int64), 0),
         trajectories,
     )
 
@@ -244,34 +297,27 @@ def policy_loss_masked(
     ref_log_probs: Tensor | None,
     entropy: Tensor | None,
     is_weights: Tensor | None,
-    mask: Tensor,
-    row_length: int,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
-    ratio: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    log_ratio_max: float,
-    reduction: int,
-    kl_coef: float,
-    kl_estimator: int,
-    entropy_coef: float,
+    mask: Tensor,
+    row_length: int,
+    config: Sequence[float],
     need_grad: bool,
     need_entropy_grad: bool,
-) -> tuple[Tensor, ...]:
-    """Return loss, metrics, gradients and their scale: see `operators.policy_loss_masked`."""
+) -> tuple[Tensor | None, ...]:
+    """Return loss, metrics and gradients: see `operators.policy_loss_masked`."""
+    c = KernelConfig(*config)
     num_rows = log_probs.numel() // max(row_length, 1)
     num_programs = programs(num_rows)
     max_runs = row_length // 2 + 1
     block = row_block(row_length)
-    mask = mask.contiguous().view(torch.uint8)
+    mask = mask.view(torch.uint8)
     grad, grad_entropy = new_gradients(log_probs, need_grad, need_entropy_grad)
     partials = new_partials(log_probs, num_programs)
     runs = log_probs.new_empty((num_programs * 3 * max_runs,), dtype=torch.float64)
     with device_guard(log_probs):
         p_center, center, num_centers = find_center(
-            log_probs, old_log_probs, None, mask, ratio_center, ratio
+            log_probs, old_log_probs, advantages, None, None, mask, ratio_center, c, True
         )
         policy_loss_masked_kernel[(num_programs,)](
             log_probs,
@@ -290,29 +336,27 @@ def policy_loss_masked(
             row_length,
             max_runs,
             center,
-            1.0 - clip_low,
-            1.0 + clip_high,
-            dual_clip,
-            log_ratio_max,
-            kl_coef,
-            entropy_coef,
+            c.clip_low,
+            c.clip_high,
+            c.dual_clip,
+            c.token_clip_low,
+            c.token_clip_high,
+            c.soft_positive,
+            c.soft_negative,
+            c.log_ratio_max,
+            c.kl_coef,
+            c.entropy_coef,
             NUM_CENTERS=num_centers,
-            RATIO=ratio,
-            REDUCTION=reduction,
-            KL=kl_estimator,
-            TOKEN_PASS=needs_token_pass(grad, grad_entropy, ref_log_probs, entropy, is_weights),
+            RATIO=int(c.ratio),
+            SURROGATE=int(c.surrogate),
+            REDUCTION=int(c.reduction),
+            KL=int(c.kl_estimator),
+            # On-policy, z is 0 and no clamp bites.
+            TOKEN_CLIP=c.clips_tokens and old_log_probs is not None,
             ALIGNED=aligned(row_length),
             BR=min(block, 128),
             BT=block,
             **threads(block),
         )
-        loss, metrics, scale = finish(
-            log_probs, partials, normalizer, reduction, kl_coef, entropy_coef
-        )
-    return (
-        loss,
-        metrics,
-        or_empty(grad, log_probs),
-        or_empty(grad_entropy, log_probs),
-        scale,
-    )
+        loss, metrics = finish(log_probs, partials, normalizer, c)
+    return loss, metrics, grad, grad_entropy

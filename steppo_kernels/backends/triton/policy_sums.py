@@ -10,15 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...outputs import POLICY_METRICS
+from ...config import KernelConfig
+from ...outputs import NUM_POLICY_METRICS, POLICY_METRICS
 from .launch import FLAT_BLOCK, aligned, scalar, threads
-from .step_math import CENTERED, denominator
+from .step_math import CENTERED, clip_tokens, denominator
 from .tiles import chunk
 
 # Partial sums of one program. The extremes of the ratio are not summed.
 FIELDS = tl.constexpr(16)
 _RATIO_MIN = tl.constexpr(4)
 _RATIO_MAX = tl.constexpr(5)
+# Entries of the metrics behind those that are shown.
+_DENOMINATOR = tl.constexpr(len(POLICY_METRICS))
+_SCALE = tl.constexpr(len(POLICY_METRICS) + 1)
 
 # Programs of the kernel that computes mu: every program of the next one adds up all of them.
 _CENTER_PROGRAMS = 256
@@ -28,10 +32,16 @@ _CENTER_PROGRAMS = 256
 def log_ratio_sum_kernel(
     p_new,
     p_old,
+    p_adv,
+    p_step_ids,
     p_index,
     p_mask,
     p_partials,
     num_tokens,
+    token_low: tl.float64,
+    token_high: tl.float64,
+    ADV_PER_TOKEN: tl.constexpr,
+    TOKEN_CLIP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -47,12 +57,19 @@ def log_ratio_sum_kernel(
             b_new = tl.load(p_new + b_pos, mask=m_token, other=0.0)
             b_old = tl.load(p_old + b_pos, mask=m_token, other=0.0)
         else:
-            b_new = tl.load(p_new + i_flat + b_lane, mask=m_token, other=0.0)
-            b_old = tl.load(p_old + i_flat + b_lane, mask=m_token, other=0.0)
-            m_token = tl.load(p_mask + i_flat + b_lane, mask=m_token, other=0) != 0
+            b_pos = i_flat + b_lane
+            b_new = tl.load(p_new + b_pos, mask=m_token, other=0.0)
+            b_old = tl.load(p_old + b_pos, mask=m_token, other=0.0)
+            m_token = tl.load(p_mask + b_pos, mask=m_token, other=0) != 0
             b_new = tl.where(m_token, b_new, 0.0)
             b_old = tl.where(m_token, b_old, 0.0)
         b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
+        if TOKEN_CLIP:
+            b_at = b_pos
+            if not ADV_PER_TOKEN:
+                b_at = tl.load(p_step_ids + b_pos, mask=m_token, other=0)
+            b_adv = tl.load(p_adv + b_at, mask=m_token, other=0.0)
+            b_z, _ = clip_tokens(b_z, b_adv, token_low, token_high)
         total += tl.sum(b_z, 0)
         count += tl.sum(m_token.to(tl.int64), 0)
     tl.store(p_partials + 2 * i_p, total)
@@ -75,43 +92,27 @@ def read_center(p_center, center, num_partials: tl.constexpr):
 
 
 @triton.jit
-def add_steps(
-    b_ratios,
-    b_min,
-    b_max,
-    b_low,
-    b_high,
-    b_clipped_tokens,
-    b_ratio,
-    b_adv,
-    b_len,
-    m_step,
-    m_clipped,
-):
-    """Return what the ratio metrics are made of, a block of steps added to it."""
-    m_clipped = m_clipped & m_step
+def add_ratios(b_ratios, b_min, b_max, b_ratio, m_unit):
+    """Return the sum and the extremes of ratios, a block of units added to them."""
     # A NaN enters, and stays as it is neither above nor below.
     m_nan = b_ratio != b_ratio
     return (
-        b_ratios + tl.where(m_step, b_ratio, 0.0),
-        tl.where(m_step & ((b_ratio < b_min) | m_nan), b_ratio, b_min),
-        tl.where(m_step & ((b_ratio > b_max) | m_nan), b_ratio, b_max),
-        b_low + (m_clipped & (b_adv < 0)).to(tl.int32),
-        b_high + (m_clipped & (b_adv > 0)).to(tl.int32),
-        b_clipped_tokens + tl.where(m_clipped, b_len, 0),
+        b_ratios + tl.where(m_unit, b_ratio, 0.0),
+        tl.where(m_unit & ((b_ratio < b_min) | m_nan), b_ratio, b_min),
+        tl.where(m_unit & ((b_ratio > b_max) | m_nan), b_ratio, b_max),
     )
 
 
 @triton.jit
-def smallest(b_x):
-    """Return the minimum along the first axis, NaN if one is: `tl.min` may drop it."""
-    return tl.min(b_x, 0) + tl.sum(tl.where(b_x == b_x, 0.0, b_x), 0)
+def smallest(b_x, AXIS: tl.constexpr = 0):
+    """Return the minimum along an axis, NaN if one is: `tl.min` may drop it."""
+    return tl.min(b_x, AXIS) + tl.sum(tl.where(b_x == b_x, 0.0, b_x), AXIS)
 
 
 @triton.jit
-def largest(b_x):
-    """Return the maximum along the first axis, NaN if one is: `tl.max` may drop it."""
-    return tl.max(b_x, 0) + tl.sum(tl.where(b_x == b_x, 0.0, b_x), 0)
+def largest(b_x, AXIS: tl.constexpr = 0):
+    """Return the maximum along an axis, NaN if one is: `tl.max` may drop it."""
+    return tl.max(b_x, AXIS) + tl.sum(tl.where(b_x == b_x, 0.0, b_x), AXIS)
 
 
 @triton.jit
@@ -140,7 +141,6 @@ def store_partials(
     tl.store(p_out + 3, ratio)
     tl.store(p_out + 4, ratio_min)
     tl.store(p_out + 5, ratio_max)
-    # A step that is clipped has an advantage.
     tl.store(p_out + 6, low + high)
     tl.store(p_out + 7, low)
     tl.store(p_out + 8, high)
@@ -165,7 +165,6 @@ def finish_policy_loss_kernel(
     p_normalizer,
     p_loss,
     p_metrics,
-    p_scale,
     num_partials,
     normalizer: tl.float64,
     kl_coef: tl.float64,
@@ -174,7 +173,7 @@ def finish_policy_loss_kernel(
     REDUCTION: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Add up the partial sums in a fixed order: loss, metrics and 1 / normalizer."""
+    """Add up the partial sums in a fixed order: loss and metrics, 1 / normalizer last."""
     b_k = tl.arange(0, FIELDS)
     b_sums = tl.zeros([FIELDS], tl.float64)
     b_min = tl.full([FIELDS], float("inf"), tl.float64)
@@ -194,7 +193,7 @@ def finish_policy_loss_kernel(
 
     steps = _field(b_sums, 13)
     tokens = _field(b_sums, 14)
-    total = denominator(
+    total, count = denominator(
         p_normalizer, normalizer, steps, _field(b_sums, 15), tokens, GIVEN, REDUCTION
     )
 
@@ -209,11 +208,12 @@ def finish_policy_loss_kernel(
     # Without a step, ratios are 1.
     m_ratios = (b_k >= 3) & (b_k <= _RATIO_MAX)
     b_metrics = tl.where(m_ratios & (tokens.to(tl.int64) == 0), 1.0, b_metrics)
-    tl.store(p_metrics + b_k, b_metrics, mask=b_k < FIELDS - 1)
+    tl.store(p_metrics + b_k, b_metrics, mask=b_k < _DENOMINATOR)
 
     loss = _field(b_metrics, 0) + kl_coef * _field(b_metrics, 1)
     tl.store(p_loss, loss - entropy_coef * _field(b_metrics, 2))
-    tl.store(p_scale, 1.0 / total)
+    tl.store(p_metrics + _DENOMINATOR, count)
+    tl.store(p_metrics + _SCALE, 1.0 / total)
 
 
 def needs_token_pass(*tensors: Tensor | None) -> bool:
@@ -231,11 +231,6 @@ def new_gradients(
     )
 
 
-def or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
-    """Return a gradient as an operator does, which has no None."""
-    return like.new_empty((0,)) if grad is None else grad
-
-
 def new_partials(like: Tensor, num_programs: int) -> Tensor:
     """Return room for the sums of each program."""
     return like.new_empty((num_programs, FIELDS.value), dtype=torch.float64)
@@ -244,13 +239,16 @@ def new_partials(like: Tensor, num_programs: int) -> Tensor:
 def find_center(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
+    advantages: Tensor,
+    step_ids: Tensor | None,
     index: Tensor | None,
     mask: Tensor | None,
     ratio_center: Tensor | None,
-    ratio: int,
+    config: KernelConfig,
+    advantages_per_token: bool,
 ) -> tuple[Tensor | None, float, int]:
     """Return mu as (pointer, number, number of partial sums), launching a kernel if it must be."""
-    if ratio != CENTERED.value:
+    if int(config.ratio) != CENTERED.value:
         return None, 0.0, 0
     # On-policy, z is 0 and so is its mean.
     if ratio_center is not None or old_log_probs is None:
@@ -260,10 +258,16 @@ def find_center(
     log_ratio_sum_kernel[(_CENTER_PROGRAMS,)](
         log_probs,
         old_log_probs,
+        advantages,
+        step_ids,
         index,
         mask,
         partials,
         num_tokens,
+        config.token_clip_low,
+        config.token_clip_high,
+        ADV_PER_TOKEN=advantages_per_token,
+        TOKEN_CLIP=config.clips_tokens,
         ALIGNED=index is None and aligned(num_tokens),
         BT=FLAT_BLOCK,
         **threads(FLAT_BLOCK),
@@ -272,30 +276,24 @@ def find_center(
 
 
 def finish(
-    like: Tensor,
-    partials: Tensor,
-    normalizer: Tensor | None,
-    reduction: int,
-    kl_coef: float,
-    entropy_coef: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, metrics and 1 / normalizer of the partial sums."""
-    loss, scale = like.new_empty(()), like.new_empty(())
-    metrics = like.new_empty((len(POLICY_METRICS),), dtype=torch.float64)
+    like: Tensor, partials: Tensor, normalizer: Tensor | None, config: KernelConfig
+) -> tuple[Tensor, Tensor]:
+    """Return loss and metrics of the partial sums."""
+    loss = like.new_empty(())
+    metrics = like.new_empty((NUM_POLICY_METRICS,), dtype=torch.float64)
     p_normalizer, number = scalar(normalizer, like.device)
     finish_policy_loss_kernel[(1,)](
         partials,
         p_normalizer,
         loss,
         metrics,
-        scale,
         partials.shape[0],
         number,
-        kl_coef,
-        entropy_coef,
+        config.kl_coef,
+        config.entropy_coef,
         GIVEN=normalizer is not None,
-        REDUCTION=reduction,
+        REDUCTION=int(config.reduction),
         BP=64,
         **threads(512),
     )
-    return loss, metrics, scale
+    return loss, metrics

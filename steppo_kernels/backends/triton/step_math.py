@@ -1,9 +1,10 @@
-"""The step objective as device functions: log-ratio, clipped loss, slope, KL, denominator.
+"""The step objective as device functions: log-ratios, surrogates, KL, denominator.
 
-    log rho = mu + L^-p sum(z - mu)
-    l = max(-A rho, -A clip(rho, 1 - eps_low, 1 + eps_high)), bounded by -c A where A < 0
+    x = mu + L^-p sum(z - mu), or the token's own z;  rho = e^min(x, log_ratio_max)
+    dl / dx = -A c, with the weight c of the surrogate
 
-Selections are `tl.where`, as minimum and maximum may drop a NaN.
+A unit is a step, or a token where the token has its own ratio or its own advantage. Selections are
+`tl.where`, as minimum and maximum may drop a NaN.
 """
 
 # ruff: noqa: N803
@@ -12,11 +13,18 @@ Selections are `tl.where`, as minimum and maximum may drop a NaN.
 import triton
 import triton.language as tl
 
-from ...config import KL_ESTIMATORS, RATIOS, REDUCTIONS
+from ...config import KL_ESTIMATORS, RATIOS, REDUCTIONS, SURROGATES
 
 GEOMETRIC = tl.constexpr(RATIOS.index("geometric"))
 PRODUCT = tl.constexpr(RATIOS.index("product"))
 CENTERED = tl.constexpr(RATIOS.index("centered"))
+TOKEN = tl.constexpr(RATIOS.index("token"))
+CLIP = tl.constexpr(SURROGATES.index("clip"))
+CISPO = tl.constexpr(SURROGATES.index("cispo"))
+MASK = tl.constexpr(SURROGATES.index("mask"))
+SOFT = tl.constexpr(SURROGATES.index("soft"))
+QUADRATIC = tl.constexpr(SURROGATES.index("quadratic"))
+TV = tl.constexpr(SURROGATES.index("tv"))
 STEP_MEAN = tl.constexpr(REDUCTIONS.index("step_mean"))
 TRAJECTORY_MEAN = tl.constexpr(REDUCTIONS.index("trajectory_mean"))
 TOKEN_MEAN = tl.constexpr(REDUCTIONS.index("token_mean"))
@@ -37,44 +45,103 @@ def times(coefficient, factor):
 
 
 @triton.jit
-def step_terms(
-    b_sum,
-    b_len,
-    b_inverse,
-    b_adv,
-    mu,
-    low,
-    high,
-    dual_clip,
-    log_ratio_max,
-    RATIO: tl.constexpr,
-):
-    """Return what a step of `b_len` tokens with `b_sum` = sum z gives, all in fp64.
+def pool(b_sum, b_len, b_inverse, mu, RATIO: tl.constexpr):
+    """Return the log-ratios of steps, and L^-p, from sum z; all in fp64.
 
-    `b_inverse` is 1 / `b_len`, or 1 for no token. Returned are log-ratio, ratio, loss, d loss /
-    d log pi of each token, and whether the clipped branch is strictly larger.
+    `b_inverse` is 1 / `b_len`, or 1 for no token.
     """
-    if RATIO == GEOMETRIC:
-        b_scale = b_inverse
-        b_log_ratio = b_sum * b_scale
-    elif RATIO == PRODUCT:
+    if RATIO == PRODUCT:
         b_scale = tl.full(b_sum.shape, 1.0, tl.float64)
         b_log_ratio = b_sum
-    else:
+    elif RATIO == CENTERED:
         b_scale = tl.sqrt(b_inverse)
         b_log_ratio = mu + b_scale * (b_sum - b_len.to(tl.float64) * mu)
         b_log_ratio = tl.where(b_len > 0, b_log_ratio, 0.0)
-    b_ratio = tl.exp(tl.where(b_log_ratio > log_ratio_max, log_ratio_max, b_log_ratio))
+    else:
+        b_scale = b_inverse
+        b_log_ratio = b_sum * b_scale
+    return b_log_ratio, b_scale
 
-    b_loss = -b_adv * b_ratio
-    b_clipped = -b_adv * clamp(b_ratio, low, high)
-    m_clipped = b_clipped > b_loss
-    b_bound = -b_adv * dual_clip
-    b_worst = tl.where(m_clipped, b_clipped, b_loss)
-    m_bounded = (b_bound > 0) & (b_worst > b_bound)
-    m_active = ~(b_log_ratio > log_ratio_max) & (b_adv != 0) & ~m_clipped & ~m_bounded
-    b_slope = tl.where(m_active, b_loss * b_scale, 0.0)
-    return b_log_ratio, b_ratio, tl.where(m_bounded, b_bound, b_worst), b_slope, m_clipped
+
+@triton.jit
+def clip_tokens(b_z, b_adv, low, high):
+    """Return the log-ratios of tokens as pooling sees them, and where `token_clip` bites."""
+    m_high = (b_adv >= 0) & (b_z > high)
+    m_low = (b_adv < 0) & (b_z < -low)
+    return tl.where(m_high, high, tl.where(m_low, -low, b_z)), m_high | m_low
+
+
+@triton.jit
+def surrogate(
+    b_x,
+    b_gap,
+    b_adv,
+    low,
+    high,
+    dual_clip,
+    soft_positive,
+    soft_negative,
+    log_ratio_max,
+    SURROGATE: tl.constexpr,
+):
+    """Return of each unit: rho, the value l(x, A), dl / dx, and whether it counts as clipped.
+
+    Everything is computed in the dtype of `b_x`; what comes in fp64 is rounded to it. `b_gap` is
+    p - q of a token, which only TV reads. `low` and `high` are the bounds as they are configured.
+    """
+    dtype: tl.constexpr = b_x.dtype
+    cap = log_ratio_max.to(dtype)
+    m_beyond = b_x > cap
+    b_ratio, b_excess = exp_and_excess(tl.where(m_beyond, cap, b_x))
+    floor = (1.0 - low).to(dtype)
+    ceiling = (1.0 + high).to(dtype)
+    if SURROGATE == CLIP:
+        b_value = -b_adv * b_ratio
+        b_other = -b_adv * clamp(b_ratio, floor, ceiling)
+        m_clipped = b_other > b_value
+        b_bound = -b_adv * dual_clip.to(dtype)
+        b_worst = tl.where(m_clipped, b_other, b_value)
+        m_bounded = (b_bound > 0) & (b_worst > b_bound)
+        m_live = ~m_beyond & (b_adv != 0) & ~m_clipped & ~m_bounded
+        b_slope = tl.where(m_live, b_value, 0.0)
+        b_value = tl.where(m_bounded, b_bound, b_worst)
+    else:
+        m_negative = b_adv < 0
+        if SURROGATE == CISPO:
+            b_c = clamp(b_ratio, floor, ceiling)
+            m_clipped = (b_ratio <= floor) | (b_ratio >= ceiling)
+        elif SURROGATE == MASK:
+            b_c = tl.where((b_ratio < floor) | (b_ratio > ceiling), 0.0, b_ratio)
+            m_clipped = (b_ratio <= floor) | (b_ratio >= ceiling)
+        elif SURROGATE == TV:
+            m_inside = tl.where(m_negative, b_gap >= -low.to(dtype), b_gap <= high.to(dtype))
+            # Without a ratio the token has no weight either, not even 0.
+            b_c = tl.where(m_inside | (b_ratio != b_ratio), b_ratio, 0.0)
+            m_clipped = (b_c == 0) | (b_x >= cap)
+        elif SURROGATE == SOFT:
+            b_tau = tl.where(m_negative, soft_negative, soft_positive).to(dtype)
+            b_y = b_tau * b_excess
+            # e^-|y|: sigma(y) is 1 or that over 1 + that, sech^2(y / 2) is 4 sigma(y) sigma(-y).
+            b_small, _ = exp_and_excess(-tl.abs(b_y))
+            b_whole = 1.0 + b_small
+            b_c = b_ratio * (4.0 * b_small / (b_whole * b_whole))
+            m_clipped = b_c == 0
+        else:
+            b_step = b_excess / tl.where(m_negative, low, high).to(dtype)
+            b_c = b_ratio * (1.0 + tl.where(m_negative, b_step, -b_step))
+            m_clipped = b_c == 0
+        m_live = (b_adv != 0) & (b_c != 0)
+        if SURROGATE != CISPO and SURROGATE != TV:
+            m_live = m_live & ~m_beyond
+        b_slope = tl.where(m_live, -b_adv * b_c, 0.0)
+        if SURROGATE == SOFT:
+            b_sigma = tl.where(b_y >= 0, 1.0, b_small) / b_whole
+            b_value = -b_adv * (4.0 / b_tau * b_sigma)
+        elif SURROGATE == QUADRATIC:
+            b_value = times(tl.abs(b_adv), 0.5 * b_excess * b_step) - b_adv * b_ratio
+        else:
+            b_value = -b_adv * b_c
+    return b_ratio, b_value, b_slope, m_clipped
 
 
 @triton.jit
@@ -103,7 +170,7 @@ def expm1_minus(b_d):
 
 @triton.jit
 def exp(b_d):
-    """Return e^d of |d| <= 20 to the last bits.
+    """Return e^d of -110 <= d <= 100 to the last bits.
 
     The fp32 exponential of a GPU loses up to |d| units in the last place, as it multiplies by
     log2(e) first.
@@ -111,17 +178,46 @@ def exp(b_d):
     if b_d.dtype == tl.float64:
         b_exp = tl.exp(b_d)
     else:
-        b_k = tl.floor(b_d * 1.4426950408889634 + 0.5)
-        # ln 2 in two parts, the first so short that its product with k is exact.
-        b_r = (b_d - b_k * 0.693359375) + b_k * 2.12194440054690582767e-4
-        b_tail = b_r * (1.0 / 40320.0) + 1.0 / 5040.0
-        b_tail = b_tail * b_r + 1.0 / 720.0
-        b_tail = b_tail * b_r + 1.0 / 120.0
-        b_tail = b_tail * b_r + 1.0 / 24.0
-        b_tail = b_tail * b_r + 1.0 / 6.0
-        b_tail = b_tail * b_r + 0.5
-        b_exp = tl.exp2(b_k) * (1.0 + (b_r + b_tail * b_r * b_r))
+        b_power, b_part = _power_and_part(b_d)
+        b_exp = b_power * (1.0 + b_part)
     return b_exp
+
+
+@triton.jit
+def exp_and_excess(b_d):
+    """Return e^d and e^d - 1 of any d, the second in fp32 without cancellation."""
+    if b_d.dtype == tl.float64:
+        b_exp = tl.exp(b_d)
+        b_excess = b_exp - 1.0
+    else:
+        # Beyond lies what fp32 holds as 0 or infinity.
+        b_power, b_part = _power_and_part(clamp(b_d, -110.0, 100.0))
+        b_exp = b_power * (1.0 + b_part)
+        b_excess = b_power * b_part + (b_power - 1.0)
+    return b_exp, b_excess
+
+
+@triton.jit
+def probability_gap(b_new, b_old):
+    """Return e^new - e^old."""
+    b_p, _ = exp_and_excess(b_new)
+    b_q, _ = exp_and_excess(b_old)
+    return b_p - b_q
+
+
+@triton.jit
+def _power_and_part(b_d):
+    """Return 2^k and r with e^d = 2^k (1 + r), in fp32."""
+    b_k = tl.floor(b_d * 1.4426950408889634 + 0.5)
+    # ln 2 in two parts, the first so short that its product with k is exact.
+    b_r = (b_d - b_k * 0.693359375) + b_k * 2.12194440054690582767e-4
+    b_tail = b_r * (1.0 / 40320.0) + 1.0 / 5040.0
+    b_tail = b_tail * b_r + 1.0 / 720.0
+    b_tail = b_tail * b_r + 1.0 / 120.0
+    b_tail = b_tail * b_r + 1.0 / 24.0
+    b_tail = b_tail * b_r + 1.0 / 6.0
+    b_tail = b_tail * b_r + 0.5
+    return tl.exp2(b_k), b_r + b_tail * b_r * b_r
 
 
 @triton.jit
@@ -159,23 +255,25 @@ def denominator(
     GIVEN: tl.constexpr,
     REDUCTION: tl.constexpr,
 ):
-    """Return what a sum over steps is divided by, in fp64.
+    """Return what a sum over steps is divided by, and what that is before it is kept from 0; fp64.
 
     That is the number at `p_normalizer`, or `normalizer` if one was GIVEN, or else what the
     reduction counts, at least 1. `trajectories` may be a sum of 1 / count over steps.
     """
     if p_normalizer is not None:
-        total = tl.load(p_normalizer)
+        count = tl.load(p_normalizer)
+        total = count
     elif GIVEN:
-        total = tl.full((), 0.0, tl.float64) + normalizer
+        count = tl.full((), 0.0, tl.float64) + normalizer
+        total = count
     else:
-        total = tl.full((), 1.0, tl.float64)
+        count = tl.full((), 1.0, tl.float64)
         if REDUCTION == STEP_MEAN:
-            total = steps
+            count = steps
         elif REDUCTION == TRAJECTORY_MEAN:
             # Every trajectory adds 1, up to rounding.
-            total = tl.floor(trajectories + 0.5)
+            count = tl.floor(trajectories + 0.5)
         elif REDUCTION == TOKEN_MEAN:
-            total = tokens
-        total = tl.where(total > 1.0, total, 1.0)
-    return total
+            count = tokens
+        total = tl.where(count > 1.0, count, 1.0)
+    return total, count

@@ -12,12 +12,15 @@ deviations from them, which are combined as sum n_p (m_p - m)^2 + sum of those w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...outputs import VALUE_METRICS
+from ...outputs import NUM_VALUE_METRICS
+from ..records import States, record
 from .launch import FLAT_BLOCK, MAX_PROGRAMS, aligned, cdiv, device_guard, programs, scalar, threads
 from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, clamp, denominator
 from .tiles import chunk, combine_deviations, deviations
@@ -162,14 +165,13 @@ def _finish(
     p_normalizer,
     p_loss,
     p_metrics,
-    p_scale,
     num_partials,
     normalizer,
     GIVEN: tl.constexpr,
     REDUCTION: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Add up the partial sums in a fixed order: loss, metrics and 1 / normalizer."""
+    """Add up the partial sums in a fixed order: loss and metrics, 1 / normalizer last."""
     b_p = tl.arange(0, BP)
     m_p = b_p < num_partials
     p_row = p_partials + b_p * _FIELDS
@@ -189,17 +191,20 @@ def _finish(
         tl.load(p_row + 8, mask=m_p, other=0.0),
         tl.load(p_row + 9, mask=m_p, other=0.0),
     )
-    total = denominator(p_normalizer, normalizer, steps, shares, tokens, GIVEN, REDUCTION)
+    total, count = denominator(p_normalizer, normalizer, steps, shares, tokens, GIVEN, REDUCTION)
     divisor = tl.where(steps > 0, steps, 1.0)
     explained = 1.0 - unexplained / tl.where(spread == 0, 1.0, spread)
     tl.store(p_loss, loss / total)
-    tl.store(p_scale, 1.0 / total)
     tl.store(p_metrics, loss / total)
     tl.store(p_metrics + 1, clipped / divisor)
     tl.store(p_metrics + 2, value / divisor)
     tl.store(p_metrics + 3, mean)
     tl.store(p_metrics + 4, tl.where(spread == 0, 0.0, explained))
     tl.store(p_metrics + 5, steps)
+    tl.store(p_metrics + 6, count)
+    tl.store(p_metrics + 7, spread)
+    tl.store(p_metrics + 8, unexplained)
+    tl.store(p_metrics + 9, 1.0 / total)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -215,7 +220,6 @@ def finish_value_loss_kernel(
     p_normalizer,
     p_loss,
     p_metrics,
-    p_scale,
     num_steps,
     num_partials,
     clip: tl.float64,
@@ -254,7 +258,6 @@ def finish_value_loss_kernel(
             p_normalizer,
             p_loss,
             p_metrics,
-            p_scale,
             num_partials,
             normalizer,
             GIVEN,
@@ -267,24 +270,23 @@ def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
+    normalizer: Tensor | None,
+    states: Sequence[Tensor],
+    config: Sequence[float],
     values_per_token: bool,
     old_values_per_token: bool,
-    state_index: Tensor,
-    step_lengths: Tensor,
-    trajectory_counts: Tensor,
-    normalizer: Tensor | None,
-    clip: float,
-    reduction: int,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics, gradient and its scale: see `operators.value_loss`."""
+) -> tuple[Tensor | None, ...]:
+    """Return loss, metrics and gradient: see `operators.value_loss`."""
+    state_index, step_lengths, trajectory_counts = record(States, states)
+    clip, reduction = config
     num_steps, num_values = step_lengths.numel(), values.numel()
     step_blocks = cdiv(num_steps, _BLOCK_STEPS)
     fill_blocks = cdiv(num_values, FLAT_BLOCK) if need_grad else 0
     num_programs = programs(max(step_blocks, fill_blocks))
     grad = torch.empty_like(values) if need_grad else None
-    loss, scale = values.new_empty(()), values.new_empty(())
-    metrics = values.new_empty((len(VALUE_METRICS),), dtype=torch.float64)
+    loss = values.new_empty(())
+    metrics = values.new_empty((NUM_VALUE_METRICS,), dtype=torch.float64)
     partials = values.new_empty((num_programs, _FIELDS.value), dtype=torch.float64)
     p_normalizer, number = scalar(normalizer, values.device)
     inputs = (
@@ -305,7 +307,7 @@ def value_loss(
             clip,
             VALUES_PER_TOKEN=values_per_token,
             OLD_PER_TOKEN=old_values_per_token,
-            REDUCTION=reduction,
+            REDUCTION=int(reduction),
             ALIGNED=aligned(num_values),
             BS=_BLOCK_STEPS,
             BZ=FLAT_BLOCK,
@@ -316,7 +318,6 @@ def value_loss(
             p_normalizer,
             loss,
             metrics,
-            scale,
             num_steps,
             num_programs,
             clip,
@@ -324,9 +325,9 @@ def value_loss(
             GIVEN=normalizer is not None,
             VALUES_PER_TOKEN=values_per_token,
             OLD_PER_TOKEN=old_values_per_token,
-            REDUCTION=reduction,
+            REDUCTION=int(reduction),
             BP=MAX_PROGRAMS,
             BS=_BLOCK_STEPS,
             **threads(_BLOCK_STEPS),
         )
-    return loss, metrics, values.new_empty((0,)) if grad is None else grad, scale
+    return loss, metrics, grad
