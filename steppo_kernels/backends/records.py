@@ -56,10 +56,16 @@ class Steps(_Steps):
         trajectory_counts: int32 ``[S]``.
     """
 
-    @property
+    @kept
     def num_steps(self) -> int:
         """S."""
         return self.trajectory_counts.shape[0]
+
+    @kept
+    def like_steps(self) -> dict[torch.dtype, Tensor]:
+        """Tensors ``[S]`` to allocate others like: that takes half the time of naming a size."""
+        floats = (torch.float32, torch.float64)
+        return {dtype: self.step_starts.new_empty(self.num_steps, dtype=dtype) for dtype in floats}
 
     @kept
     def fields(self) -> tuple[int, ...]:
