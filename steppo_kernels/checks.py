@@ -23,6 +23,32 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_STRIDED = torch.strided
+
+
+def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether kernels take `value` as it is.
+
+    That is almost every tensor of almost every call: plain, contiguous, on `device`, in `dtype`.
+    Whatever else comes takes the way through `tensor`, which finds the right word for it.
+    """
+    if type(value) is not Tensor or torch.compiler.is_compiling():
+        return False
+    try:
+        return (
+            value.dtype is dtype
+            and value.layout is _STRIDED
+            and not value.is_nested
+            and value.is_contiguous()
+            and not value.is_neg()
+            and not value.is_inference()
+            and value.device == device
+            and (address := value.data_ptr()) != 0
+            and address % 8 == 0
+        )
+    except RuntimeError:
+        # Some kinds raise for an address.
+        return False
 
 
 def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
@@ -212,6 +238,10 @@ def tokens(
     name: str, value: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Return a floating tensor whose entries stand in the order of `shape`, solid in `dtype`."""
+    if is_ready(value, dtype, device):
+        assert isinstance(value, Tensor)
+        if value.shape == shape:
+            return value
     return solid(token_count(name, value, shape, device), dtype)
 
 
@@ -228,11 +258,15 @@ def steps_or_tokens(
     Without `num_steps` it must. A vector that can be both, as there are as many steps as tokens, is
     read per step; with a dimension of size 1 more it is per token.
     """
-    checked = floating(name, value, device)
     if num_steps is None:
-        return tokens(name, checked, shape, device, dtype), True
+        return tokens(name, value, shape, device, dtype), True
+    if is_ready(value, dtype, device):
+        assert isinstance(value, Tensor)
+        checked = value
+    else:
+        checked = floating(name, value, device)
     found = checked.shape
-    if len(found) == 1 and found[0] == num_steps:
+    if found == (num_steps,):
         return solid(checked, dtype), False
     if found == shape or same_order(found, shape):
         return solid(checked, dtype), True
@@ -439,13 +473,18 @@ def wants_gradient(*values: Tensor | None) -> bool:
     Raises:
         RuntimeError: one is a dual number of forward mode, whose tangent would be lost.
     """
-    given = [value for value in values if value is not None]
-    is_forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    if is_forward and any(forward_ad.unpack_dual(value).tangent is not None for value in given):
-        raise RuntimeError(
-            "forward-mode differentiation: got a dual number, expected reverse mode alone"
-        )
-    return torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        for value in values:
+            if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    "forward-mode differentiation: got a dual number, expected reverse mode alone"
+                )
+    if not torch.is_grad_enabled():
+        return False
+    for value in values:
+        if value is not None and value.requires_grad:
+            return True
+    return False
 
 
 def _number(name: str, value: object, expected: str) -> Any:

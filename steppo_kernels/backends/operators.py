@@ -26,20 +26,31 @@ import torch
 from torch import Tensor
 
 from ..outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
-from .records import Steps, Timeline
+from .records import States, Steps, Timeline
 
 _library = torch.library.Library("steppo", "DEF")
 # Backends whose launchers stand in a folder of another name.
 _FOLDERS = {"cpu": "compiled"}
+_RECORDS = (Steps, Timeline, States)
 _stems: dict[str, str] = {}
 _handles: dict[str, Any] = {}
 
 
 def call(name: str, backend: str, *args: Any) -> Any:
     """Run the operator `name` on `backend`, through the dispatcher only while compiling."""
-    if torch.compiler.is_compiling():
-        return _handles[name](*args, backend)
-    return launcher(backend, name)(*args)
+    return runner(name, backend)(*args)
+
+
+def runner(name: str, backend: str) -> Callable[..., Any]:
+    """Return what `call` calls."""
+    if not torch.compiler.is_compiling():
+        return launcher(backend, name)
+
+    def compiled(*args: Any) -> Any:
+        # A compiler knows the tensors of a record as a list.
+        return _handles[name](*[list(x) if isinstance(x, _RECORDS) else x for x in args], backend)
+
+    return compiled
 
 
 @functools.cache

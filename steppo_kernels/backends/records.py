@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Record = TypeVar("Record", bound="tuple[Tensor, ...]")
@@ -36,10 +37,16 @@ class Steps(_Steps):
         trajectory_counts: int32 ``[S]``.
     """
 
-    @property
+    @functools.cached_property
     def num_steps(self) -> int:
         """S."""
         return self.trajectory_counts.shape[0]
+
+    @functools.cached_property
+    def like_steps(self) -> dict[torch.dtype, Tensor]:
+        """Tensors ``[S]`` to allocate others like: that takes half the time of naming a size."""
+        floats = (torch.float32, torch.float64)
+        return {dtype: self.step_starts.new_empty(self.num_steps, dtype=dtype) for dtype in floats}
 
     @functools.cached_property
     def fields(self) -> tuple[int, ...]:

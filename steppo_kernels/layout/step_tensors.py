@@ -54,17 +54,17 @@ class StepTensors(_StepTensors):
         reward_offsets: int64 ``[S + 1]`` or None: where the steps begin in `reward_index`.
     """
 
-    @property
+    @functools.cached_property
     def shape(self) -> torch.Size:
         """The token shape."""
         return self.step_ids.shape
 
-    @property
+    @functools.cached_property
     def device(self) -> torch.device:
         """Where the tensors lie."""
         return self.step_ids.device
 
-    @property
+    @functools.cached_property
     def num_steps(self) -> int:
         """S, empty steps included."""
         return self.step_lengths.shape[0]

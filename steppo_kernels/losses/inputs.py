@@ -66,8 +66,8 @@ def check_loss_inputs(
     clip_low: Tensor | None,
     clip_high: Tensor | None,
     backend: str,
-) -> LossInputs:
-    """Return the checked arguments of a loss from `values`, the argument `name`."""
+) -> tuple[Tensor, LossInputs]:
+    """Return `values`, the argument `name` that a loss is taken of, and the others, all checked."""
     if not isinstance(config, StepPOConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a StepPOConfig")
     mask: Tensor | None = None
@@ -79,7 +79,8 @@ def check_loss_inputs(
     else:
         held = require_layout(layout)
         num_steps, shape, device = held.num_steps, held.shape, held.device
-    dtype = checks.compute_dtype(checks.floating(name, values, device, saved=False))
+    values = checks.floating(name, values, device, saved=False)
+    dtype = checks.compute_dtype(values)
     chosen = resolve(backend, device)
     if old_log_probs is not None:
         old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
@@ -111,7 +112,7 @@ def check_loss_inputs(
     if normalizer is not None:
         is_empty = held is not None and held.num_tokens == 0
         normalizer = checks.normalizer(normalizer, device, is_empty)
-    return LossInputs(
+    return values, LossInputs(
         chosen,
         shape,
         device,

@@ -116,7 +116,7 @@ def linear_steppo_loss(
         tensor([ 1.2500, -0.5000, -0.5000, -0.2500])
     """
     checks.switch("report_entropy", report_entropy)
-    inputs = check_loss_inputs(
+    _, inputs = check_loss_inputs(
         "hidden",
         hidden,
         old_log_probs,

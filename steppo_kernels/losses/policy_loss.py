@@ -119,7 +119,7 @@ def steppo_loss(
         >>> round(output.metrics.as_dict()["ratio_mean"], 4)
         1.1052
     """
-    inputs = check_loss_inputs(
+    log_probs, inputs = check_loss_inputs(
         "log_probs",
         log_probs,
         old_log_probs,
@@ -135,7 +135,7 @@ def steppo_loss(
         clip_high,
         backend,
     )
-    log_probs = checks.token_count("log_probs", log_probs, inputs.shape, inputs.device)
+    checks.as_many("log_probs", log_probs, inputs.shape)
     entropy = check_entropy(entropy, inputs)
     return loss_of(inputs, log_probs, entropy)
 
@@ -195,9 +195,7 @@ def run_operator(
     if entropy is not None:
         entropy = checks.solid(checks.constant(entropy), inputs.dtype)
     if inputs.mask is None:
-        outputs: tuple[Any, ...] = operators.call(
-            "policy_loss",
-            inputs.backend,
+        outputs: tuple[Any, ...] = operators.runner("policy_loss", inputs.backend)(
             log_probs,
             inputs.old_log_probs,
             inputs.advantages,
@@ -217,9 +215,7 @@ def run_operator(
             need_entropy_grad,
         )
         return outputs
-    loss, metrics, *grads = operators.call(
-        "policy_loss_masked",
-        inputs.backend,
+    loss, metrics, grad, grad_entropy = operators.runner("policy_loss_masked", inputs.backend)(
         log_probs,
         inputs.old_log_probs,
         inputs.advantages,
@@ -234,7 +230,7 @@ def run_operator(
         need_grad,
         need_entropy_grad,
     )
-    return loss, metrics, None, *grads
+    return loss, metrics, None, grad, grad_entropy
 
 
 def scaled_gradient(
@@ -267,16 +263,19 @@ class _PolicyLoss(torch.autograd.Function):
         ctx: Any, log_probs: Tensor, entropy: Tensor | None, inputs: LossInputs
     ) -> tuple[Tensor, ...]:
         need_grad, need_entropy_grad, _ = ctx.needs_input_grad
-        keep_inputs(ctx, log_probs, entropy)
-        loss, metrics, step_log_ratio, grad, grad_entropy = run_operator(
+        loss, metrics, step_log_ratio, *grads = run_operator(
             inputs, log_probs, entropy, need_grad, need_entropy_grad
         )
         scale = operators.gradient_scale(inputs.backend, metrics)
-        ctx.save_for_backward(
-            grad if need_grad else None, grad_entropy if need_entropy_grad else None, scale
-        )
+        if entropy is None:
+            ctx.save_for_backward(grads[0], None, scale)
+        else:
+            need = (need_grad, need_entropy_grad)
+            wanted = (x if is_needed else None for x, is_needed in zip(grads, need, strict=True))
+            ctx.save_for_backward(*wanted, scale)
+            ctx.entropy = entropy.shape, entropy.dtype
         ctx.log_probs = log_probs.shape, log_probs.dtype
-        ctx.entropy = None if entropy is None else (entropy.shape, entropy.dtype)
+        keep_inputs(ctx, log_probs, entropy)
         if step_log_ratio is None:
             ctx.mark_non_differentiable(metrics)
         else:

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ...outputs import NUM_POLICY_METRICS
 from ..records import Steps, record
-from .launch import DTYPES, addresses, empty, kernels, place
+from .launch import DTYPES, addresses, empty, kernels, place, scalar_like
+
+
+_METRICS = empty(NUM_POLICY_METRICS, torch.float64)
 
 
 def policy_loss(
@@ -34,7 +37,7 @@ def policy_loss(
     """Run the operator `policy_loss` of `steppo_kernels.backends.operators`."""
     held = record(Steps, steps)
     loss, metrics, grad_log_probs, grad_entropy = _outputs(log_probs, need_grad, need_entropy_grad)
-    step_log_ratio = empty(held.num_steps, log_probs.dtype)
+    step_log_ratio = torch.empty_like(held.like_steps[log_probs.dtype])
     tensors = (
         DTYPES[log_probs.dtype],
         *addresses(
@@ -107,8 +110,8 @@ def _outputs(
     log_probs: Tensor, need_grad: bool, need_entropy_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     return (
-        empty((), log_probs.dtype),
-        empty(NUM_POLICY_METRICS, torch.float64),
+        scalar_like(log_probs),
+        torch.empty_like(_METRICS),
         torch.empty_like(log_probs) if need_grad else None,
         torch.empty_like(log_probs) if need_entropy_grad else None,
     )

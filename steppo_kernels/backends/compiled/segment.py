@@ -16,7 +16,7 @@ def segment_mask(
     step_ids, row_steps, counts = _segments(num_tokens, num_rows)
     kernels.segment_mask(
         (*addresses(mask, boundaries, row_offsets), num_tokens, num_rows),
-        addresses(step_ids, row_steps, counts),
+        (*addresses(step_ids, row_steps, counts),),
         place(),
     )
     return step_ids, row_steps, counts
@@ -28,7 +28,7 @@ def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tenso
     step_ids, row_steps, counts = _segments(num_tokens, num_rows)
     kernels.segment_ids(
         (*addresses(ids, row_offsets), num_tokens, num_rows),
-        addresses(step_ids, row_steps, counts),
+        (*addresses(step_ids, row_steps, counts),),
         place(),
     )
     return step_ids, row_steps, counts
@@ -40,7 +40,7 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
     step_ids, row_steps, counts = _segments(mask.numel(), num_rows)
     kernels.segment_rows(
         (*addresses(mask, valid), num_rows, row_length),
-        addresses(step_ids, row_steps, counts),
+        (*addresses(step_ids, row_steps, counts),),
         place(),
     )
     return step_ids, row_steps, counts
