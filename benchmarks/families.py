@@ -12,9 +12,12 @@ _SUITES = {
     "steps": (
         "layout/bench_segment.py",
         "layout/bench_broadcast.py",
+        "losses/bench_overhead.py",
         "losses/bench_gae.py",
         "losses/bench_policy_loss.py",
         "losses/bench_value_loss.py",
+        "losses/bench_step_log_ratios.py",
+        "losses/bench_rollout_weights.py",
     ),
     "vocabulary": (
         "log_probs/bench_token_log_probs.py",

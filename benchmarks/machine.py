@@ -26,6 +26,9 @@ LOAD_BEFORE = os.getloadavg()[0]
 # Well beyond any last-level cache: tensors of 256 MB, read and written.
 COPY_BYTES = 512 * 2**20
 _COPY_ROUNDS = 5
+# What is read and written to empty the caches. Twice the last-level cache of the machine whose
+# results are kept; the code and the objects of a call go with its inputs.
+FLUSH_BYTES = 64 * 2**20
 
 
 @contextmanager
@@ -40,12 +43,24 @@ def threads(count: int) -> Iterator[None]:
 
 
 @functools.cache
-def copy_bandwidth(num_bytes: int, num_threads: int, case: str, turn: int) -> float:
+def _flushed() -> torch.Tensor:
+    return torch.zeros(FLUSH_BYTES // 4)
+
+
+def empty_caches() -> None:
+    """Read and write 64 MB, on the threads that the next call may use."""
+    _flushed().add_(1)
+
+
+@functools.cache
+def copy_bandwidth(
+    num_bytes: int, num_threads: int, case: str, turn: int, *, cold: bool = False
+) -> float:
     """Return the bytes a second of a `torch.Tensor.copy_` that reads and writes `num_bytes`.
 
     Measured by the process that is measured, once for each turn of each case, so that it is as
     slow as the machine is then. Working sets that stay in a cache move faster than the 512 MB that
-    are the machine's line; those of a case's own size are shown next to it.
+    are the machine's line; those of a case's own size are shown next to it, cold for what is cold.
     """
     del case, turn
     source = torch.ones(num_bytes // 8)
@@ -54,6 +69,8 @@ def copy_bandwidth(num_bytes: int, num_threads: int, case: str, turn: int) -> fl
     times = []
     with threads(num_threads):
         for _ in range(rounds + 1):
+            if cold:
+                empty_caches()
             start = time.perf_counter()
             target.copy_(source)
             times.append(time.perf_counter() - start)

@@ -3,7 +3,8 @@
 Each variant of a case is timed in several short turns, one variant after the other in every turn,
 so that a change of the machine's speed meets all of them; a ratio is taken within a turn and
 reported as the median over the turns. Nothing is timed before its results agree with a reference
-of higher precision.
+of higher precision. Functions on log-probs are timed cold and warm (`modes.py`); those that read
+logits or a head move more than any cache holds, and are timed warm alone.
 
 glibc hands freed blocks back to the system until the process has freed a large one: before that,
 every variant would pay for fresh pages in each call. A training process has freed many, so one is
@@ -20,15 +21,18 @@ from typing import Any
 
 import torch
 
-from .machine import COPY_BYTES, THREADS, copy_bandwidth, threads
+from .machine import COPY_BYTES, THREADS, copy_bandwidth, empty_caches, threads
+from .modes import COLD, WARM
 from .variants import Variant
 
 TURNS, GROWTH_TURNS = 5, 3
 
 # The time and the rounds of one variant in one turn. A slow call is its own warm-up, and one round
 # a turn has to do.
-_SECONDS, _MAX_ROUNDS = 0.12, 200
+_SECONDS, MAX_ROUNDS = 0.12, 200
 _SLOW = 0.05
+# Emptying the caches takes longer than most calls.
+_COLD_ROUNDS = 15
 
 
 def _free_a_large_block() -> None:
@@ -47,9 +51,11 @@ class Run:
     variant: Variant
     threads: int
     turn: int
+    mode: str = WARM
 
     def __str__(self) -> str:
-        return f"{self.case}-{self.variant}-{self.threads}thr-{self.turn}".replace(" ", "_")
+        parts = self.case, self.variant, self.mode, f"{self.threads}thr", self.turn
+        return "-".join(map(str, parts)).replace(" ", "_")
 
 
 def runs(
@@ -57,14 +63,16 @@ def runs(
     variants: Iterable[Variant],
     threads: Iterable[int] = THREADS,
     turns: int = TURNS,
+    modes: Iterable[str] = (WARM,),
 ) -> list[Run]:
-    """Return the timings of a case, the variants side by side in each turn.
+    """Return the timings of a case, the variants side by side in each turn of a mode.
 
     A variant with a number of turns of its own takes part in the first ones.
     """
     turns_of = {variant: variant.turns or turns for variant in variants}
     return [
-        Run(case, variant, count, turn)
+        Run(case, variant, count, turn, mode)
+        for mode in modes
         for count in threads
         for turn in range(max(turns_of.values(), default=0))
         for variant, last in turns_of.items()
@@ -81,6 +89,7 @@ def measure(
     bytes_to_touch: int = 0,
     setup: Callable[[], object] | None = None,
     info: dict[str, Any] | None = None,
+    max_rounds: int = MAX_ROUNDS,
 ) -> None:
     """Time `call` in rounds (`setup` untimed before each) and note what the report reads.
 
@@ -92,14 +101,18 @@ def measure(
         bytes_to_touch: what GB/s counts; 0 leaves it out.
         setup: e.g. a reset of gradients.
         info: anything else to keep.
+        max_rounds: of a warm turn; what takes microseconds wants many.
 
     A variant with a number of rounds takes long and has been called before: it is not warmed up.
     """
     rounds = run.variant.rounds
+    cold = run.mode == COLD
 
     def prepare() -> None:
         if setup is not None:
             setup()
+        if cold:
+            empty_caches()
 
     with threads(run.threads):
         warmup_rounds = 0
@@ -111,14 +124,15 @@ def measure(
                 once = time.perf_counter() - start
                 if once > _SLOW:
                     break
-            rounds = min(_MAX_ROUNDS, math.ceil(_SECONDS / once))
-            warmup_rounds = 3 if once < _SLOW else 0
-        benchmark.group = f"{run.case}, {run.threads} threads"
+            rounds = min(_COLD_ROUNDS if cold else max_rounds, math.ceil(_SECONDS / once))
+            warmup_rounds = 3 if once < _SLOW and not cold else 0
+        benchmark.group = f"{run.case}, {run.mode}, {run.threads} threads"
         benchmark.pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=warmup_rounds)
         seconds = benchmark.stats.stats.median
         noted = {
             "case": run.case,
             "variant": run.variant.name,
+            "mode": run.mode,
             "threads": run.threads,
             "turn": run.turn,
             "tokens": tokens,
@@ -127,7 +141,7 @@ def measure(
         }
         if bytes_to_touch:
             copy = copy_bandwidth(COPY_BYTES, run.threads, run.case, run.turn)
-            same_size = copy_bandwidth(bytes_to_touch, run.threads, run.case, run.turn)
+            same_size = copy_bandwidth(bytes_to_touch, run.threads, run.case, run.turn, cold=cold)
             noted |= {
                 "bytes": bytes_to_touch,
                 "gbps": bytes_to_touch / seconds / 1e9,

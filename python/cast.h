@@ -3,8 +3,11 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "records.h"
 #include "steppo/floats.h"
@@ -42,8 +45,8 @@ void def(pybind11::module_& m, const char* name, void (*kernel)(const Records&..
   pybind11::dict operators = m.attr("operators");
   operators[name] = pybind11::make_tuple(Names<Records>::kRecord...);
   pybind11::dict records = m.attr("records");
-  ((records[Names<Records>::kRecord] = pybind11::tuple(pybind11::cast(
-        std::vector<std::string>(std::begin(Names<Records>::kFields), std::end(Names<Records>::kFields))))),
+  ((records[Names<Records>::kRecord] = pybind11::tuple(pybind11::cast(std::vector<std::string>(
+        std::begin(Names<Records>::kFields), std::end(Names<Records>::kFields))))),
    ...);
 }
 

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
+#include <string>
 #include <type_traits>
 
 #include "steppo/arguments.h"
@@ -46,9 +48,9 @@ class Entries {
 template <class R>
 struct Names;
 
-#define STEPPO_RECORD(record)               \
-  template <>                               \
-  struct Names<record> {                    \
+#define STEPPO_RECORD(record)                       \
+  template <>                                       \
+  struct Names<record> {                            \
     static constexpr const char* kRecord = #record; \
     static constexpr const char* kFields[] = {
 #define STEPPO_FIELD(type, name) #name,
@@ -65,15 +67,15 @@ struct Names;
 template <class R>
 R record_of(const pybind11::tuple& tuple);
 
-#define STEPPO_RECORD(record)                                             \
-  template <>                                                             \
-  inline record record_of<record>(const pybind11::tuple& tuple) {         \
+#define STEPPO_RECORD(record)                                                          \
+  template <>                                                                          \
+  inline record record_of<record>(const pybind11::tuple& tuple) {                      \
     Entries entries(tuple, Names<record>::kRecord, std::size(Names<record>::kFields)); \
     record made;
 #define STEPPO_FIELD(type, name) entries.next(made.name);
-#define STEPPO_END(record)                               \
+#define STEPPO_END(record)                                   \
   if (PyErr_Occurred()) throw pybind11::error_already_set(); \
-  return made;                                           \
+  return made;                                               \
   }
 #include "steppo/records.inc"
 #undef STEPPO_RECORD

@@ -9,9 +9,11 @@ A section of a page lists them in a comment that no reader sees, a line for each
     -->
 
 The parts of a line are the number as the text below shows it, the suite, the case (or a curve and
-a place on its axis), the variant and the quantity: `time`, `ratio` of two variants, or a key of the
-measurement such as `extra_bytes`. A sixth part such as `1` is the number of threads. Text up to the
-next heading of the page must show each number, rounded as it is shown.
+a place on its axis), the variant and the quantity. That is `time`, `ratio` of two variants,
+`beyond` for the time of the first beyond the second, or a key of the measurement such as
+`extra_bytes`. Parts after these narrow it down: `1` is the number of threads, `cold` or `warm` the
+mode. Without a mode a number is the cold one where the results have it. Text up to the next heading
+of the page must show each number, rounded as it is shown.
 
 ``python -m tools.doc_numbers`` lists the numbers that differ and exits with 1 if there are any;
 with ``--write`` it puts the new ones into the pages.
@@ -27,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.modes import MODES
 from benchmarks.report.results import Line, Results
 from benchmarks.variants import Variant
 
@@ -103,22 +106,29 @@ def like(shown: str, value: float) -> str:
 
 
 def measured(
-    results: Results, suite: str, case: str, variant: str, quantity: str, threads: str = "0"
+    results: Results, suite: str, case: str, variant: str, quantity: str, *narrowed: str
 ) -> float:
     """Return what the results hold."""
+    threads, mode = 0, None
+    for part in narrowed:
+        if part in MODES:
+            mode = part
+        else:
+            threads = int(part)
 
     def line(name: str) -> Line:
         if case.startswith("curve "):
             _, curve, place = case.split()
-            return results.curves[curve, suite, name][float(place)]
-        found = results.get(suite, case, Variant(name), int(threads))
+            return results.curve(curve, suite, Variant(name), mode)[float(place)]
+        found = results.get(suite, case, Variant(name), threads, mode)
         if found is None:
-            raise KeyError(f"{suite} | {case} | {name}")
+            raise KeyError(f"{suite} | {case} | {name} | {mode or 'any mode'}")
         return found
 
-    if quantity == "ratio":
-        slow, fast = (line(name.strip()) for name in variant.split(":"))
-        value = results.ratio(slow, fast)
+    value: float | None
+    if quantity in ("ratio", "beyond"):
+        first, second = (line(name.strip()) for name in variant.split(":"))
+        value = getattr(results, quantity)(first, second)
     elif quantity == "time":
         value = line(variant).median
     else:

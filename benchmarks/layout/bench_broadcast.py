@@ -15,6 +15,7 @@ from steppo_kernels.backends.choice import Backend
 
 from ..gates import assert_close, fused_backend
 from ..machine import threads
+from ..modes import MODES
 from ..steps.cases import policy_case
 from ..steps.variants import FUSED, PAIR
 from ..timing import Run, measure, runs
@@ -59,7 +60,7 @@ def gate(variant: Variant, num_threads: int) -> None:
     assert_close(f"broadcast, {variant}: gradient", grad, wanted_grad, 1e-5)
 
 
-@pytest.mark.parametrize("run", runs(CASE, PAIR), ids=str)
+@pytest.mark.parametrize("run", runs(CASE, PAIR, modes=MODES), ids=str)
 def bench_broadcast(benchmark: Any, run: Run) -> None:
     """What it has to move at least.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import steppo_kernels as sk
 from steppo_kernels.backends.choice import Backend
@@ -15,8 +16,10 @@ from steppo_kernels.backends.choice import Backend
 from ..gates import fused_backend
 from ..losses.bench_gae import row_case
 from ..machine import DEFAULT_THREADS, threads
+from ..modes import MODES
 from ..steps.cases import policy_case
-from ..steps.variants import EAGER, FUSED, PAIR
+from ..steps.floors import segment_floor
+from ..steps.variants import EAGER, FLOOR, FUSED, PAIR
 from ..timing import GROWTH_TURNS, Run, measure, runs
 from ..variants import Variant
 
@@ -38,8 +41,16 @@ def build(case: str, variant: Variant) -> Callable[[], sk.StepLayout]:
 
 
 @functools.cache
+def floor() -> Callable[[], list[Tensor]]:
+    """Return the floor of the masks."""
+    return segment_floor(policy_case(MASK).mask, build(MASK, FUSED)())
+
+
+@functools.cache
 def gate(case: str, variant: Variant, num_threads: int) -> None:
     """Raise unless the variant gives the reference's layout, entry by entry."""
+    if variant == FLOOR:
+        return
     wanted = build(case, EAGER)()
     with threads(num_threads):
         got = build(case, variant)()
@@ -48,7 +59,9 @@ def gate(case: str, variant: Variant, num_threads: int) -> None:
             raise AssertionError(f"{case}, {variant}: {name} differs; nothing is timed")
 
 
-@pytest.mark.parametrize("run", [*runs(MASK, PAIR), *runs(ROWS, PAIR)], ids=str)
+@pytest.mark.parametrize(
+    "run", [*runs(MASK, (*PAIR, FLOOR), modes=MODES), *runs(ROWS, PAIR, modes=MODES)], ids=str
+)
 def bench_segment(benchmark: Any, run: Run) -> None:
     """Speed."""
     _run(benchmark, run, {})
@@ -56,7 +69,7 @@ def bench_segment(benchmark: Any, run: Run) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    [r for case in GROWTH for r in runs(case, [FUSED], (DEFAULT_THREADS,), GROWTH_TURNS)],
+    [r for case in GROWTH for r in runs(case, [FUSED], (DEFAULT_THREADS,), GROWTH_TURNS, MODES)],
     ids=str,
 )
 def bench_segment_growth(benchmark: Any, run: Run) -> None:
@@ -66,8 +79,8 @@ def bench_segment_growth(benchmark: Any, run: Run) -> None:
 
 def _run(benchmark: Any, run: Run, info: dict[str, Any]) -> None:
     gate(run.case, run.variant, run.threads)
-    call = build(run.case, run.variant)
-    layout = call()
+    layout = build(run.case, FUSED)()
+    call = floor() if run.variant == FLOOR else build(run.case, run.variant)
     element = row_case()["mask"].element_size() if run.case == ROWS else 1
     tokens = layout.step_ids.numel()
     written = sum(

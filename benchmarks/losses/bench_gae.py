@@ -14,12 +14,25 @@ import torch
 from torch import Tensor
 
 import steppo_kernels as sk
+from steppo_kernels.backends.choice import Backend
 
 from ..gates import assert_close, fused_backend
 from ..machine import DEFAULT_THREADS, threads
+from ..modes import MODES
 from ..steps import peers
 from ..steps.cases import policy_case, rows_mask
-from ..steps.variants import FUSED, PER_TOKEN, STEP_GAE, TABLES, TOKEN_GAE, VERL_LOOP, WITH_LAYOUT
+from ..steps.floors import gae_floor
+from ..steps.variants import (
+    FLOOR,
+    FUSED,
+    PAIR,
+    PER_TOKEN,
+    STEP_GAE,
+    TABLES,
+    TOKEN_GAE,
+    VERL_LOOP,
+    WITH_LAYOUT,
+)
 from ..timing import GROWTH_TURNS, Run, measure, runs
 from ..variants import Variant
 
@@ -113,7 +126,11 @@ def token_gate(case: str, variant: Variant, num_threads: int) -> None:
         assert_close(f"{case}, {name}: returns", returns, wanted[1], _TOLERANCE)
 
 
-@pytest.mark.parametrize("run", [*runs(TOKENS, TOKEN_GAE), *runs(TURNS, TOKEN_GAE)], ids=str)
+@pytest.mark.parametrize(
+    "run",
+    [r for case in (TOKENS, TURNS) for r in runs(case, TOKEN_GAE, modes=MODES)],
+    ids=str,
+)
 def bench_token_gae(benchmark: Any, run: Run) -> None:
     """One value a token, steps of one token."""
     _token_run(benchmark, run, {})
@@ -121,7 +138,7 @@ def bench_token_gae(benchmark: Any, run: Run) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    [r for case in GROWTH for r in runs(case, [FUSED], (DEFAULT_THREADS,), GROWTH_TURNS)],
+    [r for case in GROWTH for r in runs(case, [FUSED], (DEFAULT_THREADS,), GROWTH_TURNS, MODES)],
     ids=str,
 )
 def bench_token_gae_growth(benchmark: Any, run: Run) -> None:
@@ -221,7 +238,7 @@ def row_gate(variant: Variant, num_threads: int) -> None:
         assert_close(f"{ROWS}, {variant}: {name}", got, wanted, _TOLERANCE)
 
 
-@pytest.mark.parametrize("run", runs(ROWS, STEP_GAE), ids=str)
+@pytest.mark.parametrize("run", runs(ROWS, STEP_GAE, modes=MODES), ids=str)
 def bench_step_gae(benchmark: Any, run: Run) -> None:
     """One row a step.
 
@@ -238,5 +255,60 @@ def bench_step_gae(benchmark: Any, run: Run) -> None:
         row_gae(run.variant),
         tokens=tokens,
         bytes_to_touch=4 * layout.num_tokens + 4 * tokens + 28 * layout.num_steps,
+        info={"suite": "step_gae", "steps": layout.num_steps},
+    )
+
+
+def turn_gae(variant: Variant) -> Callable[[], Pair]:
+    """Return the call that a variant makes on multi-turn rows: advantages and returns ``[S]``."""
+    _, rewards, values, _ = token_case(TURNS)
+    layout = policy_case(TURNS).layout
+    if variant == FLOOR:
+        return gae_floor(rewards, layout)
+    backend: Backend = fused_backend() if variant == FUSED else "reference"
+
+    def of_steps() -> Pair:
+        out = sk.step_gae(rewards, values, layout, gamma=GAMMA, lam=LAM, backend=backend)
+        return out.advantages, out.returns
+
+    return of_steps
+
+
+@functools.cache
+def turn_gate(variant: Variant, num_threads: int) -> None:
+    """Raise unless the variant gives the fp64 reference."""
+    if variant == FLOOR:
+        return
+    _, rewards, values, _ = token_case(TURNS)
+    out = sk.step_gae(
+        rewards.double(),
+        values.double(),
+        policy_case(TURNS).layout,
+        gamma=GAMMA,
+        lam=LAM,
+        backend="reference",
+    )
+    with threads(num_threads):
+        advantages, returns = turn_gae(variant)()
+    assert_close(f"{TURNS}, {variant}: advantages", advantages, out.advantages, _TOLERANCE)
+    assert_close(f"{TURNS}, {variant}: returns", returns, out.returns, _TOLERANCE)
+
+
+@pytest.mark.parametrize("run", runs(TURNS, (*PAIR, FLOOR), modes=MODES), ids=str)
+def bench_step_gae_turns(benchmark: Any, run: Run) -> None:
+    """Multi-turn rows, with a reward and a value a token.
+
+    What it has to move at least: the reward and the step id of every token, as rewards outside of
+    actions count too, and per step one value, where it stands, the place in time and two results.
+    """
+    turn_gate(run.variant, run.threads)
+    layout = policy_case(TURNS).layout
+    tokens = layout.step_ids.numel()
+    measure(
+        benchmark,
+        run,
+        turn_gae(run.variant),
+        tokens=tokens,
+        bytes_to_touch=8 * tokens + 28 * layout.num_steps,
         info={"suite": "step_gae", "steps": layout.num_steps},
     )

@@ -1,4 +1,4 @@
-"""`step_value_loss`, forward + backward, next to eager PyTorch."""
+"""`step_value_loss`, forward + backward, next to eager PyTorch and the floor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from steppo_kernels.backends.choice import Backend
 
 from ..gates import assert_close, fused_backend
 from ..machine import threads
+from ..modes import MODES
 from ..steps.cases import policy_case
-from ..steps.variants import FUSED, PAIR
+from ..steps.floors import value_floor
+from ..steps.variants import FLOOR, FUSED, PAIR
 from ..timing import Run, measure, runs
 from ..variants import Variant
 
@@ -39,6 +41,8 @@ def loss_of(variant: Variant) -> Callable[[], Tensor]:
     """Return the call that a variant makes."""
     values, old, returns = inputs()
     layout = policy_case(CASE).layout
+    if variant == FLOOR:
+        return value_floor(values, layout)
     backend: Backend = fused_backend() if variant == FUSED else "reference"
     return lambda: sk.step_value_loss(values, returns, layout, old_values=old, backend=backend).loss
 
@@ -46,6 +50,8 @@ def loss_of(variant: Variant) -> Callable[[], Tensor]:
 @functools.cache
 def gate(variant: Variant, num_threads: int) -> None:
     """Raise unless the variant gives the fp64 loss and gradient."""
+    if variant == FLOOR:
+        return
     values, old, returns = inputs()
     x = values.detach().double().requires_grad_()
     wanted = sk.step_value_loss(
@@ -59,7 +65,7 @@ def gate(variant: Variant, num_threads: int) -> None:
     assert_close(f"value loss, {variant}: gradient", grad, wanted_grad, 1e-5)
 
 
-@pytest.mark.parametrize("run", runs(CASE, PAIR), ids=str)
+@pytest.mark.parametrize("run", runs(CASE, (*PAIR, FLOOR), modes=MODES), ids=str)
 def bench_value_loss(benchmark: Any, run: Run) -> None:
     """Speed.
 

@@ -66,3 +66,12 @@ class Targets:
             ratio,
             lambda value: value >= factor,
         )
+
+    def at_most(
+        self, name: str, variant: Variant, other: Line | None, factor: float, ours: Line | None
+    ) -> None:
+        """Promise that we take at most `factor` times as long as `other`, the line of `variant`."""
+        ratio = self.results.ratio(ours, other)
+        self.add(
+            f"{name}: over the {variant}", f"<= {factor:g}x", ratio, lambda value: value <= factor
+        )

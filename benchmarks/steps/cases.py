@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,47 @@ import steppo_kernels as sk
 _CLIP_MARGIN = 1e-6
 
 
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What `steppo_loss` is asked for.
+
+    Attributes:
+        suite: the name of its suite.
+        settings: arguments of `StepPOConfig`.
+        noise: standard deviation of the log-ratios, those of one optimizer step at these bounds.
+        varying: whether advantages vary within a step.
+    """
+
+    suite: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    noise: float = 0.01
+    varying: bool = False
+
+    @functools.cached_property
+    def config(self) -> sk.StepPOConfig:
+        """The configuration."""
+        return sk.StepPOConfig(**self.settings)
+
+
+STEP = Objective("policy_loss")
+# PPO, GRPO and DAPO; step advantages make it GiGPO.
+TOKEN = Objective(
+    "token_loss",
+    {"ratio": "token", "clip_low": 0.2, "clip_high": 0.28, "reduction": "token_mean"},
+    noise=0.1,
+)
+GSPO_TOKEN = Objective("token_advantages", varying=True)
+
+
 @dataclass(frozen=True)
 class PolicyCase:
-    """Inputs of `steppo_loss`; `advantages` are per step, `token_advantages` the same per token."""
+    """Inputs of `steppo_loss`.
 
+    `advantages` are per step, or per token if they vary in a step; `token_advantages` are the same
+    per token.
+    """
+
+    objective: Objective
     mask: Tensor
     log_probs: Tensor
     old_log_probs: Tensor
@@ -35,15 +73,16 @@ class PolicyCase:
         """Return what one forward + backward has to move at least.
 
         Counted once each: log-probs and old log-probs of the action tokens (fp32), the advantage
-        of each step, the arrays that say which tokens those are, and the gradient of every token
-        (fp32, written). The arrays are the step offsets of the layout and the token index of each
-        step's first and last token, int64 (steps lie in one piece here), or the mask, one byte a
-        token. Intermediate passes, metrics and whatever else a variant
-        reads or writes do not count, so this is the same number for all variants of a case.
+        of each step, or of each action token if it varies, the arrays that say which tokens those
+        are, and the gradient of every token (fp32, written). The arrays are the step offsets of the
+        layout and the token index of each step's first and last token, int64 (steps lie in one
+        piece here), or the mask, one byte a token. Intermediate passes, metrics and whatever else a
+        variant reads or writes do not count, so this is the same number for all variants of a case.
         """
         action, steps = self.layout.num_tokens, self.layout.num_steps
         where = 8 * (steps + 1) + 16 * steps if with_layout else self.tokens
-        return 4 * 2 * action + 4 * steps + where + 4 * self.tokens
+        advantages = action if self.objective.varying else steps
+        return 4 * (2 * action + advantages + self.tokens) + where
 
 
 def rows_mask(rows: int, length: int, generator: torch.Generator) -> Tensor:
@@ -75,36 +114,51 @@ def turns_mask(rows: int, length: int, generator: torch.Generator) -> Tensor:
     return change.cumsum(1)[:, :length] > 0
 
 
-@functools.cache
-def policy_case(case: str) -> PolicyCase:
+def policy_case(case: str, objective: Objective = STEP) -> PolicyCase:
     """Return the inputs of a case: ``rows`` or ``turns``, then the shape, as in ``rows 64x8192``.
 
-    The log-ratios are those of one optimizer step, and no step lies within `_CLIP_MARGIN` of a clip
+    No step (or token, where these have ratios of their own) lies within `_CLIP_MARGIN` of a clip
     bound, where the last bit of a sum would decide which branch it takes.
     """
+    return _policy_case(case, objective)
+
+
+@functools.cache
+def _policy_case(case: str, objective: Objective) -> PolicyCase:
     kind, rows, length = _parse(case)
     generator = torch.Generator().manual_seed(0)
     make = rows_mask if kind == "rows" else turns_mask
     mask = make(rows, length, generator)
     layout = sk.StepLayout.from_mask(mask)
     old = -torch.rand(mask.shape, generator=generator) - 0.01
-    new = old + 0.01 * torch.randn(mask.shape, generator=generator)
-    bounds = torch.tensor(
-        [1 - sk.StepPOConfig().clip_low, 1 + sk.StepPOConfig().clip_high]
-    ).double()
-    z = (new - old).double().view(-1)[layout.token_index]
-    mean = torch.segment_reduce(z, "mean", offsets=layout.step_offsets)
-    close = ((mean.exp()[:, None] - bounds).abs() < _CLIP_MARGIN).any(1)
-    new += 1e-4 * sk.broadcast_to_tokens(close.float(), layout)
+    new = old + objective.noise * torch.randn(mask.shape, generator=generator)
+    z = (new - old).double()
+    if objective.config.ratio == "token":
+        close = _is_close(z, objective.config) & mask
+    else:
+        of_steps = z.view(-1)[layout.token_index]
+        mean = torch.segment_reduce(of_steps, "mean", offsets=layout.step_offsets)
+        close = sk.broadcast_to_tokens(_is_close(mean, objective.config).float(), layout)
+    new += 1e-4 * close
     advantages = torch.randn(layout.num_steps, generator=generator)
+    token_advantages = sk.broadcast_to_tokens(advantages, layout)
+    if objective.varying:
+        advantages = token_advantages = torch.randn(mask.shape, generator=generator)
     return PolicyCase(
+        objective=objective,
         mask=mask,
         log_probs=new.requires_grad_(),
         old_log_probs=old,
         advantages=advantages,
-        token_advantages=sk.broadcast_to_tokens(advantages, layout),
+        token_advantages=token_advantages,
         layout=layout,
     )
+
+
+def _is_close(log_ratio: Tensor, config: sk.StepPOConfig) -> Tensor:
+    ratio = log_ratio.exp()
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    return ((ratio - low).abs() < _CLIP_MARGIN) | ((ratio - high).abs() < _CLIP_MARGIN)
 
 
 def _parse(case: str) -> tuple[str, int, int]:

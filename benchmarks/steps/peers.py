@@ -1,8 +1,8 @@
 """The code that the package is compared with.
 
-verl's functions are used where verl can be imported, as in the environment of `make bench`. What
-stands here under the same names is then held to them before anything is timed, and takes their
-place elsewhere. The step GAE of the StepPO authors is not part of a published package;
+Functions of verl and TRL are used where these can be imported, as in the environment of
+`make bench`. What stands here for them is then held to them before anything is timed, and takes
+their place elsewhere. The step GAE of the StepPO authors is not part of a published package;
 `step_gae_tables` does what it does, the way it does it.
 """
 
@@ -11,12 +11,20 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+import steppo_kernels as sk
+
+from ..variants import Variant
+from .variants import TRL_FORMULA
 
 
 @functools.cache
@@ -31,30 +39,134 @@ def verl() -> Any | None:
 
 
 @functools.cache
+def trl() -> Any | None:
+    """Return ``trl.trainer.grpo_trainer``, or None without TRL."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("trl.trainer.grpo_trainer")
+    except ImportError:
+        return None
+
+
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Return the version of each peer, None without it."""
-    return {"verl": None if verl() is None else importlib.import_module("verl").__version__}
+    found = {"verl": verl(), "trl": trl()}
+    return {name: None if found[name] is None else metadata.version(name) for name in found}
 
 
-def verl_gspo(clip_low: float, clip_high: float) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """Return verl's gspo policy loss with its configuration bound."""
+def available(variants: Iterable[Variant]) -> list[Variant]:
+    """Return the variants whose project is there; a stand-in only where its project is not."""
+    found = versions()
+    return [
+        variant
+        for variant in variants
+        if (variant.project is None or found[variant.project])
+        and (variant != TRL_FORMULA or not found["trl"])
+    ]
+
+
+def verl_loss(mode: str, config: sk.StepPOConfig) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    """Return a policy loss of verl, ``gspo`` or ``vanilla``, with its configuration bound.
+
+    `vanilla` always has a dual clip, at a ratio of 3 by default, which no ratio here comes near.
+    """
     core = verl()
     if core is None:
         raise RuntimeError("verl: not installed, see the group `bench` of pyproject.toml")
-    config = importlib.import_module("verl.workers.config")
-    actor = config.ActorConfig(
+    module = importlib.import_module("verl.workers.config")
+    aggregation = {"step_mean": "seq-mean-token-mean", "token_mean": "token-mean"}[config.reduction]
+    actor = module.ActorConfig(
         strategy="fsdp",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=1,
-        clip_ratio=clip_low,
-        clip_ratio_low=clip_low,
-        clip_ratio_high=clip_high,
-        loss_agg_mode="seq-mean-token-mean",
-        policy_loss=config.PolicyLossConfig(loss_mode="gspo"),
+        clip_ratio=config.clip_low,
+        clip_ratio_low=config.clip_low,
+        clip_ratio_high=config.clip_high,
+        loss_agg_mode=aggregation,
+        policy_loss=module.PolicyLossConfig(loss_mode=mode),
     )
-    return functools.partial(
-        core.get_policy_loss_fn("gspo"), config=actor, loss_agg_mode="seq-mean-token-mean"
+    return functools.partial(core.get_policy_loss_fn(mode), config=actor, loss_agg_mode=aggregation)
+
+
+def verl_rollout_weights() -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """Return verl's truncated weights, with all that it logs of them."""
+    module = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
+    found: Callable[..., tuple[Tensor, dict[str, float]]] = (
+        module.compute_rollout_correction_weights
     )
+    return found
+
+
+def trl_loss(
+    x: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, config: sk.StepPOConfig
+) -> Callable[[], Tensor]:
+    """Return the loss of TRL's GRPO trainer at its defaults: token ratio, mean over tokens.
+
+    The method is TRL's own, with all that it logs. It runs on an object that holds what it reads of
+    a trainer. The model's part gives the log-probs; tokens of the environment are masked as those
+    of tools are. There are no prompts, and ids that no loss reads are left empty, so that nothing
+    is joined for a model that does not run.
+    """
+    module = trl()
+    if module is None:
+        raise RuntimeError("trl: not installed, see the group `bench` of pyproject.toml")
+    rows = x.shape[0]
+    none, ones = torch.empty((rows, 0), dtype=torch.int64), torch.ones((rows, 1), dtype=torch.int64)
+    entropies = torch.zeros(x.shape)
+    integers = mask.to(torch.int64)
+    inputs = {
+        "prompt_ids": none,
+        "prompt_mask": none,
+        "completion_ids": none,
+        "completion_mask": ones,
+        "tool_mask": integers,
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "num_items_in_batch": integers.sum(),
+    }
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (x, entropies, None),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda found: found, reduce=lambda found, reduction: found
+        ),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        model=SimpleNamespace(training=True),
+        loss_type="dapo",
+        importance_sampling_level="token",
+        epsilon_low=config.clip_low,
+        epsilon_high=config.clip_high,
+        beta=0.0,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        current_gradient_accumulation_steps=1,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+    )
+
+    def loss() -> Tensor:
+        trainer._metrics = {"train": defaultdict(list)}
+        found: Tensor = module.GRPOTrainer._compute_loss(trainer, None, inputs)
+        return found
+
+    return loss
+
+
+def trl_formula(
+    x: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, config: sk.StepPOConfig
+) -> Callable[[], Tensor]:
+    """Return the formula of `trl_loss`, without what TRL logs."""
+    integers = mask.to(torch.int64)
+
+    def loss() -> Tensor:
+        ratio = torch.exp(x - old)
+        clipped = torch.clamp(ratio, 1 - config.clip_low, 1 + config.clip_high)
+        per_token = -torch.min(ratio * advantages, clipped * advantages)
+        return (per_token * integers).sum() / integers.sum().clamp(min=1.0)
+
+    return loss
 
 
 def token_gae_loop(

@@ -66,7 +66,7 @@ def draw_curves(results: Results, path: Path) -> None:
         handles: dict[str, Any] = {}
         known = {variant.name: variant for variant in ALL}
         for (name, label), (time, memory) in zip(_AXES.items(), axes.T, strict=True):
-            for (of, _, variant), curve in results.curves.items():
+            for (of, _, variant, _), curve in results.curves.items():
                 if of != name:
                     continue
                 points = sorted(curve.items())

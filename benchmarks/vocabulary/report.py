@@ -149,7 +149,7 @@ def blocks(results: Results) -> list[Block]:
         places = results.places(name)
         rows = [
             (variant, what, *(text(curve[x]) if x in curve else "" for x in places))
-            for (of, _, variant), curve in results.curves.items()
+            for (of, _, variant, _), curve in results.curves.items()
             if of == name
             for what, text in (("time", _time), ("extra memory", _extra))
         ]

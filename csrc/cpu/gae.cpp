@@ -182,49 +182,50 @@ void whiten_members(T* advantages, const Spread& spread, const int64_t* steps, i
 
 }  // namespace
 
-void step_gae(int dtype, const void* rewards, const void* values, bool rewards_per_token,
-              bool values_per_token, const int32_t* step_ids, const int64_t* row_offsets,
-              const int64_t* state_index, const int64_t* trajectory_steps,
-              const int64_t* trajectory_offsets, const void* bootstrap_values, double gamma,
-              double lam, bool whiten, int64_t num_tokens, int64_t num_rows, int64_t num_steps,
-              int64_t num_members, int64_t num_trajectories, void* advantages, void* returns,
-              int threads) {
-  with_dtype(dtype, [&](auto zero) {
+void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& config,
+              const Place& place) {
+  const int threads = place.threads;
+  const int64_t num_steps = line.num_steps, num_members = line.num_members;
+  with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* bootstrap = static_cast<const T*>(bootstrap_values);
-    T* a = static_cast<T*>(advantages);
-    T* r = static_cast<T*>(returns);
+    const T* bootstrap = static_cast<const T*>(tensors.bootstrap_values);
+    T* a = static_cast<T*>(tensors.advantages);
+    T* r = static_cast<T*>(tensors.returns);
     if (num_members < num_steps) fill(a, 0, num_steps, zero);
-    const T* step_rewards = static_cast<const T*>(rewards);
-    if (rewards_per_token) {
-      sum_rewards(step_rewards, step_ids, row_offsets, num_tokens, num_rows, num_steps, r, threads);
+    const T* step_rewards = static_cast<const T*>(tensors.rewards);
+    if (tensors.rewards_per_token) {
+      sum_rewards(step_rewards, line.step_ids, line.row_offsets, line.num_tokens, line.num_rows,
+                  num_steps, r, threads);
       step_rewards = r;
     }
     // Short trajectories share a task.
-    const int64_t group = num_trajectories * kSteps / (num_members + 1) + 1;
-    const int64_t tasks = ceil_div(num_trajectories, group);
+    const int64_t group = line.num_trajectories * kSteps / (num_members + 1) + 1;
+    const int64_t tasks = ceil_div(line.num_trajectories, group);
     Buffer<Spread> spreads(tasks);
-    parallel_blocks(num_trajectories, group, threads, [&](int64_t b, int64_t begin, int64_t end) {
-      Spread spread;
-      for (int64_t g = begin; g < end; ++g) {
-        spread.merge(scan(
-            step_rewards, static_cast<const T*>(values), values_per_token ? state_index : nullptr,
-            trajectory_steps, trajectory_offsets[g], trajectory_offsets[g + 1],
-            bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), gamma, lam, a, r));
-      }
-      spreads[b] = spread;
-    });
+    parallel_blocks(
+        line.num_trajectories, group, threads, [&](int64_t b, int64_t begin, int64_t end) {
+          Spread spread;
+          for (int64_t g = begin; g < end; ++g) {
+            spread.merge(scan(step_rewards, static_cast<const T*>(tensors.values),
+                              tensors.values_per_token ? line.state_index : nullptr,
+                              line.trajectory_steps, line.trajectory_offsets[g],
+                              line.trajectory_offsets[g + 1],
+                              bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]),
+                              config.gamma, config.lam, a, r));
+          }
+          spreads[b] = spread;
+        });
     if (num_members < num_steps) {
       // Rewards of steps without a trajectory may be left there.
       Buffer<bool> member(num_steps);
       fill(member.get(), 0, num_steps, false);
-      for (int64_t k = 0; k < num_members; ++k) member[trajectory_steps[k]] = true;
+      for (int64_t k = 0; k < num_members; ++k) member[line.trajectory_steps[k]] = true;
       for (int64_t s = 0; s < num_steps; ++s) r[s] = member[s] ? r[s] : zero;
     }
-    if (whiten && num_members > 0) {
+    if (config.whiten && num_members > 0) {
       Spread all;
       for (int64_t b = 0; b < tasks; ++b) all.merge(spreads[b]);
-      whiten_members(a, all, trajectory_steps, num_members, num_steps, threads);
+      whiten_members(a, all, line.trajectory_steps, num_members, num_steps, threads);
     }
   });
 }

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include <limits>
+
 #include "kernel.h"
 #include "steppo/step_math.h"
 
@@ -44,8 +46,10 @@ struct Choice {
 // What vectors of fp32 of one width do.
 template <class L, class M, class B>
 struct FloatArithmetic : Choice<L, M> {
+  using Number = float;
   using Bits = B;
   STEPPO_FN ExpParts<L> exp_parts(L d) { return exp_parts_fp32(d); }
+  STEPPO_FN L exp(L d) { return exp_fp32(d); }
 };
 
 }  // namespace cpu::STEPPO_ISA
@@ -58,7 +62,12 @@ struct Arithmetic<cpu::STEPPO_ISA::FloatLanes>
 template <>
 struct Arithmetic<cpu::STEPPO_ISA::DoubleLanes>
     : cpu::STEPPO_ISA::Choice<cpu::STEPPO_ISA::DoubleLanes, cpu::STEPPO_ISA::DoubleMask> {
+  using Number = double;
   using Lanes = cpu::STEPPO_ISA::DoubleLanes;
+  STEPPO_FN Lanes exp(Lanes d) {
+    for (int k = 0; k < cpu::STEPPO_ISA::kLanes<double>; ++k) d[k] = std::exp(d[k]);
+    return d;
+  }
   STEPPO_FN ExpParts<Lanes> exp_parts(Lanes d) {
     ExpParts<Lanes> parts{};
     for (int k = 0; k < cpu::STEPPO_ISA::kLanes<double>; ++k) {
@@ -105,6 +114,39 @@ class Sum {
   Wide sum_{};
 };
 
+// The sum, the smallest and the largest of lanes.
+template <class T>
+class Extremes {
+ public:
+  // Of lanes where `present` is 0, nothing counts.
+  void add(Lanes<T> x, Lanes<T> present) {
+    using Choose = Arithmetic<Lanes<T>>;
+    const auto is_there = present > T(0);
+    // A NaN is smaller and larger than all, and stays.
+    const Lanes<T> low = Choose::select(is_there, x, lowest_);
+    const Lanes<T> high = Choose::select(is_there, x, largest_);
+    lowest_ = Choose::select((low < lowest_) | (low != low), low, lowest_);
+    largest_ = Choose::select((high > largest_) | (high != high), high, largest_);
+    sum_.add(Choose::select(is_there, x, Lanes<T>{}));
+  }
+  double total() const { return sum_.total(); }
+  double lowest() const {
+    double found = lowest_[0];
+    for (int k = 1; k < kLanes<T>; ++k) found = lesser(found, lowest_[k]);
+    return found;
+  }
+  double largest() const {
+    double found = largest_[0];
+    for (int k = 1; k < kLanes<T>; ++k) found = greater(found, largest_[k]);
+    return found;
+  }
+
+ private:
+  Sum<T> sum_;
+  Lanes<T> lowest_ = Lanes<T>{} + std::numeric_limits<T>::infinity();
+  Lanes<T> largest_ = Lanes<T>{} - std::numeric_limits<T>::infinity();
+};
+
 // Where the tokens of a step lie: side by side, or through an index.
 struct Contiguous {
   int64_t first;
@@ -115,13 +157,13 @@ struct Gathered {
   int64_t operator()(int64_t i) const { return index[i]; }
 };
 
-// Whether the positions of a step follow each other. Its first and last one do not tell alone: a
-// step of several rows may hold these in any order.
-static inline bool follow_each_other(const int64_t* index, int64_t length) {
-  const int64_t first = index[0];
-  int64_t apart = 0;
-  for (int64_t i = 0; i < length; ++i) apart |= index[i] ^ (first + i);
-  return apart == 0;
+// 1 in the lanes of tokens, 0 past the last of so many.
+template <class T>
+static inline Lanes<T> token_lanes(int64_t left) {
+  Lanes<T> lanes{};
+  const int count = left >= kLanes<T> ? kLanes<T> : static_cast<int>(left);
+  for (int k = 0; k < count; ++k) lanes[k] = T(1);
+  return lanes;
 }
 
 // The values from `at(i)` on; past `length`, zeros.

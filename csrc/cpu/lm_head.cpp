@@ -116,14 +116,13 @@ void write_rows(const float* sums, int64_t rows, int64_t columns, const float* b
 
 }  // namespace
 
-void head_logits(const std::uint16_t* hidden, const std::uint16_t* weight, int64_t weight_stride,
-                 const float* bias, int64_t num_rows, int64_t size, int64_t vocabulary,
-                 float* logits, int threads) {
-  const int64_t words = size / 2, stride = weight_stride / 2;
-  const auto* rows = reinterpret_cast<const std::uint32_t*>(hidden);
-  const auto* columns = reinterpret_cast<const std::uint32_t*>(weight);
+void head_logits(const HeadProduct& head, const Place& place) {
+  const int64_t num_rows = head.num_rows, vocabulary = head.vocabulary;
+  const int64_t words = head.size / 2, stride = head.weight_stride / 2;
+  const auto* rows = reinterpret_cast<const std::uint32_t*>(head.hidden);
+  const auto* columns = reinterpret_cast<const std::uint32_t*>(head.weight);
   parallel_blocks(
-      vocabulary, kPanels * kColumns, threads, [&](int64_t, int64_t begin, int64_t end) {
+      vocabulary, kPanels * kColumns, place.threads, [&](int64_t, int64_t begin, int64_t end) {
         const int64_t block = num_rows < kRowBlock ? num_rows : kRowBlock;
         Buffer<Line> panel_lines(kDepth * kColumns / kLane), sum_lines(block * kColumns / kLane);
         std::uint32_t* panel = panel_lines[0].words;
@@ -160,8 +159,8 @@ void head_logits(const std::uint16_t* hidden, const std::uint16_t* weight, int64
                 }
               }
             }
-            write_rows(sums, height, width, bias == nullptr ? nullptr : bias + first,
-                       logits + top * vocabulary + first, vocabulary);
+            write_rows(sums, height, width, head.bias == nullptr ? nullptr : head.bias + first,
+                       head.logits + top * vocabulary + first, vocabulary);
           }
         }
       });
@@ -170,8 +169,7 @@ void head_logits(const std::uint16_t* hidden, const std::uint16_t* weight, int64
 #else
 
 // Never called: multiplies_bf16() is false.
-void head_logits(const std::uint16_t*, const std::uint16_t*, int64_t, const float*, int64_t,
-                 int64_t, int64_t, float*, int) {}
+void head_logits(const HeadProduct&, const Place&) {}
 
 #endif
 
@@ -196,16 +194,15 @@ void add(const In* product, bool is_first, int64_t begin, int64_t end, float* to
 
 }  // namespace
 
-void accumulate(int dtype, const void* product, bool is_first, int64_t count, float* total,
-                int threads) {
-  parallel_blocks(count, kBlock, worthwhile_threads(count, threads),
-                  [&](int64_t, int64_t begin, int64_t end) {
-                    if (dtype == kBFloat16) {
-                      add(static_cast<const BFloat16*>(product), is_first, begin, end, total);
-                    } else {
-                      add(static_cast<const Half*>(product), is_first, begin, end, total);
-                    }
-                  });
+void accumulate(const Accumulation& sum, const Place& place) {
+  const int threads = worthwhile_threads(sum.count, place.threads);
+  parallel_blocks(sum.count, kBlock, threads, [&](int64_t, int64_t begin, int64_t end) {
+    if (sum.dtype == kBFloat16) {
+      add(static_cast<const BFloat16*>(sum.product), sum.is_first, begin, end, sum.total);
+    } else {
+      add(static_cast<const Half*>(sum.product), sum.is_first, begin, end, sum.total);
+    }
+  });
 }
 
 }  // namespace steppo::cpu::STEPPO_ISA

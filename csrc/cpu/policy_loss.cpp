@@ -7,137 +7,167 @@ namespace {
 
 // mean z over all action tokens, the default center of the centered ratio.
 template <class T>
-double mean_log_ratio(const T* now, const T* old, const int64_t* token_index, int64_t num_actions,
-                      int threads) {
-  if (num_actions == 0) return 0;
-  Buffer<double> partial(ceil_div(num_actions, kBlock));
-  parallel_blocks(num_actions, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
+double mean_log_ratio(const PolicyCall<T>& call, const Steps& steps, int threads) {
+  const int64_t count = steps.num_actions;
+  if (count == 0) return 0;
+  Buffer<double> partial(ceil_div(count, kBlock));
+  parallel_blocks(count, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     double sum = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = token_index[i];
-      sum += static_cast<double>(now[t]) - static_cast<double>(old[t]);
+      const int64_t t = steps.token_index[i];
+      const double z =
+          static_cast<double>(call.log_probs[t]) - static_cast<double>(call.old_log_probs[t]);
+      if (call.clips_tokens) {
+        const int64_t owner = call.advantages_per_token ? t : steps.step_ids[t];
+        sum += held_log_ratio<double>(z, call.advantages[owner], call.config);
+      } else {
+        sum += z;
+      }
     }
     partial[b] = sum;
   });
   double total = 0;
-  for (int64_t b = 0; b < ceil_div(num_actions, kBlock); ++b) total += partial[b];
-  return total / static_cast<double>(num_actions);
+  for (int64_t b = 0; b < ceil_div(count, kBlock); ++b) total += partial[b];
+  return total / static_cast<double>(count);
 }
 
-// The denominator of the reduction. Known before the loss, it makes the gradients final.
-double normalizer_of(Reduction reduction, const int64_t* step_offsets,
-                     const int32_t* trajectory_counts, int64_t num_steps, int threads) {
+// What a first look at the steps tells.
+struct Outline {
+  double steps = 0, trajectories = 0;  // not empty ones; a sum of 1 / count
+  bool is_ascending = true;            // every step lies in one piece, behind the one before it
+};
+
+// The denominator of the reduction, known before the loss, makes the gradients final. Where steps
+// ascend, what lies between them can be zeroed on the way.
+Outline outline(const Steps& steps, Reduction reduction, int threads) {
   constexpr int64_t kSteps = 16384;
-  const int64_t blocks = ceil_div(num_steps, kSteps);
-  Buffer<double> steps(blocks), trajectories(blocks);
-  parallel_blocks(num_steps, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(steps.num_steps, kSteps);
+  struct Part {
+    Outline outline;
+    int64_t first = -1, end = 0;  // where the first step of the block begins and the last one ends
+  };
+  Buffer<Part> parts(blocks);
+  parallel_blocks(steps.num_steps, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    Part part;
     int64_t count = 0;
     double sum = 0;
-    for (int64_t s = begin; s < end; ++s) count += step_offsets[s + 1] > step_offsets[s];
-    if (reduction == kTrajectoryMean) {
-      for (int64_t s = begin; s < end; ++s) {
-        if (step_offsets[s + 1] > step_offsets[s]) sum += 1.0 / trajectory_counts[s];
-      }
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t length = steps.step_offsets[s + 1] - steps.step_offsets[s];
+      if (length == 0) continue;
+      const int64_t start = steps.step_starts[s];
+      ++count;
+      if (reduction == kTrajectoryMean) sum += 1.0 / steps.trajectory_counts[s];
+      part.outline.is_ascending &= start >= part.end;
+      if (part.first < 0) part.first = start;
+      part.end = start + length;
     }
-    steps[b] = static_cast<double>(count);
-    trajectories[b] = sum;
+    part.outline.steps = static_cast<double>(count);
+    part.outline.trajectories = sum;
+    parts[b] = part;
   });
-  double count = 0, sum = 0;
+  Outline all;
+  int64_t end = 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    count += steps[b];
-    sum += trajectories[b];
+    const Part& part = parts[b];
+    all.steps += part.outline.steps;
+    all.trajectories += part.outline.trajectories;
+    if (part.outline.steps == 0) continue;
+    all.is_ascending &= part.outline.is_ascending && part.first >= end;
+    end = part.end;
   }
-  return reduction_total(reduction, count, sum, static_cast<double>(step_offsets[num_steps]));
+  return all;
 }
+
+// Asks for the tokens of a step that comes later.
+template <class T>
+void fetch(const PolicyCall<T>& call, int64_t start, int64_t length) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = start; i < start + length; i += kLine) {
+    __builtin_prefetch(call.log_probs + i);
+    __builtin_prefetch(call.old_log_probs + i);
+    if (call.grad_log_probs != nullptr) __builtin_prefetch(call.grad_log_probs + i, 1);
+  }
+}
+
+// How many steps ahead tokens are asked for, and the most of a step.
+constexpr int64_t kStepsAhead = 4, kTokensAhead = 512;
 
 }  // namespace
 
-void policy_loss(int dtype, const void* log_probs, const void* old_log_probs,
-                 const void* advantages, const void* ref_log_probs, const void* entropy,
-                 const void* is_weights, const void* step_weights, bool advantages_per_token,
-                 bool is_weights_per_token, const int64_t* token_index, const int64_t* step_offsets,
-                 const int32_t* trajectory_counts, const double* ratio_center,
-                 const double* normalizer, int ratio, double clip_low, double clip_high,
-                 double dual_clip, double log_ratio_max, int reduction, double kl_coef,
-                 int kl_estimator, double entropy_coef, int64_t num_tokens, int64_t num_steps,
-                 void* loss, double* metrics, void* step_log_ratio, void* grad_log_probs,
-                 void* grad_entropy, void* grad_scale, int64_t* ends_tell, int threads) {
-  threads = worthwhile_threads(num_tokens, threads);
-  const PolicyConfig config = policy_config(ratio, clip_low, clip_high, dual_clip, log_ratio_max,
-                                            reduction, kl_coef, kl_estimator, entropy_coef);
-  with_dtype(dtype, [&](auto zero) {
+void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyConfig& config,
+                 const Place& place) {
+  const int threads = worthwhile_threads(steps.num_tokens, place.threads);
+  const int64_t num_steps = steps.num_steps;
+  with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PolicyCall<T> call =
-        policy_call<T>(log_probs, old_log_probs, advantages, ref_log_probs, entropy, is_weights,
-                       is_weights_per_token, grad_log_probs, grad_entropy, config);
-    prepare(call, num_tokens);
-    call.total = normalizer != nullptr ? *normalizer
-                                       : normalizer_of(config.reduction, step_offsets,
-                                                       trajectory_counts, num_steps, threads);
-    const T* weights = static_cast<const T*>(step_weights);
-    T* log_ratios = static_cast<T*>(step_log_ratio);
-    const int64_t num_actions = step_offsets[num_steps];
+    PolicyCall<T> call(tensors, config);
+    prepare(call, steps.num_tokens);
+    const Outline found = outline(steps, config.reduction, threads);
+    const double num_actions = static_cast<double>(steps.num_actions);
+    double count = reduction_count(config.reduction, found.steps, found.trajectories, num_actions);
+    call.total = count > 1.0 ? count : 1.0;
+    if (tensors.normalizer != nullptr) call.total = count = *tensors.normalizer;
+    T* log_ratios = static_cast<T*>(tensors.step_log_ratio);
     if (config.ratio == kCentered) {
-      call.center = ratio_center != nullptr ? *ratio_center
-                                            : mean_log_ratio(call.log_probs, call.old_log_probs,
-                                                             token_index, num_actions, threads);
+      call.center = tensors.ratio_center != nullptr ? *tensors.ratio_center
+                                                    : mean_log_ratio(call, steps, threads);
     }
-
-    if (num_actions < num_tokens) {
-      parallel_blocks(num_tokens, kBlock, threads, [&](int64_t, int64_t begin, int64_t end) {
-        if (call.grad_log_probs != nullptr) fill(call.grad_log_probs, begin, end, zero);
-        if (call.grad_entropy != nullptr) fill(call.grad_entropy, begin, end, zero);
-      });
+    if (!found.is_ascending) {
+      parallel_blocks(steps.num_tokens, kBlock, threads,
+                      [&](int64_t, int64_t begin, int64_t end) { clear(call, begin, end); });
     }
 
     // Tasks are ranges of steps of about the same work, a step counting for one token more.
-    const int64_t work = num_actions + num_steps;
+    const int64_t* const offsets = steps.step_offsets;
+    const int64_t work = steps.num_actions + num_steps;
     const int64_t tasks = ceil_div(work, kBlock);
     Buffer<PolicySums> partial(tasks);
-    Buffer<bool> told(tasks);
     const auto border = [&](int64_t wanted) {
-      return first_not_below(num_steps, wanted, [&](int64_t s) { return step_offsets[s] + s; });
+      return first_not_below(num_steps, wanted, [&](int64_t s) { return offsets[s] + s; });
+    };
+    // Where the last step before s ends that is not empty.
+    const auto end_before = [&](int64_t s) {
+      const int64_t next = first_not_below(s, offsets[s], [&](int64_t t) { return offsets[t]; });
+      if (next == 0) return int64_t{0};
+      return steps.step_starts[next - 1] + offsets[next] - offsets[next - 1];
     };
     parallel_blocks(work, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
       PolicySums sums;
       Sum<T> k3;
-      bool all_told = true;
-      const int64_t last = end == work ? num_steps : border(end);
-      for (int64_t s = border(begin); s < last; ++s) {
-        const int64_t* index = token_index + step_offsets[s];
-        const int64_t length = step_offsets[s + 1] - step_offsets[s];
+      const int64_t first = border(begin), last = end == work ? num_steps : border(end);
+      int64_t done = found.is_ascending ? end_before(first) : 0;
+      for (int64_t s = first; s < last; ++s) {
+        if (const int64_t ahead = s + kStepsAhead; ahead < last && steps.step_starts[ahead] >= 0) {
+          const int64_t length = offsets[ahead + 1] - offsets[ahead];
+          fetch(call, steps.step_starts[ahead], length < kTokensAhead ? length : kTokensAhead);
+        }
+        const int64_t length = offsets[s + 1] - offsets[s], start = steps.step_starts[s];
         if (length == 0) {
           log_ratios[s] = T(0);
           continue;
         }
-        const double advantage = call.advantages[advantages_per_token ? index[0] : s];
-        const double weight =
-            weights != nullptr
-                ? static_cast<double>(weights[s])
-                : step_weight(config.reduction, static_cast<double>(length), trajectory_counts[s]);
-        bool contiguous = index[length - 1] - index[0] == length - 1;
-        if (contiguous && ends_tell != nullptr) {
-          contiguous = follow_each_other(index, length);
-          all_told &= contiguous;
+        if (found.is_ascending) {
+          clear(call, done, start);
+          done = start + length;
         }
+        const double weight = call.step_weights != nullptr
+                                  ? static_cast<double>(call.step_weights[s])
+                                  : step_weight(config.reduction, static_cast<double>(length),
+                                                steps.trajectory_counts[s]);
+        const PolicyStep step{s, length, weight};
         const double log_ratio =
-            contiguous
-                ? add_step(call, Contiguous{index[0]}, length, s, advantage, weight, sums, k3)
-                : add_step(call, Gathered{index}, length, s, advantage, weight, sums, k3);
+            start >= 0 ? add_step(call, Contiguous{start}, step, sums, k3)
+                       : add_step(call, Gathered{steps.token_index + offsets[s]}, step, sums, k3);
         log_ratios[s] = static_cast<T>(log_ratio);
       }
+      if (found.is_ascending && end == work) clear(call, done, steps.num_tokens);
       sums.k3 = k3.total();
       partial[b] = sums;
-      told[b] = all_told;
     });
+    if (work == 0) clear(call, 0, steps.num_tokens);
     PolicySums sums;
-    bool all_told = true;
-    for (int64_t b = 0; b < tasks; ++b) {
-      sums.add(partial[b]);
-      all_told &= told[b];
-    }
-    if (ends_tell != nullptr) *ends_tell = all_told;
-    finish<T>(sums, config, call.total, loss, metrics, grad_scale);
+    for (int64_t b = 0; b < tasks; ++b) sums.add(partial[b]);
+    finish(sums, call, count, tensors);
   });
 }
 

@@ -1,4 +1,4 @@
-// One step of the clipped objective on the CPU, whatever way its tokens are found. The layout form
+// The policy loss of one step on the CPU, whatever way its tokens are found. The layout form
 // (policy_loss.cpp) and the mask form (policy_loss_masked.cpp) put steps together.
 #pragma once
 
@@ -6,45 +6,10 @@
 #include <limits>
 
 #include "lanes.h"
+#include "policy_tokens.h"
+#include "steppo/surrogates.h"
 
 namespace steppo::cpu::STEPPO_ISA {
-
-// The inputs and outputs of a call; optional ones are null.
-template <class T>
-struct PolicyCall {
-  const T* log_probs;
-  const T* old_log_probs;
-  const T* advantages;
-  const T* ref_log_probs;
-  const T* entropy;
-  const T* is_weights;
-  bool is_weights_per_token;
-  T* grad_log_probs;
-  T* grad_entropy;
-  PolicyConfig config;
-  double center = 0;  // mu of the centered ratio
-  double total = 1;   // the normalizer
-};
-
-// A call on pointers to numbers of type T. On-policy, the old log-probs are the new ones: what is
-// not finite gives NaN, as everywhere.
-template <class T>
-static inline PolicyCall<T> policy_call(const void* log_probs, const void* old_log_probs,
-                                        const void* advantages, const void* ref_log_probs,
-                                        const void* entropy, const void* is_weights,
-                                        bool is_weights_per_token, void* grad_log_probs,
-                                        void* grad_entropy, const PolicyConfig& config) {
-  return {static_cast<const T*>(log_probs),
-          static_cast<const T*>(old_log_probs != nullptr ? old_log_probs : log_probs),
-          static_cast<const T*>(advantages),
-          static_cast<const T*>(ref_log_probs),
-          static_cast<const T*>(entropy),
-          static_cast<const T*>(is_weights),
-          is_weights_per_token,
-          static_cast<T*>(grad_log_probs),
-          static_cast<T*>(grad_entropy),
-          config};
-}
 
 // Sums over the steps of a task, later over those of the call.
 struct PolicySums {
@@ -72,14 +37,13 @@ struct PolicySums {
     steps += other.steps;
     tokens += other.tokens;
   }
-};
 
-template <class T, class At>
-static inline double sum_tokens(const T* values, At at, int64_t length) {
-  Sum<T> sum;
-  for (int64_t i = 0; i < length; i += kLanes<T>) sum.add(load(values, at, i, length));
-  return sum.total();
-}
+  void add_ratio(double one) {
+    ratio += one;
+    ratio_min = lesser(ratio_min, one);
+    ratio_max = greater(ratio_max, one);
+  }
+};
 
 // Whether any lane is not within +-1/16: a NaN is not.
 template <class L>
@@ -132,104 +96,144 @@ static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t l
   return z.total();
 }
 
-// What becomes of the KL: one that is only reported has no gradient, whatever its slope is.
-enum class Penalty { kNone, kReported, kPaid };
-
-// Writes the gradient of every token: `step_slope` times its own weight plus the KL part. Adds up
-// the KL and counts the tokens left with a gradient of exactly 0.
-template <Penalty use, KLEstimator kind, class T, class At>
-static inline void differentiate(const PolicyCall<T>& call, At at, int64_t length, T step_slope,
-                                 bool weigh_tokens, T kl_coefficient, double* kl_sum,
-                                 int64_t* zero_count) {
-  Sum<T> kl;
-  int64_t zeros = 0;
-  for (int64_t i = 0; i < length; i += kLanes<T>) {
-    Lanes<T> grad = Lanes<T>{} + step_slope;
-    if (weigh_tokens) grad *= load(call.is_weights, at, i, length);
-    if constexpr (use != Penalty::kNone) {
-      const Lanes<T> d =
-          load(call.ref_log_probs, at, i, length) - load(call.log_probs, at, i, length);
-      const KL<Lanes<T>> penalty = kl_penalty<kind>(d);
-      kl.add(penalty.value);
-      if constexpr (use == Penalty::kPaid) grad += kl_coefficient * penalty.slope;
-    }
-    const int count = length - i >= kLanes<T> ? kLanes<T> : static_cast<int>(length - i);
-    for (int k = 0; k < count; ++k) zeros += grad[k] == T(0);
-    if (call.grad_log_probs != nullptr) store(call.grad_log_probs, at, i, length, grad);
-  }
-  *kl_sum = kl.total();
-  *zero_count = zeros;
-}
-
-template <Penalty use, class T, class At>
-static inline auto differentiate_with(KLEstimator kind) {
-  return kind == kK1   ? &differentiate<use, kK1, T, At>
-         : kind == kK2 ? &differentiate<use, kK2, T, At>
-                       : &differentiate<use, kK3, T, At>;
-}
-
-// Adds one non-empty step to `sums` and `k3`, the sum of a task that is added to its `sums` last,
-// and writes the gradients of its tokens. `step` indexes per-step weights. Returns log rho.
+// Whether every token of a step has the advantage of its first one.
 template <class T, class At>
-static inline double add_step(const PolicyCall<T>& call, At at, int64_t length, int64_t step,
-                              double advantage, double weight, PolicySums& sums, Sum<T>& k3) {
-  const PolicyConfig& config = call.config;
-  const double n = static_cast<double>(length);
-  const double scale = ratio_scale(config.ratio, n);
-  const double z = sum_log_ratios(call.log_probs, call.old_log_probs, at, length, k3);
-  const double log_ratio = call.center + scale * (z - call.center * n);
-  const StepLoss loss = step_loss(log_ratio, advantage, config);
+static inline bool share_one(const T* values, At at, int64_t length) {
+  const T first = values[at(0)];
+  int apart = 0;
+  for (int64_t i = 0; i < length; ++i) apart |= values[at(i)] != first;
+  return apart == 0;
+}
 
+// A non-empty step.
+struct PolicyStep {
+  int64_t index;  // of what is given per step
+  int64_t length;
+  double weight;  // w_s
+};
+
+// The policy part of a step: its gradient and value, and what the metrics count. Written where
+// every token has the slope of the step.
+template <class T, class At>
+static inline int64_t add_shared(const PolicyCall<T>& call, At at, const PolicyStep& step,
+                                 const Point<double>& point, double scale, PolicySums& sums) {
+  const PolicyConfig& config = call.config;
+  const double n = static_cast<double>(step.length);
+  const Unit<double> unit = with_surrogate(
+      config.surrogate, [&](auto kind) { return surrogate<decltype(kind)::value>(point, config); });
   double is_weight = 1;
   if (call.is_weights != nullptr) {
-    is_weight = call.is_weights_per_token ? sum_tokens(call.is_weights, at, length) / n
-                                          : static_cast<double>(call.is_weights[step]);
+    is_weight = call.is_weights_per_token ? sum_tokens(call.is_weights, at, step.length) / n
+                                          : static_cast<double>(call.is_weights[step.index]);
   }
-  sums.policy += weight * loss.loss * is_weight;
-  sums.ratio += loss.ratio;
-  sums.ratio_min = lesser(sums.ratio_min, loss.ratio);
-  sums.ratio_max = greater(sums.ratio_max, loss.ratio);
-  sums.clipped_low += loss.is_clipped && advantage < 0;
-  sums.clipped_high += loss.is_clipped && advantage > 0;
-  sums.clipped_tokens += loss.is_clipped ? n : 0;
-  sums.z += z;
-  sums.steps += 1;
-  sums.tokens += n;
+  sums.policy += step.weight * unit.value * is_weight;
+  sums.add_ratio(point.ratio);
+  if (unit.is_clipped) {
+    (point.ratio < 1 ? sums.clipped_low : sums.clipped_high) += 1;
+    sums.clipped_tokens += n;
+  }
 
   // d total / d log pi of every token, before its own weight and the KL part. What is 0 stays 0,
   // whatever the weights are.
-  const bool has_kl = call.ref_log_probs != nullptr;
-  const double share = weight / call.total;
-  double slope = loss.slope == 0 ? 0.0 : share * loss.slope * scale;
+  const double share = step.weight / call.total;
+  double slope = unit.slope == 0 ? 0.0 : share * unit.slope * scale;
   const bool weigh_tokens = call.is_weights != nullptr && call.is_weights_per_token && slope != 0;
   if (!weigh_tokens && slope != 0) slope *= is_weight;
-  const T step_slope = static_cast<T>(slope);
-  int64_t zeros = 0;
-  if (!has_kl && !weigh_tokens) {
-    zeros = step_slope == T(0) ? length : 0;
+  const SharedSlope<T> policy{static_cast<T>(slope)};
+  if (call.ref_log_probs == nullptr && !weigh_tokens) {
     if (call.grad_log_probs != nullptr) {
-      for (int64_t i = 0; i < length; ++i) call.grad_log_probs[at(i)] = step_slope;
+      for (int64_t i = 0; i < step.length; ++i) call.grad_log_probs[at(i)] = policy.slope;
     }
-  } else {
-    double kl = 0;
-    const T kl_coefficient =
-        config.kl_coef == 0 ? T(0) : static_cast<T>(config.kl_coef * share / n);
-    const auto run = !has_kl ? &differentiate<Penalty::kNone, kK1, T, At>
-                     : kl_coefficient == T(0)
-                         ? differentiate_with<Penalty::kReported, T, At>(config.kl_estimator)
-                         : differentiate_with<Penalty::kPaid, T, At>(config.kl_estimator);
-    run(call, at, length, step_slope, weigh_tokens, kl_coefficient, &kl, &zeros);
-    sums.kl += weight * kl / n;
+    return policy.slope == T(0) ? step.length : 0;
   }
+  const T* const weights = weigh_tokens ? call.is_weights : nullptr;
+  const auto run = [&](const auto& penalty) {
+    return differentiate(call, policy, penalty, at, step.length, T(1), weights, share / n);
+  };
+  const TokenSums<T> sum = config.kl_estimator == kK1   ? run(Penalty<kK1>{})
+                           : config.kl_estimator == kK2 ? run(Penalty<kK2>{})
+                                                        : run(Penalty<kK3>{});
+  sums.kl += step.weight * sum.kl / n;
+  return sum.dead;
+}
+
+// The same where tokens have advantages, ratios or clips of their own.
+template <class Policy, class T, class At>
+static inline int64_t add_own(const PolicyCall<T>& call, const Policy& policy, At at,
+                              const PolicyStep& step, double scale, PolicySums& sums) {
+  const double n = static_cast<double>(step.length);
+  const double share = step.weight / call.total;
+  const bool by_token = call.is_weights != nullptr && call.is_weights_per_token;
+  const double is_weight =
+      call.is_weights != nullptr && !by_token ? call.is_weights[step.index] : 1.0;
+  const AnyPenalty penalty{call.config.kl_estimator};
+  const T factor = static_cast<T>(share * scale * is_weight);
+  const T* const weights = by_token ? call.is_weights : nullptr;
+  const TokenSums<T> sum =
+      differentiate(call, policy, penalty, at, step.length, factor, weights, share / n);
+  sums.policy += step.weight * (sum.value / n) * is_weight;
+  sums.kl += step.weight * sum.kl / n;
+  sums.clipped_low += sum.clipped_low / n;
+  sums.clipped_high += sum.clipped_high / n;
+  sums.clipped_tokens += sum.clipped_low + sum.clipped_high;
+  if constexpr (Policy::kHasRatios) {
+    sums.ratio += sum.ratio.total() / n;
+    sums.ratio_min = lesser(sums.ratio_min, sum.ratio.lowest());
+    sums.ratio_max = greater(sums.ratio_max, sum.ratio.largest());
+  } else {
+    sums.add_ratio(policy.ratio);
+  }
+  return sum.dead;
+}
+
+// Adds one non-empty step to `sums` and `k3`, the sum of a task that is added to its `sums` last,
+// and writes the gradients of its tokens. Returns log rho.
+template <class T, class At>
+static inline double add_step(const PolicyCall<T>& call, At at, const PolicyStep& step,
+                              PolicySums& sums, Sum<T>& k3) {
+  const PolicyConfig& config = call.config;
+  const int64_t length = step.length;
+  const double n = static_cast<double>(length);
+  const double scale = ratio_scale(config.ratio, n);
+  const bool is_own = call.advantages_per_token && !share_one(call.advantages, at, length);
+  const T advantage = call.advantages[call.advantages_per_token ? at(0) : step.index];
+  const double low = call.clip_low == nullptr ? config.clip_low : call.clip_low[step.index];
+  const double high = call.clip_high == nullptr ? config.clip_high : call.clip_high[step.index];
+
+  const double z = sum_log_ratios(call.log_probs, call.old_log_probs, at, length, k3);
+  const Advantages<T, At> advantages{is_own ? call.advantages : nullptr, advantage, at, length};
+  const double pooled = call.clips_tokens ? sum_held(call, advantages, at, length) : z;
+  const double log_ratio = call.center + scale * (pooled - call.center * n);
+
+  int64_t dead = 0;
+  if (config.ratio == kToken) {
+    dead = with_surrogate(config.surrogate, [&](auto kind) {
+      const OwnRatios<decltype(kind)::value, T, At> policy{call, advantages, at, length, low, high};
+      return add_own(call, policy, at, step, scale, sums);
+    });
+  } else {
+    Point<double> point{log_ratio, ratio_of(log_ratio, config.log_ratio_max), advantage, low, high,
+                        0.0};
+    if (is_own || call.clips_tokens) {
+      dead = add_own(call, OwnAdvantages<T, At>(call, advantages, at, length, point), at, step,
+                     scale, sums);
+    } else {
+      dead = add_shared(call, at, step, point, scale, sums);
+    }
+  }
+  sums.z += z;
+  sums.steps += 1;
+  sums.tokens += n;
   if (call.entropy != nullptr) {
+    const double share = step.weight / call.total;
     const double bonus = config.entropy_coef == 0 ? 0.0 : -config.entropy_coef * share / n;
-    sums.entropy += weight * sum_tokens(call.entropy, at, length) / n;
-    if (bonus != 0) zeros = 0;
+    sums.entropy += step.weight * sum_tokens(call.entropy, at, length) / n;
+    if (bonus != 0) dead = 0;
     if (call.grad_entropy != nullptr) {
       for (int64_t i = 0; i < length; ++i) call.grad_entropy[at(i)] = static_cast<T>(bonus);
     }
   }
-  sums.dead += static_cast<double>(zeros);
+  sums.dead += static_cast<double>(dead);
   return log_ratio;
 }
 
@@ -245,15 +249,25 @@ static inline void prepare(const PolicyCall<T>& call, int64_t num_tokens) {
   if (call.grad_entropy != nullptr) prefer_huge_pages(call.grad_entropy, bytes);
 }
 
-// Turns the sums of a call into its loss and metrics. The gradients are final: their scale is 1.
+// Zeroes the gradients of tokens [first, last), which are no action's.
 template <class T>
-static inline void finish(const PolicySums& sums, const PolicyConfig& config, double total,
-                          void* loss, double* metrics, void* grad_scale) {
+static inline void clear(const PolicyCall<T>& call, int64_t first, int64_t last) {
+  if (call.grad_log_probs != nullptr) fill(call.grad_log_probs, first, last, T(0));
+  if (call.grad_entropy != nullptr) fill(call.grad_entropy, first, last, T(0));
+}
+
+// Turns the sums of a call into its loss and metrics. `count` is what the reduction counts, unless
+// a normalizer was given. The gradients are final: their scale is 1.
+template <class T>
+static inline void finish(const PolicySums& sums, const PolicyCall<T>& call, double count,
+                          const PolicyTensors& tensors) {
+  const PolicyConfig& config = call.config;
+  double* const metrics = tensors.metrics;
   const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
   const bool empty = sums.steps == 0;
-  metrics[kPolicyLoss] = sums.policy / total;
-  metrics[kKLLoss] = sums.kl / total;
-  metrics[kEntropy] = sums.entropy / total;
+  metrics[kPolicyLoss] = sums.policy / call.total;
+  metrics[kKLLoss] = sums.kl / call.total;
+  metrics[kEntropy] = sums.entropy / call.total;
   metrics[kRatioMean] = empty ? 1.0 : sums.ratio / steps;
   metrics[kRatioMin] = empty ? 1.0 : sums.ratio_min;
   metrics[kRatioMax] = empty ? 1.0 : sums.ratio_max;
@@ -266,9 +280,11 @@ static inline void finish(const PolicySums& sums, const PolicyConfig& config, do
   metrics[kDeadTokenFraction] = sums.dead / tokens;
   metrics[kNumSteps] = sums.steps;
   metrics[kNumTokens] = sums.tokens;
-  *static_cast<T*>(loss) = static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
-                                          config.entropy_coef * metrics[kEntropy]);
-  *static_cast<T*>(grad_scale) = T(1);
+  metrics[kPolicyDenominator] = count;
+  metrics[kPolicyGradientScale] = 1.0;
+  *static_cast<T*>(tensors.loss) =
+      static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
+                     config.entropy_coef * metrics[kEntropy]);
 }
 
 }  // namespace steppo::cpu::STEPPO_ISA

@@ -26,37 +26,31 @@ void for_steps(const bool* mask, int64_t row_length, int64_t begin, int64_t end,
 
 }  // namespace
 
-void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_probs,
-                        const void* advantages, const void* ref_log_probs, const void* entropy,
-                        const void* is_weights, const bool* mask, int64_t row_length,
-                        const double* ratio_center, const double* normalizer, int ratio,
-                        double clip_low, double clip_high, double dual_clip, double log_ratio_max,
-                        int reduction, double kl_coef, int kl_estimator, double entropy_coef,
-                        int64_t num_tokens, void* loss, double* metrics, void* grad_log_probs,
-                        void* grad_entropy, void* grad_scale, int threads) {
-  threads = worthwhile_threads(num_tokens, threads);
-  const PolicyConfig config = policy_config(ratio, clip_low, clip_high, dual_clip, log_ratio_max,
-                                            reduction, kl_coef, kl_estimator, entropy_coef);
-  with_dtype(dtype, [&](auto zero) {
+void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
+                        const PolicyConfig& config, const Place& place) {
+  const bool* const mask = masked.mask;
+  const int64_t num_tokens = masked.num_tokens, row_length = masked.row_length;
+  const int threads = worthwhile_threads(num_tokens, place.threads);
+  with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PolicyCall<T> call =
-        policy_call<T>(log_probs, old_log_probs, advantages, ref_log_probs, entropy, is_weights,
-                       true, grad_log_probs, grad_entropy, config);
+    PolicyCall<T> call(tensors, config);
     prepare(call, num_tokens);
     const int64_t blocks = ceil_div(num_tokens, kBlock);
     const auto ignore_gap = [](int64_t, int64_t) {};
 
     if (config.ratio == kCentered) {
-      if (ratio_center != nullptr) {
-        call.center = *ratio_center;
+      if (tensors.ratio_center != nullptr) {
+        call.center = *tensors.ratio_center;
       } else {
         Buffer<double> z(blocks), tokens(blocks);
         parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
           double z_sum = 0, count = 0;
           const auto add = [&](Run run) {
             for (int64_t t = run.begin; t < run.end; ++t) {
-              z_sum += static_cast<double>(call.log_probs[t]) -
-                       static_cast<double>(call.old_log_probs[t]);
+              const double one = static_cast<double>(call.log_probs[t]) -
+                                 static_cast<double>(call.old_log_probs[t]);
+              z_sum +=
+                  call.clips_tokens ? held_log_ratio<double>(one, call.advantages[t], config) : one;
             }
             count += static_cast<double>(run.end - run.begin);
           };
@@ -76,9 +70,11 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
     // Count the steps of each row first. `trajectory_mean` needs them for the weights, and with the
     // denominator known the last pass writes final gradients.
     const bool by_row = config.reduction == kTrajectoryMean;
+    const bool is_given = tensors.normalizer != nullptr;
     const int64_t rows = row_length > 0 ? num_tokens / row_length : 0;
     Buffer<RunCounts> counts(rows);
-    if (by_row || (normalizer == nullptr && config.reduction != kSum)) {
+    double total = 1;
+    if (by_row || (!is_given && config.reduction != kSum)) {
       parallel_blocks(
           rows, kBlock / (row_length + 1) + 1, threads, [&](int64_t, int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) {
@@ -91,9 +87,10 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
         trajectories += counts[row].runs > 0;
         tokens += static_cast<double>(counts[row].tokens);
       }
-      call.total = reduction_total(config.reduction, steps, trajectories, tokens);
+      total = reduction_count(config.reduction, steps, trajectories, tokens);
+      call.total = total > 1.0 ? total : 1.0;
     }
-    if (normalizer != nullptr) call.total = *normalizer;
+    if (is_given) call.total = total = *tensors.normalizer;
 
     Buffer<PolicySums> partial(blocks);
     parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
@@ -104,20 +101,16 @@ void policy_loss_masked(int dtype, const void* log_probs, const void* old_log_pr
         const double count =
             by_row ? static_cast<double>(counts[run.begin / row_length].runs) : 1.0;
         const double weight = step_weight(config.reduction, static_cast<double>(length), count);
-        add_step(call, Contiguous{run.begin}, length, 0, call.advantages[run.begin], weight, sums,
-                 k3);
+        add_step(call, Contiguous{run.begin}, PolicyStep{0, length, weight}, sums, k3);
       };
-      const auto clear = [&](int64_t first, int64_t last) {
-        if (call.grad_log_probs != nullptr) fill(call.grad_log_probs, first, last, zero);
-        if (call.grad_entropy != nullptr) fill(call.grad_entropy, first, last, zero);
-      };
-      for_steps(mask, row_length, begin, end, add, clear);
+      for_steps(mask, row_length, begin, end, add,
+                [&](int64_t first, int64_t last) { clear(call, first, last); });
       sums.k3 = k3.total();
       partial[b] = sums;
     });
     PolicySums sums;
     for (int64_t b = 0; b < blocks; ++b) sums.add(partial[b]);
-    finish<T>(sums, config, call.total, loss, metrics, grad_scale);
+    finish(sums, call, total, tensors);
   });
 }
 

@@ -20,33 +20,37 @@ void for_rows(const int64_t* row_offsets, int64_t num_rows, int64_t begin, int64
 
 // Numbers the steps of [begin, end) from `number` on; writes ids unless they are null. Returns the
 // number after the last one; adds the action tokens to `actions`.
-int64_t number_runs(const bool* mask, const bool* boundaries, const int64_t* row_offsets,
-                    int64_t num_rows, int64_t begin, int64_t end, int64_t number, int32_t* step_ids,
-                    int64_t* actions) {
-  for_rows(row_offsets, num_rows, begin, end, [&](int64_t row, int64_t first, int64_t last) {
-    const bool open = first > row && mask[first - 1];
-    if (step_ids == nullptr && boundaries == nullptr) {
-      const RunCounts counts = count_runs(mask, first, last, open);
-      number += counts.runs;
-      *actions += counts.tokens;
-      return;
-    }
-    const auto on_run = [&](Run run) {
-      *actions += run.end - run.begin;
-      // A run that began in the block before goes on with the number given there.
-      const bool goes_on = open && run.begin == first;
-      for (int64_t part = run.begin; part < run.end;) {
-        if (!(goes_on && part == first) || (boundaries != nullptr && boundaries[part])) ++number;
-        const int64_t next =
-            boundaries == nullptr ? run.end : find_byte(boundaries, 1, part + 1, run.end);
-        if (step_ids != nullptr) fill(step_ids, part, next, static_cast<int32_t>(number - 1));
-        part = next;
-      }
-    };
-    for_runs(mask, first, last, open, on_run, [&](int64_t from, int64_t to) {
-      if (step_ids != nullptr) fill(step_ids, from, to, int32_t{-1});
-    });
-  });
+int64_t number_runs(const MaskedRows& rows, int64_t begin, int64_t end, int64_t number,
+                    int32_t* step_ids, int64_t* actions) {
+  const bool* const mask = rows.mask;
+  const bool* const boundaries = rows.boundaries;
+  for_rows(rows.row_offsets, rows.num_rows, begin, end,
+           [&](int64_t row, int64_t first, int64_t last) {
+             const bool open = first > row && mask[first - 1];
+             if (step_ids == nullptr && boundaries == nullptr) {
+               const RunCounts counts = count_runs(mask, first, last, open);
+               number += counts.runs;
+               *actions += counts.tokens;
+               return;
+             }
+             const auto on_run = [&](Run run) {
+               *actions += run.end - run.begin;
+               // A run that began in the block before goes on with the number given there.
+               const bool goes_on = open && run.begin == first;
+               for (int64_t part = run.begin; part < run.end;) {
+                 if (!(goes_on && part == first) || (boundaries != nullptr && boundaries[part]))
+                   ++number;
+                 const int64_t next =
+                     boundaries == nullptr ? run.end : find_byte(boundaries, 1, part + 1, run.end);
+                 if (step_ids != nullptr)
+                   fill(step_ids, part, next, static_cast<int32_t>(number - 1));
+                 part = next;
+               }
+             };
+             for_runs(mask, first, last, open, on_run, [&](int64_t from, int64_t to) {
+               if (step_ids != nullptr) fill(step_ids, from, to, int32_t{-1});
+             });
+           });
   return number;
 }
 
@@ -124,126 +128,122 @@ bool starts_behind(const int64_t* token_ids, int64_t first, int64_t last, int64_
 
 }  // namespace
 
-void segment_mask(const bool* mask, const bool* boundaries, const int64_t* row_offsets,
-                  int64_t num_tokens, int64_t num_rows, int32_t* step_ids, int64_t* row_steps,
-                  int64_t* counts, int threads) {
-  threads = worthwhile_threads(num_tokens / 2, threads);
+void segment_mask(const MaskedRows& rows, const Segments& out, const Place& place) {
+  const int64_t num_tokens = rows.num_tokens;
+  const int threads = worthwhile_threads(num_tokens / 2, place.threads);
   const int64_t blocks = ceil_div(num_tokens, kBlock);
   Buffer<int64_t> numbers(blocks), actions(blocks);
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t found = 0;
-    numbers[b] =
-        number_runs(mask, boundaries, row_offsets, num_rows, begin, end, 0, nullptr, &found);
+    numbers[b] = number_runs(rows, begin, end, 0, nullptr, &found);
     actions[b] = found;
   });
   const int64_t num_steps = prefix(numbers, blocks);
-  counts[0] = prefix(actions, blocks);
-  counts[1] = -1;
+  out.counts[0] = prefix(actions, blocks);
+  out.counts[1] = -1;
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t unused = 0;
-    number_runs(mask, boundaries, row_offsets, num_rows, begin, end, numbers[b], step_ids, &unused);
+    number_runs(rows, begin, end, numbers[b], out.step_ids, &unused);
   });
-  steps_before_rows(step_ids, row_offsets, num_rows, num_steps, row_steps, threads);
+  steps_before_rows(out.step_ids, rows.row_offsets, rows.num_rows, num_steps, out.row_steps,
+                    threads);
 }
 
-void segment_ids(const int64_t* ids, const int64_t* row_offsets, int64_t num_tokens,
-                 int64_t num_rows, int32_t* step_ids, int64_t* row_steps, int64_t* counts,
-                 int threads) {
-  threads = worthwhile_threads(num_tokens / 2, threads);
+void segment_ids(const NumberedRows& rows, const Segments& out, const Place& place) {
+  const int64_t num_tokens = rows.num_tokens, num_rows = rows.num_rows;
+  const int threads = worthwhile_threads(num_tokens / 2, place.threads);
   // Rows are the blocks: an id is new if it is above all before it in its row.
   Buffer<int64_t> actions(num_rows), decreasing(num_rows);
   parallel_for(num_rows, threads, [&](int64_t row) {
     int64_t largest = -1, steps = 0, found = 0, bad = num_tokens;
-    for (int64_t i = row_offsets[row]; i < row_offsets[row + 1]; ++i) {
-      if (ids[i] < 0) continue;
+    for (int64_t i = rows.row_offsets[row]; i < rows.row_offsets[row + 1]; ++i) {
+      if (rows.ids[i] < 0) continue;
       ++found;
-      if (ids[i] > largest) {
+      if (rows.ids[i] > largest) {
         ++steps;
-        largest = ids[i];
-      } else if (ids[i] < largest && bad == num_tokens) {
+        largest = rows.ids[i];
+      } else if (rows.ids[i] < largest && bad == num_tokens) {
         bad = i;
       }
     }
-    row_steps[row] = steps;
+    out.row_steps[row] = steps;
     actions[row] = found;
     decreasing[row] = bad;
   });
   int64_t number = 0, found = 0, bad = num_tokens;
   for (int64_t row = 0; row < num_rows; ++row) {
-    const int64_t steps = row_steps[row];
-    row_steps[row] = number;
+    const int64_t steps = out.row_steps[row];
+    out.row_steps[row] = number;
     number += steps;
     found += actions[row];
     if (decreasing[row] < bad) bad = decreasing[row];
   }
-  row_steps[num_rows] = number;
-  counts[0] = found;
-  counts[1] = bad == num_tokens ? -1 : bad;
+  out.row_steps[num_rows] = number;
+  out.counts[0] = found;
+  out.counts[1] = bad == num_tokens ? -1 : bad;
   parallel_for(num_rows, threads, [&](int64_t row) {
-    int64_t largest = -1, step = row_steps[row] - 1;
-    for (int64_t i = row_offsets[row]; i < row_offsets[row + 1]; ++i) {
-      if (ids[i] > largest) {
+    int64_t largest = -1, step = out.row_steps[row] - 1;
+    for (int64_t i = rows.row_offsets[row]; i < rows.row_offsets[row + 1]; ++i) {
+      if (rows.ids[i] > largest) {
         ++step;
-        largest = ids[i];
+        largest = rows.ids[i];
       }
-      step_ids[i] = ids[i] < 0 ? -1 : static_cast<int32_t>(step);
+      out.step_ids[i] = rows.ids[i] < 0 ? -1 : static_cast<int32_t>(step);
     }
   });
 }
 
-void segment_rows(const bool* mask, const bool* valid, int64_t num_rows, int64_t row_length,
-                  int32_t* step_ids, int64_t* row_steps, int64_t* counts, int threads) {
-  threads = worthwhile_threads(num_rows * row_length / 2, threads);
+void segment_rows(const StepRows& rows, const Segments& out, const Place& place) {
+  const int64_t num_rows = rows.num_rows, row_length = rows.row_length;
+  const int threads = worthwhile_threads(num_rows * row_length / 2, place.threads);
   Buffer<int64_t> actions(num_rows);
   parallel_for(num_rows, threads, [&](int64_t row) {
-    int32_t* out = step_ids + row * row_length;
+    int32_t* to = out.step_ids + row * row_length;
     int64_t found = 0;
-    if (valid == nullptr || valid[row]) {
+    if (rows.valid == nullptr || rows.valid[row]) {
       // Without a branch: masks may be anything.
-      const bool* in = mask + row * row_length;
+      const bool* in = rows.mask + row * row_length;
       const int32_t above = static_cast<int32_t>(row) + 1;
-      for (int64_t t = 0; t < row_length; ++t) out[t] = above * in[t] - 1;
-      found = count_runs(mask, row * row_length, (row + 1) * row_length, false).tokens;
+      for (int64_t t = 0; t < row_length; ++t) to[t] = above * in[t] - 1;
+      found = count_runs(rows.mask, row * row_length, (row + 1) * row_length, false).tokens;
     } else {
-      fill(out, 0, row_length, int32_t{-1});
+      fill(to, 0, row_length, int32_t{-1});
     }
     actions[row] = found;
-    row_steps[row] = row;
+    out.row_steps[row] = row;
   });
-  row_steps[num_rows] = num_rows;
-  counts[0] = prefix(actions, num_rows);
-  counts[1] = -1;
+  out.row_steps[num_rows] = num_rows;
+  out.counts[0] = prefix(actions, num_rows);
+  out.counts[1] = -1;
 }
 
-void mark_actions(const int64_t* token_ids, const int64_t* row_offsets, const int64_t* starts,
-                  const int64_t* start_offsets, int64_t num_starts, const int64_t* ends,
-                  int64_t num_ends, const int64_t* stops, const int64_t* stop_offsets,
-                  int64_t num_stops, int64_t num_rows, bool* mask, int threads) {
-  const Sequences opening{starts, start_offsets, num_starts};
-  const Sequences stopping{stops, stop_offsets, num_stops};
-  threads = worthwhile_threads(row_offsets[num_rows], threads);
-  parallel_for(num_rows, threads, [&](int64_t row) {
-    const int64_t first = row_offsets[row], last = row_offsets[row + 1];
+void mark_actions(const Markers& markers, const Place& place) {
+  const Sequences opening{markers.starts, markers.start_offsets, markers.num_starts};
+  const Sequences stopping{markers.stops, markers.stop_offsets, markers.num_stops};
+  const int64_t* const token_ids = markers.token_ids;
+  const int threads = worthwhile_threads(markers.row_offsets[markers.num_rows], place.threads);
+  parallel_for(markers.num_rows, threads, [&](int64_t row) {
+    const int64_t first = markers.row_offsets[row], last = markers.row_offsets[row + 1];
     bool open = false;
     for (int64_t i = first; i < last; ++i) {
-      if (open && i > first) open = !contains(ends, num_ends, token_ids[i - 1]);
+      if (open && i > first) open = !contains(markers.ends, markers.num_ends, token_ids[i - 1]);
       if (!open) open = starts_behind(token_ids, first, last, i, opening);
       if (open) open = longest_at(token_ids, i, last, stopping) == 0;
-      mask[i] = open;
+      markers.mask[i] = open;
     }
   });
 }
 
-void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int64_t num_actions,
-             int64_t* token_index, int64_t* step_offsets, int32_t* step_lengths, int threads) {
-  threads = worthwhile_threads(num_tokens / 2, threads);
+void compact(const Compaction& c, const Place& place) {
+  const int64_t num_tokens = c.num_tokens, num_steps = c.num_steps;
+  const int threads = worthwhile_threads(num_tokens / 2, place.threads);
   const int64_t blocks = ceil_div(num_tokens, kBlock);
   Buffer<int64_t> ranks(blocks + 1), last_ids(blocks);
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t found = 0, last = -1;
     for (int64_t i = begin; i < end; ++i) {
-      found += step_ids[i] >= 0;
-      last = step_ids[i] > last ? step_ids[i] : last;
+      found += c.step_ids[i] >= 0;
+      last = c.step_ids[i] > last ? c.step_ids[i] : last;
     }
     ranks[b] = found;
     last_ids[b] = last;
@@ -264,25 +264,30 @@ void compact(const int32_t* step_ids, int64_t num_tokens, int64_t num_steps, int
       const int64_t stop = i + kBatch < end ? i + kBatch : end;
       int same = stop - i == kBatch;
       if (same) {
-        for (int k = 0; k < kBatch; ++k) same &= step_ids[i + k] == step_ids[i];
+        for (int k = 0; k < kBatch; ++k) same &= c.step_ids[i + k] == c.step_ids[i];
       }
-      if (same && step_ids[i] >= 0) {
-        while (id < step_ids[i]) step_offsets[++id] = rank;
-        for (int k = 0; k < kBatch; ++k) token_index[rank + k] = i + k;
+      if (same && c.step_ids[i] >= 0) {
+        while (id < c.step_ids[i]) c.step_offsets[++id] = rank;
+        for (int k = 0; k < kBatch; ++k) c.token_index[rank + k] = i + k;
         rank += kBatch;
       }
       // Each token is written and kept only if it is an action's: a branch would be a gamble.
       for (; !same && i < stop && rank < last_rank; ++i) {
-        token_index[rank] = i;
-        while (id < step_ids[i]) step_offsets[++id] = rank;
-        rank += step_ids[i] >= 0;
+        c.token_index[rank] = i;
+        while (id < c.step_ids[i]) c.step_offsets[++id] = rank;
+        rank += c.step_ids[i] >= 0;
       }
       i = stop;
     }
   });
-  for (int64_t s = last + 1; s <= num_steps; ++s) step_offsets[s] = num_actions;
+  for (int64_t s = last + 1; s <= num_steps; ++s) c.step_offsets[s] = c.num_actions;
   for (int64_t s = 0; s < num_steps; ++s) {
-    step_lengths[s] = static_cast<int32_t>(step_offsets[s + 1] - step_offsets[s]);
+    const int64_t first = c.step_offsets[s], length = c.step_offsets[s + 1] - first;
+    c.step_lengths[s] = static_cast<int32_t>(length);
+    // Positions ascend here, so that the ends of a step tell whether they follow each other.
+    const bool is_whole =
+        length > 0 && c.token_index[first + length - 1] - c.token_index[first] == length - 1;
+    c.step_starts[s] = is_whole ? c.token_index[first] : -1;
   }
 }
 

@@ -58,66 +58,76 @@ S sum_steps(const int32_t* step_lengths, int64_t num_steps, int threads, F&& bod
 
 }  // namespace
 
-void value_loss(int dtype, const void* values, const void* returns, const void* old_values,
-                bool values_per_token, bool old_values_per_token, const int64_t* state_index,
-                const int32_t* step_lengths, const int32_t* trajectory_counts,
-                const double* normalizer, double clip, int reduction, int64_t num_values,
-                int64_t num_steps, void* loss, double* metrics, void* grad_values, void* grad_scale,
-                int threads) {
+void value_loss(const ValueTensors& tensors, const States& states, const ValueConfig& config,
+                const Place& place) {
   // A value that no step takes costs a zero.
-  threads = worthwhile_threads(num_values / 4 + num_steps, threads);
-  with_dtype(dtype, [&](auto zero) {
+  const int64_t num_steps = states.num_steps;
+  const int threads = worthwhile_threads(tensors.num_values / 4 + num_steps, place.threads);
+  with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* v = static_cast<const T*>(values);
-    const T* target = static_cast<const T*>(returns);
-    const T* old = static_cast<const T*>(old_values);
-    T* grad = static_cast<T*>(grad_values);
-    const auto kind = static_cast<Reduction>(reduction);
+    const T* v = static_cast<const T*>(tensors.values);
+    const T* target = static_cast<const T*>(tensors.returns);
+    const T* old = static_cast<const T*>(tensors.old_values);
+    T* grad = static_cast<T*>(tensors.grad_values);
+    const Reduction kind = config.reduction;
+    double* const metrics = tensors.metrics;
     if (grad != nullptr) {
-      parallel_blocks(num_values, kBlock, threads,
+      parallel_blocks(tensors.num_values, kBlock, threads,
                       [&](int64_t, int64_t begin, int64_t end) { fill(grad, begin, end, zero); });
     }
     const auto counts =
-        sum_steps<Counts>(step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
+        sum_steps<Counts>(states.step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
           sum.steps += 1;
-          sum.tokens += step_lengths[s];
-          sum.trajectories += 1.0 / trajectory_counts[s];
+          sum.tokens += states.step_lengths[s];
+          sum.trajectories += 1.0 / states.trajectory_counts[s];
         });
     const double total =
-        normalizer != nullptr
-            ? *normalizer
+        tensors.normalizer != nullptr
+            ? *tensors.normalizer
             : reduction_total(kind, counts.steps, counts.trajectories, counts.tokens);
-    const auto at = [&](bool per_token, int64_t s) { return per_token ? state_index[s] : s; };
-    const auto sums = sum_steps<Sums>(step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
-      const double value = v[at(values_per_token, s)];
-      const double before = old == nullptr ? 0.0 : old[at(old_values_per_token, s)];
-      const ValueLoss step = value_step_loss(value, target[s], old != nullptr, before, clip);
-      const double weight = step_weight(kind, step_lengths[s], trajectory_counts[s]);
-      sum.loss += weight * step.loss;
-      sum.clipped += step.is_clipped;
-      sum.value += value;
-      sum.target += target[s];
-      if (grad != nullptr) {
-        grad[at(values_per_token, s)] = static_cast<T>(weight / total * step.slope);
-      }
-    });
+    const auto at = [&](bool per_token, int64_t s) {
+      return per_token ? states.state_index[s] : s;
+    };
+    const auto sums =
+        sum_steps<Sums>(states.step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
+          const double value = v[at(tensors.values_per_token, s)];
+          const double before = old == nullptr ? 0.0 : old[at(tensors.old_values_per_token, s)];
+          const ValueLoss step =
+              value_step_loss(value, target[s], old != nullptr, before, config.clip);
+          const double weight =
+              step_weight(kind, states.step_lengths[s], states.trajectory_counts[s]);
+          sum.loss += weight * step.loss;
+          sum.clipped += step.is_clipped;
+          sum.value += value;
+          sum.target += target[s];
+          if (grad != nullptr) {
+            grad[at(tensors.values_per_token, s)] = static_cast<T>(weight / total * step.slope);
+          }
+        });
     const double steps = counts.steps > 0 ? counts.steps : 1;
     const double target_mean = sums.target / steps;
     const double residual_mean = (sums.target - sums.value) / steps;
     const auto spread =
-        sum_steps<Spread>(step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
-          const double residual = target[s] - static_cast<double>(v[at(values_per_token, s)]);
+        sum_steps<Spread>(states.step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
+          const double residual =
+              target[s] - static_cast<double>(v[at(tensors.values_per_token, s)]);
           sum.target += (target[s] - target_mean) * (target[s] - target_mean);
           sum.residual += (residual - residual_mean) * (residual - residual_mean);
         });
-    *static_cast<T*>(loss) = static_cast<T>(sums.loss / total);
-    *static_cast<T*>(grad_scale) = T(1);
+    *static_cast<T*>(tensors.loss) = static_cast<T>(sums.loss / total);
     metrics[kValueLoss] = sums.loss / total;
     metrics[kValueClipFraction] = sums.clipped / steps;
     metrics[kValueMean] = sums.value / steps;
     metrics[kReturnMean] = target_mean;
     metrics[kExplainedVariance] = spread.target == 0 ? 0.0 : 1 - spread.residual / spread.target;
     metrics[kValueNumSteps] = counts.steps;
+    metrics[kValueDenominator] =
+        tensors.normalizer != nullptr
+            ? *tensors.normalizer
+            : reduction_count(kind, counts.steps, counts.trajectories, counts.tokens);
+    metrics[kReturnSquares] = spread.target;
+    metrics[kResidualSquares] = spread.residual;
+    metrics[kValueGradientScale] = 1.0;
   });
 }
 

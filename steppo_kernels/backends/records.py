@@ -36,10 +36,15 @@ class Steps(_Steps):
         trajectory_counts: int32 ``[S]``.
     """
 
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return self.trajectory_counts.shape[0]
+
     @functools.cached_property
     def fields(self) -> tuple[int, ...]:
         """The record ``Steps`` of the compiled code."""
-        sizes = (self.step_ids.numel(), self.token_index.numel(), self.step_offsets.numel() - 1)
+        sizes = (self.step_ids.numel(), self.token_index.numel(), self.num_steps)
         return _addresses(self) + sizes
 
 

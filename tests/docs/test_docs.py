@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -140,6 +141,38 @@ def test_a_number_that_the_results_do_not_hold_is_found_and_replaced(tmp_path):
     assert page.read_text() == readme
     page.write_text(readme.replace(f"**{shown}", "**"))
     assert doc_numbers(str(page)).stdout == f"page.md: {shown}: the section does not show it\n"
+
+
+def test_a_number_is_cold_unless_the_list_says_otherwise(tmp_path):
+    def entry(variant: str, mode: str, turn: int, microseconds: float) -> dict[str, Any]:
+        place = {"suite": "overhead", "case": "a loss", "variant": variant, "mode": mode}
+        return {
+            "stats": {"median": 1e-6 * microseconds},
+            "extra_info": place | {"threads": 2, "turn": turn, "tokens": 1},
+        }
+
+    times = {
+        ("fused", "cold"): 90,
+        ("bare", "cold"): 40,
+        ("fused", "warm"): 18,
+        ("bare", "warm"): 8,
+    }
+    entries = [entry(*key, turn, time + turn) for key, time in times.items() for turn in range(3)]
+    machine = {"family": "steps", "peers": {}, "threads": 2}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"machine_info": machine, "benchmarks": entries}))
+    page = tmp_path / "page.md"
+    listed = {
+        "91 us": "fused | time",
+        "90 us": "fused | time | cold",
+        "19 us": "fused | time | warm",
+        "50 us": "fused : bare | beyond | 2",
+        "10 us": "fused : bare | beyond | 2 | warm",
+        "2.11x": "fused : bare | ratio | warm | 2",
+    }
+    lines = "".join(f"{shown} | overhead | a loss | {place}\n" for shown, place in listed.items())
+    page.write_text(f"<!-- measured: {results}\n{lines}-->\n{', '.join(listed)}\n")
+    assert doc_numbers(str(page)).stdout == "page.md: 90 us is now 91 us\n"
 
 
 def test_readme_has_the_versions_that_the_lock_has_and_the_minima():

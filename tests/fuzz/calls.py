@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
+import pytest
 import torch
-from oracle import LossConfig, OracleLayout, policy_loss, step_gae, value_loss
+from oracle import (
+    OracleLayout,
+    policy_loss,
+    rollout_weights,
+    step_gae,
+    step_log_ratios,
+    value_loss,
+)
 
 import steppo_kernels as package
 from fuzz.compare import near
 from fuzz.draws import Draw, Numbers
 from fuzz.layouts import Pair
-from fuzz.policies import Policy, draw_policy
-from steppo_kernels import StepPOConfig
+from fuzz.loss_inputs import REDUCTIONS, draw_inputs, moved
+from fuzz.policies import draw_policy
 
 
 def check_gae(draw: Draw, pair: Pair, backend: str) -> tuple[Numbers, Numbers]:
@@ -152,17 +159,7 @@ def check_value_loss(draw: Draw, pair: Pair, backend: str, returns: Numbers) -> 
     near("gradient of values", leaf.grad, slopes, dtype=draw.half, scale=want.size, zeros=True)
 
 
-REDUCTIONS = ["step_mean", "trajectory_mean", "token_mean", "sum"]
 _MARGINS = {torch.float64: 1e-9, torch.float32: 2e-4}
-
-
-class Inputs(NamedTuple):
-    """Arguments of a policy loss beside the policy, as tensors and as the oracle's lists."""
-
-    arguments: dict[str, object]
-    config: StepPOConfig
-    plain_config: LossConfig
-    plain: dict[str, object]
 
 
 def check_policy_loss(
@@ -176,7 +173,7 @@ def check_policy_loss(
     for _ in range(20):
         del draw.words[drawn:]
         policy = draw_policy(draw, pair.oracle)
-        inputs = _inputs(draw, pair.oracle, policy, advantages, per_token, masked)
+        inputs = draw_inputs(draw, pair.oracle, policy, advantages, per_token, masked)
         want = policy_loss(
             policy.log_probs, config=inputs.plain_config, layout=pair.oracle, **inputs.plain
         )
@@ -216,7 +213,92 @@ def check_policy_loss(
         [times * factor * slope for slope in want.of_log_probs],
         [times * factor * slope for slope in want.of_entropy],
         condition,
+        times * abs(factor) * want.slope_size,
     )
+
+
+def check_step_log_ratios(draw: Draw, pair: Pair, backend: str) -> None:
+    """Compare the log-ratios of steps and their gradient."""
+    oracle = pair.oracle
+    flat = draw.spoiled(draw.floats(oracle.size, -3, 0), oracle.actions)
+    new = draw.numbers(flat, oracle.shape, draw.half)
+    old = moved(draw, new.flat, oracle) if draw.chance(0.8) else None
+    ratio = draw.named("ratio", ["geometric", "product", "centered", "token"])
+    center = draw.rng.randint(-8, 8) / 16 if ratio == "centered" and draw.chance(0.4) else None
+    full = [step for step, tokens in enumerate(oracle.steps) if tokens]
+    steps = len(oracle.steps)
+    upstream = draw.numbers(draw.spoiled(draw.floats(steps, -1, 1), full), (steps,))
+    leaf = new.leaf()
+    got = package.step_log_ratios(
+        draw.view(oracle.shape)(draw.strided(leaf)),
+        None if old is None else old.tensor,
+        pair.layout,
+        ratio=ratio,
+        ratio_center=center,
+        backend=backend,
+    )
+    values, gradient = step_log_ratios(
+        new.flat,
+        None if old is None else old.flat,
+        oracle,
+        ratio=ratio,
+        upstream=upstream.flat,
+        ratio_center=center,
+    )
+    assert got.dtype == draw.dtype
+    length = max((len(step) for step in oracle.steps), default=0)
+    near("step log-ratios", got, values, dtype=draw.dtype, scale=1.0 + length, condition=4)
+    got.backward(upstream.tensor)
+    assert leaf.grad.dtype == draw.half
+    near("gradient of step log-ratios", leaf.grad, gradient, dtype=draw.half, zeros=True)
+
+
+def check_rollout_weights(draw: Draw, pair: Pair, backend: str) -> None:
+    """Compare the weights of a rollout and their metrics."""
+    oracle = pair.oracle
+    options = {
+        "level": draw.named("level", ["token", "step", "trajectory"]),
+        "pool": draw.named("pool", ["mean", "sum"]),
+        "low": draw.named("low", [None, 0.2, 0.8]),
+        "high": draw.named("high", [None, 1.1, 4.0]),
+        "outside": draw.named("outside", ["truncate", "mask"]),
+    }
+    for _ in range(20):
+        flat = draw.spoiled(draw.floats(oracle.size, -3, 0), oracle.actions)
+        old = draw.numbers(flat, oracle.shape)
+        noise = draw.rng.choice([1e-3, 0.3, 2.0, 30.0])
+        flat = [value + draw.number(-noise, noise) for value in old.flat]
+        rollout = draw.numbers(draw.spoiled(flat, oracle.actions), oracle.shape)
+        want = rollout_weights(old.flat, rollout.flat, oracle, **options)
+        if want.margin > _MARGINS[draw.dtype]:
+            break
+    else:
+        return
+    given = draw.view(oracle.shape)
+    arguments = given(draw.strided(old.tensor)), given(draw.strided(rollout.tensor)), pair.layout
+    got = package.rollout_weights(*arguments, **options, backend=backend)
+    by_token = options["level"] == "token"
+    assert tuple(got.weights.shape) == (oracle.shape if by_token else (len(oracle.steps),))
+    assert got.weights.dtype == draw.dtype
+    assert not got.weights.requires_grad
+    places = sorted(oracle.actions) if by_token else range(len(oracle.steps))
+    # Each weight is as exact as its own size asks: e to a sum over the tokens of its unit.
+    condition = 8.0 * (1 + len(oracle.actions))
+    near(
+        "rollout weights", got.weights.flatten()[list(places)], [want.weights[at] for at in places],
+        dtype=draw.dtype, scale=0.0, condition=condition,
+    )  # fmt: skip
+    metrics = got.metrics.as_dict()
+    assert set(metrics) == set(want.metrics)
+    for name, value in want.metrics.items():
+        found = torch.tensor(metrics[name], dtype=torch.float64)
+        near(f"metric {name}", found, [value], dtype=draw.dtype, scale=0.0, condition=condition)
+    if oracle.actions and draw.device == "cpu" and draw.chance(0.1):
+        # The engine had no log-prob for a token.
+        unknown = rollout.tensor.clone()
+        unknown.view(-1)[draw.rng.choice(oracle.actions)] = draw.rng.choice([math.nan, math.inf])
+        with pytest.raises(ValueError, match="rollout_log_probs"):
+            package.rollout_weights(old.tensor, unknown, pair.layout, backend=backend)
 
 
 def check_log_probs(draw: Draw, pair: Pair, backend: str) -> None:
@@ -244,85 +326,6 @@ def check_log_probs(draw: Draw, pair: Pair, backend: str) -> None:
     )
 
 
-def _inputs(
-    draw: Draw,
-    oracle: OracleLayout,
-    policy: Policy,
-    advantages: Numbers,
-    per_token: Numbers | None,
-    masked: bool,
-) -> Inputs:
-    """Draw what a policy loss is given beside the policy."""
-    actions, ids = oracle.actions, oracle.step_ids
-
-    def tokens(low: float, high: float) -> Numbers:
-        flat = draw.spoiled(draw.floats(oracle.size, low, high), actions)
-        return draw.numbers(flat, oracle.shape)
-
-    def spread(per_step: Numbers) -> list[float]:
-        return [per_step.flat[step] if step >= 0 else math.nan for step in ids]
-
-    arguments: dict[str, object] = {"advantages": advantages.tensor}
-    plain: dict[str, object] = {"advantages": spread(advantages)}
-    if per_token is not None and (masked or draw.chance(0.4)):
-        poisoned = draw.numbers(draw.spoiled(per_token.flat, actions), oracle.shape)
-        arguments["advantages"], plain["advantages"] = poisoned.tensor, poisoned.flat
-    arguments["old_log_probs"] = plain["old_log_probs"] = None
-    if draw.chance(0.8):
-        noise = draw.rng.choice([1e-3, 0.1, 1.0])
-        moved = [
-            (value + draw.number(-noise, noise)) if math.isfinite(value) else draw.number(-3, 0)
-            for value in policy.log_probs
-        ]
-        moved = draw.spoiled(moved, actions)
-        if actions and draw.chance(0.06):
-            # A sampler could not give it. It reaches its step and no other.
-            moved[draw.rng.choice(actions)] = draw.named(
-                "old log-prob", [math.nan, math.inf, -math.inf]
-            )
-        old = draw.numbers(moved, oracle.shape)
-        arguments["old_log_probs"], plain["old_log_probs"] = old.tensor, old.flat
-    low, high = draw.rng.choice([(3e-4, 4e-4), (0.2, 0.3), (0.9, 9.0), (0.05, 0.02)])
-    numbers = {
-        "ratio": draw.named("ratio", ["geometric", "product", "centered"]),
-        "clip_low": low,
-        "clip_high": high,
-        "dual_clip": draw.rng.choice([None, None, 1.5, 3.0]),
-        "log_ratio_max": draw.rng.choice([10.0, 10.0, 0.3]),
-        "reduction": draw.named("reduction", REDUCTIONS),
-        "kl_coef": draw.rng.choice([0.0, 0.0, 0.3]),
-        "kl_estimator": draw.named("kl", ["k1", "k2", "k3"]),
-        "entropy_coef": draw.rng.choice([0.0, 0.0, 0.2]),
-    }
-    if numbers["kl_coef"] or draw.chance(0.2):
-        ref = tokens(*draw.rng.choice([(-3, 0), (-9, 0), (-30, 0)]))
-        arguments["ref_log_probs"], plain["ref_log_probs"] = ref.tensor, ref.flat
-    if policy.depth != "log_probs":
-        plain["entropy"] = policy.entropies if numbers["entropy_coef"] else None
-    elif numbers["entropy_coef"] or draw.chance(0.2):
-        plain["entropy"] = policy.entropies
-        arguments["entropy"] = "leaf"
-    if draw.chance(0.3):
-        if masked or (oracle.shape != (len(oracle.steps),) and draw.chance(0.5)):
-            weights = tokens(0, 2)
-            plain["is_weights"] = weights.flat
-        else:
-            weights = draw.numbers(draw.some_zero(len(oracle.steps)), (len(oracle.steps),))
-            plain["is_weights"] = spread(weights)
-        arguments["is_weights"] = weights.tensor
-    if not masked and draw.chance(0.3):
-        own = draw.numbers(draw.some_zero(len(oracle.steps)), (len(oracle.steps),))
-        arguments["step_weights"], plain["step_weights"] = own.tensor, own.flat
-    if draw.chance(0.3):
-        plain["normalizer"] = arguments["normalizer"] = float(draw.rng.randint(1, 9))
-        if draw.chance(0.5):
-            arguments["normalizer"] = torch.tensor(plain["normalizer"], device=draw.device)
-    if numbers["ratio"] == "centered" and draw.chance(0.4):
-        plain["ratio_center"] = arguments["ratio_center"] = draw.rng.randint(-8, 8) / 16
-    draw.words += [f"{name}={value}" for name, value in numbers.items() if value != 0.0]
-    return Inputs(arguments, StepPOConfig(**numbers), LossConfig(**numbers), plain)
-
-
 def _per_token(draw: Draw, oracle: OracleLayout) -> bool:
     """Choose between per step and per token where the shapes differ."""
     return oracle.shape != (len(oracle.steps),) and draw.chance(0.5)
@@ -337,9 +340,10 @@ def _check_metrics(
 ) -> None:
     metrics = got.metrics.as_dict()
     for name, value in want.items():
+        counted = name.endswith("fraction") or "fraction_" in name or name.startswith("num_")
         near(
             f"metric {name}", torch.tensor(metrics[name], dtype=torch.float64), [value],
-            dtype=draw.dtype, scale=max(size, 1.0), condition=condition,
+            dtype=draw.dtype, scale=1.0 if counted else max(size, 1.0), condition=condition,
         )  # fmt: skip
     if not want.get("num_steps"):
         assert all(math.isfinite(value) for value in metrics.values()), metrics

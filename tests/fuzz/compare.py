@@ -19,6 +19,7 @@ def near(
     dtype: torch.dtype,
     condition: float = 1.0,
     scale: float | None = None,
+    size: float = 0.0,
     zeros: bool = False,
 ) -> None:
     """Compare a tensor with floats, NaN with NaN and infinity with infinity.
@@ -30,12 +31,13 @@ def near(
         dtype: the coarsest dtype that the computation rounds to.
         condition: by how much the computation may enlarge a rounding error.
         scale: size of the terms that were summed, by default the largest entry of `want`.
+        size: of the terms of an entry, where they may cancel.
         zeros: where 0 is wanted, nothing else will do.
     """
     found = got.detach().double().flatten().tolist()
     assert len(found) == len(want), (name, tuple(got.shape), len(want))
     finite = [abs(value) for value in want if math.isfinite(value)]
-    largest = max(finite, default=0.0) if scale is None else scale
+    largest = max(size, max(finite, default=0.0) if scale is None else scale)
     # A number of the result's own dtype is as coarse as the smallest that the dtype has.
     smallest = torch.finfo(got.dtype).smallest_normal if got.dtype.is_floating_point else 0.0
     bound = 16 * _EPS[dtype] * condition

@@ -88,8 +88,9 @@ class FromLogProbs(Policy):
         of_log_probs: Sequence[float],
         of_entropy: Sequence[float],
         condition: float,
+        size: float = 0.0,
     ) -> None:
-        for name, want in (("log_probs", of_log_probs), ("entropy", of_entropy)):
+        for name, want, terms in (("log_probs", of_log_probs, size), ("entropy", of_entropy, 0.0)):
             got = leaves[name].grad
             if got is None:
                 assert name == "entropy"
@@ -97,7 +98,7 @@ class FromLogProbs(Policy):
             assert got.dtype == self.draw.half
             near(
                 f"gradient of {name}", got, want,
-                dtype=self.draw.half, condition=condition, zeros=True,
+                dtype=self.draw.half, condition=condition, size=terms, zeros=True,
             )  # fmt: skip
 
 
@@ -139,6 +140,10 @@ class FromRows(Policy):
         for at, row in self.logits.items():
             found = log_probs(row, self.ids[at], self.temperatures[at])
             self.log_probs[at], self.entropies[at] = found
+
+    def of_rows(self, size: float) -> float:
+        """Return the size of the terms of a logit's gradient from that of a log-prob's."""
+        return size / min((self.temperatures[at] for at in self.logits), default=1.0)
 
     def of_logits(
         self, at: int, of_log_probs: Sequence[float], of_entropy: Sequence[float]
@@ -203,6 +208,7 @@ class FromLogits(FromRows):
         of_log_probs: Sequence[float],
         of_entropy: Sequence[float],
         condition: float,
+        size: float = 0.0,
     ) -> None:
         want = [0.0] * len(self.inputs["logits"].flat)
         width = self.vocabulary
@@ -211,7 +217,10 @@ class FromLogits(FromRows):
             want[at * width : (at + 1) * width] = row
         got = leaves["logits"].grad
         assert got.dtype == self.draw.half
-        near("gradient of logits", got, want, dtype=self.draw.half, condition=condition, zeros=True)
+        near(
+            "gradient of logits", got, want,
+            dtype=self.draw.half, condition=condition, size=self.of_rows(size), zeros=True,
+        )  # fmt: skip
 
 
 class FromHead(FromRows):
@@ -289,12 +298,13 @@ class FromHead(FromRows):
         of_log_probs: Sequence[float],
         of_entropy: Sequence[float],
         condition: float,
+        size: float = 0.0,
     ) -> None:
         weight_sums = [[0.0] * self.width for _ in range(self.vocabulary)]
         bias_sums = [0.0] * self.vocabulary
         hidden = [0.0] * len(self.inputs["hidden"].flat)
         # Sizes of what is summed: half precision rounds the rows before it sums them.
-        size = 0.0
+        size = self.of_rows(size) * len(self.logits)
         for at, logits in self.logits.items():
             of_logits = self.of_logits(at, of_log_probs, of_entropy)
             size += max(map(abs, of_logits), default=0.0)

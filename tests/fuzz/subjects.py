@@ -62,6 +62,8 @@ _LOSS = {
     "is_weights": TOKENS.abs(),
     "step_weights": STEPS.abs(),
     "normalizer": 3.0,
+    "clip_low": STEPS.abs() / 2,
+    "clip_high": STEPS.abs().flip(0).contiguous(),
 }
 _HEAD = {
     "hidden": torch.linspace(-1.0, 1.0, 36).reshape(2, 6, 3),
@@ -83,7 +85,8 @@ def subjects() -> list[Subject]:
     packed = {"cu_seqlens": CUTS}
     named = package
     per_token = dict(_LOSS, advantages=TOKENS)
-    del per_token["step_weights"]
+    for name in ("step_weights", "clip_low", "clip_high"):
+        del per_token[name]
     rows = {"mask": MASK, "valid": torch.tensor([True, True])}
     markers = {"start": [1, 2], "end": 3}
     log_probs = {"log_probs": TOKENS, "entropy": TOKENS.abs()}
@@ -120,6 +123,10 @@ def subjects() -> list[Subject]:
         Subject("reduction_weights", StepLayout.reduction_weights,
                 {"self": steps, "reduction": "trajectory_mean"}),
         Subject("StepPOConfig", StepPOConfig, {"dual_clip": 2.0, "kl_coef": 0.5}),
+        Subject("StepPOConfig clipped tokens", StepPOConfig,
+                {"token_clip": (0.2, 0.3), "surrogate": "mask", "ratio": "product"}),
+        Subject("StepPOConfig soft", StepPOConfig,
+                {"surrogate": "soft", "soft_temperature": (1.0, 2.0), "ratio": "token"}),
         Subject("broadcast_to_tokens", named.broadcast_to_tokens,
                 {"per_step": STEPS, "layout": steps}, ("per_step",)),
         Subject("step_gae", named.step_gae,
@@ -138,6 +145,23 @@ def subjects() -> list[Subject]:
         Subject("steppo_loss centered", named.steppo_loss,
                 {**log_probs, **_LOSS, "layout": steps, "ratio_center": 0.1,
                  "config": StepPOConfig(ratio="centered")}, ("log_probs",)),
+        Subject("steppo_loss per token", named.steppo_loss,
+                {**log_probs, **_LOSS, "advantages": TOKENS, "is_weights": STEPS.abs(),
+                 "layout": steps, "config": StepPOConfig(ratio="token", surrogate="tv")},
+                ("log_probs", "entropy")),
+        Subject("steppo_loss with clipped tokens", named.steppo_loss,
+                {**log_probs, **_LOSS, "advantages": TOKENS, "layout": steps,
+                 "config": StepPOConfig(surrogate="quadratic", token_clip=(0.1, 0.2)),
+                 "clip_low": STEPS.abs(), "clip_high": STEPS.abs()}, ("log_probs",)),
+        Subject("step_log_ratios", named.step_log_ratios,
+                {"log_probs": TOKENS, "old_log_probs": TOKENS.flip(0).contiguous(),
+                 "layout": steps, "ratio": "centered", "ratio_center": 0.1}, ("log_probs",)),
+        Subject("rollout_weights", named.rollout_weights,
+                {"old_log_probs": TOKENS, "rollout_log_probs": TOKENS.flip(0).contiguous(),
+                 "layout": steps, "level": "token", "low": 0.5, "high": 2.0}),
+        Subject("rollout_weights of trajectories", named.rollout_weights,
+                {"old_log_probs": TOKENS, "rollout_log_probs": TOKENS.flip(0).contiguous(),
+                 "layout": steps, "level": "trajectory", "outside": "mask", "high": 1.5}),
         Subject("StepPOLoss", named.StepPOLoss().forward,
                 {"log_probs": TOKENS, "old_log_probs": TOKENS, "advantages": STEPS,
                  "layout": steps}, ("log_probs",)),

@@ -14,6 +14,8 @@ from fuzz.calls import (
     check_gae,
     check_log_probs,
     check_policy_loss,
+    check_rollout_weights,
+    check_step_log_ratios,
     check_value_loss,
 )
 from fuzz.draws import Draw
@@ -41,6 +43,10 @@ def compose(seed: int, size: int, target: Target) -> Draw:
         check_value_loss(draw, pair, backend, returns)
         if draw.chance(0.2):
             check_log_probs(draw, pair, backend)
+        if draw.chance(0.2):
+            check_step_log_ratios(draw, pair, backend)
+        if draw.chance(0.3):
+            check_rollout_weights(draw, pair, backend)
     except Exception as error:
         drawn = ", ".join(draw.words)
         raise AssertionError(f"compose({seed}, {size}, {target}): {drawn}: {error}") from error

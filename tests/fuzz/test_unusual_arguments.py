@@ -23,7 +23,7 @@ _PACKAGE = Path(steppo_kernels.__file__).parents[1]
 # How the subjects are spread over processes, by how their names begin.
 _GROUPS = {
     "layouts": ("from_", "keep", "per_t", "to", "reduction_weights", "StepPOConfig"),
-    "steps": ("broadcast", "step_", "StepValue", "steppo_loss", "StepPOLoss"),
+    "steps": ("broadcast", "step_", "StepValue", "steppo_loss", "StepPOLoss", "rollout"),
     "rows": ("token_log_probs", "steppo_loss_from_logits", "linear"),
 }
 

@@ -8,7 +8,8 @@ from oracle.gae import Advantages, step_gae
 from oracle.layout import OracleLayout
 from oracle.log_probs import head_gradients, head_logits, log_prob_gradients, log_probs
 from oracle.markers import marker_actions
-from oracle.policy_loss import LossConfig, PolicyLoss, policy_loss
+from oracle.policy_loss import LossConfig, PolicyLoss, policy_loss, step_log_ratios
+from oracle.rollout_weights import RolloutWeights, rollout_weights
 from oracle.value_loss import ValueLoss, value_loss
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LossConfig",
     "OracleLayout",
     "PolicyLoss",
+    "RolloutWeights",
     "ValueLoss",
     "head_gradients",
     "head_logits",
@@ -23,6 +25,8 @@ __all__ = [
     "log_probs",
     "marker_actions",
     "policy_loss",
+    "rollout_weights",
     "step_gae",
+    "step_log_ratios",
     "value_loss",
 ]

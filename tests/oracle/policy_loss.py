@@ -1,6 +1,6 @@
 """The step-level policy loss in plain loops, with its gradients.
 
-A surrogate is one function in `SURROGATES`, a ratio one in `RATIOS`.
+A ratio is one function in `RATIOS`, a surrogate one in `oracle.surrogates`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from oracle.layout import OracleLayout
+from oracle.surrogates import CONSTANT, Unit, exp, surrogate
 
 NAN = math.nan
 
@@ -22,6 +23,8 @@ class LossConfig(NamedTuple):
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     dual_clip: float | None = None
+    token_clip: tuple[float, float] | None = None
+    soft_temperature: tuple[float, float] = (1.0, 1.05)
     log_ratio_max: float = 10.0
     reduction: str = "step_mean"
     kl_coef: float = 0.0
@@ -35,6 +38,7 @@ class PolicyLoss(NamedTuple):
     Attributes:
         margin: how far the closest number is from a place where a gradient or a count jumps.
         size: sum of the absolute values of what the loss sums, infinite ones aside.
+        slope_size: the largest of the terms that a policy gradient sums, infinite ones aside.
     """
 
     loss: float
@@ -44,29 +48,20 @@ class PolicyLoss(NamedTuple):
     of_entropy: list[float]
     margin: float
     size: float
-
-
-class Point(NamedTuple):
-    """A surrogate at one log-ratio.
-
-    Attributes:
-        value: l(x, A).
-        slope: dl/dx.
-        low, high: whether it is clipped at that bound.
-        margin: how far from a jump.
-    """
-
-    value: float
-    slope: float
-    low: bool
-    high: bool
-    margin: float
+    slope_size: float
 
 
 class Pooled(NamedTuple):
-    """Log-ratio of a step, before the clamp, and the factor of its gradient of a token."""
+    """Log-ratios of a step.
 
-    x: float
+    Attributes:
+        of_step: that of the step, before the clamp.
+        of_tokens: that which each token's surrogate is taken of.
+        share: factor of the gradient of a token.
+    """
+
+    of_step: float
+    of_tokens: list[float]
     share: float
 
 
@@ -74,47 +69,93 @@ class Pooled(NamedTuple):
 
 
 def _geometric(z: list[float], center: float) -> Pooled:
-    return Pooled(_sum(z) / len(z), 1.0 / len(z))
+    return _alike(_sum(z) / len(z), z, 1.0 / len(z))
 
 
 def _product(z: list[float], center: float) -> Pooled:
-    return Pooled(_sum(z), 1.0)
+    return _alike(_sum(z), z, 1.0)
 
 
 def _centered(z: list[float], center: float) -> Pooled:
     share = len(z) ** -0.5
-    return Pooled(center + share * _sum([one - center for one in z]), share)
+    return _alike(center + share * _sum([one - center for one in z]), z, share)
+
+
+def _token(z: list[float], center: float) -> Pooled:
+    return Pooled(_sum(z) / len(z), z, 1.0 / len(z))
+
+
+def _alike(x: float, z: list[float], share: float) -> Pooled:
+    return Pooled(x, [x] * len(z), share)
 
 
 RATIOS: dict[str, Callable[[list[float], float], Pooled]] = {
     "geometric": _geometric,
     "product": _product,
     "centered": _centered,
+    "token": _token,
 }
 
 
-# Surrogates: the clamped log-ratio and the advantage.
+def step_log_ratios(
+    log_probs: Sequence[float],
+    old_log_probs: Sequence[float] | None,
+    layout: OracleLayout,
+    *,
+    ratio: str,
+    upstream: Sequence[float],
+    ratio_center: float | None = None,
+) -> tuple[list[float], list[float]]:
+    """Return the log-ratio of each step, and the gradient of each position's log-prob."""
+    z = log_ratios(log_probs, old_log_probs, layout)
+    center = _center(z, old_log_probs, ratio_center)
+    values, gradient = [0.0] * len(layout.steps), [0.0] * layout.size
+    for step, tokens in enumerate(layout.steps):
+        if tokens:
+            pooled = RATIOS[ratio]([z[at] for at in tokens], center)
+            values[step] = pooled.of_step
+            for at in tokens:
+                gradient[at] = upstream[step] * pooled.share
+    return values, gradient
 
 
-def _clip(x: float, advantage: float, config: LossConfig) -> Point:
-    ratio = _exp(x)
-    low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
-    if math.isnan(ratio):
-        return Point(NAN, NAN, False, False, math.inf)
-    plain = -advantage * ratio
-    bounded = -advantage * min(max(ratio, low), high)
-    clipped = bounded > plain
-    value, slope = (bounded, 0.0) if clipped else (plain, plain)
-    margin = min(abs(ratio - low), abs(ratio - high)) if advantage else math.inf
-    if config.dual_clip is not None and advantage < 0:
-        limit = -config.dual_clip * advantage
-        margin = min(margin, abs(ratio - config.dual_clip))
-        if limit < value:
-            value, slope = limit, 0.0
-    return Point(value, slope, clipped and ratio < low, clipped and ratio > high, margin)
+def log_ratios(
+    log_probs: Sequence[float], old_log_probs: Sequence[float] | None, layout: OracleLayout
+) -> dict[int, float]:
+    """Return z of each action token."""
+    z = {}
+    for at in layout.actions:
+        if old_log_probs is not None:
+            z[at] = _minus(log_probs[at], old_log_probs[at])
+        else:
+            z[at] = 0.0 if math.isfinite(log_probs[at]) else NAN
+    return z
 
 
-SURROGATES: dict[str, Callable[[float, float, LossConfig], Point]] = {"clip": _clip}
+def _center(
+    z: dict[int, float], old_log_probs: Sequence[float] | None, ratio_center: float | None
+) -> float:
+    """Return the mean of z; on-policy it is 0, whatever is given."""
+    if ratio_center is not None and old_log_probs is not None:
+        return ratio_center
+    return _sum(list(z.values())) / len(z) if z else 0.0
+
+
+def _clamped(z: float, advantage: float, bounds: tuple[float, float] | None) -> float:
+    """Return a token's log-ratio after `token_clip`."""
+    if bounds is None or math.isnan(z):
+        return z
+    low, high = bounds
+    if advantage >= 0:
+        return min(z, high)
+    return max(z, -low) if advantage < 0 else z
+
+
+def _clearance(z: float, advantage: float, bounds: tuple[float, float] | None) -> float:
+    """Return how far a token is from where `token_clip` begins to bite."""
+    if bounds is None:
+        return math.inf
+    return _distance(z, -bounds[0] if advantage < 0 else bounds[1])
 
 
 def _kl(d: float, estimator: str) -> tuple[float, float, float]:
@@ -148,53 +189,72 @@ def policy_loss(
     step_weights: Sequence[float] | None = None,
     normalizer: float | None = None,
     ratio_center: float | None = None,
+    clip_low: Sequence[float] | None = None,
+    clip_high: Sequence[float] | None = None,
 ) -> PolicyLoss:
-    """Return the loss; everything but `step_weights` is given at flat positions."""
-    z = {}
-    for at in layout.actions:
-        if old_log_probs is not None:
-            z[at] = _minus(log_probs[at], old_log_probs[at])
-        else:
-            z[at] = 0.0 if math.isfinite(log_probs[at]) else NAN
-    count = len(z)
-    center = _sum(list(z.values())) / count if count else 0.0
-    if ratio_center is not None and old_log_probs is not None:
-        center = ratio_center
+    """Return the loss.
+
+    `step_weights`, `clip_low` and `clip_high` are given by step, all others at flat positions.
+    """
+    raw = log_ratios(log_probs, old_log_probs, layout)
+    count = len(raw)
+    bounds = config.token_clip
+    z = {at: _clamped(one, advantages[at], bounds) for at, one in raw.items()}
+    center = _center(z, old_log_probs, ratio_center)
     weights, denominator = layout.weights(config.reduction)
     weights = weights if step_weights is None else list(step_weights)
     denominator = denominator if normalizer is None else normalizer
 
     of_log_probs, of_entropy = [0.0] * layout.size, [0.0] * layout.size
-    log_ratios, ratios = [0.0] * len(layout.steps), []
+    log_ratio_of_steps, ratios, means = [0.0] * len(layout.steps), [], []
     policy = kl_total = entropy_total = 0.0
-    low = high = token_clipped = 0.0
-    dead, margin, size = 0, math.inf, 0.0
+    low = high = 0.0
+    dead, clipped, margin, size, slope_size = 0, 0, math.inf, 0.0, 0.0
     for step, tokens in enumerate(layout.steps):
         if not tokens:
             continue
         length = len(tokens)
         pooled = RATIOS[config.ratio]([z[at] for at in tokens], center)
-        log_ratios[step] = pooled.x
-        beyond = pooled.x > config.log_ratio_max
-        x = config.log_ratio_max if beyond else pooled.x
-        margin = min(margin, _distance(pooled.x, config.log_ratio_max))
-        ratios.append(_exp(x))
+        log_ratio_of_steps[step] = pooled.of_step
         scale = weights[step] / denominator
-        for at in tokens:
-            advantage = advantages[at]
+        own = []
+        for at, unclamped in zip(tokens, pooled.of_tokens, strict=True):
+            beyond = unclamped > config.log_ratio_max
+            unit = Unit(
+                x=config.log_ratio_max if beyond else unclamped,
+                capped=unclamped >= config.log_ratio_max,
+                advantage=advantages[at],
+                low=config.clip_low if clip_low is None else clip_low[step],
+                high=config.clip_high if clip_high is None else clip_high[step],
+                gap=0.0 if old_log_probs is None else exp(log_probs[at]) - exp(old_log_probs[at]),
+                dual_clip=config.dual_clip,
+                soft_temperatures=config.soft_temperature,
+            )
+            own.append(unit.ratio)
+            point = surrogate(config.surrogate, unit)
+            if old_log_probs is not None:
+                # On-policy nothing is rounded, and ties are ties in every dtype.
+                margin = min(
+                    margin,
+                    point.margin,
+                    _distance(unclamped, config.log_ratio_max),
+                    _clearance(raw[at], advantages[at], bounds),
+                )
+            bitten = not math.isnan(raw[at]) and z[at] != raw[at]
+            beyond = beyond and config.surrogate not in CONSTANT
+            slope = 0.0 if bitten or beyond else point.slope
+            low += (point.clipped and unit.ratio < 1.0) / length
+            high += (point.clipped and unit.ratio >= 1.0) / length
+            clipped += point.clipped
             weight = 1.0 if is_weights is None else is_weights[at]
-            point = SURROGATES[config.surrogate](x, advantage, config)
-            margin = min(margin, point.margin)
-            slope = 0.0 if beyond or advantage == 0 else point.slope
-            low += point.low / length
-            high += point.high / length
-            token_clipped += point.low or point.high
-            term = scale * weight * point.value / length
-            policy += term
-            size += _finite(term)
-            gradient = scale * weight * slope * pooled.share
+            policy += scale * weight * point.value / length
+            size += _finite(scale * weight * point.value_size / length)
+            gradient = 0.0 if slope == 0 else scale * weight * slope * pooled.share
             live = gradient != 0
             of_log_probs[at] = gradient
+            if live:
+                terms = scale * weight * point.slope_size * pooled.share
+                slope_size = max(slope_size, _finite(terms))
             if ref_log_probs is not None:
                 value, slope, near = _kl(
                     _minus(ref_log_probs[at], log_probs[at]), config.kl_estimator
@@ -212,12 +272,14 @@ def policy_loss(
                 of_entropy[at] = -config.entropy_coef * scale / length
                 live = live or of_entropy[at] != 0
             dead += not live
+        means.append(_sum(own) / length)
+        ratios += own
     loss = policy
     if config.kl_coef:
         loss += config.kl_coef * kl_total
     if config.entropy_coef:
         loss -= config.entropy_coef * entropy_total
-    steps = len(ratios)
+    steps = len(means)
     metrics = {
         "policy_loss": policy,
         "kl_loss": kl_total,
@@ -225,19 +287,21 @@ def policy_loss(
         "clip_fraction": (low + high) / steps if steps else 0.0,
         "clip_fraction_low": low / steps if steps else 0.0,
         "clip_fraction_high": high / steps if steps else 0.0,
-        "token_clip_fraction": token_clipped / count if count else 0.0,
-        "approx_kl": -_sum(list(z.values())) / count if count else 0.0,
-        "approx_kl_k3": _sum([_kl(one, "k3")[0] for one in z.values()]) / count if count else 0.0,
+        "token_clip_fraction": clipped / count if count else 0.0,
+        "approx_kl": -_sum(list(raw.values())) / count if count else 0.0,
+        "approx_kl_k3": _sum([_kl(one, "k3")[0] for one in raw.values()]) / count if count else 0.0,
         "dead_token_fraction": dead / count if count else 0.0,
         "num_steps": float(steps),
         "num_tokens": float(count),
     }
     if steps:
         unknown = any(math.isnan(ratio) for ratio in ratios)
-        metrics["ratio_mean"] = _sum(ratios) / steps
+        metrics["ratio_mean"] = _sum(means) / steps
         metrics["ratio_min"] = NAN if unknown else min(ratios)
         metrics["ratio_max"] = NAN if unknown else max(ratios)
-    return PolicyLoss(loss, metrics, log_ratios, of_log_probs, of_entropy, margin, size)
+    return PolicyLoss(
+        loss, metrics, log_ratio_of_steps, of_log_probs, of_entropy, margin, size, slope_size
+    )
 
 
 # Arithmetic that raises nothing where numbers are not finite.
@@ -245,10 +309,6 @@ def policy_loss(
 
 def _finite(x: float) -> float:
     return abs(x) if math.isfinite(x) else 0.0
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 or math.isnan(x) else math.inf
 
 
 def _minus(a: float, b: float) -> float:

@@ -5,12 +5,11 @@ In fp64 they are met to 1e-10. In fp32 a backend loses at most twice what the re
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from batches import Error
+from golden_cases import DTYPES, FOLDER, check, load, one_row_a_step
 from grids import grid
 
 from steppo_kernels import (
@@ -26,11 +25,6 @@ from steppo_kernels import (
 
 pytestmark = pytest.mark.isa
 
-_FOLDER = Path(__file__).parent / "golden"
-_EPS = torch.finfo(torch.float32).eps
-_DTYPES = [torch.float64, torch.float32]
-
-
 _SETTINGS = ("gamma", "lam", "clip", "clip_low", "clip_high", "temperature")
 
 
@@ -39,14 +33,14 @@ def golden(kind):
 
     The interpreter takes the smallest files in which every setting has each of its values.
     """
-    files = {path.stem[-2:]: path for path in sorted(_FOLDER.glob(f"{kind}_*.npz"))}
+    files = {path.stem[-2:]: path for path in sorted(FOLDER.glob(f"{kind}_*.npz"))}
     assert files, f"no golden files {kind}_*.npz"
     few, seen = {}, set()
     for name, path in sorted(files.items(), key=lambda item: tokens_of(load(item[1]))):
         values = settings_of(load(path))
         if not values <= seen:
             few[name], seen = path, seen | values
-    return grid(cover=1, path=files, dtype=_DTYPES, interpreted={"path": few})
+    return grid(cover=1, path=files, dtype=DTYPES, interpreted={"path": few})
 
 
 def settings_of(arrays):
@@ -60,21 +54,6 @@ def tokens_of(arrays):
     return arrays["response_mask"].numel()
 
 
-def load(path):
-    with np.load(path) as arrays:
-        return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
-
-
-def one_row_a_step(arrays, target):
-    rows = arrays["response_mask"].shape[0]
-    return StepLayout.from_rows(
-        arrays["response_mask"].to(target.device),
-        list(range(rows)),
-        [0] * rows,
-        backend="reference",
-    )
-
-
 def by_trajectory(arrays, target):
     return StepLayout.from_rows(
         arrays["response_mask"].to(target.device),
@@ -82,26 +61,6 @@ def by_trajectory(arrays, target):
         arrays["step_indices"],
         backend="reference",
     )
-
-
-def check(compute, expected, target, dtype, bound=1e-10, scales=()):
-    """Compare ``compute(target, dtype)`` with golden results, by name.
-
-    `scales`: how much larger than the result the sum of absolute terms is, where it is.
-    """
-    found = compute(target, dtype)
-    bounds = dict.fromkeys(expected, bound)
-    if dtype == torch.float32:
-        plain = compute(type(target)("reference", "cpu"), dtype)
-        # The reference may be right by luck; an eps of what is summed is nobody's error.
-        bounds = {
-            name: 2 * Error.between(plain[name], value).largest + _EPS * dict(scales).get(name, 1.0)
-            for name, value in expected.items()
-        }
-        assert max(bounds.values()) < 1e-3
-    for name, value in expected.items():
-        assert found[name].dtype == dtype, name
-        assert Error.between(found[name], value).largest <= bounds[name], name
 
 
 @golden("step_gae")

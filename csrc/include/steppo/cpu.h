@@ -1,7 +1,7 @@
 // The C++ API of the CPU kernels: raw pointers and sizes, no torch, no Python.
 //
-// Each operator of operators.inc exists once per instruction set, in a namespace of its own, and as a
-// function pointer `steppo::cpu::<operator>` to the best one that this CPU runs. Callers hold a
+// Each operator of operators.inc exists once per instruction set, in a namespace of its own, and as
+// a function pointer `steppo::cpu::<operator>` to the best one that this CPU runs. Callers hold a
 // StandardFloats of steppo/floats.h, which is the mode of the threads that help.
 #pragma once
 

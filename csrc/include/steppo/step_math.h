@@ -1,14 +1,15 @@
 // The mathematics of one step and of one token (StepPO, arXiv 2604.18401), for any device.
 //
 // Per-step numbers are fp64 throughout: there are few of them, and a clip range of 3e-4 leaves
-// little room for rounding. Comparisons are written so that a NaN reaches the loss.
+// little room for rounding. Comparisons are written so that a NaN reaches the loss. The family of
+// surrogates is in surrogates.h.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
-#include "steppo/types.h"
+#include "steppo/arguments.h"
 
 namespace steppo {
 
@@ -24,7 +25,7 @@ struct ExpParts {
 template <class T>
 struct Arithmetic;
 
-// fp32, for |d| <= 20.
+// fp32, for |d| <= 88.
 template <class T>
 STEPPO_FN ExpParts<T> exp_parts_fp32(T d) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
@@ -59,17 +60,31 @@ STEPPO_FN ExpParts<double> exp_parts_fp64(double d) {
   return {1.0, d, std::expm1(d) - d};
 }
 
+// A number in all places of a T.
+template <class T>
+STEPPO_FN T all_of(double number) {
+  return T{} + static_cast<typename Arithmetic<T>::Number>(number);
+}
+
+// e^d in fp32: 0 below the smallest normal number, and no more than e^88.
+template <class T>
+STEPPO_FN T exp_fp32(T d);
+
 template <>
 struct Arithmetic<float> {
+  using Number = float;
   using Bits = std::uint32_t;
   STEPPO_FN float select(bool mask, float yes, float no) { return mask ? yes : no; }
   STEPPO_FN ExpParts<float> exp_parts(float d) { return exp_parts_fp32(d); }
+  STEPPO_FN float exp(float d) { return exp_fp32(d); }
 };
 
 template <>
 struct Arithmetic<double> {
+  using Number = double;
   STEPPO_FN double select(bool mask, double yes, double no) { return mask ? yes : no; }
   STEPPO_FN ExpParts<double> exp_parts(double d) { return exp_parts_fp64(d); }
+  STEPPO_FN double exp(double d) { return std::exp(d); }
 };
 
 // A NaN passes: both comparisons are false for it.
@@ -78,6 +93,12 @@ STEPPO_FN T clamp(T x, float low, float high) {
   const T below = T{} + low, above = T{} + high;
   x = Arithmetic<T>::select(x < below, below, x);
   return Arithmetic<T>::select(x > above, above, x);
+}
+
+template <class T>
+STEPPO_FN T exp_fp32(T d) {
+  const ExpParts<T> e = exp_parts_fp32(clamp(d, -87.0f, 88.0f));
+  return Arithmetic<T>::select(d < -87.0f, T{}, e.scale + e.scale * (e.r + e.tail));
 }
 
 // The smaller and the larger of two numbers; a NaN if one of them is.
@@ -111,31 +132,9 @@ STEPPO_FN KL<T> kl_penalty(T d) {
   return {clamp(value, -10.0f, 10.0f), Arithmetic<T>::select(clamped, T{}, slope)};
 }
 
-// L^-p of log rho = mu + L^-p sum(z - mu).
+// L^-p of log rho = mu + L^-p sum(z - mu). A token's own ratio counts for one part in L.
 STEPPO_FN double ratio_scale(Ratio ratio, double length) {
-  return ratio == kGeometric ? 1.0 / length : (ratio == kCentered ? 1.0 / std::sqrt(length) : 1.0);
-}
-
-struct StepLoss {
-  double ratio;     // rho, clamped
-  double loss;      // l_s
-  double slope;     // d l_s / d log rho
-  bool is_clipped;  // the clipped branch is strictly larger
-};
-
-STEPPO_FN StepLoss step_loss(double log_ratio, double advantage, const PolicyConfig& c) {
-  const bool above = log_ratio > c.log_ratio_max;
-  const double ratio = std::exp(above ? c.log_ratio_max : log_ratio);
-  const double unclipped = -advantage * ratio;
-  const double low = 1.0 - c.clip_low, high = 1.0 + c.clip_high;
-  const double clipped = -advantage * (ratio < low ? low : ratio > high ? high : ratio);
-  const bool is_clipped = clipped > unclipped;
-  double loss = is_clipped ? clipped : unclipped;
-  const double bound = -c.dual_clip * advantage;
-  const bool is_bounded = c.dual_clip > 0 && advantage < 0 && loss > bound;
-  loss = is_bounded ? bound : loss;
-  const bool flat = is_clipped || is_bounded || above || advantage == 0;
-  return {ratio, loss, flat ? 0.0 : unclipped, is_clipped};
+  return ratio == kProduct ? 1.0 : ratio == kCentered ? 1.0 / std::sqrt(length) : 1.0 / length;
 }
 
 // w_s of a reduction; `count` is the number of non-empty steps in the step's trajectory.
@@ -143,13 +142,19 @@ STEPPO_FN double step_weight(Reduction reduction, double length, double count) {
   return reduction == kTrajectoryMean ? 1.0 / count : (reduction == kTokenMean ? length : 1.0);
 }
 
-// The denominator of a reduction, at least 1. `trajectories` may be a sum of 1 / count.
+// What a reduction counts. `trajectories` may be a sum of 1 / count.
+STEPPO_FN double reduction_count(Reduction reduction, double steps, double trajectories,
+                                 double tokens) {
+  return reduction == kStepMean         ? steps
+         : reduction == kTrajectoryMean ? std::nearbyint(trajectories)
+         : reduction == kTokenMean      ? tokens
+                                        : 1.0;
+}
+
+// The denominator of a reduction: its count, at least 1.
 STEPPO_FN double reduction_total(Reduction reduction, double steps, double trajectories,
                                  double tokens) {
-  const double total = reduction == kStepMean         ? steps
-                       : reduction == kTrajectoryMean ? std::nearbyint(trajectories)
-                       : reduction == kTokenMean      ? tokens
-                                                      : 1.0;
+  const double total = reduction_count(reduction, steps, trajectories, tokens);
   return total > 1.0 ? total : 1.0;
 }
 

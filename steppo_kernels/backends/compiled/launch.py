@@ -1,4 +1,8 @@
-"""How a launcher hands tensors to the compiled module."""
+"""How a launcher hands records to compiled code.
+
+A record is a tuple in the order of csrc/include/steppo/records.inc, which a test compares with the
+names that launchers write: addresses of tensors, 0 where there is none, and numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from torch import Tensor
 
 from ... import _C_cpu as kernels
 
-__all__ = ["address", "dtype_code", "empty", "kernels", "pointer", "threads"]
+__all__ = ["DTYPES", "addresses", "empty", "kernels", "place", "pointer", "start"]
 
-threads = torch.get_num_threads
+# The numbers of dtypes in csrc/include/steppo/types.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 def pointer(value: Tensor | None) -> int:
@@ -18,10 +23,15 @@ def pointer(value: Tensor | None) -> int:
         return 0
     if not value.is_contiguous():
         raise RuntimeError("a kernel got a tensor that is not contiguous")
-    return address(value)
+    return start(value)
 
 
-def address(value: Tensor) -> int:
+def addresses(*values: Tensor | None) -> tuple[int, ...]:
+    """Return the addresses of contiguous tensors, 0 for None."""
+    return tuple([0 if value is None else pointer(value) for value in values])
+
+
+def start(value: Tensor) -> int:
     """Return the address of a tensor's first element; its strides are the caller's to know."""
     found = value.data_ptr()
     if found == 0 and value.numel():
@@ -38,9 +48,6 @@ def empty(shape: int | tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tens
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-
-def dtype_code(value: Tensor) -> int:
-    """Return the number of a dtype in csrc/include/steppo/types.h."""
-    return _DTYPES[value.dtype]
+def place() -> tuple[int, ...]:
+    """Return where a call runs: the record ``Place``."""
+    return (torch.get_num_threads(), 0, 0, 0)

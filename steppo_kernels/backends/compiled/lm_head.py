@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import address, dtype_code, kernels, pointer, threads
+from .launch import DTYPES, addresses, kernels, place, start
 
 # Rows of the weight that are converted at a time where no kernel multiplies bf16 into fp32.
 _SLICE = 4096
@@ -26,17 +26,17 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
         and kernels.multiplies_bf16()
     ):
         bias = None if bias is None else bias.float()
-        kernels.head_logits(
-            pointer(hidden),
-            address(weight),
+        head = (
+            *addresses(hidden),
+            start(weight),
             weight.stride(0),
-            pointer(bias),
+            *addresses(bias),
             num_rows,
             size,
             len(weight),
-            pointer(logits),
-            threads(),
+            *addresses(logits),
         )
+        kernels.head_logits(head, place())
     else:
         hidden = hidden.float()
         for part, columns in zip(weight.split(_SLICE), logits.split(_SLICE, 1), strict=True):
@@ -47,11 +47,12 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
 
 def accumulate(total: Tensor, product: Tensor, is_first: bool) -> None:
     """Run the operator `accumulate` of `steppo_kernels.backends.operators`."""
-    kernels.accumulate(
-        dtype_code(product),
-        pointer(product),
+    count = total.numel()
+    accumulation = (
+        DTYPES[product.dtype],
+        *addresses(product),
         is_first,
-        total.numel(),
-        pointer(total),
-        threads(),
+        count,
+        *addresses(total),
     )
+    kernels.accumulate(accumulation, place())

@@ -1,52 +1,49 @@
-"""Step segmentation in C++: see `steppo_kernels.layout.segment` for the contract."""
+"""Step segmentation in compiled code: see `steppo_kernels.layout.segment` for the contract."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .launch import empty, kernels, pointer, threads
+from .launch import addresses, empty, kernels, place
 
 
 def segment_mask(
     mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Number the runs of ones of each row."""
-    outputs = _segments(mask.numel(), row_offsets.numel())
+    num_tokens, num_rows = mask.numel(), row_offsets.numel() - 1
+    step_ids, row_steps, counts = _segments(num_tokens, num_rows)
     kernels.segment_mask(
-        pointer(mask),
-        pointer(boundaries),
-        pointer(row_offsets),
-        mask.numel(),
-        row_offsets.numel() - 1,
-        *map(pointer, outputs),
-        threads(),
+        (*addresses(mask, boundaries, row_offsets), num_tokens, num_rows),
+        addresses(step_ids, row_steps, counts),
+        place(),
     )
-    return outputs
+    return step_ids, row_steps, counts
 
 
 def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Number the distinct (row, id) pairs with id >= 0."""
-    outputs = _segments(ids.numel(), row_offsets.numel())
+    num_tokens, num_rows = ids.numel(), row_offsets.numel() - 1
+    step_ids, row_steps, counts = _segments(num_tokens, num_rows)
     kernels.segment_ids(
-        pointer(ids),
-        pointer(row_offsets),
-        ids.numel(),
-        row_offsets.numel() - 1,
-        *map(pointer, outputs),
-        threads(),
+        (*addresses(ids, row_offsets), num_tokens, num_rows),
+        addresses(step_ids, row_steps, counts),
+        place(),
     )
-    return outputs
+    return step_ids, row_steps, counts
 
 
 def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Make each row a step."""
     num_rows, row_length = mask.shape
-    outputs = _segments(mask.numel(), num_rows + 1)
+    step_ids, row_steps, counts = _segments(mask.numel(), num_rows)
     kernels.segment_rows(
-        pointer(mask), pointer(valid), num_rows, row_length, *map(pointer, outputs), threads()
+        (*addresses(mask, valid), num_rows, row_length),
+        addresses(step_ids, row_steps, counts),
+        place(),
     )
-    return outputs
+    return step_ids, row_steps, counts
 
 
 def mark_actions(
@@ -60,45 +57,43 @@ def mark_actions(
 ) -> Tensor:
     """Return the mask of tokens in actions: after one of `starts`, up to an end or a stop."""
     mask = empty(token_ids.shape, torch.bool)
-    kernels.mark_actions(
-        pointer(token_ids),
-        pointer(row_offsets),
-        pointer(starts),
-        pointer(start_offsets),
-        start_offsets.numel() - 1,
-        pointer(ends),
-        ends.numel(),
-        pointer(stops),
-        pointer(stop_offsets),
-        stop_offsets.numel() - 1,
-        row_offsets.numel() - 1,
-        pointer(mask),
-        threads(),
+    num_starts, num_ends = start_offsets.numel() - 1, ends.numel()
+    num_stops, num_rows = stop_offsets.numel() - 1, row_offsets.numel() - 1
+    markers = (
+        *addresses(token_ids, row_offsets, starts, start_offsets),
+        num_starts,
+        *addresses(ends),
+        num_ends,
+        *addresses(stops, stop_offsets),
+        num_stops,
+        num_rows,
+        *addresses(mask),
     )
+    kernels.mark_actions(markers, place())
     return mask
 
 
-def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def compact(step_ids: Tensor, num_steps: int, num_actions: int) -> tuple[Tensor, ...]:
     """Return the CSR form of ascending `step_ids`."""
-    outputs = (
-        empty(num_tokens, torch.int64),
-        empty(num_steps + 1, torch.int64),
-        empty(num_steps, torch.int32),
-    )
-    kernels.compact(
-        pointer(step_ids),
-        step_ids.numel(),
-        num_steps,
+    token_index = empty(num_actions, torch.int64)
+    step_offsets = empty(num_steps + 1, torch.int64)
+    step_lengths = empty(num_steps, torch.int32)
+    step_starts = empty(num_steps, torch.int64)
+    num_tokens = step_ids.numel()
+    compaction = (
+        *addresses(step_ids),
         num_tokens,
-        *map(pointer, outputs),
-        threads(),
+        num_steps,
+        num_actions,
+        *addresses(token_index, step_offsets, step_lengths, step_starts),
     )
-    return outputs
+    kernels.compact(compaction, place())
+    return token_index, step_offsets, step_lengths, step_starts
 
 
-def _segments(num_tokens: int, num_offsets: int) -> tuple[Tensor, Tensor, Tensor]:
+def _segments(num_tokens: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         empty(num_tokens, torch.int32),
-        empty(num_offsets, torch.int64),
+        empty(num_rows + 1, torch.int64),
         empty(2, torch.int64),
     )

@@ -1,11 +1,11 @@
-"""Log-probs of tokens from logits, and the gradient of these, in C++."""
+"""Log-probs of tokens from logits, and the gradient of these, in compiled code."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .launch import address, dtype_code, empty, kernels, pointer, threads
+from .launch import DTYPES, addresses, empty, kernels, place, start
 
 
 def token_log_probs(
@@ -16,31 +16,19 @@ def token_log_probs(
     temperature: float,
     softcap: float,
     need_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run the operator `token_log_probs` of `steppo_kernels.backends.operators`."""
-    tokens = token_ids.numel()
+    num_rows = token_ids.numel()
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_probs = empty(tokens, dtype)
-    entropy = empty(tokens if need_entropy else 0, dtype)
-    top, log_sum = empty(tokens, torch.float64), empty(tokens, torch.float64)
+    log_probs = empty(num_rows, dtype)
+    entropy = empty(num_rows if need_entropy else 0, dtype)
+    top, log_sum = empty(num_rows, torch.float64), empty(num_rows, torch.float64)
     bad_row = empty((), torch.int64)
     kernels.token_log_probs(
-        dtype_code(logits),
-        *_strided(logits),
-        *logits.shape[1:2],
-        tokens,
-        logits.shape[2],
-        pointer(token_ids),
-        pointer(mask),
-        pointer(temperatures),
-        temperature,
-        softcap,
-        pointer(log_probs),
-        pointer(entropy),
-        pointer(top),
-        pointer(log_sum),
-        pointer(bad_row),
-        threads(),
+        _rows(logits, num_rows),
+        (*addresses(token_ids, mask, temperatures), temperature, softcap),
+        addresses(log_probs, entropy, top, log_sum, bad_row),
+        place(),
     )
     _raise_for(bad_row, token_ids, logits)
     return log_probs, entropy, top, log_sum
@@ -62,33 +50,31 @@ def token_log_probs_backward(
     rows: Tensor | None,
 ) -> None:
     """Run the operator `token_log_probs_backward` of `steppo_kernels.backends.operators`."""
-    bad_row = empty((), torch.int64)
+    source, bad_row = rows, empty((), torch.int64)
+    num_rows = token_ids.numel() if source is None else source.numel()
     kernels.token_log_probs_backward(
-        dtype_code(grad_logits),
-        *_strided(grad_logits),
-        dtype_code(logits),
-        *_strided(logits),
-        *logits.shape[1:],
-        pointer(token_ids),
-        pointer(mask),
-        pointer(temperatures),
-        temperature,
-        softcap,
-        pointer(top),
-        pointer(log_sum),
-        pointer(entropy),
-        pointer(grad_log_probs),
-        pointer(grad_entropy),
-        pointer(rows),
-        token_ids.numel() if rows is None else rows.numel(),
-        pointer(bad_row),
-        threads(),
+        _rows(grad_logits, num_rows),
+        _rows(logits, token_ids.numel()),
+        (*addresses(token_ids, mask, temperatures), temperature, softcap),
+        addresses(top, log_sum, entropy, grad_log_probs, grad_entropy, source, bad_row),
+        place(),
     )
     _raise_for(bad_row, token_ids, logits)
 
 
-def _strided(logits: Tensor) -> tuple[int, int, int]:
-    return address(logits), logits.stride(0), logits.stride(1)
+def _rows(logits: Tensor, num_rows: int) -> tuple[int, ...]:
+    """Return ``[B, T, V]`` logits, or their gradient, as the record ``LogitRows``."""
+    outer_stride, inner_stride, _ = logits.stride()
+    _, length, vocabulary = logits.shape
+    return (
+        DTYPES[logits.dtype],
+        start(logits),
+        outer_stride,
+        inner_stride,
+        length,
+        num_rows,
+        vocabulary,
+    )
 
 
 def _raise_for(bad_row: Tensor, token_ids: Tensor, logits: Tensor) -> None:

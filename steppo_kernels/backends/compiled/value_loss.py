@@ -1,51 +1,40 @@
-"""The clipped value loss in C++."""
+"""The clipped value loss in compiled code."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...outputs import VALUE_METRICS
-from .launch import dtype_code, empty, kernels, pointer, threads
+from ...outputs import NUM_VALUE_METRICS
+from ..records import States, record
+from .launch import DTYPES, addresses, empty, kernels, place
 
 
 def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
+    normalizer: Tensor | None,
+    states: Sequence[Tensor],
+    config: tuple[float, ...],
     values_per_token: bool,
     old_values_per_token: bool,
-    state_index: Tensor,
-    step_lengths: Tensor,
-    trajectory_counts: Tensor,
-    normalizer: Tensor | None,
-    clip: float,
-    reduction: int,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Run the operator `value_loss` of `steppo_kernels.backends.operators`."""
-    loss, grad_scale = values.new_empty(()), values.new_empty(())
-    metrics = empty(len(VALUE_METRICS), torch.float64)
-    grad = values.new_empty(values.numel() if need_grad else 0)
-    kernels.value_loss(
-        dtype_code(values),
-        pointer(values),
-        pointer(returns),
-        pointer(old_values),
+    loss = empty((), values.dtype)
+    metrics = empty(NUM_VALUE_METRICS, torch.float64)
+    grad_values = torch.empty_like(values) if need_grad else None
+    num_values = values.numel()
+    tensors = (
+        DTYPES[values.dtype],
+        *addresses(values, returns, old_values, normalizer),
         values_per_token,
         old_values_per_token,
-        pointer(state_index),
-        pointer(step_lengths),
-        pointer(trajectory_counts),
-        pointer(normalizer),
-        clip,
-        reduction,
-        values.numel(),
-        state_index.numel(),
-        pointer(loss),
-        pointer(metrics),
-        pointer(grad) if need_grad else 0,
-        pointer(grad_scale),
-        threads(),
+        num_values,
+        *addresses(loss, metrics, grad_values),
     )
-    return loss, metrics, grad, grad_scale
+    kernels.value_loss(tensors, record(States, states).fields, config, place())
+    return loss, metrics, grad_values

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..records import Timeline, record
 
 
 def step_gae(
     rewards: Tensor,
     values: Tensor,
+    bootstrap_values: Tensor | None,
+    timeline: Sequence[Tensor],
+    config: Sequence[float],
     rewards_per_token: bool,
     values_per_token: bool,
-    step_ids: Tensor,
-    row_offsets: Tensor,
-    state_index: Tensor,
-    trajectory_steps: Tensor,
-    trajectory_offsets: Tensor,
-    bootstrap_values: Tensor | None,
-    gamma: float,
-    lam: float,
-    whiten: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns ``[S]``: the operator `step_gae`."""
-    num_steps = state_index.shape[0]
+    line = record(Timeline, timeline)
+    gamma, lam, whiten = config
+    trajectory_steps, trajectory_offsets = line.trajectory_steps, line.trajectory_offsets
+    num_steps = line.state_index.shape[0]
     if rewards_per_token:
-        rewards = step_rewards(rewards, step_ids, row_offsets, num_steps)
+        rewards = step_rewards(
+            rewards.reshape(-1), line.step_ids.reshape(-1), line.row_offsets, num_steps
+        )
     if values_per_token:
-        values = at_states(values, state_index)
+        values = at_states(values, line.state_index)
     lengths = trajectory_offsets.diff()
     groups, longest = lengths.numel(), int(lengths.max()) if lengths.numel() else 0
 
@@ -54,10 +57,10 @@ def step_gae(
 
 
 def at_states(values: Tensor, state_index: Tensor) -> Tensor:
-    """Return the values of the steps' states, ``[N]`` to ``[S]``; of no tokens, zeros."""
+    """Return the values of the steps' states, N of any shape to ``[S]``; of no tokens, zeros."""
     if values.numel() == 0:
         return values.new_zeros(state_index.shape[0]) + values.sum()
-    return values[state_index]
+    return values.reshape(-1)[state_index]
 
 
 def step_rewards(rewards: Tensor, step_ids: Tensor, row_offsets: Tensor, num_steps: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The clipped step objective in plain PyTorch: equations of StepPO (arXiv 2604.18401).
+"""The step objective in plain PyTorch: equations of StepPO (arXiv 2604.18401) and its family.
 
 Only action tokens are gathered, so that nothing of a masked token can reach the result.
 """
@@ -9,8 +9,41 @@ import torch
 from torch import Tensor
 
 from ...config import StepPOConfig
+from ..records import Steps
 from .broadcast import sum_over_steps
-from .reductions import reduction_weights
+from .reductions import denominator, reduction_weights
+from .surrogates import capped_ratio, moving_zero, surrogate
+
+# The gradient of a log-ratio by the log-prob of a token of its step is L^-p.
+_POWERS = {"geometric": 1.0, "product": 0.0, "centered": 0.5, "token": 1.0}
+
+
+class _Tokens:
+    """The action tokens, step by step ``[M]``, and what moves numbers between them and steps."""
+
+    def __init__(self, steps: Steps, dtype: torch.dtype) -> None:
+        self.index, self.offsets = steps.token_index, steps.step_offsets
+        self.step_of = steps.step_ids.reshape(-1)[self.index].to(torch.int64)
+        self.lengths = self.offsets.diff()
+        self.nonempty = self.lengths > 0
+        self.divisor = self.lengths.clamp_min(1).to(dtype)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Take action tokens from N values of any shape."""
+        return values.reshape(-1)[self.index]
+
+    def spread(self, per_step: Tensor) -> Tensor:
+        """Give each token the entry of its step: ``[S]`` to ``[M]``."""
+        return per_step[self.step_of]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up by step: ``[M]`` to ``[S]``."""
+        every = torch.arange(values.numel(), device=values.device)
+        return sum_over_steps(values, every, self.offsets)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the tokens of each step, 0 of none."""
+        return self.sum(values) / self.divisor
 
 
 def kl_penalty(d: Tensor, estimator: str) -> Tensor:
@@ -48,28 +81,6 @@ def _kl_value(d: Tensor, estimator: str) -> Tensor:
     return torch.where(d.abs() > 0.5, far, 0.5 * d * d * near)
 
 
-def clipped_loss(
-    ratio: Tensor, advantages: Tensor, config: StepPOConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return l = max(-A ratio, -A clip(ratio)), bounded by the dual clip where A < 0.
-
-    Returns:
-        The loss; whether the clipped branch is strictly larger; whether the loss has a gradient.
-        At a tie the unclipped branch keeps its gradient.
-    """
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high)
-    is_clipped = clipped > unclipped
-    active = ~is_clipped & (advantages != 0)
-    loss = torch.where(is_clipped, clipped, unclipped)
-    if config.dual_clip is not None:
-        bound = -config.dual_clip * advantages
-        is_bounded = (advantages < 0) & (loss > bound)
-        loss = torch.where(is_bounded, bound, loss)
-        active &= ~is_bounded
-    return loss, is_clipped, active
-
-
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
@@ -78,103 +89,94 @@ def policy_loss(
     entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
-    advantages_per_token: bool,
-    is_weights_per_token: bool,
-    step_ids: Tensor,
-    token_index: Tensor,
-    step_offsets: Tensor,
-    trajectory_counts: Tensor,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
+    steps: Steps,
     config: StepPOConfig,
+    advantages_per_token: bool,
+    is_weights_per_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss (differentiable), the metric vector and the step log-ratios.
 
-    Arguments are those of the operator `policy_loss` in `steppo_kernels.backends.operators`.
+    Arguments are those of the operator `policy_loss` in `steppo_kernels.backends.operators`, but
+    for the config. A unit is a step where all that its loss depends on is one number a step, else a
+    token.
     """
-    dtype = log_probs.dtype
-    step_of = step_ids[token_index].to(torch.int64)  # [M]
-    lengths = step_offsets.diff()  # [S]
-    nonempty = lengths > 0
-    divisor = lengths.clamp_min(1).to(dtype)
-    token_starts = token_index.new_zeros(1).expand_as(lengths)
-    if token_index.numel():
-        token_starts = token_index[step_offsets[:-1].clamp_max(token_index.numel() - 1)]
-    if advantages_per_token:
-        advantages = advantages[token_starts] if advantages.numel() else divisor * 0
-    advantages = torch.where(nonempty, advantages, torch.zeros_like(divisor))
+    tokens = _Tokens(steps, log_probs.dtype)
+    nonempty, divisor = tokens.nonempty, tokens.divisor
+    has_token_ratio = config.ratio == "token"
+    by_token = has_token_ratio or advantages_per_token or is_weights_per_token
 
-    def per_step(values: Tensor) -> Tensor:
-        """Add up ``[M]`` token values by step."""
-        every = torch.arange(values.numel(), device=values.device)
-        return sum_over_steps(values, every, step_offsets)
+    def at_units(values: Tensor, per_token: bool = False) -> Tensor:
+        if by_token:
+            return tokens.gather(values) if per_token else tokens.spread(values)
+        # An empty step may hold anything.
+        return torch.where(nonempty, values, 0.0)
 
-    def per_step_mean(values: Tensor) -> Tensor:
-        return per_step(values) / divisor
+    def on_tokens(values: Tensor) -> Tensor:
+        return values if by_token else tokens.spread(values)
 
-    def token_mean(values: Tensor) -> Tensor:
-        return values.sum() / max(values.numel(), 1)
-
-    # The step log-ratio: log rho = mu + L^-p sum(z - mu).
-    new = log_probs[token_index]
-    old = new.detach() if old_log_probs is None else old_log_probs[token_index]
-    z = new - old
-    power = {"geometric": 1.0, "product": 0.0, "centered": 0.5}[config.ratio]
-    scale = divisor**-power
-    if config.ratio == "centered":
-        mu = token_mean(z.detach()) if ratio_center is None else ratio_center.to(z)
-        step_log_ratio = torch.where(nonempty, mu + scale * per_step(z - mu), 0.0)
-    else:
-        step_log_ratio = scale * per_step(z)
-
-    weights, count = reduction_weights(lengths, trajectory_counts, config.reduction, dtype)
+    unit_advantages = at_units(advantages, advantages_per_token)
+    low = config.clip_low if clip_low is None else at_units(clip_low)
+    high = config.clip_high if clip_high is None else at_units(clip_high)
+    unit_is_weights = None if is_weights is None else at_units(is_weights, is_weights_per_token)
+    weights, count = reduction_weights(
+        tokens.lengths, steps.trajectory_counts, config.reduction, log_probs.dtype
+    )
     if step_weights is not None:
         weights = torch.where(nonempty, step_weights, 0.0)
-    total = count if normalizer is None else normalizer.to(device=count.device, dtype=dtype)
+    total = count if normalizer is None else normalizer.to(count)
+
+    new = tokens.gather(log_probs)
+    old = new.detach() if old_log_probs is None else tokens.gather(old_log_probs)
+    raw = new - old
+    z, is_bitten = _clip_tokens(raw, on_tokens(unit_advantages), config.token_clip)
+    gap = new.detach().exp() - old.exp() if config.surrogate == "tv" else None
+    share = divisor ** -_POWERS[config.ratio]
+    step_log_ratio = _pooled(z, tokens, share, ratio_center, config.ratio)
 
     # What log pi of a token is multiplied by in the gradient, but for 1 / total: first the part of
-    # the policy, by step and then by token. A part of 0 is cut off where its graph begins, as a
-    # NaN further on would make it one.
+    # the policy. A part of 0 is cut off where its graph begins, as a NaN further on would make it
+    # one.
     with torch.no_grad():
-        ratio = _ratio(step_log_ratio, config.log_ratio_max)
-        _, is_clipped, active = clipped_loss(ratio, advantages, config)
-        moving = active & ~(step_log_ratio > config.log_ratio_max)
-        slope = torch.where(moving, -advantages * ratio, 0.0)
-        step_slope = _times(_times(slope, weights), scale)
-        if is_weights is not None and not is_weights_per_token:
-            step_slope = _times(step_slope, is_weights)
-        coefficient = step_slope[step_of]
-        if is_weights is not None and is_weights_per_token:
-            coefficient = _times(coefficient, is_weights[token_index])
+        x = z if has_token_ratio else at_units(step_log_ratio)
+        _, slope, is_clipped = surrogate(x, unit_advantages, low, high, config, gap)
+        unit_part = _times(slope, at_units(weights * share))
+        if unit_is_weights is not None:
+            unit_part = _times(unit_part, unit_is_weights)
+        coefficient = torch.where(is_bitten, 0.0, on_tokens(unit_part))
 
-    if is_weights is not None and is_weights_per_token:
-        # The token form: each token carries the step's ratio, but a gradient of its own.
-        step_part = step_log_ratio.detach()[step_of]
-        own_part = torch.where(coefficient != 0, z - z.detach(), 0.0)
-        own_part = (scale * divisor)[step_of] * own_part
-        token_ratio = _ratio(step_part + own_part, config.log_ratio_max)
-        token_loss, *_ = clipped_loss(token_ratio, advantages[step_of], config)
-        loss = per_step_mean(token_loss * is_weights[token_index])
+    if not by_token:
+        moved = _only(step_log_ratio, unit_part != 0)
+    elif has_token_ratio:
+        moved = _only(z, coefficient != 0)
     else:
-        moved_by = _only(step_log_ratio, step_slope != 0)
-        loss, *_ = clipped_loss(_ratio(moved_by, config.log_ratio_max), advantages, config)
-        if is_weights is not None:
-            loss = loss * is_weights
+        # Each token carries the ratio of its step, but a gradient of its own. The mean over the
+        # step divides that by L.
+        own = tokens.spread(share * divisor) * moving_zero(z)
+        moved = x + torch.where(coefficient != 0, own, 0.0)
+    loss, *_ = surrogate(moved, unit_advantages, low, high, config, gap)
+    if unit_is_weights is not None:
+        loss = loss * unit_is_weights
+    if by_token:
+        loss = tokens.mean(loss)
 
     kl = entropy_mean = torch.zeros_like(divisor)
     if ref_log_probs is not None:
-        ref = ref_log_probs[token_index]
+        ref = tokens.gather(ref_log_probs)
         with torch.no_grad():
             kl_unit = _times(torch.full_like(divisor, config.kl_coef), weights / divisor)
-            kl_part = _times(kl_unit[step_of], kl_slope(ref - new, config.kl_estimator))
+            kl_part = _times(tokens.spread(kl_unit), kl_slope(ref - new, config.kl_estimator))
             coefficient = coefficient + kl_part
-        kl = per_step_mean(kl_penalty(ref - _only(new, kl_part != 0), config.kl_estimator))
+        kl = tokens.mean(kl_penalty(ref - _only(new, kl_part != 0), config.kl_estimator))
     is_dead = coefficient == 0
     if entropy is not None:
         entropy_unit = _times(torch.full_like(divisor, config.entropy_coef), weights)
-        has_bonus = (entropy_unit != 0)[step_of]
+        has_bonus = tokens.spread(entropy_unit != 0)
         is_dead &= ~has_bonus
-        entropy_mean = per_step_mean(_only(entropy[token_index], has_bonus))
+        entropy_mean = tokens.mean(_only(tokens.gather(entropy), has_bonus))
 
     policy_term, kl_term, entropy_term = (
         (weights * torch.where(nonempty, term, 0.0)).sum() / total
@@ -182,12 +184,42 @@ def policy_loss(
     )
     objective = policy_term + config.kl_coef * kl_term - config.entropy_coef * entropy_term
     # Without action tokens the graph must still reach the inputs.
-    objective = objective + log_probs[:0].sum()
+    objective = objective + log_probs.reshape(-1)[:0].sum()
     with torch.no_grad():
+        ratio = capped_ratio(z if has_token_ratio else step_log_ratio, config.log_ratio_max)
         metrics = _metrics(
-            (policy_term, kl_term, entropy_term), ratio, is_clipped, advantages, lengths, z, is_dead
+            (policy_term, kl_term, entropy_term),
+            denominator(tokens.lengths, count, config.reduction, normalizer),
+            tokens,
+            ratio if has_token_ratio else tokens.spread(ratio),
+            tokens.mean(ratio) if has_token_ratio else ratio,
+            on_tokens(is_clipped),
+            raw,
+            is_dead,
         )
     return objective, metrics, step_log_ratio.detach()
+
+
+def _clip_tokens(
+    z: Tensor, advantages: Tensor, bounds: tuple[float, float] | None
+) -> tuple[Tensor, Tensor]:
+    """Return log-ratios clamped on the side of their advantage (GMPO), and where that bites."""
+    if bounds is None:
+        return z, torch.zeros_like(z, dtype=torch.bool)
+    low, high = bounds
+    is_above = (advantages >= 0) & (z > high)
+    is_below = (advantages < 0) & (z < -low)
+    return torch.where(is_above, high, torch.where(is_below, -low, z)), is_above | is_below
+
+
+def _pooled(
+    z: Tensor, tokens: _Tokens, share: Tensor, ratio_center: Tensor | None, ratio: str
+) -> Tensor:
+    """Return the log-ratio of each step: mu + L^-p sum(z - mu), 0 of an empty one."""
+    if ratio != "centered":
+        return share * tokens.sum(z)
+    mu = z.detach().sum() / max(z.numel(), 1) if ratio_center is None else ratio_center.to(z)
+    return torch.where(tokens.nonempty, mu + share * tokens.sum(z - mu), 0.0)
 
 
 def _times(coefficient: Tensor, factor: Tensor) -> Tensor:
@@ -200,55 +232,50 @@ def _only(values: Tensor, alive: Tensor) -> Tensor:
     return torch.where(alive, values, values.detach())
 
 
-def _ratio(log_ratio: Tensor, log_ratio_max: float) -> Tensor:
-    """Return e^x with x clamped above, without gradient beyond; a NaN stays one, gradient too."""
-    return torch.where(log_ratio > log_ratio_max, log_ratio_max, log_ratio).exp()
-
-
 def _metrics(
     terms: tuple[Tensor, Tensor, Tensor],
+    divided_by: Tensor,
+    tokens: _Tokens,
     ratio: Tensor,
+    step_ratio: Tensor,
     is_clipped: Tensor,
-    advantages: Tensor,
-    lengths: Tensor,
     z: Tensor,
-    dead: Tensor,
+    is_dead: Tensor,
 ) -> Tensor:
-    """Return `POLICY_METRICS` as fp64; of no step, ratios are 1 and everything else is 0."""
-    nonempty = lengths > 0
-    num_steps, num_tokens = nonempty.sum(), lengths.sum()
-    ratio = ratio.to(torch.float64)
+    """Return `POLICY_METRICS` and the hidden entries as fp64; of no step, ratios are 1, others 0.
+
+    All are per token but `step_ratio`, the ratio of a step or the mean of those of its tokens.
+    """
+    num_steps, num_tokens = tokens.nonempty.sum(), z.numel()
 
     def over_steps(values: Tensor) -> Tensor:
-        return torch.where(nonempty, values, 0).sum() / num_steps.clamp_min(1)
+        return torch.where(tokens.nonempty, values, 0).sum() / num_steps.clamp_min(1)
 
     def over_tokens(values: Tensor) -> Tensor:
-        return values.sum() / num_tokens.clamp_min(1)
+        return values.to(torch.float64).sum() / max(num_tokens, 1)
 
-    # An entry of 1 stands in where there is no step. A NaN is both the least and the largest.
-    lowest, largest = (
-        torch.cat(
-            (
-                torch.where(nonempty, ratio, unseen),
-                torch.where(num_steps == 0, 1.0, unseen).to(ratio).reshape(1),
-            )
-        )
-        for unseen in (torch.inf, -torch.inf)
-    )
-    clipped = is_clipped & nonempty
+    def clip_fraction(flags: Tensor) -> Tensor:
+        return over_steps(tokens.sum(flags.to(torch.float64)) / tokens.divisor)
+
+    one = torch.ones_like(num_steps)
+    has_steps = num_tokens > 0
+    is_low = ratio < 1
     values = (
         *terms,
-        torch.where(num_steps == 0, 1.0, over_steps(ratio)),
-        lowest.amin(),
-        largest.amax(),
-        over_steps(clipped.to(ratio)),
-        over_steps((clipped & (advantages < 0)).to(ratio)),
-        over_steps((clipped & (advantages > 0)).to(ratio)),
-        over_tokens((clipped * lengths).to(ratio)),
-        over_tokens(-z.to(ratio)),
-        over_tokens(kl_penalty(z, "k3").to(ratio)),
-        over_tokens(dead.to(ratio)),
+        over_steps(step_ratio.to(torch.float64)) if has_steps else one,
+        # A NaN is both the least and the largest.
+        ratio.amin() if has_steps else one,
+        ratio.amax() if has_steps else one,
+        clip_fraction(is_clipped),
+        clip_fraction(is_clipped & is_low),
+        clip_fraction(is_clipped & ~is_low),
+        over_tokens(is_clipped),
+        over_tokens(-z),
+        over_tokens(kl_penalty(z, "k3")),
+        over_tokens(is_dead),
         num_steps,
-        num_tokens,
+        one * num_tokens,
+        divided_by,
+        one,
     )
     return torch.stack([value.to(torch.float64) for value in values])

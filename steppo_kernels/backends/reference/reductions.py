@@ -22,3 +22,17 @@ def reduction_weights(
     else:
         weights, total = nonempty, nonempty.new_ones(())
     return weights, total.clamp_min(1.0)
+
+
+def denominator(
+    lengths: Tensor, total: Tensor, reduction: str, normalizer: Tensor | None
+) -> Tensor:
+    """Return what the sums of a loss were divided by, fp64, for metrics that are merged later.
+
+    `total` is the second result of `reduction_weights`, which is 1 where there is nothing to count.
+    Here that is 0, so that a part without steps adds nothing.
+    """
+    if normalizer is not None:
+        return normalizer.to(total.device, torch.float64)
+    counted = total.to(torch.float64)
+    return counted if reduction == "sum" else torch.where(lengths.sum() > 0, counted, 0.0)

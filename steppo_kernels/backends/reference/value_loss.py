@@ -7,30 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..records import States
 from .gae import at_states
-from .reductions import reduction_weights
+from .reductions import denominator, reduction_weights
 
 
 def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
-    values_per_token: bool,
-    old_values_per_token: bool,
-    state_index: Tensor,
-    step_lengths: Tensor,
-    trajectory_counts: Tensor,
     normalizer: Tensor | None,
+    states: States,
     clip: float,
     reduction: str,
+    values_per_token: bool,
+    old_values_per_token: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss (differentiable) and `VALUE_METRICS`.
+    """Return the loss (differentiable) and the metric vector.
 
-    Arguments are those of the operator `value_loss` in `steppo_kernels.backends.operators`.
+    Arguments are those of the operator `value_loss` in `steppo_kernels.backends.operators`, but for
+    its config.
     """
-    weights, count = reduction_weights(step_lengths, trajectory_counts, reduction, returns.dtype)
-    total = count if normalizer is None else normalizer.to(device=count.device, dtype=returns.dtype)
-    kept = step_lengths > 0
+    state_index, lengths, trajectory_counts = states
+    weights, count = reduction_weights(lengths, trajectory_counts, reduction, returns.dtype)
+    total = count if normalizer is None else normalizer.to(count)
+    kept = lengths > 0
     zero = torch.zeros_like(returns)
     reached = at_states(values, state_index) if values_per_token else values
     v = torch.where(kept, reached, zero)
@@ -52,25 +53,32 @@ def value_loss(
     is_flat = is_clipped | ((weights * error == 0) & ~is_lost)
     loss = torch.where(is_clipped, clipped, gain * (_ZeroStays.apply(v, is_flat) - target) ** 2)
     loss = 0.5 * loss
-    objective = (weights * loss).sum() / total + values[:0].sum()
+    # Without steps the graph must still reach the values.
+    objective = (weights * loss).sum() / total + values.reshape(-1)[:0].sum()
 
     with torch.no_grad():
         num_steps = kept.sum()
 
+        def added(x: Tensor) -> Tensor:
+            return torch.where(kept, x, zero).to(torch.float64).sum()
+
         def mean(x: Tensor) -> Tensor:
-            return torch.where(kept, x, zero).to(torch.float64).sum() / num_steps.clamp_min(1)
+            return added(x) / num_steps.clamp_min(1)
 
         residual = target - v
-        spread = mean((target - mean(target)) ** 2)
-        unexplained = mean((residual - mean(residual)) ** 2)
-        explained = torch.where(spread == 0, 0.0, 1 - unexplained / spread)
+        spread = added((target - mean(target)) ** 2)
+        unexplained = added((residual - mean(residual)) ** 2)
         rows = (
             objective,
             mean(is_clipped.to(v.dtype)),
             mean(v),
             mean(target),
-            explained,
+            torch.where(spread == 0, 0.0, 1 - unexplained / spread),
             num_steps,
+            denominator(lengths, count, reduction, normalizer),
+            spread,
+            unexplained,
+            torch.ones_like(spread),
         )
         metrics = torch.stack([value.to(torch.float64) for value in rows])
     return objective, metrics
