@@ -70,7 +70,9 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
         name = fake.__name__
 
         def dispatch(*args: Any) -> Any:
-            outputs = launcher(args[-1], name)(*args[:-1])
+            # The dispatcher makes lists of the tuples that launchers hand on as they are.
+            given = [tuple(x) if isinstance(x, list) else x for x in args[:-1]]
+            outputs = launcher(args[-1], name)(*given)
             if not isinstance(outputs, tuple):
                 return outputs
             empty = next((x for x in outputs if x is not None), None)

@@ -444,7 +444,9 @@ def require_layout(value: object) -> StepTensors:
                     f"layout: got a StepLayout whose {name} was written to, expected one that is "
                     "as it was built"
                 )
-    return value._held
+        return value._held
+    # What a layout keeps would be constants of a graph.
+    return StepTensors(*value._held)
 
 
 @outside_inference_mode

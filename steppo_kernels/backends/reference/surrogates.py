@@ -73,29 +73,32 @@ def capped_ratio(x: Tensor, log_ratio_max: float) -> Tensor:
     return torch.where(x > log_ratio_max, log_ratio_max, x).exp()
 
 
-def moved_by(x: Tensor, value: Tensor, *factors: Tensor) -> Tensor:
-    """Return `value` with the derivative by `x` that is the product of `factors`, of its shape.
+def moved_by(x: Tensor, value: Tensor, factor: Tensor, other: Tensor | None = None) -> Tensor:
+    """Return `value` with the derivative by `x` that is the product of the factors, of its shape.
 
     A derivative of 0 makes the gradient 0, whatever the gradient of the value is, and an infinite
     number has one like any other.
     """
-    moved: Tensor = _MovedBy.apply(x, value, *factors)
+    moved: Tensor = _MovedBy.apply(x, value, factor, other)
     return moved
 
 
 class _MovedBy(torch.autograd.Function):
+    # Without *args: torch.compile takes their number for that of a forward without ctx.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, *factors: Tensor) -> Tensor:
-        ctx.save_for_backward(*factors)
+    def forward(
+        ctx: Any, x: Tensor, value: Tensor, factor: Tensor, other: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(factor, other)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factors = ctx.saved_tensors
-        moved = grad
-        for factor in factors:
-            moved = torch.where(factor == 0, 0.0, moved * factor)
-        return moved, None, *(None for _ in factors)
+        factor, other = ctx.saved_tensors
+        moved = torch.where(factor == 0, 0.0, grad * factor)
+        if other is not None:
+            moved = torch.where(other == 0, 0.0, moved * other)
+        return moved, None, None, None
 
 
 def _clip(unit: _Unit) -> _Found:
