@@ -12,42 +12,39 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_STRIDED = torch.strided
 
 
-def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> bool:
+def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
     """Return whether kernels take `value` as it is.
 
     That is almost every tensor of almost every call: plain, contiguous, on `device`, in `dtype`.
     Whatever else comes takes the way through `tensor`, which finds the right word for it.
     """
-    if type(value) is not Tensor or torch.compiler.is_compiling():
+    if type(value) is not Tensor or is_compiling():
         return False
     try:
         return (
             value.dtype is dtype
-            and value.layout is _STRIDED
-            and not value.is_nested
-            and value.is_contiguous()
-            and not value.is_neg()
-            and not value.is_inference()
             and value.device == device
+            and value.is_contiguous()
+            and not (value.is_neg() or value.is_nested or value.is_inference())
             and (address := value.data_ptr()) != 0
             and address % 8 == 0
         )
     except RuntimeError:
-        # Some kinds raise for an address.
+        # What is no dense memory raises for its address, if not before.
         return False
 
 
@@ -65,7 +62,7 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
     if type(value) in _PLAIN:
         assert isinstance(value, Tensor)
         # What a compiler traces holds no values yet, and is made plain by it.
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return value
         # One test for almost every tensor of almost every call. Some kinds raise for an address.
         try:
@@ -83,7 +80,7 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
     elif not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     checked = dense(name, value)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return checked
     if checked.is_meta:
         raise ValueError(f"{name}: got a tensor on meta, expected one that holds values")
@@ -238,10 +235,8 @@ def tokens(
     name: str, value: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Return a floating tensor whose entries stand in the order of `shape`, solid in `dtype`."""
-    if is_ready(value, dtype, device):
-        assert isinstance(value, Tensor)
-        if value.shape == shape:
-            return value
+    if is_ready(value, dtype, device) and value.shape == shape:
+        return value
     return solid(token_count(name, value, shape, device), dtype)
 
 
@@ -260,11 +255,7 @@ def steps_or_tokens(
     """
     if num_steps is None:
         return tokens(name, value, shape, device, dtype), True
-    if is_ready(value, dtype, device):
-        assert isinstance(value, Tensor)
-        checked = value
-    else:
-        checked = floating(name, value, device)
+    checked = value if is_ready(value, dtype, device) else floating(name, value, device)
     found = checked.shape
     if found == (num_steps,):
         return solid(checked, dtype), False
@@ -297,7 +288,7 @@ def flags(
         return _ones(checked)
     if checked.dtype not in (*INTEGER_DTYPES, *FLOAT_DTYPES):
         raise TypeError(f"{name}: got {checked.dtype}, expected bool, or int or float of 0/1")
-    if torch.compiler.is_compiling() or not (wait or checked.device.type == "cpu"):
+    if is_compiling() or not (wait or checked.device.type == "cpu"):
         return checked != 0
     ones = checked.to(torch.bool)
     if not torch.equal(ones.to(checked.dtype), checked):
@@ -309,7 +300,7 @@ def flags(
 def _ones(flags: Tensor) -> Tensor:
     """Return bools whose bytes are 0 and 1, as kernels take them; torch takes any byte but 0."""
     stored = flags.view(torch.uint8)
-    if torch.compiler.is_compiling() or flags.device.type != "cpu":
+    if is_compiling() or flags.device.type != "cpu":
         return stored != 0
     # A look at the largest costs a fortieth of a comparison.
     return stored != 0 if flags.numel() and int(stored.max()) > 1 else flags
@@ -339,7 +330,7 @@ def temperature(
         _finite(name, number, positive=True)
         return None, _float(name, number)
     checked = flat(token_count(name, value, shape, device), torch.float64).detach()
-    if checked.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checked.device.type == "cpu" and not is_compiling():
         bad = ~((checked > 0) & checked.isfinite())
         if mask is not None:
             bad &= mask
@@ -384,7 +375,7 @@ def scalar(
             raise TypeError(f"{name}: got {value.dtype}, expected a real number")
         if value.device.type != "cpu":
             on_device(name, value, device)
-        elif not torch.compiler.is_compiling():
+        elif not is_compiling():
             _finite(name, value.item(), positive, or_zero)
         return value.detach().to(torch.float64)
     number = _number(name, value, "a number or 0-dim tensor")
@@ -473,7 +464,7 @@ def wants_gradient(*values: Tensor | None) -> bool:
     Raises:
         RuntimeError: one is a dual number of forward mode, whose tangent would be lost.
     """
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if not is_compiling() and forward_ad._current_level >= 0:
         for value in values:
             if value is not None and forward_ad.unpack_dual(value).tangent is not None:
                 raise RuntimeError(

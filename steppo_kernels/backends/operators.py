@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
 from .records import States, Steps, Timeline
@@ -43,7 +44,7 @@ def call(name: str, backend: str, *args: Any) -> Any:
 
 def runner(name: str, backend: str) -> Callable[..., Any]:
     """Return what `call` calls."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return launcher(backend, name)
 
     def compiled(*args: Any) -> Any:
@@ -224,8 +225,8 @@ def value_loss(
 
 @_operator(
     "policy_loss",
-    "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
-    "Tensor? entropy, Tensor? is_weights, Tensor? step_weights, Tensor? clip_low, "
+    "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
+    "Tensor? ref_log_probs, Tensor? is_weights, Tensor? step_weights, Tensor? clip_low, "
     "Tensor? clip_high, Tensor? ratio_center, Tensor? normalizer, Tensor[] steps, float[] config, "
     "bool advantages_per_token, bool is_weights_per_token, bool need_grad, "
     "bool need_entropy_grad, str backend) -> (Tensor loss, Tensor metrics, Tensor step_log_ratio, "
@@ -233,10 +234,10 @@ def value_loss(
 )
 def policy_loss(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
     clip_low: Tensor | None,
@@ -264,17 +265,17 @@ def policy_loss(
 
 @_operator(
     "policy_loss",
-    "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
-    "Tensor? entropy, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, Tensor mask, "
+    "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
+    "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, Tensor mask, "
     "SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
 )
 def policy_loss_masked(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,

@@ -179,14 +179,14 @@ def _is_outside(weights: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 
 def _metrics(weights: Tensor, has_tokens: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Return `ROLLOUT_METRICS` of the units that have tokens, as fp64."""
+    """Return `ROLLOUT_METRICS` of the units that have tokens and the hidden entries, as fp64."""
     is_outside = _is_outside(weights, bounds) & has_tokens
     weights = weights.to(torch.float64)
     kept = torch.where(has_tokens, weights, 0.0)
     total, squares = kept.sum(), kept.square().sum()
-    count = has_tokens.sum().to(torch.float64)
-    is_empty = count == 0
-    count = count.clamp_min(1.0)
+    num_weights = has_tokens.sum().to(torch.float64)
+    is_empty = num_weights == 0
+    count = num_weights.clamp_min(1.0)
     # An entry of 1 stands in where there is no unit. A NaN is both the least and the largest.
     lowest, largest = (
         torch.cat(
@@ -203,5 +203,8 @@ def _metrics(weights: Tensor, has_tokens: Tensor, bounds: tuple[float, float]) -
         largest.amax(),
         torch.where(is_empty, 1.0, total.square() / (count * squares)),
         is_outside.sum() / count,
+        num_weights,
+        total,
+        squares,
     )
     return torch.stack(values)

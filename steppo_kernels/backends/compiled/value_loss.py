@@ -11,7 +11,6 @@ from ...outputs import NUM_VALUE_METRICS
 from ..records import States, record
 from .launch import DTYPES, addresses, empty, kernels, place, scalar_like
 
-
 _METRICS = empty(NUM_VALUE_METRICS, torch.float64)
 
 

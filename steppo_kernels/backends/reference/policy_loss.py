@@ -83,10 +83,10 @@ def _kl_value(d: Tensor, estimator: str) -> Tensor:
 
 def policy_loss(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
     clip_low: Tensor | None,

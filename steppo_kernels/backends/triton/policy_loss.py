@@ -40,7 +40,7 @@ from .policy_steps import (
     bitten,
     log_ratio_sums,
     step_block,
-    step_bound,
+    step_limits,
     step_weights,
     tokens_at,
     write_tokens,
@@ -48,9 +48,10 @@ from .policy_steps import (
 )
 from .policy_sums import (
     FIELDS,
-    add_ratios,
+    extremes,
     find_center,
     finish,
+    fixed_limits,
     largest,
     needs_token_pass,
     new_gradients,
@@ -90,8 +91,8 @@ def policy_loss_kernel(
     num_tokens,
     step_programs,
     center: tl.float64,
-    clip_low: tl.float64,
-    clip_high: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
     dual_clip: tl.float64,
     token_low: tl.float64,
     token_high: tl.float64,
@@ -147,6 +148,7 @@ def policy_loss_kernel(
             b_s, m_s, b_begin, b_len, m_step, b_inverse = step_block(
                 p_offsets, i_block, num_steps, BS
             )
+            longest = tl.max(b_len, 0)
             b_pooled, b_sum, b_k3 = log_ratio_sums(
                 p_new,
                 p_old,
@@ -155,6 +157,7 @@ def policy_loss_kernel(
                 b_s,
                 b_begin,
                 b_len,
+                longest,
                 token_low,
                 token_high,
                 False,
@@ -164,25 +167,27 @@ def policy_loss_kernel(
             )
             b_log_ratio, b_scale = pool(b_pooled, b_len, b_inverse, mu, RATIO)
             tl.store(p_log_ratio + b_s, b_log_ratio, mask=m_s)
-            b_clip_low = step_bound(p_clip_low, clip_low, b_s, m_step, BS)
-            b_clip_high = step_bound(p_clip_high, clip_high, b_s, m_step, BS)
+            b_floor, b_ceiling = step_limits(
+                p_clip_low, p_clip_high, low, high, b_s, m_step, SURROGATE, BS
+            )
             b_adv = tl.load(p_adv + b_s, mask=m_step, other=0.0)
-            b_ratio, b_loss, b_slope, m_clipped = surrogate(
+            b_ratio, b_loss, b_slope, m_clipped, m_below = surrogate(
                 b_log_ratio,
                 b_log_ratio,
                 b_adv.to(tl.float64),
-                b_clip_low,
-                b_clip_high,
+                b_floor,
+                b_ceiling,
                 dual_clip,
                 soft_positive,
                 soft_negative,
                 log_ratio_max,
                 SURROGATE,
             )
-            b_ratios, b_min, b_max = add_ratios(b_ratios, b_min, b_max, b_ratio, m_step)
+            b_ratios += tl.where(m_step, b_ratio, 0.0)
+            b_min, b_max = extremes(b_min, b_max, b_ratio, m_step)
             m_clipped = m_clipped & m_step
-            b_low += (m_clipped & (b_ratio < 1)).to(tl.int32)
-            b_high += (m_clipped & (b_ratio >= 1)).to(tl.int32)
+            b_low += (m_clipped & m_below).to(tl.int32)
+            b_high += (m_clipped & ~m_below).to(tl.int32)
             b_clipped_tokens += tl.where(m_clipped, b_len, 0)
             b_z_all += b_sum
             b_k3_all += b_k3
@@ -206,7 +211,7 @@ def policy_loss_kernel(
                 b_kl_sum = tl.zeros([BS, BT], tl.float64)
                 b_entropy_sum = tl.zeros([BS, BT], tl.float64)
                 b_dead_sum = tl.zeros([BS, BT], tl.int32)
-                for t in range(0, tl.max(b_len, 0), BT):
+                for t in range(0, longest, BT):
                     b_pos, m_token = tokens_at(p_index, b_begin, b_len, t, BT)
                     b_grad = tl.broadcast_to(b_slope[:, None], [BS, BT])
                     if p_is is not None and IS_PER_TOKEN:
@@ -268,10 +273,10 @@ def policy_loss_kernel(
 
 def policy_loss(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
     clip_low: Tensor | None,
@@ -346,8 +351,7 @@ def policy_loss(
             num_tokens,
             step_programs,
             center,
-            c.clip_low,
-            c.clip_high,
+            *fixed_limits(c),
             c.dual_clip,
             c.token_clip_low,
             c.token_clip_high,

@@ -15,13 +15,13 @@ from .policy_steps import (
     log_probs_at,
     log_ratio_sums,
     step_block,
-    step_bound,
+    step_limits,
     step_weights,
     tokens_at,
     write_tokens,
     zero_masked,
 )
-from .policy_sums import FIELDS, add_ratios, largest, read_center, smallest, store_partials
+from .policy_sums import FIELDS, extremes, largest, read_center, smallest, store_partials
 from .step_math import (
     TOKEN,
     TRAJECTORY_MEAN,
@@ -60,8 +60,8 @@ def policy_loss_by_token_kernel(
     num_tokens,
     step_programs,
     center: tl.float64,
-    clip_low: tl.float64,
-    clip_high: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
     dual_clip: tl.float64,
     token_low: tl.float64,
     token_high: tl.float64,
@@ -117,6 +117,7 @@ def policy_loss_by_token_kernel(
             b_s, m_s, b_begin, b_len, m_step, b_inverse = step_block(
                 p_offsets, i_block, num_steps, BS
             )
+            longest = tl.max(b_len, 0)
             if RATIO == TOKEN:
                 b_scale = b_inverse
             else:
@@ -128,6 +129,7 @@ def policy_loss_by_token_kernel(
                     b_s,
                     b_begin,
                     b_len,
+                    longest,
                     token_low,
                     token_high,
                     ADV_PER_TOKEN,
@@ -138,9 +140,11 @@ def policy_loss_by_token_kernel(
                 b_log_ratio, b_scale = pool(b_pooled, b_len, b_inverse, mu, RATIO)
                 b_limited = tl.where(b_log_ratio > log_ratio_max, log_ratio_max, b_log_ratio)
                 b_ratio, _ = exp_and_excess(b_limited)
-                b_ratios, b_min, b_max = add_ratios(b_ratios, b_min, b_max, b_ratio, m_step)
-            b_clip_low = step_bound(p_clip_low, clip_low, b_s, m_step, BS)
-            b_clip_high = step_bound(p_clip_high, clip_high, b_s, m_step, BS)
+                b_ratios += tl.where(m_step, b_ratio, 0.0)
+                b_min, b_max = extremes(b_min, b_max, b_ratio, m_step)
+            b_floor, b_ceiling = step_limits(
+                p_clip_low, p_clip_high, low, high, b_s, m_step, SURROGATE, BS
+            )
             b_w, b_share = step_weights(p_weights, p_counts, b_s, b_len, m_step, REDUCTION)
             if REDUCTION == TRAJECTORY_MEAN:
                 b_trajectories += b_share
@@ -165,9 +169,9 @@ def policy_loss_by_token_kernel(
             b_z_sum = tl.zeros([BS, BT], tl.float64)
             b_k3_sum = tl.zeros([BS, BT], tl.float64)
             b_ratio_sum = tl.zeros([BS, BT], tl.float64)
-            b_least = tl.full([BS, BT], float("inf"), tl.float64)
-            b_most = tl.full([BS, BT], float("-inf"), tl.float64)
-            for t in range(0, tl.max(b_len, 0), BT):
+            b_least = tl.full([BS, BT], float("inf"), p_new.dtype.element_ty)
+            b_most = tl.full([BS, BT], float("-inf"), p_new.dtype.element_ty)
+            for t in range(0, longest, BT):
                 b_pos, m_token = tokens_at(p_index, b_begin, b_len, t, BT)
                 if ADV_PER_TOKEN:
                     b_adv = tl.load(p_adv + b_pos, mask=m_token, other=0.0)
@@ -180,12 +184,12 @@ def policy_loss_by_token_kernel(
                 else:
                     b_x = b_log_ratio.to(b_adv.dtype)[:, None]
                     b_gap = b_x
-                b_rho, b_value, b_slope, m_clipped = surrogate(
+                b_rho, b_value, b_slope, m_clipped, m_below = surrogate(
                     b_x,
                     b_gap,
                     b_adv,
-                    b_clip_low[:, None],
-                    b_clip_high[:, None],
+                    b_floor[:, None],
+                    b_ceiling[:, None],
                     dual_clip,
                     soft_positive,
                     soft_negative,
@@ -193,11 +197,10 @@ def policy_loss_by_token_kernel(
                     SURROGATE,
                 )
                 if RATIO == TOKEN:
-                    b_ratio_sum, b_least, b_most = add_ratios(
-                        b_ratio_sum, b_least, b_most, b_rho.to(tl.float64), m_token
-                    )
-                b_low_sum += (m_token & m_clipped & (b_rho < 1)).to(tl.int32)
-                b_high_sum += (m_token & m_clipped & (b_rho >= 1)).to(tl.int32)
+                    b_ratio_sum += tl.where(m_token, b_rho, 0.0).to(tl.float64)
+                    b_least, b_most = extremes(b_least, b_most, b_rho, m_token)
+                b_low_sum += (m_token & m_clipped & m_below).to(tl.int32)
+                b_high_sum += (m_token & m_clipped & ~m_below).to(tl.int32)
                 b_loss = b_value.to(tl.float64)
                 b_grad = times(b_slope.to(tl.float64), b_factor[:, None])
                 if p_is is not None and IS_PER_TOKEN:
@@ -232,9 +235,8 @@ def policy_loss_by_token_kernel(
                 b_k3 = tl.sum(b_k3_sum, 1)
                 b_log_ratio = b_sum * b_inverse
                 b_ratios += tl.sum(b_ratio_sum, 1) * b_inverse
-                b_step_min, b_step_max = smallest(b_least, 1), largest(b_most, 1)
-                _, b_min, _ = add_ratios(b_ratios, b_min, b_max, b_step_min, m_step)
-                _, _, b_max = add_ratios(b_ratios, b_min, b_max, b_step_max, m_step)
+                b_min, _ = extremes(b_min, b_max, smallest(b_least, 1).to(tl.float64), m_step)
+                _, b_max = extremes(b_min, b_max, largest(b_most, 1).to(tl.float64), m_step)
             tl.store(p_log_ratio + b_s, b_log_ratio, mask=m_s)
             b_z_all += b_sum
             b_k3_all += b_k3

@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...config import KernelConfig
-from .launch import aligned, device_guard, programs, row_block, threads
+from .launch import aligned, all_registers, device_guard, programs, row_block, threads
 from .policy_sums import (
     FIELDS,
-    add_ratios,
+    extremes,
     find_center,
     finish,
+    fixed_limits,
     largest,
     new_gradients,
     new_partials,
@@ -88,8 +89,8 @@ def policy_loss_masked_kernel(
     row_length,
     max_runs,
     center: tl.float64,
-    clip_low: tl.float64,
-    clip_high: tl.float64,
+    low: tl.float64,
+    high: tl.float64,
     dual_clip: tl.float64,
     token_low: tl.float64,
     token_high: tl.float64,
@@ -186,7 +187,8 @@ def policy_loss_masked_kernel(
                 b_x, _ = pool(b_sum, b_len, b_inverse, mu, RATIO)
                 tl.store(p_x + b_run, b_x, mask=m_step)
                 b_rho, _ = exp_and_excess(tl.where(b_x > log_ratio_max, log_ratio_max, b_x))
-                b_ratios, b_min, b_max = add_ratios(b_ratios, b_min, b_max, b_rho, m_step)
+                b_ratios += tl.where(m_step, b_rho, 0.0)
+                b_min, b_max = extremes(b_min, b_max, b_rho, m_step)
         steps += runs
         trajectories += tl.where(runs > 0, 1, 0)
         tl.debug_barrier()
@@ -210,12 +212,12 @@ def policy_loss_masked_kernel(
             else:
                 b_x = tl.load(p_x + b_run, mask=m_token, other=0.0).to(b_adv.dtype)
                 b_gap = b_x
-            b_rho, b_value, b_slope, m_clipped = surrogate(
+            b_rho, b_value, b_slope, m_clipped, m_below = surrogate(
                 b_x,
                 b_gap,
                 b_adv,
-                clip_low,
-                clip_high,
+                low,
+                high,
                 dual_clip,
                 soft_positive,
                 soft_negative,
@@ -224,11 +226,11 @@ def policy_loss_masked_kernel(
             )
             if RATIO == TOKEN:
                 b_ratios += tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0)
-                _, b_min, b_max = add_ratios(b_ratios, b_min, b_max, b_rho.to(tl.float64), m_token)
+                b_min, b_max = extremes(b_min, b_max, b_rho.to(tl.float64), m_token)
             m_clipped = m_clipped & m_token
             b_clipped_tokens += m_clipped.to(tl.int32)
-            b_low += tl.where(m_clipped & (b_rho < 1), b_inverse, 0.0)
-            b_high += tl.where(m_clipped & (b_rho >= 1), b_inverse, 0.0)
+            b_low += tl.where(m_clipped & m_below, b_inverse, 0.0)
+            b_high += tl.where(m_clipped & ~m_below, b_inverse, 0.0)
 
             # w_s L_s^-p
             b_factor = b_unit
@@ -292,10 +294,10 @@ def policy_loss_masked_kernel(
 
 def policy_loss_masked(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
@@ -310,7 +312,9 @@ def policy_loss_masked(
     num_rows = log_probs.numel() // max(row_length, 1)
     num_programs = programs(num_rows)
     max_runs = row_length // 2 + 1
-    block = row_block(row_length)
+    # Numbers of 64 bits fill the registers of a thread with half as many tokens.
+    is_wide = log_probs.dtype == torch.float64
+    block = min(row_block(row_length), 512 if is_wide else 1024)
     mask = mask.view(torch.uint8)
     grad, grad_entropy = new_gradients(log_probs, need_grad, need_entropy_grad)
     partials = new_partials(log_probs, num_programs)
@@ -336,8 +340,7 @@ def policy_loss_masked(
             row_length,
             max_runs,
             center,
-            c.clip_low,
-            c.clip_high,
+            *fixed_limits(c),
             c.dual_clip,
             c.token_clip_low,
             c.token_clip_high,
@@ -356,7 +359,8 @@ def policy_loss_masked(
             ALIGNED=aligned(row_length),
             BR=min(block, 128),
             BT=block,
-            **threads(block),
+            **threads(block, 2 if is_wide else 4),
+            **all_registers(),
         )
         loss, metrics = finish(log_probs, partials, normalizer, c)
     return loss, metrics, grad, grad_entropy

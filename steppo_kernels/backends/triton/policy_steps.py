@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, clip_tokens, kl_k3, kl_terms, times
+from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, clip_tokens, kl_k3, kl_terms, limits, times
 from .tiles import chunk
 
 
@@ -65,13 +65,26 @@ def step_weights(p_weights, p_counts, b_s, b_len, m_step, REDUCTION: tl.constexp
 
 
 @triton.jit
-def step_bound(p_bound, bound, b_s, m_step, BS: tl.constexpr):
-    """Return a bound of steps in fp64: their own, or the one that is configured."""
-    if p_bound is not None:
-        b_bound = tl.load(p_bound + b_s, mask=m_step, other=0.0).to(tl.float64)
-    else:
-        b_bound = tl.broadcast_to(bound, [BS])
-    return b_bound
+def step_limits(
+    p_clip_low,
+    p_clip_high,
+    low,
+    high,
+    b_s,
+    m_step,
+    SURROGATE: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Return the limits of steps: their own, or those that are configured."""
+    b_low = tl.broadcast_to(low, [BS])
+    b_high = tl.broadcast_to(high, [BS])
+    if p_clip_low is not None:
+        b_own = tl.load(p_clip_low + b_s, mask=m_step, other=0.0).to(tl.float64)
+        b_low, _ = limits(b_own, b_own, SURROGATE)
+    if p_clip_high is not None:
+        b_own = tl.load(p_clip_high + b_s, mask=m_step, other=0.0).to(tl.float64)
+        _, b_high = limits(b_own, b_own, SURROGATE)
+    return b_low, b_high
 
 
 @triton.jit
@@ -110,6 +123,7 @@ def log_ratio_sums(
     b_s,
     b_begin,
     b_len,
+    longest,
     token_low,
     token_high,
     ADV_PER_TOKEN: tl.constexpr,
@@ -123,7 +137,7 @@ def log_ratio_sums(
     b_pooled_sum = tl.zeros([BS, BT], tl.float64)
     if TOKEN_CLIP and not ADV_PER_TOKEN:
         b_adv = tl.load(p_adv + b_s, mask=b_len > 0, other=0.0)[:, None]
-    for t in range(0, tl.max(b_len, 0), BT):
+    for t in range(0, longest, BT):
         b_pos, m_token = tokens_at(p_index, b_begin, b_len, t, BT)
         b_new, b_old = log_probs_at(p_new, p_old, b_pos, m_token)
         b_z = b_new.to(tl.float64) - b_old.to(tl.float64)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...config import KernelConfig
 from ...outputs import NUM_POLICY_METRICS, POLICY_METRICS
 from .launch import FLAT_BLOCK, aligned, scalar, threads
-from .step_math import CENTERED, clip_tokens, denominator
+from .step_math import CENTERED, QUADRATIC, SOFT, TV, clip_tokens, denominator
 from .tiles import chunk
 
 # Partial sums of one program. The extremes of the ratio are not summed.
@@ -92,14 +92,13 @@ def read_center(p_center, center, num_partials: tl.constexpr):
 
 
 @triton.jit
-def add_ratios(b_ratios, b_min, b_max, b_ratio, m_unit):
-    """Return the sum and the extremes of ratios, a block of units added to them."""
+def extremes(b_min, b_max, b_x, m_x):
+    """Return minima and maxima with the values at `m_x` in them."""
     # A NaN enters, and stays as it is neither above nor below.
-    m_nan = b_ratio != b_ratio
+    m_nan = b_x != b_x
     return (
-        b_ratios + tl.where(m_unit, b_ratio, 0.0),
-        tl.where(m_unit & ((b_ratio < b_min) | m_nan), b_ratio, b_min),
-        tl.where(m_unit & ((b_ratio > b_max) | m_nan), b_ratio, b_max),
+        tl.where(m_x & ((b_x < b_min) | m_nan), b_x, b_min),
+        tl.where(m_x & ((b_x > b_max) | m_nan), b_x, b_max),
     )
 
 
@@ -219,6 +218,13 @@ def finish_policy_loss_kernel(
 def needs_token_pass(*tensors: Tensor | None) -> bool:
     """Return whether anything is written or read by token once the steps are known."""
     return any(tensor is not None for tensor in tensors)
+
+
+def fixed_limits(config: KernelConfig) -> tuple[float, float]:
+    """Return the bounds of the config as `step_math.limits` makes them of those of steps."""
+    if int(config.surrogate) in (SOFT.value, QUADRATIC.value, TV.value):
+        return config.clip_low, config.clip_high
+    return 1.0 - config.clip_low, 1.0 + config.clip_high
 
 
 def new_gradients(

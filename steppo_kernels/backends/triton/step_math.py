@@ -72,6 +72,15 @@ def clip_tokens(b_z, b_adv, low, high):
 
 
 @triton.jit
+def limits(b_low, b_high, SURROGATE: tl.constexpr):
+    """Return bounds as `surrogate` takes them: of the ratio, but where it wants their size."""
+    if SURROGATE != SOFT and SURROGATE != QUADRATIC and SURROGATE != TV:
+        b_low = 1.0 - b_low
+        b_high = 1.0 + b_high
+    return b_low, b_high
+
+
+@triton.jit
 def surrogate(
     b_x,
     b_gap,
@@ -84,20 +93,21 @@ def surrogate(
     log_ratio_max,
     SURROGATE: tl.constexpr,
 ):
-    """Return of each unit: rho, the value l(x, A), dl / dx, and whether it counts as clipped.
+    """Return of each unit: rho, the value l(x, A), dl / dx, whether it is clipped, and below 1.
 
     Everything is computed in the dtype of `b_x`; what comes in fp64 is rounded to it. `b_gap` is
-    p - q of a token, which only TV reads. `low` and `high` are the bounds as they are configured.
+    p - q of a token, which only TV reads. `low` and `high` are what `limits` returns.
     """
     dtype: tl.constexpr = b_x.dtype
     cap = log_ratio_max.to(dtype)
     m_beyond = b_x > cap
     b_ratio, b_excess = exp_and_excess(tl.where(m_beyond, cap, b_x))
-    floor = (1.0 - low).to(dtype)
-    ceiling = (1.0 + high).to(dtype)
+    low = low.to(dtype)
+    high = high.to(dtype)
+    m_negative = b_adv < 0
     if SURROGATE == CLIP:
         b_value = -b_adv * b_ratio
-        b_other = -b_adv * clamp(b_ratio, floor, ceiling)
+        b_other = -b_adv * clamp(b_ratio, low, high)
         m_clipped = b_other > b_value
         b_bound = -b_adv * dual_clip.to(dtype)
         b_worst = tl.where(m_clipped, b_other, b_value)
@@ -105,16 +115,18 @@ def surrogate(
         m_live = ~m_beyond & (b_adv != 0) & ~m_clipped & ~m_bounded
         b_slope = tl.where(m_live, b_value, 0.0)
         b_value = tl.where(m_bounded, b_bound, b_worst)
+        # The sign of A tells on which side of 1 the ratio was clipped, and is at hand.
+        m_below = m_negative
     else:
-        m_negative = b_adv < 0
+        m_below = b_ratio < 1
         if SURROGATE == CISPO:
-            b_c = clamp(b_ratio, floor, ceiling)
-            m_clipped = (b_ratio <= floor) | (b_ratio >= ceiling)
+            b_c = clamp(b_ratio, low, high)
+            m_clipped = (b_ratio <= low) | (b_ratio >= high)
         elif SURROGATE == MASK:
-            b_c = tl.where((b_ratio < floor) | (b_ratio > ceiling), 0.0, b_ratio)
-            m_clipped = (b_ratio <= floor) | (b_ratio >= ceiling)
+            b_c = tl.where((b_ratio < low) | (b_ratio > high), 0.0, b_ratio)
+            m_clipped = (b_ratio <= low) | (b_ratio >= high)
         elif SURROGATE == TV:
-            m_inside = tl.where(m_negative, b_gap >= -low.to(dtype), b_gap <= high.to(dtype))
+            m_inside = tl.where(m_negative, b_gap >= -low, b_gap <= high)
             # Without a ratio the token has no weight either, not even 0.
             b_c = tl.where(m_inside | (b_ratio != b_ratio), b_ratio, 0.0)
             m_clipped = (b_c == 0) | (b_x >= cap)
@@ -127,7 +139,7 @@ def surrogate(
             b_c = b_ratio * (4.0 * b_small / (b_whole * b_whole))
             m_clipped = b_c == 0
         else:
-            b_step = b_excess / tl.where(m_negative, low, high).to(dtype)
+            b_step = b_excess / tl.where(m_negative, low, high)
             b_c = b_ratio * (1.0 + tl.where(m_negative, b_step, -b_step))
             m_clipped = b_c == 0
         m_live = (b_adv != 0) & (b_c != 0)
@@ -141,7 +153,7 @@ def surrogate(
             b_value = times(tl.abs(b_adv), 0.5 * b_excess * b_step) - b_adv * b_ratio
         else:
             b_value = -b_adv * b_c
-    return b_ratio, b_value, b_slope, m_clipped
+    return b_ratio, b_value, b_slope, m_clipped, m_below
 
 
 @triton.jit
