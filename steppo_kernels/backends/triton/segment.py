@@ -18,6 +18,7 @@ from .launch import (
     FLAT_BLOCK,
     aligned,
     all_registers,
+    all_registers,
     cdiv,
     device_guard,
     programs,
@@ -407,5 +408,6 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
             num_tokens,
             BS=_SEARCH_BLOCK,
             **threads(_SEARCH_BLOCK),
+            **all_registers(),
         )
     return token_index, step_offsets, step_lengths, step_starts
