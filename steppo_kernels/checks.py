@@ -401,18 +401,10 @@ def fraction(name: str, value: object) -> float:
     return _float(name, number)
 
 
-def positive_number(name: str, value: object) -> float:
-    """Return `value` if it is a finite number above 0."""
-    number = _number(name, value, "a finite number above 0")
-    _finite(name, number, positive=True)
-    return _float(name, number)
-
-
-def positive_or_zero(name: str, value: object) -> float:
-    """Return `value` if it is a finite number of at least 0."""
-    number = _number(name, value, "a finite number of at least 0")
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"{name}: got {value!r}, expected a finite number of at least 0")
+def positive_number(name: str, value: object, *, or_zero: bool = False) -> float:
+    """Return `value` if it is a finite number above 0, or 0 where that is one."""
+    number = _number(name, value, "a finite number above 0" + ", or 0" * or_zero)
+    _finite(name, number, positive=True, or_zero=or_zero)
     return _float(name, number)
 
 
@@ -500,7 +492,7 @@ def _finite(name: str, value: float, positive: bool, or_zero: bool = False) -> N
     if or_zero and value == 0:
         return
     if not (0.0 if positive else -math.inf) < value < math.inf:
-        expected = "a finite number above 0" if positive else "a finite number"
+        expected = "a finite number" + " above 0" * positive + ", or 0" * or_zero
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 

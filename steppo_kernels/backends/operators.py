@@ -154,6 +154,24 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> 
 
 
 @_operator(
+    "segment",
+    "(Tensor row_steps, Tensor token_index, Tensor step_offsets, str backend) "
+    "-> (Tensor trajectory_steps, Tensor trajectory_counts, Tensor state_index, Tensor step_rows)",
+)
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor, backend: str
+) -> Any:
+    """Fake: see `steppo_kernels.layout.segment`."""
+    num_steps = step_offsets.shape[0] - 1
+    return (
+        step_offsets.new_empty((num_steps,)),
+        step_offsets.new_empty((num_steps,), dtype=torch.int32),
+        step_offsets.new_empty((num_steps,)),
+        step_offsets.new_empty((num_steps,)),
+    )
+
+
+@_operator(
     "broadcast",
     "(Tensor per_step, Tensor step_ids, str backend) -> Tensor",
 )
@@ -408,7 +426,7 @@ def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Ten
     return (
         row_offsets.new_empty((num_tokens,), dtype=torch.int32),
         row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
-        row_offsets.new_empty((2,), dtype=torch.int64),
+        row_offsets.new_empty((3,), dtype=torch.int64),
     )
 
 

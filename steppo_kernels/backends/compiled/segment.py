@@ -91,9 +91,29 @@ def compact(step_ids: Tensor, num_steps: int, num_actions: int) -> tuple[Tensor,
     return token_index, step_offsets, step_lengths, step_starts
 
 
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor
+) -> tuple[Tensor, ...]:
+    """Make every row a trajectory of its steps, none of which is empty."""
+    num_rows, num_steps = row_steps.numel() - 1, step_offsets.numel() - 1
+    trajectory_steps, trajectory_counts, state_index, step_rows = (
+        empty(num_steps, torch.int64),
+        empty(num_steps, torch.int32),
+        empty(num_steps, torch.int64),
+        empty(num_steps, torch.int64),
+    )
+    trajectories = (
+        *addresses(row_steps, token_index, step_offsets),
+        num_rows,
+        *addresses(trajectory_steps, trajectory_counts, state_index, step_rows),
+    )
+    kernels.row_trajectories(trajectories, place())
+    return trajectory_steps, trajectory_counts, state_index, step_rows
+
+
 def _segments(num_tokens: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         empty(num_tokens, torch.int32),
         empty(num_rows + 1, torch.int64),
-        empty(2, torch.int64),
+        empty(3, torch.int64),
     )

@@ -34,6 +34,7 @@ from .policy_sums import (
 from .step_math import (
     CENTERED,
     PRODUCT,
+    SOFT,
     TOKEN,
     TOKEN_MEAN,
     TRAJECTORY_MEAN,
@@ -216,8 +217,8 @@ def policy_loss_masked_kernel(
                 b_x,
                 b_gap,
                 b_adv,
-                low,
-                high,
+                tl.full((), low, tl.float64),
+                tl.full((), high, tl.float64),
                 dual_clip,
                 soft_positive,
                 soft_negative,
@@ -312,8 +313,8 @@ def policy_loss_masked(
     num_rows = log_probs.numel() // max(row_length, 1)
     num_programs = programs(num_rows)
     max_runs = row_length // 2 + 1
-    # Numbers of 64 bits fill the registers of a thread with half as many tokens.
-    is_wide = log_probs.dtype == torch.float64
+    # Numbers of 64 bits, and more exponentials, fill a thread's registers with half as many tokens.
+    is_wide = log_probs.dtype == torch.float64 or int(c.surrogate) in (SOFT.value, TV.value)
     block = min(row_block(row_length), 512 if is_wide else 1024)
     mask = mask.view(torch.uint8)
     grad, grad_entropy = new_gradients(log_probs, need_grad, need_entropy_grad)
