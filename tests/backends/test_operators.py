@@ -91,6 +91,7 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
             (tokens, rows, *markers[:3], marks[:0], ones[:1]),
         ],
         "compact": [(ids, layout.num_steps, layout.num_tokens)],
+        "row_trajectories": [(layout.trajectory_offsets, layout.token_index, layout.step_offsets)],
         "broadcast_to_tokens": [(per_step, ids)],
         "sum_over_steps": [(flat["rewards"], layout.token_index, layout.step_offsets)],
         "step_gae": [
