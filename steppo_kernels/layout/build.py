@@ -28,8 +28,26 @@ def from_mask(
         boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
         boundaries = boundaries.reshape(-1).contiguous()
     chosen = resolve(backend, flags.device)
-    found = segment.segment_mask(flags.reshape(-1).contiguous(), boundaries, rows, chosen)
-    return _from_segments(found, rows, flags.shape, chosen)
+    runs = (flags.reshape(-1).contiguous(), boundaries, rows)
+    row_steps, counts = segment.count_steps(*runs, chosen)
+    num_tokens, _, num_steps = counts.tolist()
+    step_ids, index, offsets, lengths, starts, *trajectories = segment.lay_out_runs(
+        *runs, row_steps, num_steps, num_tokens, chosen
+    )
+    steps, counts, states, step_rows = trajectories
+    return StepTensors(
+        step_ids=step_ids.view(flags.shape),
+        token_index=index,
+        step_offsets=offsets,
+        step_lengths=lengths,
+        step_starts=starts,
+        trajectory_steps=steps,
+        trajectory_offsets=row_steps,
+        trajectory_counts=counts,
+        state_index=states,
+        step_rows=step_rows,
+        row_offsets=rows,
+    )
 
 
 def from_step_ids(step_ids: Tensor, cu_seqlens: Tensor | None, backend: str) -> StepTensors:
