@@ -11,11 +11,14 @@ from .losses.linear_steppo_loss import linear_steppo_loss
 from .losses.logits_loss import steppo_loss_from_logits
 from .losses.modules import StepPOLoss, StepValueLoss
 from .losses.policy_loss import steppo_loss
+from .losses.rollout_weights import rollout_weights
+from .losses.step_log_ratios import step_log_ratios
 from .losses.value_loss import step_value_loss
-from .outputs import Metrics, StepAdvantages, StepPOOutput
+from .outputs import Metrics, RolloutWeights, StepAdvantages, StepPOOutput
 
 __all__ = [
     "Metrics",
+    "RolloutWeights",
     "StepAdvantages",
     "StepLayout",
     "StepPOConfig",
@@ -26,7 +29,9 @@ __all__ = [
     "broadcast_to_tokens",
     "linear_steppo_loss",
     "linear_token_log_probs",
+    "rollout_weights",
     "step_gae",
+    "step_log_ratios",
     "step_value_loss",
     "steppo_loss",
     "steppo_loss_from_logits",

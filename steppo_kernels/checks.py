@@ -12,17 +12,40 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
+    """Return whether kernels take `value` as it is.
+
+    That is almost every tensor of almost every call: plain, contiguous, on `device`, in `dtype`.
+    Whatever else comes takes the way through `tensor`, which finds the right word for it.
+    """
+    if type(value) is not Tensor or is_compiling():
+        return False
+    try:
+        return (
+            value.dtype is dtype
+            and value.device == device
+            and value.is_contiguous()
+            and not (value.is_neg() or value.is_nested or value.is_inference())
+            and (address := value.data_ptr()) != 0
+            and address % 8 == 0
+        )
+    except RuntimeError:
+        # What is no dense memory raises for its address, if not before.
+        return False
 
 
 def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
@@ -39,7 +62,7 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
     if type(value) in _PLAIN:
         assert isinstance(value, Tensor)
         # What a compiler traces holds no values yet, and is made plain by it.
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return value
         # One test for almost every tensor of almost every call. Some kinds raise for an address.
         try:
@@ -57,7 +80,7 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
     elif not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     checked = dense(name, value)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return checked
     if checked.is_meta:
         raise ValueError(f"{name}: got a tensor on meta, expected one that holds values")
@@ -212,6 +235,8 @@ def tokens(
     name: str, value: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Return a floating tensor whose entries stand in the order of `shape`, solid in `dtype`."""
+    if is_ready(value, dtype, device) and value.shape == shape:
+        return value
     return solid(token_count(name, value, shape, device), dtype)
 
 
@@ -228,11 +253,11 @@ def steps_or_tokens(
     Without `num_steps` it must. A vector that can be both, as there are as many steps as tokens, is
     read per step; with a dimension of size 1 more it is per token.
     """
-    checked = floating(name, value, device)
     if num_steps is None:
-        return tokens(name, checked, shape, device, dtype), True
+        return tokens(name, value, shape, device, dtype), True
+    checked = value if is_ready(value, dtype, device) else floating(name, value, device)
     found = checked.shape
-    if len(found) == 1 and found[0] == num_steps:
+    if found == (num_steps,):
         return solid(checked, dtype), False
     if found == shape or same_order(found, shape):
         return solid(checked, dtype), True
@@ -263,7 +288,7 @@ def flags(
         return _ones(checked)
     if checked.dtype not in (*INTEGER_DTYPES, *FLOAT_DTYPES):
         raise TypeError(f"{name}: got {checked.dtype}, expected bool, or int or float of 0/1")
-    if torch.compiler.is_compiling() or not (wait or checked.device.type == "cpu"):
+    if is_compiling() or not (wait or checked.device.type == "cpu"):
         return checked != 0
     ones = checked.to(torch.bool)
     if not torch.equal(ones.to(checked.dtype), checked):
@@ -275,7 +300,7 @@ def flags(
 def _ones(flags: Tensor) -> Tensor:
     """Return bools whose bytes are 0 and 1, as kernels take them; torch takes any byte but 0."""
     stored = flags.view(torch.uint8)
-    if torch.compiler.is_compiling() or flags.device.type != "cpu":
+    if is_compiling() or flags.device.type != "cpu":
         return stored != 0
     # A look at the largest costs a fortieth of a comparison.
     return stored != 0 if flags.numel() and int(stored.max()) > 1 else flags
@@ -305,7 +330,7 @@ def temperature(
         _finite(name, number, positive=True)
         return None, _float(name, number)
     checked = flat(token_count(name, value, shape, device), torch.float64).detach()
-    if checked.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checked.device.type == "cpu" and not is_compiling():
         bad = ~((checked > 0) & checked.isfinite())
         if mask is not None:
             bad &= mask
@@ -350,7 +375,7 @@ def scalar(
             raise TypeError(f"{name}: got {value.dtype}, expected a real number")
         if value.device.type != "cpu":
             on_device(name, value, device)
-        elif not torch.compiler.is_compiling():
+        elif not is_compiling():
             _finite(name, value.item(), positive, or_zero)
         return value.detach().to(torch.float64)
     number = _number(name, value, "a number or 0-dim tensor")
@@ -376,10 +401,10 @@ def fraction(name: str, value: object) -> float:
     return _float(name, number)
 
 
-def positive_number(name: str, value: object) -> float:
-    """Return `value` if it is a finite number above 0."""
-    number = _number(name, value, "a finite number above 0")
-    _finite(name, number, positive=True)
+def positive_number(name: str, value: object, *, or_zero: bool = False) -> float:
+    """Return `value` if it is a finite number above 0, or 0 where that is one."""
+    number = _number(name, value, "a finite number above 0" + ", or 0" * or_zero)
+    _finite(name, number, positive=True, or_zero=or_zero)
     return _float(name, number)
 
 
@@ -431,13 +456,18 @@ def wants_gradient(*values: Tensor | None) -> bool:
     Raises:
         RuntimeError: one is a dual number of forward mode, whose tangent would be lost.
     """
-    given = [value for value in values if value is not None]
-    is_forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    if is_forward and any(forward_ad.unpack_dual(value).tangent is not None for value in given):
-        raise RuntimeError(
-            "forward-mode differentiation: got a dual number, expected reverse mode alone"
-        )
-    return torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    if not is_compiling() and forward_ad._current_level >= 0:
+        for value in values:
+            if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    "forward-mode differentiation: got a dual number, expected reverse mode alone"
+                )
+    if not torch.is_grad_enabled():
+        return False
+    for value in values:
+        if value is not None and value.requires_grad:
+            return True
+    return False
 
 
 def _number(name: str, value: object, expected: str) -> Any:
@@ -462,7 +492,7 @@ def _finite(name: str, value: float, positive: bool, or_zero: bool = False) -> N
     if or_zero and value == 0:
         return
     if not (0.0 if positive else -math.inf) < value < math.inf:
-        expected = "a finite number above 0" if positive else "a finite number"
+        expected = "a finite number" + " above 0" * positive + ", or 0" * or_zero
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 

@@ -7,7 +7,7 @@ import numbers
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -126,6 +126,9 @@ class StepPOConfig:
     kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
 
+    # The same numbers as kernels take them.
+    kernel: ClassVar[KernelConfig]
+
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
@@ -146,7 +149,7 @@ class StepPOConfig:
         for value in _pair("soft_temperature", self.soft_temperature):
             _above("soft_temperature", value, 0.0, math.inf, "(0, inf)")
         self._check_combinations()
-        object.__setattr__(self, "_kernel", self._as_kernel())
+        object.__setattr__(self, "kernel", self._as_kernel())
 
     def _check_combinations(self) -> None:
         ratio, surrogate = self.ratio, self.surrogate
@@ -195,12 +198,6 @@ class StepPOConfig:
             kl_estimator=float(KL_ESTIMATORS.index(self.kl_estimator)),
             entropy_coef=float(self.entropy_coef),
         )
-
-    @property
-    def kernel(self) -> KernelConfig:
-        """The same numbers as kernels take them."""
-        kept: KernelConfig = self.__dict__["_kernel"]
-        return kept
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

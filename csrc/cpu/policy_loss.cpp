@@ -78,20 +78,6 @@ Outline outline(const Steps& steps, Reduction reduction, int threads) {
   return all;
 }
 
-// Asks for the tokens of a step that comes later.
-template <class T>
-void fetch(const PolicyCall<T>& call, int64_t start, int64_t length) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t i = start; i < start + length; i += kLine) {
-    __builtin_prefetch(call.log_probs + i);
-    __builtin_prefetch(call.old_log_probs + i);
-    if (call.grad_log_probs != nullptr) __builtin_prefetch(call.grad_log_probs + i, 1);
-  }
-}
-
-// How many steps ahead tokens are asked for, and the most of a step.
-constexpr int64_t kStepsAhead = 4, kTokensAhead = 512;
-
 }  // namespace
 
 void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyConfig& config,
@@ -138,8 +124,7 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
       int64_t done = found.is_ascending ? end_before(first) : 0;
       for (int64_t s = first; s < last; ++s) {
         if (const int64_t ahead = s + kStepsAhead; ahead < last && steps.step_starts[ahead] >= 0) {
-          const int64_t length = offsets[ahead + 1] - offsets[ahead];
-          fetch(call, steps.step_starts[ahead], length < kTokensAhead ? length : kTokensAhead);
+          fetch(call, steps.step_starts[ahead], offsets[ahead + 1] - offsets[ahead]);
         }
         const int64_t length = offsets[s + 1] - offsets[s], start = steps.step_starts[s];
         if (length == 0) {

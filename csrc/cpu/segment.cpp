@@ -141,6 +141,7 @@ void segment_mask(const MaskedRows& rows, const Segments& out, const Place& plac
   const int64_t num_steps = prefix(numbers, blocks);
   out.counts[0] = prefix(actions, blocks);
   out.counts[1] = -1;
+  out.counts[2] = num_steps;
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t unused = 0;
     number_runs(rows, begin, end, numbers[b], out.step_ids, &unused);
@@ -181,6 +182,7 @@ void segment_ids(const NumberedRows& rows, const Segments& out, const Place& pla
   out.row_steps[num_rows] = number;
   out.counts[0] = found;
   out.counts[1] = bad == num_tokens ? -1 : bad;
+  out.counts[2] = number;
   parallel_for(num_rows, threads, [&](int64_t row) {
     int64_t largest = -1, step = out.row_steps[row] - 1;
     for (int64_t i = rows.row_offsets[row]; i < rows.row_offsets[row + 1]; ++i) {
@@ -215,6 +217,7 @@ void segment_rows(const StepRows& rows, const Segments& out, const Place& place)
   out.row_steps[num_rows] = num_rows;
   out.counts[0] = prefix(actions, num_rows);
   out.counts[1] = -1;
+  out.counts[2] = num_rows;
 }
 
 void mark_actions(const Markers& markers, const Place& place) {
@@ -288,6 +291,18 @@ void compact(const Compaction& c, const Place& place) {
     const bool is_whole =
         length > 0 && c.token_index[first + length - 1] - c.token_index[first] == length - 1;
     c.step_starts[s] = is_whole ? c.token_index[first] : -1;
+  }
+}
+
+void row_trajectories(const RowTrajectories& c, const Place&) {
+  for (int64_t row = 0; row < c.num_rows; ++row) {
+    const int64_t begin = c.row_steps[row], end = c.row_steps[row + 1];
+    for (int64_t s = begin; s < end; ++s) {
+      c.trajectory_steps[s] = s;
+      c.trajectory_counts[s] = static_cast<int32_t>(end - begin);
+      c.state_index[s] = c.token_index[c.step_offsets[s]];
+      c.step_rows[s] = row;
+    }
   }
 }
 

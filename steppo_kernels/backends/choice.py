@@ -82,12 +82,9 @@ def resolve(backend: str, device: torch.device) -> str:
         ValueError: `backend` is not one of `BACKENDS`.
         RuntimeError: the named backend cannot run on `device`; the text says why.
     """
-    one_of("backend", backend, BACKENDS)
-    if backend == "auto":
-        return _fastest(device.type)
-    if why := unavailable(backend, device):
-        raise RuntimeError(f"backend: {backend!r} cannot run on {device.type} tensors here: {why}")
-    return backend
+    if type(backend) is not str or backend not in BACKENDS:
+        one_of("backend", backend, BACKENDS)
+    return _resolved(backend, device.type)
 
 
 # What `torch.compiler.assume_constant_result` sets, without its import of all of dynamo: a compiled
@@ -96,8 +93,14 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _fastest(device_type: str) -> str:
+def _resolved(backend: str, device_type: str) -> str:
     device = torch.device(device_type)
+    if backend != "auto":
+        if why := unavailable(backend, device):
+            raise RuntimeError(
+                f"backend: {backend!r} cannot run on {device_type} tensors here: {why}"
+            )
+        return backend
     wanted = "cpu" if device_type == "cpu" else "triton"
     why = unavailable(wanted, device)
     if why is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 Backward = Callable[..., Any]
 
@@ -32,7 +33,7 @@ def first_only(
         @functools.wraps(backward)
         def once(ctx: Any, *grads: Tensor | None) -> Any:
             # A compiled graph refuses second derivatives by itself.
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             links = [x for x in (*grads, *inputs(ctx)) if x is not None and x.requires_grad]
             with torch.no_grad():
@@ -55,7 +56,7 @@ def keep_inputs(ctx: Any, *inputs: Tensor | None) -> None:
 
     They are not saved for backward, which would forbid the caller to change them in place.
     """
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         ctx.kept_inputs = inputs
 
 
@@ -64,6 +65,30 @@ def kept_inputs(ctx: Any) -> tuple[Tensor | None, ...]:
     # A forward that was compiled kept none.
     inputs: tuple[Tensor | None, ...] = getattr(ctx, "kept_inputs", ())
     return inputs
+
+
+def around_autograd(function: Any, *args: Any) -> tuple[Any, ...]:
+    """Apply a `torch.autograd.Function` whose forward ends in `with_others`; return all it gives.
+
+    Outputs without a gradient go around autograd, which would take half a microsecond for each. A
+    compiler wants them as outputs. The last argument of forward is a list for them, or None.
+    """
+    if is_compiling():
+        outputs: tuple[Any, ...] = function.apply(*args, None)
+        return outputs
+    others: list[Any] = []
+    return (function.apply(*args, others), *others)
+
+
+def with_others(
+    ctx: Any, differentiable: Tensor, others: list[Any] | None, *constants: Tensor | None
+) -> Any:
+    """Return what forward returns: the one output with a gradient, and the others somehow."""
+    if others is not None:
+        others.extend(constants)
+        return differentiable
+    ctx.mark_non_differentiable(*[x for x in constants if x is not None])
+    return differentiable, *constants
 
 
 class _Final(torch.autograd.Function):

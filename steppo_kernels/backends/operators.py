@@ -24,22 +24,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
-from .records import Steps, Timeline
+from .records import States, Steps, Timeline
 
 _library = torch.library.Library("steppo", "DEF")
 # Backends whose launchers stand in a folder of another name.
 _FOLDERS = {"cpu": "compiled"}
+_RECORDS = (Steps, Timeline, States)
 _stems: dict[str, str] = {}
 _handles: dict[str, Any] = {}
 
 
 def call(name: str, backend: str, *args: Any) -> Any:
     """Run the operator `name` on `backend`, through the dispatcher only while compiling."""
-    if torch.compiler.is_compiling():
-        return _handles[name](*args, backend)
-    return launcher(backend, name)(*args)
+    return runner(name, backend)(*args)
+
+
+def runner(name: str, backend: str) -> Callable[..., Any]:
+    """Return what `call` calls."""
+    if not is_compiling():
+        return launcher(backend, name)
+
+    def compiled(*args: Any) -> Any:
+        # A compiler knows the tensors of a record as a list.
+        return _handles[name](*[list(x) if isinstance(x, _RECORDS) else x for x in args], backend)
+
+    return compiled
 
 
 @functools.cache
@@ -58,7 +70,9 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
         name = fake.__name__
 
         def dispatch(*args: Any) -> Any:
-            outputs = launcher(args[-1], name)(*args[:-1])
+            # The dispatcher makes lists of the tuples that launchers hand on as they are.
+            given = [tuple(x) if isinstance(x, list) else x for x in args[:-1]]
+            outputs = launcher(args[-1], name)(*given)
             if not isinstance(outputs, tuple):
                 return outputs
             empty = next((x for x in outputs if x is not None), None)
@@ -140,6 +154,24 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> 
 
 
 @_operator(
+    "segment",
+    "(Tensor row_steps, Tensor token_index, Tensor step_offsets, str backend) "
+    "-> (Tensor trajectory_steps, Tensor trajectory_counts, Tensor state_index, Tensor step_rows)",
+)
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor, backend: str
+) -> Any:
+    """Fake: see `steppo_kernels.layout.segment`."""
+    num_steps = step_offsets.shape[0] - 1
+    return (
+        step_offsets.new_empty((num_steps,)),
+        step_offsets.new_empty((num_steps,), dtype=torch.int32),
+        step_offsets.new_empty((num_steps,)),
+        step_offsets.new_empty((num_steps,)),
+    )
+
+
+@_operator(
     "broadcast",
     "(Tensor per_step, Tensor step_ids, str backend) -> Tensor",
 )
@@ -211,8 +243,8 @@ def value_loss(
 
 @_operator(
     "policy_loss",
-    "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
-    "Tensor? entropy, Tensor? is_weights, Tensor? step_weights, Tensor? clip_low, "
+    "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
+    "Tensor? ref_log_probs, Tensor? is_weights, Tensor? step_weights, Tensor? clip_low, "
     "Tensor? clip_high, Tensor? ratio_center, Tensor? normalizer, Tensor[] steps, float[] config, "
     "bool advantages_per_token, bool is_weights_per_token, bool need_grad, "
     "bool need_entropy_grad, str backend) -> (Tensor loss, Tensor metrics, Tensor step_log_ratio, "
@@ -220,10 +252,10 @@ def value_loss(
 )
 def policy_loss(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
     clip_low: Tensor | None,
@@ -251,17 +283,17 @@ def policy_loss(
 
 @_operator(
     "policy_loss",
-    "(Tensor log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? ref_log_probs, "
-    "Tensor? entropy, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, Tensor mask, "
+    "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
+    "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, Tensor mask, "
     "SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
 )
 def policy_loss_masked(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
@@ -394,7 +426,7 @@ def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Ten
     return (
         row_offsets.new_empty((num_tokens,), dtype=torch.int32),
         row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
-        row_offsets.new_empty((2,), dtype=torch.int64),
+        row_offsets.new_empty((3,), dtype=torch.int64),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import StepLayout, StepPOConfig, step_gae, step_value_loss, steppo_loss
+from .. import Metrics, StepLayout, StepPOConfig, step_gae, step_value_loss, steppo_loss
 from ..backends.choice import Backend
 from .agent import Agent
 from .environment import TextFrozenLake, parse_action
@@ -69,7 +69,8 @@ class IterationReport:
         success: share of the round's sampled episodes that reached the goal.
         turns: mean turns of an episode.
         malformed: share of the actions that were not understood.
-        metrics: means over the round's optimizer steps.
+        metrics: those of the losses, merged over the round's optimizer steps; means over these of
+            the loss and of the norm of the gradients.
         tokens: tokens of the round's conversations, prompts included.
         rollout_seconds, update_seconds: wall-clock time.
     """
@@ -244,7 +245,9 @@ class Trainer:
     def _update(self, batch: _Batch) -> dict[str, float]:
         config, rollouts = self.config, batch.rollouts
         lengths = rollouts.attention_mask.sum(1)
-        history: list[dict[str, float]] = []
+        policies: list[Metrics] = []
+        values: list[Metrics] = []
+        history: list[Tensor] = []
         for _ in range(config.epochs):
             order = torch.from_numpy(self.rng.permutation(len(lengths)))
             for part in order.chunk(config.minibatches):
@@ -282,15 +285,16 @@ class Trainer:
                 (policy.loss + config.value_coef * value.loss).backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.agent.parameters(), config.max_grad_norm)
                 self.optimizer.step()
-                history.append(
-                    {
-                        **policy.metrics.as_dict(),
-                        "loss": float(policy.loss.detach()),
-                        "value_loss": float(value.loss.detach()),
-                        "grad_norm": float(norm),
-                    }
-                )
-        return {key: sum(h[key] for h in history) / len(history) for key in history[0]}
+                policies.append(policy.metrics)
+                values.append(value.metrics)
+                history.append(torch.stack((policy.loss.detach(), norm)))
+        loss, grad_norm = torch.stack(history).mean(0).tolist()
+        return {
+            **Metrics.merge(policies).as_dict(),
+            "loss": loss,
+            "value_loss": Metrics.merge(values).as_dict()["value_loss"],
+            "grad_norm": grad_norm,
+        }
 
     @torch.no_grad()
     def trace(self) -> TrajectoryTrace:

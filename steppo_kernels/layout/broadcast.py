@@ -11,6 +11,7 @@ from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
 from .step_layout import StepLayout, require_layout
+from .step_tensors import StepTensors
 
 
 def broadcast_to_tokens(
@@ -48,6 +49,21 @@ def broadcast_to_tokens(
     else:
         flat = operators.call("broadcast_to_tokens", chosen, per_step, step_ids)
     return flat.view(steps.shape)
+
+
+def sum_over_steps(per_token: Tensor, steps: StepTensors, backend: str) -> Tensor:
+    """Add up the action tokens of each step: ``[N]`` to ``[S]``, 0 of an empty step.
+
+    Gradients flow back to `per_token`, also those of second derivatives. Other tokens are not read,
+    and get gradient 0. `backend` is one that `resolve` returned.
+    """
+    index, offsets = steps.token_index, steps.step_offsets
+    summed: Tensor
+    if checks.wants_gradient(per_token):
+        summed = _Linear.apply(per_token, steps.step_ids.view(-1), index, offsets, False, backend)
+    else:
+        summed = operators.call("sum_over_steps", backend, per_token, index, offsets)
+    return summed
 
 
 class _Linear(torch.autograd.Function):

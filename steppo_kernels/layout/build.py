@@ -63,17 +63,22 @@ def from_rows(
     is_real = every if valid is None else valid.cpu().nonzero().squeeze(1)
     steps, offsets = in_time_order(trajectory_ids, step_indices, is_real, num_rows)
     rows = torch.arange(num_rows, device=device)
-    made = _assemble(
-        found,
-        flags.shape,
-        chosen,
-        num_steps=num_rows,
-        num_tokens=int(found.counts[0]),
-        row_offsets=uniform_offsets(num_rows, row_length, device),
-        trajectory_steps=steps.to(device),
-        trajectory_offsets=offsets.to(device),
+    index, begins, lengths, starts = segment.compact(
+        found.step_ids, num_rows, int(found.counts[0]), chosen
+    )
+    steps, offsets = steps.to(device), offsets.to(device)
+    made = StepTensors(
+        step_ids=found.step_ids.view(flags.shape),
+        token_index=index,
+        step_offsets=begins,
+        step_lengths=lengths,
+        step_starts=starts,
+        trajectory_steps=steps,
+        trajectory_offsets=offsets,
+        trajectory_counts=csr.count_nonempty(lengths, steps, offsets, num_rows),
         state_index=rows * row_length,
         step_rows=rows,
+        row_offsets=uniform_offsets(num_rows, row_length, device),
     )
     return with_rewards_of_rows(made)
 
@@ -116,46 +121,17 @@ def _from_segments(
 ) -> StepTensors:
     """Finish a layout whose trajectories are its rows."""
     # One copy to the host brings both sizes and the error.
-    num_tokens, decreasing, num_steps = torch.cat((found.counts, found.row_steps[-1:])).tolist()
+    num_tokens, decreasing, num_steps = found.counts.tolist()
     if decreasing >= 0:
         raise ValueError(
             f"step_ids: got an id at flat position {decreasing} smaller than one before it in "
             "its row, expected ids that do not decrease along a row"
         )
-    device = rows.device
-    return _assemble(
-        found,
-        shape,
-        backend,
-        num_steps=num_steps,
-        num_tokens=num_tokens,
-        row_offsets=rows,
-        trajectory_steps=torch.arange(num_steps, device=device),
-        trajectory_offsets=found.row_steps,
-        state_index=None,
-        step_rows=torch.repeat_interleave(
-            torch.arange(len(rows) - 1, device=device),
-            found.row_steps.diff(),
-            output_size=num_steps,
-        ),
-    )
-
-
-def _assemble(
-    found: segment.Segments,
-    shape: torch.Size,
-    backend: str,
-    *,
-    num_steps: int,
-    num_tokens: int,
-    row_offsets: Tensor,
-    trajectory_steps: Tensor,
-    trajectory_offsets: Tensor,
-    state_index: Tensor | None,
-    step_rows: Tensor,
-) -> StepTensors:
     index, offsets, lengths, starts = segment.compact(
         found.step_ids, num_steps, num_tokens, backend
+    )
+    steps, counts, states, step_rows = segment.row_trajectories(
+        found.row_steps, index, offsets, backend
     )
     return StepTensors(
         step_ids=found.step_ids.view(shape),
@@ -163,13 +139,10 @@ def _assemble(
         step_offsets=offsets,
         step_lengths=lengths,
         step_starts=starts,
-        trajectory_steps=trajectory_steps,
-        trajectory_offsets=trajectory_offsets,
-        trajectory_counts=csr.count_nonempty(
-            lengths, trajectory_steps, trajectory_offsets, num_steps
-        ),
-        # Without empty steps, the first token of a step is where its state is valued.
-        state_index=index[offsets[:-1]] if state_index is None else state_index,
+        trajectory_steps=steps,
+        trajectory_offsets=found.row_steps,
+        trajectory_counts=counts,
+        state_index=states,
         step_rows=step_rows,
-        row_offsets=row_offsets,
+        row_offsets=rows,
     )

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .. import checks
@@ -434,7 +435,7 @@ def require_layout(value: object) -> StepTensors:
     if not isinstance(value, StepLayout):
         raise TypeError(f"layout: got {type(value).__name__}, expected a StepLayout")
     # Compiled code sees no number of writes; the tensors that it reads are not those of a caller.
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         if not isinstance(value.__dict__.get("_held"), StepTensors):
             raise TypeError("layout: got a StepLayout that no constructor made, expected one's")
         for name, (copy, version) in tuple(value._copies.items()):
@@ -443,7 +444,9 @@ def require_layout(value: object) -> StepTensors:
                     f"layout: got a StepLayout whose {name} was written to, expected one that is "
                     "as it was built"
                 )
-    return value._held
+        return value._held
+    # What a layout keeps would be constants of a graph.
+    return StepTensors(*value._held)
 
 
 @outside_inference_mode

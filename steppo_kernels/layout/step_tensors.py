@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.records import States, Steps, Timeline
+from ..backends.records import States, Steps, Timeline, kept
 
 # What follows from the others, and is neither shown nor saved.
 DERIVED = ("step_starts",)
@@ -54,17 +53,17 @@ class StepTensors(_StepTensors):
         reward_offsets: int64 ``[S + 1]`` or None: where the steps begin in `reward_index`.
     """
 
-    @property
+    @kept
     def shape(self) -> torch.Size:
         """The token shape."""
         return self.step_ids.shape
 
-    @property
+    @kept
     def device(self) -> torch.device:
         """Where the tensors lie."""
         return self.step_ids.device
 
-    @property
+    @kept
     def num_steps(self) -> int:
         """S, empty steps included."""
         return self.step_lengths.shape[0]
@@ -79,7 +78,7 @@ class StepTensors(_StepTensors):
         """G."""
         return self.trajectory_offsets.shape[0] - 1
 
-    @functools.cached_property
+    @kept
     def steps(self) -> Steps:
         """Which tokens form which step, as operators take it."""
         return Steps(
@@ -90,7 +89,7 @@ class StepTensors(_StepTensors):
             self.trajectory_counts,
         )
 
-    @functools.cached_property
+    @kept
     def timeline(self) -> Timeline:
         """The order of the steps in time, as operators take it."""
         return Timeline(
@@ -101,7 +100,7 @@ class StepTensors(_StepTensors):
             self.trajectory_offsets,
         )
 
-    @functools.cached_property
+    @kept
     def states(self) -> States:
         """The states before the steps, as operators take them."""
         return States(self.state_index, self.step_lengths, self.trajectory_counts)

@@ -7,37 +7,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks
 from ..backends.choice import resolve
 from ..backends.records import Steps
-from ..config import StepPOConfig
+from ..config import KernelConfig, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
 
 
-class LossInputs(NamedTuple):
-    """Checked arguments: constants, contiguous in the dtype of the computation.
+class Constants(NamedTuple):
+    """What a loss takes besides log-probs and entropies: arguments of the operator `policy_loss`.
+
+    Tensors are contiguous in the dtype of the computation, and have no graph.
 
     Attributes:
-        backend: the one that runs.
-        shape, device, dtype: the token shape, and where and in what to compute.
-        layout, mask: what was given; one of them is None.
-        steps: the steps of `layout`; None with a mask.
         old_log_probs, ref_log_probs: N entries in the order of the token shape.
         advantages, is_weights: N entries or ``[S]``, as the flag of each says.
         step_weights, clip_low, clip_high: ``[S]``.
         ratio_center, normalizer: 0-dim fp64.
+        steps: None with a mask.
+        config: the hyper-parameters.
     """
 
-    backend: str
-    shape: torch.Size
-    device: torch.device
-    dtype: torch.dtype
-    layout: StepTensors | None
-    mask: Tensor | None
-    steps: Steps | None
-    config: StepPOConfig
     old_log_probs: Tensor | None
     advantages: Tensor
     ref_log_probs: Tensor | None
@@ -47,8 +40,36 @@ class LossInputs(NamedTuple):
     clip_high: Tensor | None
     ratio_center: Tensor | None
     normalizer: Tensor | None
+    steps: Steps | None
+    config: KernelConfig
     advantages_per_token: bool
     is_weights_per_token: bool
+
+
+class LossInputs(NamedTuple):
+    """Checked arguments.
+
+    Attributes:
+        backend: the one that runs.
+        shape, device, dtype: the token shape, and where and in what to compute.
+        layout, mask: what was given; one of them is None.
+        config: as it was given.
+        constants: the tensors.
+    """
+
+    backend: str
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+    layout: StepTensors | None
+    mask: Tensor | None
+    config: StepPOConfig
+    constants: Constants
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the loss is a part of a whole, which adds up with other parts."""
+        return self.constants.normalizer is not None or self.config.reduction == "sum"
 
 
 def check_loss_inputs(
@@ -66,8 +87,8 @@ def check_loss_inputs(
     clip_low: Tensor | None,
     clip_high: Tensor | None,
     backend: str,
-) -> LossInputs:
-    """Return the checked arguments of a loss from `values`, the argument `name`."""
+) -> tuple[Tensor, LossInputs]:
+    """Return `values`, the argument `name` that a loss is taken of, and the others, all checked."""
     if not isinstance(config, StepPOConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a StepPOConfig")
     mask: Tensor | None = None
@@ -79,7 +100,8 @@ def check_loss_inputs(
     else:
         held = require_layout(layout)
         num_steps, shape, device = held.num_steps, held.shape, held.device
-    dtype = checks.compute_dtype(checks.floating(name, values, device, saved=False))
+    values = checks.floating(name, values, device, saved=False)
+    dtype = checks.compute_dtype(values)
     chosen = resolve(backend, device)
     if old_log_probs is not None:
         old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
@@ -111,15 +133,7 @@ def check_loss_inputs(
     if normalizer is not None:
         is_empty = held is not None and held.num_tokens == 0
         normalizer = checks.normalizer(normalizer, device, is_empty)
-    return LossInputs(
-        chosen,
-        shape,
-        device,
-        dtype,
-        held,
-        mask,
-        None if held is None else held.steps,
-        config,
+    constants = Constants(
         old_log_probs,
         checks.constant(advantages),
         ref_log_probs,
@@ -129,9 +143,12 @@ def check_loss_inputs(
         clip_high,
         ratio_center,
         normalizer,
+        None if held is None else held.steps,
+        config.kernel,
         by_token,
         weights_by_token,
     )
+    return values, LossInputs(chosen, shape, device, dtype, held, mask, config, constants)
 
 
 def _per_step(name: str, value: Tensor, held: StepTensors | None, dtype: torch.dtype) -> Tensor:
@@ -156,7 +173,7 @@ def _bounds(
         raise ValueError(f"{name}: got it with the surrogate 'soft', which has no bounds")
     given = _per_step(name, value, held, dtype)
     assert held is not None
-    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+    if given.device.type == "cpu" and not is_compiling():
         least = given > 0 if config.surrogate == "quadratic" else given >= 0
         good = least & (given <= most) & (given < math.inf)
         bad = ~good & (held.step_lengths > 0)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.choice import Backend
 from ..backends import operators
+from ..backends.choice import Backend
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.records import Steps
 from ..backends.reference import lm_head as reference
@@ -116,7 +116,7 @@ def linear_steppo_loss(
         tensor([ 1.2500, -0.5000, -0.5000, -0.2500])
     """
     checks.switch("report_entropy", report_entropy)
-    inputs = check_loss_inputs(
+    _, inputs = check_loss_inputs(
         "hidden",
         hidden,
         old_log_probs,
@@ -135,7 +135,8 @@ def linear_steppo_loss(
     hidden = checks.in_order("hidden", checks.tensor("hidden", hidden), inputs.shape, "hidden size")
     if inputs.mask is not None:
         made = require_layout(StepLayout.from_mask(inputs.mask, backend=backend))
-        inputs = inputs._replace(layout=made, steps=made.steps, mask=None)
+        constants = inputs.constants._replace(steps=made.steps)
+        inputs = inputs._replace(layout=made, mask=None, constants=constants)
     assert inputs.layout is not None
     is_action = inputs.layout.step_ids.reshape(-1) >= 0
     rows, head = check_head(
@@ -169,8 +170,7 @@ def linear_steppo_loss(
         chunk,
         torch.is_grad_enabled(),
     )
-    adds_up = normalizer is not None or config.reduction == "sum"
-    return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS, adds_up), step_log_ratio)
+    return StepPOOutput(loss, Metrics(metrics, POLICY_METRICS, inputs.adds_up), step_log_ratio)
 
 
 class _Steps:
@@ -191,22 +191,20 @@ class _Steps:
         def actions(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.view(-1)[index]
 
-        center = inputs.ratio_center
-        total = inputs.normalizer
+        given = inputs.constants
+        total = given.normalizer
         if total is None:
             total = reduction_weights(
                 layout.step_lengths, self.counts, inputs.config.reduction, torch.float64
             )[1]
-        self.needs_center = inputs.config.ratio == "centered" and center is None
-        advantages, weights = inputs.advantages, inputs.is_weights
-        self.inputs = inputs._replace(
-            shape=index.shape,
-            layout=None,
-            steps=None,
-            advantages=advantages.view(-1)[index] if inputs.advantages_per_token else advantages,
-            old_log_probs=actions(inputs.old_log_probs),
-            ref_log_probs=actions(inputs.ref_log_probs),
-            is_weights=actions(weights) if inputs.is_weights_per_token else weights,
+        self.needs_center = inputs.config.ratio == "centered" and given.ratio_center is None
+        advantages, weights = given.advantages, given.is_weights
+        self.inputs = inputs._replace(shape=index.shape, layout=None)
+        self.constants = given._replace(
+            advantages=advantages.view(-1)[index] if given.advantages_per_token else advantages,
+            old_log_probs=actions(given.old_log_probs),
+            ref_log_probs=actions(given.ref_log_probs),
+            is_weights=actions(weights) if given.is_weights_per_token else weights,
             normalizer=total,
         )
 
@@ -223,7 +221,7 @@ class _Steps:
     def objective(self, begin: int, end: int) -> LossInputs:
         """Return the objective of steps `begin` to `end`, with rows as positions."""
         first, last = self.borders[begin], self.borders[end]
-        inputs = self.inputs
+        every = self.constants
 
         def tokens(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[first:last]
@@ -232,23 +230,22 @@ class _Steps:
             return None if values is None else values[begin:end]
 
         offsets = self.offsets[begin : end + 1] - first
-        every = torch.arange(last - first, device=offsets.device)
+        rows = torch.arange(last - first, device=offsets.device)
         number = torch.arange(end - begin, device=offsets.device, dtype=torch.int32)
         step_ids = torch.repeat_interleave(number, offsets.diff(), output_size=last - first)
-        own_advantages, own_weights = inputs.advantages_per_token, inputs.is_weights_per_token
-        advantages = (tokens if own_advantages else steps)(inputs.advantages)
+        advantages = (tokens if every.advantages_per_token else steps)(every.advantages)
         assert advantages is not None
-        return inputs._replace(
-            shape=every.shape,
-            steps=Steps(step_ids, every, offsets, offsets[:-1], self.counts[begin:end]),
+        constants = every._replace(
+            steps=Steps(step_ids, rows, offsets, offsets[:-1], self.counts[begin:end]),
             advantages=advantages,
-            old_log_probs=tokens(inputs.old_log_probs),
-            ref_log_probs=tokens(inputs.ref_log_probs),
-            is_weights=(tokens if own_weights else steps)(inputs.is_weights),
-            step_weights=steps(inputs.step_weights),
-            clip_low=steps(inputs.clip_low),
-            clip_high=steps(inputs.clip_high),
+            old_log_probs=tokens(every.old_log_probs),
+            ref_log_probs=tokens(every.ref_log_probs),
+            is_weights=(tokens if every.is_weights_per_token else steps)(every.is_weights),
+            step_weights=steps(every.step_weights),
+            clip_low=steps(every.clip_low),
+            clip_high=steps(every.clip_high),
         )
+        return self.inputs._replace(shape=rows.shape, constants=constants)
 
 
 class _Pass:

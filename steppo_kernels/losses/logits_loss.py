@@ -86,7 +86,7 @@ def steppo_loss_from_logits(
     checks.switch("inplace_backward", inplace_backward)
     checks.switch("report_entropy", report_entropy)
     logits = rows_of("logits", logits)
-    inputs = check_loss_inputs(
+    logits, inputs = check_loss_inputs(
         "logits",
         logits,
         old_log_probs,

@@ -44,7 +44,7 @@ class StepPOLoss(nn.Module):
         layout: StepLayout | Tensor,
         **options: Any,
     ) -> StepPOOutput:
-        """Call `steppo_loss`; `options` are its other keywords."""
+        """Call `steppo_loss`; `options` are its other keywords, such as bounds of each step."""
         return steppo_loss(
             log_probs,
             old_log_probs,

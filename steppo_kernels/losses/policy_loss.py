@@ -8,11 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend
-from ..backends.derivatives import first_only, keep_inputs, kept_inputs
+from ..backends.derivatives import (
+    around_autograd,
+    first_only,
+    keep_inputs,
+    kept_inputs,
+    with_others,
+)
 from ..backends.reference import policy_loss as reference
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
@@ -119,7 +126,7 @@ def steppo_loss(
         >>> round(output.metrics.as_dict()["ratio_mean"], 4)
         1.1052
     """
-    inputs = check_loss_inputs(
+    log_probs, inputs = check_loss_inputs(
         "log_probs",
         log_probs,
         old_log_probs,
@@ -135,8 +142,9 @@ def steppo_loss(
         clip_high,
         backend,
     )
-    log_probs = checks.token_count("log_probs", log_probs, inputs.shape, inputs.device)
-    entropy = check_entropy(entropy, inputs)
+    checks.as_many("log_probs", log_probs, inputs.shape)
+    if entropy is not None or config.entropy_coef != 0:
+        entropy = check_entropy(entropy, inputs)
     return loss_of(inputs, log_probs, entropy)
 
 
@@ -145,14 +153,12 @@ def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> St
     if inputs.backend == "reference":
         loss, metrics, step_log_ratio = _reference_loss(inputs, log_probs, entropy)
     elif checks.wants_gradient(log_probs, entropy):
-        loss, metrics, step_log_ratio = _PolicyLoss.apply(log_probs, entropy, inputs)
+        loss, metrics, step_log_ratio = around_autograd(_PolicyLoss, log_probs, entropy, inputs)
     else:
         loss, metrics, step_log_ratio = run_operator(inputs, log_probs, entropy, False, False)[:3]
-    # A sum, and a part of a whole, add up with others as they are.
-    adds_up = inputs.normalizer is not None or inputs.config.reduction == "sum"
     return StepPOOutput(
         loss,
-        Metrics(metrics, POLICY_METRICS, adds_up),
+        Metrics(metrics, POLICY_METRICS, inputs.adds_up),
         None if inputs.layout is None else step_log_ratio,
     )
 
@@ -160,27 +166,15 @@ def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> St
 def _reference_loss(
     inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    steps = inputs.steps
-    if steps is None:
+    constants = inputs.constants
+    if constants.steps is None:
         assert inputs.mask is not None
-        steps = require_layout(StepLayout.from_mask(inputs.mask, backend="reference")).steps
-    return reference.policy_loss(
-        checks.solid(log_probs, inputs.dtype),
-        inputs.old_log_probs,
-        inputs.advantages,
-        inputs.ref_log_probs,
-        None if entropy is None else checks.solid(entropy, inputs.dtype),
-        inputs.is_weights,
-        inputs.step_weights,
-        inputs.clip_low,
-        inputs.clip_high,
-        inputs.ratio_center,
-        inputs.normalizer,
-        steps,
-        inputs.config,
-        inputs.advantages_per_token,
-        inputs.is_weights_per_token,
-    )
+        made = require_layout(StepLayout.from_mask(inputs.mask, backend="reference"))
+        constants = constants._replace(steps=made.steps)
+    log_probs = checks.solid(log_probs, inputs.dtype)
+    if entropy is not None:
+        entropy = checks.solid(entropy, inputs.dtype)
+    return reference.policy_loss(log_probs, entropy, *constants._replace(config=inputs.config))
 
 
 def run_operator(
@@ -190,51 +184,34 @@ def run_operator(
     need_grad: bool,
     need_entropy_grad: bool,
 ) -> tuple[Any, ...]:
-    """Run the operator that fits; a mask has no step log-ratios: None."""
-    log_probs = checks.solid(checks.constant(log_probs), inputs.dtype)
+    """Run the operator that fits, where autograd records nothing.
+
+    A mask has no step log-ratios: None.
+    """
+    log_probs = checks.solid(log_probs, inputs.dtype)
     if entropy is not None:
-        entropy = checks.solid(checks.constant(entropy), inputs.dtype)
-    if inputs.mask is None:
-        outputs: tuple[Any, ...] = operators.call(
-            "policy_loss",
-            inputs.backend,
-            log_probs,
-            inputs.old_log_probs,
-            inputs.advantages,
-            inputs.ref_log_probs,
-            entropy,
-            inputs.is_weights,
-            inputs.step_weights,
-            inputs.clip_low,
-            inputs.clip_high,
-            inputs.ratio_center,
-            inputs.normalizer,
-            inputs.steps,
-            inputs.config.kernel,
-            inputs.advantages_per_token,
-            inputs.is_weights_per_token,
-            need_grad,
-            need_entropy_grad,
-        )
+        entropy = checks.solid(entropy, inputs.dtype)
+    constants, mask = inputs.constants, inputs.mask
+    if mask is None:
+        run = operators.runner("policy_loss", inputs.backend)
+        outputs: tuple[Any, ...] = run(log_probs, entropy, *constants, need_grad, need_entropy_grad)
         return outputs
-    loss, metrics, *grads = operators.call(
-        "policy_loss_masked",
-        inputs.backend,
+    loss, metrics, grad, grad_entropy = operators.runner("policy_loss_masked", inputs.backend)(
         log_probs,
-        inputs.old_log_probs,
-        inputs.advantages,
-        inputs.ref_log_probs,
         entropy,
-        inputs.is_weights,
-        inputs.ratio_center,
-        inputs.normalizer,
-        inputs.mask,
-        inputs.mask.shape[-1],
-        inputs.config.kernel,
+        constants.old_log_probs,
+        constants.advantages,
+        constants.ref_log_probs,
+        constants.is_weights,
+        constants.ratio_center,
+        constants.normalizer,
+        mask,
+        mask.shape[-1],
+        constants.config,
         need_grad,
         need_entropy_grad,
     )
-    return loss, metrics, None, *grads
+    return loss, metrics, None, grad, grad_entropy
 
 
 def scaled_gradient(
@@ -247,8 +224,8 @@ def scaled_gradient(
     can be looked at without waiting, and in a plain ``loss.backward()`` they are 1: then there is
     nothing to do.
     """
-    is_last = not torch.compiler.is_compiling() and not _keeps_graph()
-    is_seen = not torch.compiler.is_compiling() and grad.device.type == "cpu"
+    is_last = not is_compiling() and not _keeps_graph()
+    is_seen = not is_compiling() and grad.device.type == "cpu"
     factors = [upstream] if grad_scale is None else [upstream, grad_scale]
     if not (is_last and is_seen and all(f.item() == 1.0 for f in factors)):
         factor = functools.reduce(torch.mul, factors)
@@ -264,10 +241,13 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, log_probs: Tensor, entropy: Tensor | None, inputs: LossInputs
-    ) -> tuple[Tensor, ...]:
-        need_grad, need_entropy_grad, _ = ctx.needs_input_grad
-        keep_inputs(ctx, log_probs, entropy)
+        ctx: Any,
+        log_probs: Tensor,
+        entropy: Tensor | None,
+        inputs: LossInputs,
+        others: list[Any] | None,
+    ) -> Any:
+        need_grad, need_entropy_grad, *_ = ctx.needs_input_grad
         loss, metrics, step_log_ratio, grad, grad_entropy = run_operator(
             inputs, log_probs, entropy, need_grad, need_entropy_grad
         )
@@ -275,13 +255,10 @@ class _PolicyLoss(torch.autograd.Function):
         ctx.save_for_backward(
             grad if need_grad else None, grad_entropy if need_entropy_grad else None, scale
         )
+        keep_inputs(ctx, log_probs, entropy)
         ctx.log_probs = log_probs.shape, log_probs.dtype
         ctx.entropy = None if entropy is None else (entropy.shape, entropy.dtype)
-        if step_log_ratio is None:
-            ctx.mark_non_differentiable(metrics)
-        else:
-            ctx.mark_non_differentiable(metrics, step_log_ratio)
-        return loss, metrics, step_log_ratio
+        return with_others(ctx, loss, others, metrics, step_log_ratio)
 
     @staticmethod
     @first_only("steppo_loss", kept_inputs)
@@ -292,5 +269,6 @@ class _PolicyLoss(torch.autograd.Function):
             None
             if grad_entropy is None
             else scaled_gradient(grad_entropy, grad_loss, scale, *ctx.entropy),
+            None,
             None,
         )

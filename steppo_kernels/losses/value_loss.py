@@ -10,7 +10,13 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
-from ..backends.derivatives import first_only, keep_inputs, kept_inputs
+from ..backends.derivatives import (
+    around_autograd,
+    first_only,
+    keep_inputs,
+    kept_inputs,
+    with_others,
+)
 from ..backends.reference import value_loss as reference
 from ..config import REDUCTIONS, Reduction, one_of
 from ..layout.step_layout import StepLayout, require_layout
@@ -103,7 +109,7 @@ def step_value_loss(
             old_by_token,
         )
         if checks.wants_gradient(new):
-            loss, metrics = _ValueLoss.apply(values, chosen, constants)
+            loss, metrics = around_autograd(_ValueLoss, values, chosen, constants)
         else:
             loss, metrics, _ = operators.call("value_loss", chosen, new, *constants, False)
     adds_up = normalizer is not None or reduction == "sum"
@@ -113,8 +119,12 @@ def step_value_loss(
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, backend: str, constants: tuple[Any, ...]
-    ) -> tuple[Tensor, ...]:
+        ctx: Any,
+        values: Tensor,
+        backend: str,
+        constants: tuple[Any, ...],
+        others: list[Any] | None,
+    ) -> Any:
         dtype = checks.compute_dtype(values)
         loss, metrics, grad = operators.call(
             "value_loss", backend, checks.solid(values, dtype), *constants, True
@@ -122,11 +132,10 @@ class _ValueLoss(torch.autograd.Function):
         ctx.save_for_backward(grad, operators.gradient_scale(backend, metrics))
         keep_inputs(ctx, values)
         ctx.values = values.shape, values.dtype
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        return with_others(ctx, loss, others, metrics)
 
     @staticmethod
     @first_only("step_value_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, scale = ctx.saved_tensors
-        return scaled_gradient(grad, grad_loss, scale, *ctx.values), None, None
+        return scaled_gradient(grad, grad_loss, scale, *ctx.values), None, None, None

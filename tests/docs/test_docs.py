@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from steppo_kernels.outputs import POLICY_METRICS, VALUE_METRICS
+from steppo_kernels.outputs import POLICY_METRICS, ROLLOUT_METRICS, VALUE_METRICS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -207,9 +207,10 @@ def test_the_readme_says_what_the_page_measured_of_the_clip_range():
 def test_every_metric_is_explained():
     text = (ROOT / "docs/metrics.md").read_text()
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    policy, value = text.partition("## The critic")[::2]
-    assert all(f"`{name}`" in "".join(rows) for name in (*POLICY_METRICS, *VALUE_METRICS))
-    for names, part in ((POLICY_METRICS, policy), (VALUE_METRICS, value)):
+    parts = re.split("\n## (?:The critic|Rollout weights)\n", text)
+    every = POLICY_METRICS, VALUE_METRICS, ROLLOUT_METRICS
+    assert all(f"`{name}`" in "".join(rows) for names in every for name in names)
+    for names, part in zip(every, parts, strict=True):
         explained = {
             name
             for line in part.splitlines()

@@ -33,6 +33,20 @@ def test_steppo_loss(target, masked):
     assert torch.equal(batch.log_probs.grad, grad)
 
 
+def test_bounds_of_steps_replace_those_of_the_config(target):
+    batch = random_batch(3, device=target.device, log_ratios=(-0.5, 0.5))
+    module = StepPOLoss(backend=target.backend)
+    args = batch.log_probs, batch.old_log_probs, batch.advantages, batch.layout
+    bounds = {
+        "clip_low": torch.linspace(0.05, 0.4, batch.layout.num_steps, device=target.device),
+        "clip_high": torch.linspace(0.4, 0.05, batch.layout.num_steps, device=target.device),
+    }
+    result = module(*args, **bounds)
+    expected = steppo_loss(*args, backend=target.backend, **bounds)
+    assert torch.equal(result.metrics.values, expected.metrics.values)
+    assert not torch.equal(result.loss, module(*args).loss)
+
+
 def test_step_value_loss(target):
     batch = random_batch(2, device=target.device)
     module = StepValueLoss(0.3, reduction="token_mean", backend=target.backend)

@@ -11,24 +11,23 @@ from torch import Tensor
 
 from ... import _C_cpu as kernels
 
-__all__ = ["DTYPES", "addresses", "empty", "kernels", "place", "pointer", "start"]
+__all__ = ["DTYPES", "addresses", "empty", "kernels", "place", "scalar_like", "start"]
 
 # The numbers of dtypes in csrc/include/steppo/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def pointer(value: Tensor | None) -> int:
-    """Return the address of a tensor's data, 0 for None."""
-    if value is None:
-        return 0
-    if not value.is_contiguous():
-        raise RuntimeError("a kernel got a tensor that is not contiguous")
-    return start(value)
-
-
-def addresses(*values: Tensor | None) -> tuple[int, ...]:
+def addresses(*values: Tensor | None) -> list[int]:
     """Return the addresses of contiguous tensors, 0 for None."""
-    return tuple([0 if value is None else pointer(value) for value in values])
+    found = []
+    for value in values:
+        if value is None:
+            found.append(0)
+        elif value.is_contiguous():
+            found.append(value.data_ptr() or start(value))
+        else:
+            raise RuntimeError("a kernel got a tensor that is not contiguous")
+    return found
 
 
 def start(value: Tensor) -> int:
@@ -46,6 +45,15 @@ def start(value: Tensor) -> int:
 def empty(shape: int | tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     """Return an uninitialised tensor on the CPU, whatever torch's default device is."""
     return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+# Tensors of other shapes take twice as long to allocate as one that is like another.
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
+
+
+def scalar_like(value: Tensor) -> Tensor:
+    """Return an uninitialised 0-dim tensor of the dtype of `value`."""
+    return torch.empty_like(_SCALARS[value.dtype])
 
 
 def place() -> tuple[int, ...]:

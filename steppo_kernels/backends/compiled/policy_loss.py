@@ -9,15 +9,17 @@ from torch import Tensor
 
 from ...outputs import NUM_POLICY_METRICS
 from ..records import Steps, record
-from .launch import DTYPES, addresses, empty, kernels, place
+from .launch import DTYPES, addresses, empty, kernels, place, scalar_like
+
+_METRICS = empty(NUM_POLICY_METRICS, torch.float64)
 
 
 def policy_loss(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
     clip_low: Tensor | None,
@@ -33,8 +35,10 @@ def policy_loss(
 ) -> tuple[Tensor | None, ...]:
     """Run the operator `policy_loss` of `steppo_kernels.backends.operators`."""
     held = record(Steps, steps)
-    loss, metrics, grad_log_probs, grad_entropy = _outputs(log_probs, need_grad, need_entropy_grad)
-    step_log_ratio = empty(held.num_steps, log_probs.dtype)
+    loss, metrics = scalar_like(log_probs), torch.empty_like(_METRICS)
+    grad_log_probs = torch.empty_like(log_probs) if need_grad else None
+    grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
+    step_log_ratio = torch.empty_like(held.like_steps[log_probs.dtype])
     tensors = (
         DTYPES[log_probs.dtype],
         *addresses(
@@ -60,10 +64,10 @@ def policy_loss(
 
 def policy_loss_masked(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,
@@ -76,7 +80,9 @@ def policy_loss_masked(
     """Run the operator `policy_loss_masked` of `steppo_kernels.backends.operators`."""
     step_weights = clip_low = clip_high = step_log_ratio = None
     advantages_per_token = is_weights_per_token = True
-    loss, metrics, grad_log_probs, grad_entropy = _outputs(log_probs, need_grad, need_entropy_grad)
+    loss, metrics = scalar_like(log_probs), torch.empty_like(_METRICS)
+    grad_log_probs = torch.empty_like(log_probs) if need_grad else None
+    grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
     tensors = (
         DTYPES[log_probs.dtype],
         *addresses(
@@ -97,18 +103,5 @@ def policy_loss_masked(
         *addresses(loss, metrics, step_log_ratio, grad_log_probs, grad_entropy),
     )
     num_tokens = log_probs.numel()
-    kernels.policy_loss_masked(
-        tensors, (*addresses(mask), num_tokens, row_length), config, place()
-    )
+    kernels.policy_loss_masked(tensors, (*addresses(mask), num_tokens, row_length), config, place())
     return loss, metrics, grad_log_probs, grad_entropy
-
-
-def _outputs(
-    log_probs: Tensor, need_grad: bool, need_entropy_grad: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return (
-        empty((), log_probs.dtype),
-        empty(NUM_POLICY_METRICS, torch.float64),
-        torch.empty_like(log_probs) if need_grad else None,
-        torch.empty_like(log_probs) if need_entropy_grad else None,
-    )

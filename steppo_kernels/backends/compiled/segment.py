@@ -16,7 +16,7 @@ def segment_mask(
     step_ids, row_steps, counts = _segments(num_tokens, num_rows)
     kernels.segment_mask(
         (*addresses(mask, boundaries, row_offsets), num_tokens, num_rows),
-        addresses(step_ids, row_steps, counts),
+        (*addresses(step_ids, row_steps, counts),),
         place(),
     )
     return step_ids, row_steps, counts
@@ -28,7 +28,7 @@ def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tenso
     step_ids, row_steps, counts = _segments(num_tokens, num_rows)
     kernels.segment_ids(
         (*addresses(ids, row_offsets), num_tokens, num_rows),
-        addresses(step_ids, row_steps, counts),
+        (*addresses(step_ids, row_steps, counts),),
         place(),
     )
     return step_ids, row_steps, counts
@@ -40,7 +40,7 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
     step_ids, row_steps, counts = _segments(mask.numel(), num_rows)
     kernels.segment_rows(
         (*addresses(mask, valid), num_rows, row_length),
-        addresses(step_ids, row_steps, counts),
+        (*addresses(step_ids, row_steps, counts),),
         place(),
     )
     return step_ids, row_steps, counts
@@ -91,9 +91,29 @@ def compact(step_ids: Tensor, num_steps: int, num_actions: int) -> tuple[Tensor,
     return token_index, step_offsets, step_lengths, step_starts
 
 
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor
+) -> tuple[Tensor, ...]:
+    """Make every row a trajectory of its steps, none of which is empty."""
+    num_rows, num_steps = row_steps.numel() - 1, step_offsets.numel() - 1
+    trajectory_steps, trajectory_counts, state_index, step_rows = (
+        empty(num_steps, torch.int64),
+        empty(num_steps, torch.int32),
+        empty(num_steps, torch.int64),
+        empty(num_steps, torch.int64),
+    )
+    trajectories = (
+        *addresses(row_steps, token_index, step_offsets),
+        num_rows,
+        *addresses(trajectory_steps, trajectory_counts, state_index, step_rows),
+    )
+    kernels.row_trajectories(trajectories, place())
+    return trajectory_steps, trajectory_counts, state_index, step_rows
+
+
 def _segments(num_tokens: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         empty(num_tokens, torch.int32),
         empty(num_rows + 1, torch.int64),
-        empty(2, torch.int64),
+        empty(3, torch.int64),
     )

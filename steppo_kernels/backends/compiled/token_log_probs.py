@@ -27,7 +27,7 @@ def token_log_probs(
     kernels.token_log_probs(
         _rows(logits, num_rows),
         (*addresses(token_ids, mask, temperatures), temperature, softcap),
-        addresses(log_probs, entropy, top, log_sum, bad_row),
+        (*addresses(log_probs, entropy, top, log_sum, bad_row),),
         place(),
     )
     _raise_for(bad_row, token_ids, logits)
@@ -56,7 +56,7 @@ def token_log_probs_backward(
         _rows(grad_logits, num_rows),
         _rows(logits, token_ids.numel()),
         (*addresses(token_ids, mask, temperatures), temperature, softcap),
-        addresses(top, log_sum, entropy, grad_log_probs, grad_entropy, source, bad_row),
+        (*addresses(top, log_sum, entropy, grad_log_probs, grad_entropy, source, bad_row),),
         place(),
     )
     _raise_for(bad_row, token_ids, logits)

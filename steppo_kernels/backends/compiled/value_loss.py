@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ...outputs import NUM_VALUE_METRICS
 from ..records import States, record
-from .launch import DTYPES, addresses, empty, kernels, place
+from .launch import DTYPES, addresses, empty, kernels, place, scalar_like
+
+_METRICS = empty(NUM_VALUE_METRICS, torch.float64)
 
 
 def value_loss(
@@ -24,8 +26,8 @@ def value_loss(
     need_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """Run the operator `value_loss` of `steppo_kernels.backends.operators`."""
-    loss = empty((), values.dtype)
-    metrics = empty(NUM_VALUE_METRICS, torch.float64)
+    loss = scalar_like(values)
+    metrics = torch.empty_like(_METRICS)
     grad_values = torch.empty_like(values) if need_grad else None
     num_values = values.numel()
     tensors = (

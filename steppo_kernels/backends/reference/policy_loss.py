@@ -12,7 +12,7 @@ from ...config import StepPOConfig
 from ..records import Steps
 from .broadcast import sum_over_steps
 from .reductions import denominator, reduction_weights
-from .surrogates import capped_ratio, moving_zero, surrogate
+from .surrogates import capped_ratio, moved_by, surrogate
 
 # The gradient of a log-ratio by the log-prob of a token of its step is L^-p.
 _POWERS = {"geometric": 1.0, "product": 0.0, "centered": 0.5, "token": 1.0}
@@ -83,10 +83,10 @@ def _kl_value(d: Tensor, estimator: str) -> Tensor:
 
 def policy_loss(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
     clip_low: Tensor | None,
@@ -155,8 +155,8 @@ def policy_loss(
     else:
         # Each token carries the ratio of its step, but a gradient of its own. The mean over the
         # step divides that by L.
-        own = tokens.spread(share * divisor) * moving_zero(z)
-        moved = x + torch.where(coefficient != 0, own, 0.0)
+        own = torch.where(coefficient != 0, tokens.spread(share * divisor), 0.0)
+        moved = moved_by(z, x, own)
     loss, *_ = surrogate(moved, unit_advantages, low, high, config, gap)
     if unit_is_weights is not None:
         loss = loss * unit_is_weights

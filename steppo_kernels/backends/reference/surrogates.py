@@ -53,46 +53,57 @@ def surrogate(
         gap: new minus old probability, for ``"tv"``.
 
     Returns:
-        The value, whose derivative by `x` is the slope wherever that is not 0; the slope, a
-        constant, exactly 0 where A is 0; and a bool tensor.
+        The value, whose derivative by `x` is the slope; the slope, a constant, exactly 0 where A
+        is; and a bool tensor.
     """
     x, advantages = torch.broadcast_tensors(x, advantages)
-    ratio = capped_ratio(x, config.log_ratio_max)
-    unit = _Unit(x, ratio, advantages, low, high, config, gap)
+    ratio = capped_ratio(x.detach(), config.log_ratio_max)
+    unit = _Unit(x.detach(), ratio, advantages, low, high, config, gap)
     value, weight, is_clipped = _SURROGATES[config.surrogate](unit)
-    moves = advantages != 0
+    is_still = advantages == 0
     if config.surrogate not in _WITH_CONSTANT_WEIGHT:
-        moves = moves & ~(x > config.log_ratio_max)
-    slope = torch.where(moves, -advantages * weight.detach(), 0.0)
-    return value, slope, is_clipped
+        is_still = is_still | (x > config.log_ratio_max)
+    weight = torch.where(is_still, 0.0, weight)
+    slope = torch.where(is_still, 0.0, -advantages * weight)
+    return moved_by(x, value, -advantages, weight), slope, is_clipped
 
 
 def capped_ratio(x: Tensor, log_ratio_max: float) -> Tensor:
-    """Return e^x with x clamped above, without gradient beyond; a NaN stays one, gradient too."""
+    """Return e^x with x clamped above; a NaN stays one."""
     return torch.where(x > log_ratio_max, log_ratio_max, x).exp()
 
 
-def moving_zero(x: Tensor) -> Tensor:
-    """Return 0 with the derivative 1 by x, also where x is infinite and x - x is none."""
-    zero: Tensor = _MovingZero.apply(x)
-    return zero
+def moved_by(x: Tensor, value: Tensor, factor: Tensor, other: Tensor | None = None) -> Tensor:
+    """Return `value` with the derivative by `x` that is the product of the factors, of its shape.
+
+    A derivative of 0 makes the gradient 0, whatever the gradient of the value is, and an infinite
+    number has one like any other.
+    """
+    moved: Tensor = _MovedBy.apply(x, value, factor, other)
+    return moved
 
 
-class _MovingZero(torch.autograd.Function):
+class _MovedBy(torch.autograd.Function):
+    # Without *args: torch.compile takes their number for that of a forward without ctx.
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
+    def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor, other: Tensor | None) -> Tensor:
+        ctx.save_for_backward(factor, other)
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factor, other = ctx.saved_tensors
+        moved = torch.where(factor == 0, 0.0, grad * factor)
+        if other is not None:
+            moved = torch.where(other == 0, 0.0, moved * other)
+        return moved, None, None, None
 
 
 def _clip(unit: _Unit) -> _Found:
     """PPO: max(-A rho, -A clip(rho)), where A < 0 at most -A dual_clip. A tie is not clipped."""
     ratio, advantages = unit.ratio, unit.advantages
     unclipped = -advantages * ratio
-    clipped = -advantages * _between(ratio.detach(), *_borders(unit))
+    clipped = -advantages * _between(ratio, *_borders(unit))
     is_clipped = clipped > unclipped
     value = torch.where(is_clipped, clipped, unclipped)
     weight = torch.where(is_clipped, 0.0, ratio)
@@ -107,7 +118,7 @@ def _clip(unit: _Unit) -> _Found:
 def _cispo(unit: _Unit) -> _Found:
     """CISPO: the weight is the clipped ratio, a constant."""
     weight = _between(unit.ratio, *_borders(unit))
-    return _with_constant_weight(unit, weight), weight, _reaches_border(unit)
+    return -unit.advantages * weight, weight, _reaches_border(unit)
 
 
 def _mask(unit: _Unit) -> _Found:
@@ -122,11 +133,9 @@ def _soft(unit: _Unit) -> _Found:
     """SAPO: a gate that closes smoothly on both sides of 1."""
     temperature = _by_sign(unit, *unit.config.soft_temperature)
     away = temperature * (unit.ratio - 1)
-    # sech^2(y / 2) is 4 sigmoid(y) sigmoid(-y). 1 - sigmoid(y) would cancel, here and in autograd.
-    opening, closing = away.sigmoid(), (-away).sigmoid()
-    gate = torch.where(away > 0, 1 - closing, opening)
-    weight = unit.ratio * 4 * opening * closing
-    return -unit.advantages * (4 / temperature) * gate, weight, weight == 0
+    # sech^2(y / 2) is 4 sigmoid(y) sigmoid(-y). 1 - sigmoid(y) would cancel.
+    weight = unit.ratio * 4 * away.sigmoid() * (-away).sigmoid()
+    return -unit.advantages * (4 / temperature) * away.sigmoid(), weight, weight == 0
 
 
 def _quadratic(unit: _Unit) -> _Found:
@@ -144,7 +153,7 @@ def _tv(unit: _Unit) -> _Found:
     is_past = torch.where(unit.advantages < 0, unit.gap < -unit.low, unit.gap > unit.high)
     weight = torch.where(is_past, 0.0, unit.ratio)
     is_clipped = (weight == 0) | (unit.x >= unit.config.log_ratio_max)
-    return _with_constant_weight(unit, weight), weight, is_clipped
+    return -unit.advantages * weight, weight, is_clipped
 
 
 _SURROGATES: dict[str, Callable[[_Unit], _Found]] = {
@@ -157,11 +166,6 @@ _SURROGATES: dict[str, Callable[[_Unit], _Found]] = {
 }
 # They keep their slope where x is clamped.
 _WITH_CONSTANT_WEIGHT = ("cispo", "tv")
-
-
-def _with_constant_weight(unit: _Unit, weight: Tensor) -> Tensor:
-    """Return -A c with the derivative -A c."""
-    return -unit.advantages * weight.detach() * (1 + moving_zero(unit.x))
 
 
 def _by_sign(unit: _Unit, positive: Bound, negative: Bound) -> Tensor:

@@ -273,10 +273,10 @@ def policy_loss_kernel(
 
 def policy_loss(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     step_weights: Tensor | None,
     clip_low: Tensor | None,

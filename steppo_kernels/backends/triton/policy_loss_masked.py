@@ -298,10 +298,10 @@ def policy_loss_masked_kernel(
 
 def policy_loss_masked(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
-    entropy: Tensor | None,
     is_weights: Tensor | None,
     ratio_center: Tensor | None,
     normalizer: Tensor | None,

@@ -35,6 +35,9 @@ class StepPOBatch:
         step_weights: as in `steppo_loss`.
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
+        clip_low: as in `steppo_loss`.
+        clip_high: as in `steppo_loss`.
+        report_entropy: as in `steppo_loss_from_logits`.
         backend: implementation of what is not a matrix product.
 
     Example:
@@ -70,6 +73,9 @@ class StepPOBatch:
         step_weights: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         ratio_center: float | Tensor | None = None,
+        clip_low: Tensor | None = None,
+        clip_high: Tensor | None = None,
+        report_entropy: bool = False,
         backend: Backend = "auto",
     ) -> None:
         self.old_log_probs = old_log_probs
@@ -84,6 +90,9 @@ class StepPOBatch:
         self.step_weights = step_weights
         self.normalizer = normalizer
         self.ratio_center = ratio_center
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.report_entropy = report_entropy
         self.backend: Backend = backend
 
     def evaluate(self, states: States) -> tuple[dict[str, Tensor], StepPOOutput | None]:
@@ -108,6 +117,9 @@ class StepPOBatch:
             step_weights=self.step_weights,
             normalizer=self.normalizer,
             ratio_center=self.ratio_center,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            report_entropy=self.report_entropy,
             backend=self.backend,
         )
         return {"loss": found.loss}, found
