@@ -18,7 +18,6 @@ from .launch import (
     FLAT_BLOCK,
     aligned,
     all_registers,
-    all_registers,
     cdiv,
     device_guard,
     programs,
