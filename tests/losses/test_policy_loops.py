@@ -123,10 +123,6 @@ def test_loops(
         ratio_center=ratio_center,
         **flat,
     )
-    # A hidden metric says what the sums were divided by. An empty layout has nothing to divide.
-    denominator = layout.weights(config.reduction)[1]
-    if normalizer is not None and (masked or layout.actions):
-        denominator = normalizer
     # On a border of a surrogate, the last bit decides what the gradient is.
     assume(expected.margin > 1e-9)
     values = dict(zip(POLICY_METRICS, found["metrics"].tolist(), strict=False))
@@ -135,8 +131,13 @@ def test_loops(
     pairs |= {
         "loss": (found["loss"], expected.loss),
         "grad_log_probs": (found["grad_log_probs"], expected.of_log_probs),
-        "denominator": (found["metrics"][-2], denominator),
     }
+    if layout.actions:
+        # A hidden metric says what the sums were divided by; where they are empty, nothing reads it.
+        pairs["denominator"] = (
+            found["metrics"][-2],
+            layout.weights(config.reduction)[1] if normalizer is None else normalizer,
+        )
     if not masked:
         pairs["step_log_ratio"] = (found["step_log_ratio"], expected.step_log_ratio)
     if config.entropy_coef:
