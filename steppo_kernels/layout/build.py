@@ -21,13 +21,15 @@ def from_mask(
     mask: Tensor, cu_seqlens: Tensor | None, boundaries: Tensor | None, backend: str
 ) -> StepTensors:
     """See `StepLayout.from_mask`."""
-    flags = checks.flags("mask", mask, (1, 2))
+    flags = checks.flags("mask", mask, (1, 2), any_byte=True)
+    chosen = resolve(backend, flags.device)
+    if chosen == "reference":
+        flags = checks.ones_of(flags)
     rows = row_offsets("mask", flags, cu_seqlens)
     if boundaries is not None:
         boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
         boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
         boundaries = boundaries.reshape(-1).contiguous()
-    chosen = resolve(backend, flags.device)
     runs = (flags.reshape(-1).contiguous(), boundaries, rows)
     row_steps, counts = segment.count_steps(*runs, chosen)
     num_tokens, _, num_steps = counts.tolist()
