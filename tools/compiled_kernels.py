@@ -275,6 +275,7 @@ def launches(length: int = LENGTHS[0], *, whole: bool = True) -> list[Launch]:
         policy(layout, rich, full=True)
         policy(layout, rich, full=True, masked=True)
         policy(layout, StepPOConfig(), full=False, masked=True)
+        policy(layout, StepPOConfig(ratio="product"), full=True, masked=True)
         policies(length, whole=whole)
 
     return recorded(everything)

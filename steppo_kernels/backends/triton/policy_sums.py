@@ -277,7 +277,7 @@ def find_center(
         ALIGNED=index is None and aligned(num_tokens),
         BT=FLAT_BLOCK,
         **threads(FLAT_BLOCK),
-        **all_registers(),
+        **(all_registers() if config.clips_tokens else {}),
     )
     return partials, 0.0, _CENTER_PROGRAMS
 

@@ -18,7 +18,6 @@ from .launch import (
     FLAT_BLOCK,
     aligned,
     all_registers,
-    all_registers,
     cdiv,
     device_guard,
     programs,
@@ -328,32 +327,98 @@ def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tenso
     return _segment(None, None, ids, row_offsets)
 
 
+def count_steps(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Count the runs of ones of each row."""
+    return _count(*_bytes(mask, boundaries), None, row_offsets)
+
+
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+) -> tuple[Tensor, ...]:
+    """Return the layout of runs that have been counted."""
+    step_ids = _number(*_bytes(mask, boundaries), None, row_offsets, row_steps)
+    csr = compact(step_ids, num_steps, num_actions)
+    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1])
+
+
+def _bytes(mask: Tensor, boundaries: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return mask.view(torch.uint8), None if boundaries is None else boundaries.view(torch.uint8)
+
+
 def _segment(
     mask: Tensor | None, boundaries: Tensor | None, ids: Tensor | None, row_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    row_steps, counts = _count(mask, boundaries, ids, row_offsets)
+    return _number(mask, boundaries, ids, row_offsets, row_steps), row_steps, counts
+
+
+def _count(
+    mask: Tensor | None, boundaries: Tensor | None, ids: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the number of steps before each row, and the counts of all."""
     num_rows = row_offsets.numel() - 1
-    tokens = mask if ids is None else ids
-    assert tokens is not None
-    step_ids = row_offsets.new_empty((tokens.numel(),), dtype=torch.int32)
     row_steps = row_offsets.new_zeros((num_rows + 1,))
     counts = row_offsets.new_tensor([0, -1, 0])
-    if num_rows == 0:
-        return step_ids, row_steps, counts
-    by_row = row_offsets.new_empty((3, num_rows))
-    block = row_block(cdiv(tokens.numel(), num_rows))
-    options = threads(block, _elements(tokens))
-    grid = (programs(num_rows),)
-    inputs = (mask, boundaries, ids, row_offsets, row_steps)
-    with device_guard(tokens):
-        segment_kernel[grid](*inputs, None, *by_row.unbind(), num_rows, BT=block, **options)
+    if num_rows:
+        by_row = row_offsets.new_empty((3, num_rows))
+        _walk(mask, boundaries, ids, row_offsets, row_steps, None, *by_row.unbind())
         torch.cumsum(by_row[0], 0, out=row_steps[1:])
         counts[0] = by_row[1].sum()
         counts[2] = row_steps[-1]
         if ids is not None:
             decreasing = by_row[2].min()
             counts[1] = torch.where(decreasing == _NONE.value, -1, decreasing)
-        segment_kernel[grid](*inputs, step_ids, None, None, None, num_rows, BT=block, **options)
-    return step_ids, row_steps, counts
+    return row_steps, counts
+
+
+def _number(
+    mask: Tensor | None,
+    boundaries: Tensor | None,
+    ids: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+) -> Tensor:
+    """Return the step of each token."""
+    tokens = mask if ids is None else ids
+    assert tokens is not None
+    step_ids = row_offsets.new_empty((tokens.numel(),), dtype=torch.int32)
+    if row_offsets.numel() > 1:
+        _walk(mask, boundaries, ids, row_offsets, row_steps, step_ids, None, None, None)
+    return step_ids
+
+
+def _walk(
+    mask: Tensor | None,
+    boundaries: Tensor | None,
+    ids: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    *outputs: Tensor | None,
+) -> None:
+    """Count by row, or number the tokens if `step_ids` is the first of the outputs."""
+    num_rows = row_offsets.numel() - 1
+    tokens = mask if ids is None else ids
+    assert tokens is not None
+    block = row_block(cdiv(tokens.numel(), num_rows))
+    with device_guard(tokens):
+        segment_kernel[(programs(num_rows),)](
+            mask,
+            boundaries,
+            ids,
+            row_offsets,
+            row_steps,
+            *outputs,
+            num_rows,
+            BT=block,
+            **threads(block, _elements(tokens)),
+        )
 
 
 def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
