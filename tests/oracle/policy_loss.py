@@ -280,6 +280,7 @@ def policy_loss(
     if config.entropy_coef:
         loss -= config.entropy_coef * entropy_total
     steps = len(means)
+    far = _sum([kl_penalty(one, "k3")[0] for one in raw.values()])
     metrics = {
         "policy_loss": policy,
         "kl_loss": kl_total,
@@ -289,9 +290,7 @@ def policy_loss(
         "clip_fraction_high": high / steps if steps else 0.0,
         "token_clip_fraction": clipped / count if count else 0.0,
         "approx_kl": -_sum(list(raw.values())) / count if count else 0.0,
-        "approx_kl_k3": _sum([kl_penalty(one, "k3")[0] for one in raw.values()]) / count
-        if count
-        else 0.0,
+        "approx_kl_k3": far / count if count else 0.0,
         "dead_token_fraction": dead / count if count else 0.0,
         "num_steps": float(steps),
         "num_tokens": float(count),
