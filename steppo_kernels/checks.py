@@ -274,9 +274,11 @@ def flags(
     device: torch.device | None = None,
     *,
     wait: bool = True,
+    any_byte: bool = False,
 ) -> Tensor:
     """Return a bool, or int or float 0/1, tensor of `allowed` dimensions (None is any) as bool.
 
+    With `any_byte`, bools that are True may have any byte but 0, as compiled kernels read a mask.
     The values are checked where that costs no wait for a GPU, or where `wait` allows one.
     """
     checked = tensor(name, value)
@@ -285,7 +287,7 @@ def flags(
     if device is not None:
         on_device(name, checked, device)
     if checked.dtype == torch.bool:
-        return _ones(checked)
+        return checked if any_byte else ones_of(checked)
     if checked.dtype not in (*INTEGER_DTYPES, *FLOAT_DTYPES):
         raise TypeError(f"{name}: got {checked.dtype}, expected bool, or int or float of 0/1")
     if is_compiling() or not (wait or checked.device.type == "cpu"):
@@ -297,7 +299,7 @@ def flags(
     return ones
 
 
-def _ones(flags: Tensor) -> Tensor:
+def ones_of(flags: Tensor) -> Tensor:
     """Return bools whose bytes are 0 and 1, as kernels take them; torch takes any byte but 0."""
     stored = flags.view(torch.uint8)
     if is_compiling() or flags.device.type != "cpu":
@@ -401,18 +403,10 @@ def fraction(name: str, value: object) -> float:
     return _float(name, number)
 
 
-def positive_number(name: str, value: object) -> float:
-    """Return `value` if it is a finite number above 0."""
-    number = _number(name, value, "a finite number above 0")
-    _finite(name, number, positive=True)
-    return _float(name, number)
-
-
-def positive_or_zero(name: str, value: object) -> float:
-    """Return `value` if it is a finite number of at least 0."""
-    number = _number(name, value, "a finite number of at least 0")
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"{name}: got {value!r}, expected a finite number of at least 0")
+def positive_number(name: str, value: object, *, or_zero: bool = False) -> float:
+    """Return `value` if it is a finite number above 0, or 0 where that is one."""
+    number = _number(name, value, "a finite number above 0" + ", or 0" * or_zero)
+    _finite(name, number, positive=True, or_zero=or_zero)
     return _float(name, number)
 
 
@@ -500,7 +494,7 @@ def _finite(name: str, value: float, positive: bool, or_zero: bool = False) -> N
     if or_zero and value == 0:
         return
     if not (0.0 if positive else -math.inf) < value < math.inf:
-        expected = "a finite number above 0" if positive else "a finite number"
+        expected = "a finite number" + " above 0" * positive + ", or 0" * or_zero
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 

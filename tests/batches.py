@@ -95,7 +95,8 @@ def random_batch(
 
     low, high = log_ratios
     lengths = layout.step_lengths.clamp_min(1).to(torch.float64)
-    share = lengths ** {"geometric": 0.0, "product": -1.0, "centered": -0.5}[ratio]
+    powers = {"geometric": 0.0, "product": -1.0, "centered": -0.5, "token": 0.0}
+    share = lengths ** powers[ratio]
     z = broadcast_to_tokens(
         (low + (high - low) * uniform(num_steps)) * share, layout, backend="reference"
     )
@@ -141,7 +142,7 @@ def policy_results(
         backend: implementation.
         masked: pass the mask instead of the layout.
         upstream: gradient of the loss.
-        **options: other keywords of `steppo_loss`.
+        **options: other keywords of `steppo_loss`, and `advantages` in place of the batch's.
 
     Returns:
         ``loss``, ``metrics``, ``grad_log_probs``, with entropy ``grad_entropy`` and with a layout
@@ -151,10 +152,12 @@ def policy_results(
     entropy = batch.entropy.detach().clone().requires_grad_() if config.entropy_coef else None
     if config.kl_coef:
         options.setdefault("ref_log_probs", batch.ref_log_probs)
+    if (advantages := options.pop("advantages", None)) is None:
+        advantages = batch.on_tokens(batch.advantages) if masked else batch.advantages
     output = steppo_loss(
         log_probs,
         batch.old_log_probs,
-        batch.on_tokens(batch.advantages) if masked else batch.advantages,
+        advantages,
         batch.mask if masked else batch.layout,
         config=config,
         entropy=entropy,

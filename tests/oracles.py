@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels import StepLayout
 
 
 @dataclass
@@ -199,140 +198,6 @@ def gae(
             advantages[step] = sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:]))
             returns[step] = advantages[step] + values[step]
     return advantages, returns
-
-
-def policy_loss(
-    steps: Steps,
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Sequence[float],
-    config: StepPOConfig,
-    *,
-    ref_log_probs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    step_is_weights: Sequence[float] | None = None,
-    token_is_weights: Tensor | None = None,
-    step_weights: Sequence[float] | None = None,
-    normalizer: float | None = None,
-    ratio_center: float | None = None,
-) -> dict[str, Tensor]:
-    """Return what `batches.policy_results` returns with a layout, in fp64."""
-    new, old = log_probs.reshape(-1).tolist(), old_log_probs.reshape(-1).tolist()
-    ref = None if ref_log_probs is None else ref_log_probs.reshape(-1).tolist()
-    bonus = None if entropy is None else entropy.reshape(-1).tolist()
-    own = None if token_is_weights is None else token_is_weights.reshape(-1).tolist()
-    tokens = [position for step in steps.tokens for position in step]
-    z = {position: new[position] - old[position] for position in tokens}
-    counts = {
-        step: sum(bool(steps.tokens[other]) for other in members)
-        for members in steps.trajectories
-        for step in members
-    }
-    used = [step for step, positions in enumerate(steps.tokens) if positions]
-    power = {"geometric": 1.0, "product": 0.0, "centered": 0.5}[config.ratio]
-    mu = 0.0
-    if config.ratio == "centered":
-        mean = math.fsum(z.values()) / max(len(z), 1)
-        mu = mean if ratio_center is None else ratio_center
-    total = {
-        "step_mean": len(used),
-        "trajectory_mean": sum(any(steps.tokens[s] for s in m) for m in steps.trajectories),
-        "token_mean": len(tokens),
-        "sum": 1,
-    }[config.reduction]
-    total = max(total, 1) if normalizer is None else normalizer
-
-    grad, grad_entropy = [0.0] * len(new), [0.0] * len(new)
-    log_ratios = [0.0] * len(steps.tokens)
-    ratios, policy, kl, spread = [], 0.0, 0.0, 0.0
-    clipped_low = clipped_high = clipped_tokens = clipped = 0
-    for step in used:
-        positions, advantage = steps.tokens[step], advantages[step]
-        length = len(positions)
-        scale = length**-power
-        log_ratio = mu + scale * math.fsum(z[position] - mu for position in positions)
-        log_ratios[step] = log_ratio
-        ratio = math.exp(min(log_ratio, config.log_ratio_max))
-        ratios.append(ratio)
-        plain = -advantage * ratio
-        bounded = -advantage * min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
-        slope = -advantage * ratio * scale if log_ratio <= config.log_ratio_max else 0.0
-        if bounded > plain:
-            clipped += 1
-            clipped_tokens += length
-            clipped_low += advantage < 0
-            clipped_high += advantage > 0
-            slope = 0.0
-        value = max(plain, bounded)
-        if config.dual_clip and advantage < 0 and value > -config.dual_clip * advantage:
-            value, slope = -config.dual_clip * advantage, 0.0
-        weight = {
-            "step_mean": 1.0,
-            "trajectory_mean": 1.0 / counts.get(step, 1),
-            "token_mean": float(length),
-            "sum": 1.0,
-        }[config.reduction]
-        weight = weight if step_weights is None else step_weights[step]
-        weight = weight / total
-        factor = 1.0 if step_is_weights is None else step_is_weights[step]
-        factors = [factor if own is None else own[position] for position in positions]
-        policy += weight * value * math.fsum(factors) / length
-        for position, own_factor in zip(positions, factors, strict=True):
-            grad[position] += weight * slope * own_factor
-            if ref is not None:
-                penalty, derivative = _kl(ref[position] - new[position], config.kl_estimator)
-                kl += weight * penalty / length
-                grad[position] += config.kl_coef * weight * derivative / length
-            if bonus is not None:
-                spread += weight * bonus[position] / length
-                grad_entropy[position] = -config.entropy_coef * weight / length
-    dead = sum(grad[position] == 0 and grad_entropy[position] == 0 for position in tokens)
-    per_step, per_token_ = max(len(used), 1), max(len(tokens), 1)
-    metrics = {
-        "policy_loss": policy,
-        "kl_loss": kl,
-        "entropy": spread,
-        "ratio_mean": math.fsum(ratios) / len(ratios) if ratios else 1.0,
-        "ratio_min": min(ratios, default=1.0),
-        "ratio_max": max(ratios, default=1.0),
-        "clip_fraction": clipped / per_step,
-        "clip_fraction_low": clipped_low / per_step,
-        "clip_fraction_high": clipped_high / per_step,
-        "token_clip_fraction": clipped_tokens / per_token_,
-        "approx_kl": -math.fsum(z.values()) / per_token_,
-        "approx_kl_k3": math.fsum(_kl(d, "k3")[0] for d in z.values()) / per_token_,
-        "dead_token_fraction": dead / per_token_,
-        "num_steps": len(used),
-        "num_tokens": len(tokens),
-    }
-    loss = policy + config.kl_coef * kl - config.entropy_coef * spread
-    found = {
-        "loss": loss,
-        "metrics": list(metrics.values()),
-        "grad_log_probs": grad,
-        "step_log_ratio": log_ratios,
-    }
-    if bonus is not None and config.entropy_coef:
-        found["grad_entropy"] = grad_entropy
-    made = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
-    for name in ("grad_log_probs", "grad_entropy"):
-        if name in made:
-            made[name] = made[name].reshape(log_probs.shape)
-    return made
-
-
-def _kl(d: float, estimator: str) -> tuple[float, float]:
-    """Return the clamped penalty and its derivative with respect to log pi = log pi_ref - d."""
-    inside = abs(d) <= 20
-    d = min(max(d, -20.0), 20.0)
-    value, derivative = {
-        "k1": (-d, 1.0),
-        "k2": (0.5 * d * d, -d),
-        "k3": (math.expm1(d) - d, -math.expm1(d)),
-    }[estimator]
-    if abs(value) > 10:
-        return math.copysign(10.0, value), 0.0
-    return value, derivative if inside else 0.0
 
 
 def _prefix(counts: Sequence[int]) -> list[int]:

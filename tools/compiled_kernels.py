@@ -212,7 +212,35 @@ def logits_launches(shape: tuple[int, int, int], *, whole: bool = True) -> list[
     return recorded(everything)
 
 
-def launches(length: int = LENGTHS[0]) -> list[Launch]:
+def policies(length: int, *, whole: bool) -> None:
+    """Launch the policy loss with every surrogate.
+
+    Ratios and advantages are those of tokens, in both forms; where the launches are whole, also
+    those of steps, fp64, batches that carry little, and each tile of steps.
+    """
+    layout = batch(4, length, 511)
+    for at, surrogate in enumerate(SURROGATES):
+        token = StepPOConfig(ratio="token", surrogate=surrogate, reduction="token_mean")
+        policy(layout, token, full=True)
+        policy(layout, token, full=True, masked=True)
+        if not whole:
+            continue
+        policy(layout, token, full=False, by_token=False)
+        for masked in (False, True):
+            policy(layout, token, full=True, masked=masked, dtype=torch.float64)
+        if surrogate != "tv":
+            ratio = RATIOS[at % RATIOS.index("token")]
+            pooled = StepPOConfig(ratio=ratio, surrogate=surrogate, token_clip=(0.1, 0.1))
+            policy(layout, pooled, full=True, by_token=False)
+            policy(layout, pooled, full=True)
+            policy(layout, pooled, full=True, masked=True)
+    for size in (1, 20, 200) if whole else ():
+        tile = batch(4, length, size)
+        policy(tile, StepPOConfig(ratio="centered"), full=True)
+        policy(tile, StepPOConfig(ratio="token"), full=False, by_token=False)
+
+
+def launches(length: int = LENGTHS[0], *, whole: bool = True) -> list[Launch]:
     """Return launches of every kernel that works on tokens, on rows of `length` of them."""
     layout = batch(4, length, 511)
     held = require_layout(layout)
@@ -247,22 +275,8 @@ def launches(length: int = LENGTHS[0]) -> list[Launch]:
         policy(layout, rich, full=True)
         policy(layout, rich, full=True, masked=True)
         policy(layout, StepPOConfig(), full=False, masked=True)
-        for at, surrogate in enumerate(SURROGATES):
-            ratio = "token" if surrogate == "tv" else RATIOS[at % len(RATIOS)]
-            bounds = {"token_clip": (0.1, 0.1)} if ratio != "token" else {}
-            config = StepPOConfig(ratio=ratio, surrogate=surrogate, **bounds)
-            token = StepPOConfig(ratio="token", surrogate=surrogate, reduction="token_mean")
-            if ratio != "token":
-                policy(layout, config, full=True, by_token=False)
-            policy(layout, config, full=True)
-            policy(layout, token, full=False, by_token=False)
-            policy(layout, token, full=True, dtype=torch.float64)
-            policy(layout, config, full=True, masked=True)
-            policy(layout, token, full=True, masked=True, dtype=torch.float64)
-        # Tokens of their own in each tile of steps, the registers at most.
-        for size in (1, 20, 200):
-            policy(batch(4, length, size), rich, full=True)
-            policy(batch(4, length, size), token, full=True)
+        policy(layout, StepPOConfig(ratio="product"), full=True, masked=True)
+        policies(length, whole=whole)
 
     return recorded(everything)
 
@@ -357,7 +371,7 @@ def reports(arch: str) -> list[dict[str, Any]]:
     """Return what `compiled` finds for an architecture, once for each kernel that it caches."""
     launch.warp_size = TARGETS[arch].warp_size
     every = [
-        *launches(),
+        *launches(whole=arch == WHOLE),
         *(
             each
             for group in LOGITS_SHAPES

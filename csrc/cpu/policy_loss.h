@@ -45,12 +45,11 @@ struct PolicySums {
   }
 };
 
-// Whether any lane is not within +-1/16: a NaN is not.
-template <class L>
-static inline bool any_beyond(L largest_square) {
-  const auto beyond = ~(largest_square <= 0.00390625f);
-  std::int64_t words[sizeof beyond / 8], any = 0;
-  std::memcpy(words, &beyond, sizeof beyond);
+// Whether any lane of a mask is set.
+template <class M>
+static inline bool any_of(M mask) {
+  std::int64_t words[sizeof mask / 8], any = 0;
+  std::memcpy(words, &mask, sizeof mask);
   for (const std::int64_t word : words) any |= word;
   return any != 0;
 }
@@ -85,7 +84,8 @@ static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t l
       // A NaN may get lost here; it is in the series.
       largest = Arithmetic<Lanes<T>>::select(square <= largest, largest, square);
     }
-    if (any_beyond(largest)) {
+    // What is not within +-1/16; a NaN is not.
+    if (any_of(~(largest <= 0.00390625f))) {
       for (int64_t i = begin; i < end; i += kLanes<T>) {
         k3.add(kl_penalty<kK3>(load(now, at, i, length) - load(old, at, i, length)).value);
       }
@@ -100,9 +100,14 @@ static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t l
 template <class T, class At>
 static inline bool share_one(const T* values, At at, int64_t length) {
   const T first = values[at(0)];
-  int apart = 0;
-  for (int64_t i = 0; i < length; ++i) apart |= values[at(i)] != first;
-  return apart == 0;
+  const int64_t whole = length - length % kLanes<T>;
+  MaskOf<Lanes<T>> apart{};
+  for (int64_t i = 0; i < whole; i += kLanes<T>) apart |= load(values, at, i, length) != first;
+  if (any_of(apart)) return false;
+  for (int64_t i = whole; i < length; ++i) {
+    if (values[at(i)] != first) return false;
+  }
+  return true;
 }
 
 // A non-empty step.
@@ -235,6 +240,25 @@ static inline double add_step(const PolicyCall<T>& call, At at, const PolicyStep
   }
   sums.dead += static_cast<double>(dead);
   return log_ratio;
+}
+
+// How many steps ahead tokens are asked for.
+constexpr int64_t kStepsAhead = 6;
+
+// Asks for the tokens of a step that comes later. Steps are short and lie apart, so that no
+// processor sees where the next one is.
+template <class T>
+static inline void fetch(const PolicyCall<T>& call, int64_t start, int64_t length) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  // A long step is seen after a few lines.
+  constexpr int64_t kMost = 16 * kLine;
+  const int64_t end = start + (length < kMost ? length : kMost);
+  for (int64_t i = start; i < end; i += kLine) {
+    __builtin_prefetch(call.log_probs + i);
+    __builtin_prefetch(call.old_log_probs + i);
+  }
+  if (!call.advantages_per_token) return;
+  for (int64_t i = start; i < end; i += kLine) __builtin_prefetch(call.advantages + i);
 }
 
 // Below this many bytes, memory is mostly used again from call to call, and has its pages.

@@ -96,15 +96,27 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
       PolicySums sums;
       Sum<T> k3;
-      const auto add = [&](Run run) {
+      const auto take = [&](Run run) {
         const int64_t length = run.end - run.begin;
         const double count =
             by_row ? static_cast<double>(counts[run.begin / row_length].runs) : 1.0;
         const double weight = step_weight(config.reduction, static_cast<double>(length), count);
         add_step(call, Contiguous{run.begin}, PolicyStep{0, length, weight}, sums, k3);
       };
+      // Steps wait until some more have been found, whose tokens are asked for meanwhile.
+      Run waiting[kStepsAhead];
+      int64_t seen = 0;
+      const auto add = [&](Run run) {
+        fetch(call, run.begin, run.end - run.begin);
+        Run& place = waiting[seen % kStepsAhead];
+        if (seen >= kStepsAhead) take(place);
+        place = run;
+        ++seen;
+      };
       for_steps(mask, row_length, begin, end, add,
                 [&](int64_t first, int64_t last) { clear(call, first, last); });
+      const int64_t left = seen < kStepsAhead ? seen : kStepsAhead;
+      for (int64_t k = seen - left; k < seen; ++k) take(waiting[k % kStepsAhead]);
       sums.k3 = k3.total();
       partial[b] = sums;
     });

@@ -100,6 +100,38 @@ def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, b
 
 @_operator(
     "segment",
+    "(Tensor mask, Tensor? boundaries, Tensor row_offsets, str backend) "
+    "-> (Tensor row_steps, Tensor counts)",
+)
+def count_steps(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
+    """Fake: see `steppo_kernels.layout.segment`."""
+    return _segments(mask.numel(), row_offsets)[1:]
+
+
+@_operator(
+    "segment",
+    "(Tensor mask, Tensor? boundaries, Tensor row_offsets, Tensor row_steps, SymInt num_steps, "
+    "SymInt num_actions, str backend) -> (Tensor step_ids, Tensor token_index, "
+    "Tensor step_offsets, Tensor step_lengths, Tensor step_starts, Tensor trajectory_steps, "
+    "Tensor trajectory_counts, Tensor state_index, Tensor step_rows)",
+)
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+    backend: str,
+) -> Any:
+    """Fake: see `steppo_kernels.layout.segment`."""
+    step_ids = _segments(mask.numel(), row_offsets)[0]
+    csr = compact(step_ids, num_steps, num_actions, backend)
+    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1], backend)
+
+
+@_operator(
+    "segment",
     "(Tensor ids, Tensor row_offsets, str backend) "
     "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
 )
@@ -150,6 +182,24 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> 
         step_ids.new_empty((num_steps + 1,), dtype=torch.int64),
         step_ids.new_empty((num_steps,), dtype=torch.int32),
         step_ids.new_empty((num_steps,), dtype=torch.int64),
+    )
+
+
+@_operator(
+    "segment",
+    "(Tensor row_steps, Tensor token_index, Tensor step_offsets, str backend) "
+    "-> (Tensor trajectory_steps, Tensor trajectory_counts, Tensor state_index, Tensor step_rows)",
+)
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor, backend: str
+) -> Any:
+    """Fake: see `steppo_kernels.layout.segment`."""
+    num_steps = step_offsets.shape[0] - 1
+    return (
+        step_offsets.new_empty((num_steps,)),
+        step_offsets.new_empty((num_steps,), dtype=torch.int32),
+        step_offsets.new_empty((num_steps,)),
+        step_offsets.new_empty((num_steps,)),
     )
 
 
@@ -408,7 +458,7 @@ def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Ten
     return (
         row_offsets.new_empty((num_tokens,), dtype=torch.int32),
         row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
-        row_offsets.new_empty((2,), dtype=torch.int64),
+        row_offsets.new_empty((3,), dtype=torch.int64),
     )
 
 

@@ -21,15 +21,35 @@ def from_mask(
     mask: Tensor, cu_seqlens: Tensor | None, boundaries: Tensor | None, backend: str
 ) -> StepTensors:
     """See `StepLayout.from_mask`."""
-    flags = checks.flags("mask", mask, (1, 2))
+    flags = checks.flags("mask", mask, (1, 2), any_byte=True)
+    chosen = resolve(backend, flags.device)
+    if chosen == "reference":
+        flags = checks.ones_of(flags)
     rows = row_offsets("mask", flags, cu_seqlens)
     if boundaries is not None:
         boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
         boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
         boundaries = boundaries.reshape(-1).contiguous()
-    chosen = resolve(backend, flags.device)
-    found = segment.segment_mask(flags.reshape(-1).contiguous(), boundaries, rows, chosen)
-    return _from_segments(found, rows, flags.shape, chosen)
+    runs = (flags.reshape(-1).contiguous(), boundaries, rows)
+    row_steps, counts = segment.count_steps(*runs, chosen)
+    num_tokens, _, num_steps = counts.tolist()
+    step_ids, index, offsets, lengths, starts, *trajectories = segment.lay_out_runs(
+        *runs, row_steps, num_steps, num_tokens, chosen
+    )
+    steps, counts, states, step_rows = trajectories
+    return StepTensors(
+        step_ids=step_ids.view(flags.shape),
+        token_index=index,
+        step_offsets=offsets,
+        step_lengths=lengths,
+        step_starts=starts,
+        trajectory_steps=steps,
+        trajectory_offsets=row_steps,
+        trajectory_counts=counts,
+        state_index=states,
+        step_rows=step_rows,
+        row_offsets=rows,
+    )
 
 
 def from_step_ids(step_ids: Tensor, cu_seqlens: Tensor | None, backend: str) -> StepTensors:
@@ -63,17 +83,22 @@ def from_rows(
     is_real = every if valid is None else valid.cpu().nonzero().squeeze(1)
     steps, offsets = in_time_order(trajectory_ids, step_indices, is_real, num_rows)
     rows = torch.arange(num_rows, device=device)
-    made = _assemble(
-        found,
-        flags.shape,
-        chosen,
-        num_steps=num_rows,
-        num_tokens=int(found.counts[0]),
-        row_offsets=uniform_offsets(num_rows, row_length, device),
-        trajectory_steps=steps.to(device),
-        trajectory_offsets=offsets.to(device),
+    index, begins, lengths, starts = segment.compact(
+        found.step_ids, num_rows, int(found.counts[0]), chosen
+    )
+    steps, offsets = steps.to(device), offsets.to(device)
+    made = StepTensors(
+        step_ids=found.step_ids.view(flags.shape),
+        token_index=index,
+        step_offsets=begins,
+        step_lengths=lengths,
+        step_starts=starts,
+        trajectory_steps=steps,
+        trajectory_offsets=offsets,
+        trajectory_counts=csr.count_nonempty(lengths, steps, offsets, num_rows),
         state_index=rows * row_length,
         step_rows=rows,
+        row_offsets=uniform_offsets(num_rows, row_length, device),
     )
     return with_rewards_of_rows(made)
 
@@ -116,46 +141,17 @@ def _from_segments(
 ) -> StepTensors:
     """Finish a layout whose trajectories are its rows."""
     # One copy to the host brings both sizes and the error.
-    num_tokens, decreasing, num_steps = torch.cat((found.counts, found.row_steps[-1:])).tolist()
+    num_tokens, decreasing, num_steps = found.counts.tolist()
     if decreasing >= 0:
         raise ValueError(
             f"step_ids: got an id at flat position {decreasing} smaller than one before it in "
             "its row, expected ids that do not decrease along a row"
         )
-    device = rows.device
-    return _assemble(
-        found,
-        shape,
-        backend,
-        num_steps=num_steps,
-        num_tokens=num_tokens,
-        row_offsets=rows,
-        trajectory_steps=torch.arange(num_steps, device=device),
-        trajectory_offsets=found.row_steps,
-        state_index=None,
-        step_rows=torch.repeat_interleave(
-            torch.arange(len(rows) - 1, device=device),
-            found.row_steps.diff(),
-            output_size=num_steps,
-        ),
-    )
-
-
-def _assemble(
-    found: segment.Segments,
-    shape: torch.Size,
-    backend: str,
-    *,
-    num_steps: int,
-    num_tokens: int,
-    row_offsets: Tensor,
-    trajectory_steps: Tensor,
-    trajectory_offsets: Tensor,
-    state_index: Tensor | None,
-    step_rows: Tensor,
-) -> StepTensors:
     index, offsets, lengths, starts = segment.compact(
         found.step_ids, num_steps, num_tokens, backend
+    )
+    steps, counts, states, step_rows = segment.row_trajectories(
+        found.row_steps, index, offsets, backend
     )
     return StepTensors(
         step_ids=found.step_ids.view(shape),
@@ -163,13 +159,10 @@ def _assemble(
         step_offsets=offsets,
         step_lengths=lengths,
         step_starts=starts,
-        trajectory_steps=trajectory_steps,
-        trajectory_offsets=trajectory_offsets,
-        trajectory_counts=csr.count_nonempty(
-            lengths, trajectory_steps, trajectory_offsets, num_steps
-        ),
-        # Without empty steps, the first token of a step is where its state is valued.
-        state_index=index[offsets[:-1]] if state_index is None else state_index,
+        trajectory_steps=steps,
+        trajectory_offsets=found.row_steps,
+        trajectory_counts=counts,
+        state_index=states,
         step_rows=step_rows,
-        row_offsets=row_offsets,
+        row_offsets=rows,
     )

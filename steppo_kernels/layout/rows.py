@@ -14,7 +14,9 @@ from . import integers
 
 def uniform_offsets(num_rows: int, row_length: int, device: torch.device) -> Tensor:
     """Return where rows of one length begin, int64 ``[R + 1]``."""
-    return torch.arange(num_rows + 1, device=device) * row_length
+    if row_length == 0:
+        return torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, num_rows * row_length + 1, row_length, device=device)
 
 
 def row_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:

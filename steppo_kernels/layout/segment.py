@@ -20,8 +20,8 @@ class Segments(NamedTuple):
         step_ids: int32 ``[N]``, -1 where no action token.
         row_steps: int64 ``[R + 1]``, CSR offsets: the steps of row r are
             ``row_steps[r]:row_steps[r + 1]``.
-        counts: int64 ``[2]``: number of action tokens; position of the first id that is smaller
-            than one before it in its row, or -1.
+        counts: int64 ``[3]``: number of action tokens; position of the first id that is smaller
+            than one before it in its row, or -1; number of steps.
     """
 
     step_ids: Tensor
@@ -100,3 +100,55 @@ def compact(
         "compact", backend, step_ids, num_steps, num_tokens
     )
     return index, offsets, lengths, starts
+
+
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make every row a trajectory of its steps, none of which is empty.
+
+    Returns:
+        trajectory_steps int64 ``[S]``, trajectory_counts int32 ``[S]``, state_index int64 ``[S]``
+        (the first token of each step) and step_rows int64 ``[S]``: see `StepTensors`.
+    """
+    steps, counts, states, rows = operators.call(
+        "row_trajectories", backend, row_steps, token_index, step_offsets
+    )
+    return steps, counts, states, rows
+
+
+def count_steps(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Count the runs of ones of each row: `row_steps` and `counts` of `Segments`."""
+    row_steps, counts = operators.call("count_steps", backend, mask, boundaries, row_offsets)
+    return row_steps, counts
+
+
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Return the layout of the runs of ones, which `count_steps` has counted.
+
+    Returns:
+        What `segment_mask`, `compact` and `row_trajectories` return of it, one behind the other:
+        step_ids; token_index, step_offsets, step_lengths, step_starts; trajectory_steps,
+        trajectory_counts, state_index, step_rows.
+    """
+    outputs: tuple[Tensor, ...] = operators.call(
+        "lay_out_runs",
+        backend,
+        mask,
+        boundaries,
+        row_offsets,
+        row_steps,
+        num_steps,
+        num_actions,
+    )
+    return outputs

@@ -103,8 +103,11 @@ def steppo_loss_from_logits(
         backend,
     )
     checks.in_order("logits", logits, inputs.shape, "vocabulary")
-    steps = inputs.mask if inputs.layout is None else inputs.layout.step_ids >= 0
-    assert steps is not None
+    if inputs.layout is not None:
+        steps = inputs.layout.step_ids >= 0
+    else:
+        assert inputs.mask is not None
+        steps = checks.ones_of(inputs.mask)
     steps = steps.reshape(-1).contiguous()
     targets = Targets.of(token_ids, steps, temperature, inputs.shape, inputs.device)
     has_bonus = config.entropy_coef != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -225,15 +224,17 @@ def scaled_gradient(
     nothing to do.
     """
     is_last = not is_compiling() and not _keeps_graph()
-    is_seen = not is_compiling() and grad.device.type == "cpu"
-    factors = [upstream] if grad_scale is None else [upstream, grad_scale]
-    if not (is_last and is_seen and all(f.item() == 1.0 for f in factors)):
-        factor = functools.reduce(torch.mul, factors)
-        zeros = None if is_seen and math.isfinite(factor.item()) else grad == 0
+    is_seen = not is_compiling() and grad.is_cpu
+    factor = upstream if grad_scale is None else upstream * grad_scale
+    seen = factor.item() if is_seen else math.nan
+    if not (is_last and seen == 1.0):
+        zeros = None if math.isfinite(seen) else grad == 0
         grad = grad.mul_(factor) if is_last else grad * factor
         if zeros is not None:
             grad = grad.masked_fill_(zeros, 0.0)
-    return grad.view(shape).to(dtype)
+    if grad.shape != shape:
+        grad = grad.view(shape)
+    return grad if grad.dtype is dtype else grad.to(dtype)
 
 
 class _PolicyLoss(torch.autograd.Function):

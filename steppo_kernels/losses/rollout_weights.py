@@ -127,8 +127,8 @@ def rollout_weights(
 
 def _bounds(low: float | None, high: float | None) -> tuple[float, float]:
     """Return the bounds, 0 and infinity where there are none."""
-    lowest = 0.0 if low is None else checks.positive_or_zero("low", low)
-    highest = math.inf if high is None else checks.positive_or_zero("high", high)
+    lowest = 0.0 if low is None else checks.positive_number("low", low, or_zero=True)
+    highest = math.inf if high is None else checks.positive_number("high", high, or_zero=True)
     if lowest > highest:
         raise ValueError(f"low: got {low!r}, expected at most high, which is {high!r}")
     return lowest, highest

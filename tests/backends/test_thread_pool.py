@@ -35,11 +35,11 @@ step_ids = (torch.arange(count) // 100).to(torch.int32)
 per_step = torch.randn(count // 100 + 1)
 expected = per_step[step_ids]
 found = torch.empty_like(expected)
-addresses = per_step.data_ptr(), step_ids.data_ptr(), count, found.data_ptr()
+broadcast = 0, per_step.data_ptr(), step_ids.data_ptr(), count, found.data_ptr()
 
 def call(threads):
     found.zero_()
-    _C_cpu.broadcast_to_tokens(0, *addresses, threads)
+    _C_cpu.broadcast_to_tokens(broadcast, (threads, 0, 0, 0))
     return torch.equal(found, expected)
 
 def threads_now():

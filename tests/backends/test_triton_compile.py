@@ -32,6 +32,7 @@ WIDE = {
     "compact_kernel",
     "broadcast_kernel",
     "policy_loss_kernel",
+    "policy_loss_by_token_kernel",
     "policy_loss_masked_kernel",
     "finish_policy_loss_kernel",
 }

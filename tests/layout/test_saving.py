@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from steppo_kernels import StepLayout, StepPOConfig, step_gae
+from steppo_kernels.layout.step_layout import require_layout
 
 
 def layouts() -> dict[str, StepLayout]:
@@ -137,6 +139,24 @@ def test_a_layout_whose_steps_exchanged_their_places_in_a_row_is_refused():
         object.__new__(StepLayout).__setstate__({**state, **exchanged})
 
 
+@pytest.mark.parametrize("name", layouts())
+def test_where_whole_steps_lie_is_neither_shown_nor_saved(name):
+    """It follows from the other tensors, and is found again when they are loaded."""
+    layout = layouts()[name]
+    state = layout.__getstate__()
+    assert "step_starts" not in {*state, *layout.tensors()}
+    held = require_layout(layout)
+    starts = []
+    for begin, end in itertools.pairwise(layout.step_offsets.tolist()):
+        positions = layout.token_index[begin:end].tolist()
+        is_whole = bool(positions) and positions == list(range(positions[0], positions[-1] + 1))
+        starts.append(positions[0] if is_whole else -1)
+    assert held.step_starts.tolist() == starts
+    assert torch.equal(require_layout(copy.copy(layout)).step_starts, held.step_starts)
+    with pytest.raises(ValueError, match=r"^StepLayout: got a state of .*'step_starts'"):
+        object.__new__(StepLayout).__setstate__({**state, "step_starts": held.step_starts})
+
+
 def test_states_that_are_none_of_a_layout():
     for state in ({}, {"step_ids": torch.zeros(1)}, None, [1]):
         with pytest.raises((ValueError, TypeError), match=r"^StepLayout: got a state"):
@@ -170,4 +190,12 @@ def test_a_damaged_config_is_refused_when_it_is_loaded():
     config = StepPOConfig()
     for state, name in (({"clip_low": 7.0}, "clip_low"), ({"surprise": 1}, "StepPOConfig")):
         with pytest.raises(ValueError, match=f"^{name}: got"):
-            object.__new__(StepPOConfig).__setstate__({**vars(config), **state})
+            object.__new__(StepPOConfig).__setstate__({**config.__getstate__(), **state})
+
+
+def test_a_config_of_a_release_with_fewer_fields_has_their_defaults():
+    state = {"ratio": "product", "clip_low": 0.1, "clip_high": 0.2, "dual_clip": 3.0}
+    again = object.__new__(StepPOConfig)
+    again.__setstate__(state)
+    assert again == StepPOConfig(**state)
+    assert again.kernel == StepPOConfig(**state).kernel

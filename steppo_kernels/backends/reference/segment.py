@@ -18,6 +18,28 @@ def segment_mask(
     return _number(mask, mask & ~continues, row_offsets)
 
 
+def count_steps(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Count the runs of ones of each row."""
+    _, row_steps, counts = segment_mask(mask, boundaries, row_offsets)
+    return row_steps, counts
+
+
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+) -> tuple[Tensor, ...]:
+    """Return the layout of runs that have been counted."""
+    step_ids, *_ = segment_mask(mask, boundaries, row_offsets)
+    csr = compact(step_ids, num_steps, num_actions)
+    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1])
+
+
 def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Number the distinct (row, id) pairs with id >= 0."""
     action = ids >= 0
@@ -35,7 +57,8 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
         mask = mask & valid[:, None]
     rows = torch.arange(mask.shape[0] + 1, device=mask.device)
     step_ids = torch.where(mask, rows[:-1, None], -1).to(torch.int32)
-    return step_ids.reshape(-1), rows, torch.stack((mask.sum(), rows.new_tensor(-1)))
+    counts = torch.stack((mask.sum(), rows.new_tensor(-1), rows[-1]))
+    return step_ids.reshape(-1), rows, counts
 
 
 def mark_actions(
@@ -75,6 +98,22 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
     return token_index, step_offsets, lengths, step_starts(token_index, step_offsets)
 
 
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make every row a trajectory of its steps, none of which is empty."""
+    lengths = row_steps.diff()
+    num_steps = step_offsets.numel() - 1
+    rows = torch.arange(lengths.numel(), device=row_steps.device)
+    step_rows = torch.repeat_interleave(rows, lengths, output_size=num_steps)
+    return (
+        torch.arange(num_steps, device=row_steps.device),
+        lengths.to(torch.int32)[step_rows],
+        token_index[step_offsets[:-1]],
+        step_rows,
+    )
+
+
 def step_starts(token_index: Tensor, step_offsets: Tensor) -> Tensor:
     """Return the first position of each step whose positions follow each other, else -1."""
     num_tokens = token_index.numel()
@@ -93,7 +132,7 @@ def _number(action: Tensor, start: Tensor, row_offsets: Tensor) -> tuple[Tensor,
     number = start.cumsum(0)
     step_ids = torch.where(action, number - 1, -1).to(torch.int32)
     row_steps = torch.cat((number.new_zeros(1), number))[row_offsets]
-    return step_ids, row_steps, torch.stack((action.sum(), number.new_tensor(-1)))
+    return step_ids, row_steps, torch.stack((action.sum(), number.new_tensor(-1), row_steps[-1]))
 
 
 def _row_starts(row_offsets: Tensor, num_tokens: int) -> Tensor:

@@ -86,9 +86,7 @@ def moved_by(x: Tensor, value: Tensor, factor: Tensor, other: Tensor | None = No
 class _MovedBy(torch.autograd.Function):
     # Without *args: torch.compile takes their number for that of a forward without ctx.
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, value: Tensor, factor: Tensor, other: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor, other: Tensor | None) -> Tensor:
         ctx.save_for_backward(factor, other)
         return value.clone()
 

@@ -112,18 +112,21 @@ def policy_loss_masked_kernel(
     """Each program takes rows: lengths and sums of z by run, then the runs, then the tokens.
 
     `p_runs` is the program's scratch, three numbers a run: length and sum of z; then 1 / length,
-    log-ratio and w_s / length.
+    log-ratio, and w_s where that is the run's own.
     """
     i_p = tl.program_id(0).to(tl.int64)
     length = row_length.to(tl.int64)
     p_length = p_runs + i_p * max_runs * 3
     p_x = p_length + max_runs
-    p_unit = p_x + max_runs
+    p_weight = p_x + max_runs
 
     mu = read_center(p_center, center, NUM_CENTERS)
-    b_ratios = tl.zeros([BT if RATIO == TOKEN else BR], tl.float64)
-    b_min = tl.full([BT if RATIO == TOKEN else BR], float("inf"), tl.float64)
-    b_max = tl.full([BT if RATIO == TOKEN else BR], float("-inf"), tl.float64)
+    # Ratios are those of tokens or of runs.
+    units: tl.constexpr = BT if RATIO == TOKEN else BR
+    kind: tl.constexpr = p_new.dtype.element_ty if RATIO == TOKEN else tl.float64
+    b_ratios = tl.zeros([units], tl.float64)
+    b_min = tl.full([units], float("inf"), kind)
+    b_max = tl.full([units], float("-inf"), kind)
     b_policy = tl.zeros([BT], tl.float64)
     b_z_all = tl.zeros([BT], tl.float64)
     b_k3 = tl.zeros([BT], tl.float64)
@@ -133,7 +136,7 @@ def policy_loss_masked_kernel(
     b_high = tl.zeros([BT], tl.float64)
     b_clipped_tokens = tl.zeros([BT], tl.int32)
     b_dead = tl.zeros([BT], tl.int32)
-    b_tokens = tl.zeros([BT], tl.int32)
+    b_tokens = tl.zeros([BR], tl.int64)
     steps = tl.full((), 0, tl.int64)
     trajectories = tl.full((), 0, tl.int64)
 
@@ -152,7 +155,6 @@ def policy_loss_masked_kernel(
             b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
             b_z_all += b_z
             b_k3 += kl_k3(b_z.to(b_new.dtype)).to(tl.float64)
-            b_tokens += m_token.to(tl.int32)
             if TOKEN_CLIP:
                 b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
                 b_z, _ = clip_tokens(b_z, b_adv, token_low, token_high)
@@ -174,14 +176,11 @@ def policy_loss_masked_kernel(
             b_run = r + tl.arange(0, BR)
             m_step = b_run < runs
             b_len = tl.load(p_length + b_run, mask=m_step, other=1.0)
+            b_tokens += tl.where(m_step, b_len, 0.0).to(tl.int64)
             b_inverse = 1.0 / b_len
-            b_unit = b_inverse
-            if REDUCTION == TRAJECTORY_MEAN:
-                b_unit = b_inverse / runs.to(tl.float64)
-            elif REDUCTION == TOKEN_MEAN:
-                b_unit = tl.full([BR], 1.0, tl.float64)
             tl.store(p_length + b_run, b_inverse, mask=m_step)
-            tl.store(p_unit + b_run, b_unit, mask=m_step)
+            if REDUCTION == TOKEN_MEAN:
+                tl.store(p_weight + b_run, b_len, mask=m_step)
             if RATIO != TOKEN:
                 b_sum = tl.load(p_x + b_run, mask=m_step, other=0.0)
                 b_x, _ = pool(b_sum, b_len, b_inverse, mu, RATIO)
@@ -200,8 +199,13 @@ def policy_loss_masked_kernel(
             b_last = m_last.to(tl.int32)
             b_run = done + tl.cumsum(b_last, 0) - b_last
             done += tl.sum(b_last, 0)
-            b_inverse = tl.load(p_length + b_run, mask=m_token, other=1.0)
-            b_unit = tl.load(p_unit + b_run, mask=m_token, other=0.0)
+            b_inverse = tl.load(p_length + b_run, mask=m_token, other=0.0)
+            b_w = tl.full([BT], 1.0, tl.float64)
+            if REDUCTION == TRAJECTORY_MEAN:
+                b_w = b_w / tl.where(runs > 0, runs, 1).to(tl.float64)
+            elif REDUCTION == TOKEN_MEAN:
+                b_w = tl.load(p_weight + b_run, mask=m_token, other=0.0)
+            b_unit = b_w * b_inverse
             b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
             b_adv = tl.where(m_token, b_adv, 0.0)
             if RATIO == TOKEN or TOKEN_CLIP:
@@ -216,8 +220,8 @@ def policy_loss_masked_kernel(
                 b_x,
                 b_gap,
                 b_adv,
-                low,
-                high,
+                tl.full((), low, tl.float64),
+                tl.full((), high, tl.float64),
                 dual_clip,
                 soft_positive,
                 soft_negative,
@@ -226,7 +230,7 @@ def policy_loss_masked_kernel(
             )
             if RATIO == TOKEN:
                 b_ratios += tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0)
-                b_min, b_max = extremes(b_min, b_max, b_rho.to(tl.float64), m_token)
+                b_min, b_max = extremes(b_min, b_max, b_rho, m_token)
             m_clipped = m_clipped & m_token
             b_clipped_tokens += m_clipped.to(tl.int32)
             b_low += tl.where(m_clipped & m_below, b_inverse, 0.0)
@@ -235,9 +239,9 @@ def policy_loss_masked_kernel(
             # w_s L_s^-p
             b_factor = b_unit
             if RATIO == PRODUCT:
-                b_factor = b_unit / b_inverse
+                b_factor = b_w
             elif RATIO == CENTERED:
-                b_factor = b_unit / tl.sqrt(b_inverse)
+                b_factor = b_w * tl.sqrt(b_inverse)
             b_grad = times(b_slope.to(tl.float64), b_factor)
             b_loss = b_unit * b_value.to(tl.float64)
             if p_is is not None:
@@ -287,7 +291,7 @@ def policy_loss_masked_kernel(
         tl.sum(b_k3, 0),
         tl.sum(b_dead.to(tl.int64), 0),
         steps,
-        tl.sum(b_tokens.to(tl.int64), 0),
+        tl.sum(b_tokens, 0),
         trajectories,
     )
 

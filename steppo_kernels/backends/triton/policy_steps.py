@@ -76,8 +76,8 @@ def step_limits(
     BS: tl.constexpr,
 ):
     """Return the limits of steps: their own, or those that are configured."""
-    b_low = tl.broadcast_to(low, [BS])
-    b_high = tl.broadcast_to(high, [BS])
+    b_low = tl.full([BS], low, tl.float64)
+    b_high = tl.full([BS], high, tl.float64)
     if p_clip_low is not None:
         b_own = tl.load(p_clip_low + b_s, mask=m_step, other=0.0).to(tl.float64)
         b_low, _ = limits(b_own, b_own, SURROGATE)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config import KernelConfig
 from ...outputs import NUM_POLICY_METRICS, POLICY_METRICS
-from .launch import FLAT_BLOCK, aligned, scalar, threads
+from .launch import FLAT_BLOCK, aligned, all_registers, scalar, threads
 from .step_math import CENTERED, QUADRATIC, SOFT, TV, clip_tokens, denominator
 from .tiles import chunk
 
@@ -277,6 +277,7 @@ def find_center(
         ALIGNED=index is None and aligned(num_tokens),
         BT=FLAT_BLOCK,
         **threads(FLAT_BLOCK),
+        **(all_registers() if config.clips_tokens else {}),
     )
     return partials, 0.0, _CENTER_PROGRAMS
 

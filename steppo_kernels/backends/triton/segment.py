@@ -263,6 +263,41 @@ def step_offsets_kernel(
     tl.store(p_starts + b_s, tl.where(m_whole, b_first, -1), mask=b_s < num_steps)
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_steps"])
+def row_trajectories_kernel(
+    p_row_steps,
+    p_index,
+    p_offsets,
+    p_steps,
+    p_counts,
+    p_states,
+    p_rows,
+    num_rows,
+    num_steps,
+    BS: tl.constexpr,
+):
+    """Find the row of each step by bisection, and with it the steps of its trajectory."""
+    b_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    m_step = b_s < num_steps
+    b_low = tl.zeros([BS], tl.int64)
+    b_high = tl.zeros([BS], tl.int64) + num_rows
+    width = tl.full((), 0, tl.int64) + num_rows
+    while width > 0:
+        b_middle = (b_low + b_high) // 2
+        m_open = m_step & (b_low < b_high)
+        m_before = tl.load(p_row_steps + b_middle + 1, mask=m_open, other=0) <= b_s
+        b_low = tl.where(m_open & m_before, b_middle + 1, b_low)
+        b_high = tl.where(m_open & ~m_before, b_middle, b_high)
+        width = width // 2
+    b_begin = tl.load(p_row_steps + b_low, mask=m_step, other=0)
+    b_end = tl.load(p_row_steps + b_low + 1, mask=m_step, other=0)
+    b_first = tl.load(p_offsets + b_s, mask=m_step, other=0)
+    tl.store(p_steps + b_s, b_s, mask=m_step)
+    tl.store(p_counts + b_s, (b_end - b_begin).to(tl.int32), mask=m_step)
+    tl.store(p_states + b_s, tl.load(p_index + b_first, mask=m_step, other=0), mask=m_step)
+    tl.store(p_rows + b_s, b_low, mask=m_step)
+
+
 @triton.jit
 def _first_at_least(p_step_ids, p_index, b_s, num_actions, BS: tl.constexpr):
     b_low = tl.zeros([BS], tl.int64)
@@ -292,31 +327,98 @@ def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tenso
     return _segment(None, None, ids, row_offsets)
 
 
+def count_steps(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Count the runs of ones of each row."""
+    return _count(*_bytes(mask, boundaries), None, row_offsets)
+
+
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+) -> tuple[Tensor, ...]:
+    """Return the layout of runs that have been counted."""
+    step_ids = _number(*_bytes(mask, boundaries), None, row_offsets, row_steps)
+    csr = compact(step_ids, num_steps, num_actions)
+    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1])
+
+
+def _bytes(mask: Tensor, boundaries: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return mask.view(torch.uint8), None if boundaries is None else boundaries.view(torch.uint8)
+
+
 def _segment(
     mask: Tensor | None, boundaries: Tensor | None, ids: Tensor | None, row_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    row_steps, counts = _count(mask, boundaries, ids, row_offsets)
+    return _number(mask, boundaries, ids, row_offsets, row_steps), row_steps, counts
+
+
+def _count(
+    mask: Tensor | None, boundaries: Tensor | None, ids: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the number of steps before each row, and the counts of all."""
     num_rows = row_offsets.numel() - 1
-    tokens = mask if ids is None else ids
-    assert tokens is not None
-    step_ids = row_offsets.new_empty((tokens.numel(),), dtype=torch.int32)
     row_steps = row_offsets.new_zeros((num_rows + 1,))
-    counts = row_offsets.new_tensor([0, -1])
-    if num_rows == 0:
-        return step_ids, row_steps, counts
-    by_row = row_offsets.new_empty((3, num_rows))
-    block = row_block(cdiv(tokens.numel(), num_rows))
-    options = threads(block, _elements(tokens))
-    grid = (programs(num_rows),)
-    inputs = (mask, boundaries, ids, row_offsets, row_steps)
-    with device_guard(tokens):
-        segment_kernel[grid](*inputs, None, *by_row.unbind(), num_rows, BT=block, **options)
+    counts = row_offsets.new_tensor([0, -1, 0])
+    if num_rows:
+        by_row = row_offsets.new_empty((3, num_rows))
+        _walk(mask, boundaries, ids, row_offsets, row_steps, None, *by_row.unbind())
         torch.cumsum(by_row[0], 0, out=row_steps[1:])
         counts[0] = by_row[1].sum()
+        counts[2] = row_steps[-1]
         if ids is not None:
             decreasing = by_row[2].min()
             counts[1] = torch.where(decreasing == _NONE.value, -1, decreasing)
-        segment_kernel[grid](*inputs, step_ids, None, None, None, num_rows, BT=block, **options)
-    return step_ids, row_steps, counts
+    return row_steps, counts
+
+
+def _number(
+    mask: Tensor | None,
+    boundaries: Tensor | None,
+    ids: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+) -> Tensor:
+    """Return the step of each token."""
+    tokens = mask if ids is None else ids
+    assert tokens is not None
+    step_ids = row_offsets.new_empty((tokens.numel(),), dtype=torch.int32)
+    if row_offsets.numel() > 1:
+        _walk(mask, boundaries, ids, row_offsets, row_steps, step_ids, None, None, None)
+    return step_ids
+
+
+def _walk(
+    mask: Tensor | None,
+    boundaries: Tensor | None,
+    ids: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    *outputs: Tensor | None,
+) -> None:
+    """Count by row, or number the tokens if `step_ids` is the first of the outputs."""
+    num_rows = row_offsets.numel() - 1
+    tokens = mask if ids is None else ids
+    assert tokens is not None
+    block = row_block(cdiv(tokens.numel(), num_rows))
+    with device_guard(tokens):
+        segment_kernel[(programs(num_rows),)](
+            mask,
+            boundaries,
+            ids,
+            row_offsets,
+            row_steps,
+            *outputs,
+            num_rows,
+            BT=block,
+            **threads(block, _elements(tokens)),
+        )
 
 
 def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,7 +441,8 @@ def segment_rows(mask: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
                 BT=block,
                 **threads(block, _elements(mask)),
             )
-    return step_ids, row_steps, torch.stack((tokens.sum(), row_steps.new_tensor(-1)))
+    counts = torch.stack((tokens.sum(), row_steps.new_tensor(-1), row_steps[-1]))
+    return step_ids, row_steps, counts
 
 
 def _elements(tokens: Tensor) -> int:
@@ -407,5 +510,31 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int) -> tuple[Tensor, 
             num_tokens,
             BS=_SEARCH_BLOCK,
             **threads(_SEARCH_BLOCK),
+            **all_registers(),
         )
     return token_index, step_offsets, step_lengths, step_starts
+
+
+def row_trajectories(
+    row_steps: Tensor, token_index: Tensor, step_offsets: Tensor
+) -> tuple[Tensor, ...]:
+    """Make every row a trajectory of its steps, none of which is empty."""
+    num_steps = step_offsets.numel() - 1
+    steps, states, rows = (step_offsets.new_empty((num_steps,)) for _ in range(3))
+    counts = step_offsets.new_empty((num_steps,), dtype=torch.int32)
+    if num_steps:
+        with device_guard(row_steps):
+            row_trajectories_kernel[(cdiv(num_steps, _SEARCH_BLOCK),)](
+                row_steps,
+                token_index,
+                step_offsets,
+                steps,
+                counts,
+                states,
+                rows,
+                row_steps.numel() - 1,
+                num_steps,
+                BS=_SEARCH_BLOCK,
+                **threads(_SEARCH_BLOCK),
+            )
+    return steps, counts, states, rows

@@ -45,6 +45,12 @@ def times(coefficient, factor):
 
 
 @triton.jit
+def divide(b_x, b_y):
+    """Return the quotient, rounded to nearest: a GPU's own in fp32 may err by two last places."""
+    return tl.div_rn(b_x, b_y) if b_x.dtype == tl.float32 else b_x / b_y
+
+
+@triton.jit
 def pool(b_sum, b_len, b_inverse, mu, RATIO: tl.constexpr):
     """Return the log-ratios of steps, and L^-p, from sum z; all in fp64.
 
@@ -99,7 +105,7 @@ def surrogate(
     p - q of a token, which only TV reads. `low` and `high` are what `limits` returns.
     """
     dtype: tl.constexpr = b_x.dtype
-    cap = log_ratio_max.to(dtype)
+    cap = tl.full((), log_ratio_max, dtype)
     m_beyond = b_x > cap
     b_ratio, b_excess = exp_and_excess(tl.where(m_beyond, cap, b_x))
     low = low.to(dtype)
@@ -109,7 +115,7 @@ def surrogate(
         b_value = -b_adv * b_ratio
         b_other = -b_adv * clamp(b_ratio, low, high)
         m_clipped = b_other > b_value
-        b_bound = -b_adv * dual_clip.to(dtype)
+        b_bound = -b_adv * tl.full((), dual_clip, dtype)
         b_worst = tl.where(m_clipped, b_other, b_value)
         m_bounded = (b_bound > 0) & (b_worst > b_bound)
         m_live = ~m_beyond & (b_adv != 0) & ~m_clipped & ~m_bounded
@@ -131,15 +137,16 @@ def surrogate(
             b_c = tl.where(m_inside | (b_ratio != b_ratio), b_ratio, 0.0)
             m_clipped = (b_c == 0) | (b_x >= cap)
         elif SURROGATE == SOFT:
-            b_tau = tl.where(m_negative, soft_negative, soft_positive).to(dtype)
+            negative = tl.full((), soft_negative, dtype)
+            b_tau = tl.where(m_negative, negative, tl.full((), soft_positive, dtype))
             b_y = b_tau * b_excess
             # e^-|y|: sigma(y) is 1 or that over 1 + that, sech^2(y / 2) is 4 sigma(y) sigma(-y).
             b_small, _ = exp_and_excess(-tl.abs(b_y))
             b_whole = 1.0 + b_small
-            b_c = b_ratio * (4.0 * b_small / (b_whole * b_whole))
+            b_c = b_ratio * divide(4.0 * b_small, b_whole * b_whole)
             m_clipped = b_c == 0
         else:
-            b_step = b_excess / tl.where(m_negative, low, high)
+            b_step = divide(b_excess, tl.where(m_negative, low, high))
             b_c = b_ratio * (1.0 + tl.where(m_negative, b_step, -b_step))
             m_clipped = b_c == 0
         m_live = (b_adv != 0) & (b_c != 0)
@@ -147,8 +154,8 @@ def surrogate(
             m_live = m_live & ~m_beyond
         b_slope = tl.where(m_live, -b_adv * b_c, 0.0)
         if SURROGATE == SOFT:
-            b_sigma = tl.where(b_y >= 0, 1.0, b_small) / b_whole
-            b_value = -b_adv * (4.0 / b_tau * b_sigma)
+            b_sigma = divide(tl.where(b_y >= 0, 1.0, b_small), b_whole)
+            b_value = -b_adv * divide(4.0 * b_sigma, b_tau)
         elif SURROGATE == QUADRATIC:
             b_value = times(tl.abs(b_adv), 0.5 * b_excess * b_step) - b_adv * b_ratio
         else:

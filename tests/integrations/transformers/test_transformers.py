@@ -29,7 +29,7 @@ from tiny_models import (
     unfused_loss,
 )
 
-from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
+from steppo_kernels import StepLayout, StepPOConfig, broadcast_to_tokens, steppo_loss
 from steppo_kernels.backends import choice
 from steppo_kernels.integrations.transformers import (
     LogProbBatch,
@@ -151,14 +151,12 @@ def test_what_is_given_per_token_is_at_its_token(backend: str) -> None:
         "normalizer": 5.0,
         "temperature": 0.7 + weights,
     }
+    # Each token has an advantage of its own, and positions that are no action hold garbage.
+    own = torch.randn(ROWS, LENGTH, generator=random, dtype=torch.float64)
+    values["advantages"] = torch.where(batch.mask, own, torch.nan)
     expected_loss = unfused_loss(model, batch, values, **more)
     expected = gradients(model)
     patch_lm_head(model)
-    # Garbage where no step begins: only the entry at a step's first token counts.
-    by_token = torch.full((ROWS, LENGTH), torch.nan, dtype=torch.float64)
-    first = batch.layout.token_index[batch.layout.step_offsets[:-1]]
-    by_token.view(-1)[first] = values.pop("advantages")
-    values["advantages"] = by_token
     out = model(**batch.inputs, steppo=fused_batch(batch, values, backend=backend, **more))
     out.loss.backward()
     torch.testing.assert_close(out.loss.detach(), expected_loss, rtol=1e-6, atol=1e-6)
@@ -197,9 +195,7 @@ def test_a_mask_and_packed_rows(backend: str) -> None:
     model, batch = make("llama"), Batch()
     values = old_and_ref(model, batch)
     patch_lm_head(model)
-    first = batch.layout.token_index[batch.layout.step_offsets[:-1]]
-    by_token = torch.zeros(ROWS, LENGTH, dtype=torch.float64)
-    by_token.view(-1)[first] = batch.advantages
+    by_token = broadcast_to_tokens(batch.advantages, batch.layout, backend="reference")
     masked = fused_batch(batch, {**values, "advantages": by_token}, batch.mask, backend=backend)
     losses = [
         model(**batch.inputs, steppo=fused_batch(batch, values, backend=backend)).loss,
