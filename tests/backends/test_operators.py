@@ -84,6 +84,10 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
     timeline, states = tuple(held.timeline), tuple(held.states)
     return {
         "segment_mask": [(mask, None, rows), (mask, ids % 2 == 0, rows)],
+        "count_steps": [(mask, None, rows), (mask, ids % 2 == 0, rows)],
+        "lay_out_runs": [
+            (mask, None, rows, layout.trajectory_offsets, layout.num_steps, layout.num_tokens)
+        ],
         "segment_ids": [(ids.to(torch.int64), rows)],
         "segment_rows": [(batch.mask, None), (batch.mask, batch.mask[:, 0].contiguous())],
         "mark_actions": [

@@ -75,17 +75,9 @@ def record(
 ) -> Fields | str:
     """Return the names in a tuple, wherever in the module it is made."""
     if isinstance(value, ast.Tuple):
-        return tuple(name for entry in value.elts for name in names(entry))
-    if isinstance(value, ast.Name):
-        made = [
-            node.value
-            for node in ast.walk(inside)
-            if isinstance(node, ast.Assign)
-            and [ast.unparse(target) for target in node.targets] == [value.id]
-        ]
-        assert len(made) <= 1, f"{value.id} is made more than once"
-        if made:
-            return record(made[0], inside, functions)
+        return tuple(name for entry in value.elts for name in names(entry, inside))
+    if isinstance(value, ast.Name) and (made := assigned(value.id, inside)):
+        return record(made, inside, functions)
     if isinstance(value, ast.Call) and ast.unparse(value.func) in functions:
         maker = functions[ast.unparse(value.func)]
         (last,) = [node.value for node in ast.walk(maker) if isinstance(node, ast.Return)]
@@ -93,19 +85,34 @@ def record(
     return ast.unparse(value)
 
 
-def names(entry: ast.expr) -> list[str]:
+def assigned(name: str, inside: ast.FunctionDef) -> ast.expr | None:
+    """Return what a function assigns to a name, None if that is nothing."""
+    made = [
+        node.value
+        for node in ast.walk(inside)
+        if isinstance(node, ast.Assign) and [ast.unparse(one) for one in node.targets] == [name]
+    ]
+    assert len(made) <= 1, f"{name} is made more than once"
+    return made[0] if made else None
+
+
+def names(entry: ast.expr, inside: ast.FunctionDef) -> list[str]:
     """Return the names of an entry of a record."""
     if isinstance(entry, ast.Name):
         return [entry.id]
+    if isinstance(entry, ast.Starred) and isinstance(entry.value, ast.Name):
+        made = assigned(entry.value.id, inside)
+        assert isinstance(made, ast.Tuple), ast.unparse(entry)
+        return [name for tensor in made.elts for name in names(tensor, inside)]
     if isinstance(entry, ast.Starred):
         assert ast.unparse(entry.value.func) == "addresses", ast.unparse(entry)
-        return [name for tensor in entry.value.args for name in names(tensor)]
+        return [name for tensor in entry.value.args for name in names(tensor, inside)]
     if isinstance(entry, ast.Subscript) and ast.unparse(entry.value) == "DTYPES":
         return ["dtype"]
     if isinstance(entry, ast.Call) and ast.unparse(entry.func) in ("start", "bool"):
         # The address of a tensor that may be strided, and a number as a switch.
         (one,) = entry.args
-        return names(one)
+        return names(one, inside)
     raise AssertionError(f"a record has the entry {ast.unparse(entry)}, expected a name")
 
 
@@ -140,10 +147,16 @@ def test_every_operator_is_launched():
 def swapped(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
     """Yield the module with two neighbours of a record exchanged, for all that there are."""
     nodes = list(ast.walk(tree))
+    parts = {ast.unparse(node.value) for node in nodes if isinstance(node, ast.Starred)}
+    made = [
+        n.value for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in parts
+    ]
     for place, node in enumerate(nodes):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "addresses":
             entries = node.args
-        elif isinstance(node, ast.Tuple) and any(isinstance(x, ast.Starred) for x in node.elts):
+        elif isinstance(node, ast.Tuple) and (
+            node in made or any(isinstance(entry, ast.Starred) for entry in node.elts)
+        ):
             entries = node.elts
         else:
             continue
