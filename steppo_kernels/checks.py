@@ -22,14 +22,12 @@ from torch.compiler import is_compiling
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
-    """Return whether kernels take `value` as it is.
+    """Return whether kernels take `value` as it is, like almost every tensor of almost every call.
 
-    That is almost every tensor of almost every call: plain, contiguous, on `device`, in `dtype`.
     Whatever else comes takes the way through `tensor`, which finds the right word for it.
     """
     if type(value) is not Tensor or is_compiling():
