@@ -464,10 +464,7 @@ def wants_gradient(*values: Tensor | None) -> bool:
                 )
     if not torch.is_grad_enabled():
         return False
-    for value in values:
-        if value is not None and value.requires_grad:
-            return True
-    return False
+    return any(value is not None and value.requires_grad for value in values)
 
 
 def _number(name: str, value: object, expected: str) -> Any:
