@@ -317,8 +317,8 @@ def policy_loss(
     "policy_loss",
     "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
     "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, "
-    "Tensor mask, SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, str backend) "
-    "-> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
+    "Tensor mask, SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, "
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
 )
 def policy_loss_masked(
     log_probs: Tensor,
