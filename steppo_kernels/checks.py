@@ -387,10 +387,10 @@ def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | 
     """Return what replaces the denominator of a reduction; None if nothing does.
 
     Where a batch is known to be empty, there is nothing to divide, and 0 is what normalizers of
-    its parts add up to.
+    its parts add up to: 1 stands in for it, and the batch remains a part of a whole.
     """
     checked = scalar("normalizer", value, device, positive=True, or_zero=is_empty)
-    return None if is_empty else checked
+    return torch.ones((), dtype=torch.float64, device=device) if is_empty else checked
 
 
 def fraction(name: str, value: object) -> float:
