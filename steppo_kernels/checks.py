@@ -22,14 +22,12 @@ from torch.compiler import is_compiling
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
-    """Return whether kernels take `value` as it is.
+    """Return whether kernels take `value` as it is, like almost every tensor of almost every call.
 
-    That is almost every tensor of almost every call: plain, contiguous, on `device`, in `dtype`.
     Whatever else comes takes the way through `tensor`, which finds the right word for it.
     """
     if type(value) is not Tensor or is_compiling():
@@ -389,10 +387,10 @@ def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | 
     """Return what replaces the denominator of a reduction; None if nothing does.
 
     Where a batch is known to be empty, there is nothing to divide, and 0 is what normalizers of
-    its parts add up to.
+    its parts add up to: 1 stands in for it, and the batch remains a part of a whole.
     """
     checked = scalar("normalizer", value, device, positive=True, or_zero=is_empty)
-    return None if is_empty else checked
+    return torch.ones((), dtype=torch.float64, device=device) if is_empty else checked
 
 
 def fraction(name: str, value: object) -> float:
@@ -466,10 +464,7 @@ def wants_gradient(*values: Tensor | None) -> bool:
                 )
     if not torch.is_grad_enabled():
         return False
-    for value in values:
-        if value is not None and value.requires_grad:
-            return True
-    return False
+    return any(value is not None and value.requires_grad for value in values)
 
 
 def _number(name: str, value: object, expected: str) -> Any:

@@ -113,7 +113,7 @@ def policy(
     held = require_layout(layout)
     tokens = torch.zeros(held.step_ids.numel(), dtype=dtype)
     extra = tokens if full else None
-    given = (tokens, tokens, tokens, extra, extra, extra)
+    given = (tokens, extra, tokens, tokens, extra, extra)
     normalizer = torch.zeros((), dtype=torch.float64) if full else None
     if masked:
         mask = held.step_ids.view(-1) >= 0
@@ -258,6 +258,7 @@ def launches(length: int = LENGTHS[0], *, whole: bool = True) -> list[Launch]:
         marks, two = torch.tensor([1, 2]), torch.tensor([0, 2])
         run("triton", "mark_actions")(ids, offsets, marks, two, marks, marks, two)
         run("triton", "compact")(flat_ids, layout.num_steps, layout.num_tokens)
+        run("triton", "row_trajectories")(offsets, held.token_index, held.step_offsets)
         run("triton", "broadcast_to_tokens")(steps, flat_ids)
         run("triton", "sum_over_steps")(tokens, layout.token_index, layout.step_offsets)
         run("triton", "step_gae")(

@@ -43,7 +43,7 @@ struct Spread {
 constexpr int64_t kStepsAhead = 16;
 
 template <class T>
-void fetch(const T* values, const T* old, const int64_t* state_index, int64_t step) {
+STEPPO_FN void fetch(const T* values, const T* old, const int64_t* state_index, int64_t step) {
   __builtin_prefetch(values + state_index[step]);
   if (old != nullptr) __builtin_prefetch(old + state_index[step]);
 }

@@ -52,8 +52,8 @@ class LossInputs(NamedTuple):
     Attributes:
         backend: the one that runs.
         shape, device, dtype: the token shape, and where and in what to compute.
-        layout, mask: what was given; one of them is None. A mask may have any byte but 0 where it is
-            True (`checks.ones_of`).
+        layout, mask: what was given; one of them is None. A mask may have any byte but 0 where it
+            is True (`checks.ones_of`).
         config: as it was given.
         constants: the tensors.
     """

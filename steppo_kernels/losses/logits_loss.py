@@ -58,7 +58,8 @@ def steppo_loss_from_logits(
         step_weights: as in `steppo_loss`.
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
-        clip_low, clip_high: as in `steppo_loss`.
+        clip_low: as in `steppo_loss`.
+        clip_high: as in `steppo_loss`.
         report_entropy: fill the metric `entropy` without an `entropy_coef` too.
         backend: implementation; one named explicitly never falls back.
 
