@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from steppo_kernels import (
@@ -175,3 +177,17 @@ def of_step(value: float) -> torch.Tensor:
 META = TOKENS.to("meta")
 KL = StepPOConfig(kl_coef=0.1)
 BONUS = StepPOConfig(entropy_coef=0.1)
+
+
+def everything_shared() -> list[torch.Tensor]:
+    return [value.clone() for value in (MASK, TOKENS, STEPS, LOGITS, TARGETS, LAYOUT.step_ids)]
+
+
+def check(exception: type[Exception], text: str, call: Callable[[], object]) -> None:
+    """The call raises, says what was expected, and changes nothing."""
+    before = everything_shared()
+    with pytest.raises(exception, match=f"^{re.escape(text)}") as caught:
+        call()
+    assert "expected" in str(caught.value) or "cannot run" in str(caught.value)
+    for value, kept in zip(everything_shared(), before, strict=True):
+        assert torch.equal(value, kept)
