@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLAT_BLOCK, aligned, cdiv, device_guard, threads
+from .launch import FLAT_BLOCK, aligned, all_registers, cdiv, device_guard, threads
 from .tiles import chunk
 
 _LENGTHS = ["num_tokens", "num_rows", "num_steps", "num_actions"]
