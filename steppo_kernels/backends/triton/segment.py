@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import aligned, cdiv, device_guard, programs, row_block, threads
+from .launch import aligned, all_registers, cdiv, device_guard, programs, row_block, threads
 from .step_arrays import compact, row_trajectories
 from .tiles import chunk, running_max
 
