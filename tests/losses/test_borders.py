@@ -170,3 +170,15 @@ def test_kl_at_its_clamp_keeps_the_gradient(target):
     out.loss.backward()
     assert x.grad.tolist() == [[0.25, 0.25, 0.0, 0.5]]
     assert out.metrics["dead_token_fraction"] == 0
+
+
+@grid(dtype=_DTYPES, surrogate=["tv", "soft", "quadratic", "mask", "cispo"])
+def test_a_weight_of_zero_is_clipped(target, masked, dtype, surrogate):
+    """e^-inf is 0: no token of such a ratio can move, but for the constant weight of cispo."""
+    config = StepPOConfig(ratio="token", surrogate=surrogate, clip_low=0.9, clip_high=9.0)
+    metrics, grad = one_step(target, [-math.inf, 0.0], 1.0, config, masked, dtype)
+    assert metrics["token_clip_fraction"] == metrics["clip_fraction_low"] == 0.5
+    assert metrics["clip_fraction_high"] == 0.0
+    slope = -0.1 if surrogate == "cispo" else 0.0
+    assert grad.tolist() == pytest.approx([slope / 2, -0.5], rel=1e-6)
+    assert (grad[0] == 0) == (surrogate != "cispo")
