@@ -33,10 +33,9 @@ def from_mask(
     runs = (flags.reshape(-1).contiguous(), boundaries, rows)
     row_steps, counts = segment.count_steps(*runs, chosen)
     num_tokens, _, num_steps = counts.tolist()
-    step_ids, index, offsets, lengths, starts, *trajectories = segment.lay_out_runs(
+    step_ids, index, offsets, lengths, starts, steps, counts, step_rows = segment.lay_out_runs(
         *runs, row_steps, num_steps, num_tokens, chosen
     )
-    steps, counts, states, step_rows = trajectories
     return StepTensors(
         step_ids=step_ids.view(flags.shape),
         token_index=index,
@@ -46,7 +45,7 @@ def from_mask(
         trajectory_steps=steps,
         trajectory_offsets=row_steps,
         trajectory_counts=counts,
-        state_index=states,
+        state_index=starts,
         step_rows=step_rows,
         row_offsets=rows,
     )

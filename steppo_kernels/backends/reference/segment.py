@@ -37,7 +37,8 @@ def lay_out_runs(
     """Return the layout of runs that have been counted."""
     step_ids, *_ = segment_mask(mask, boundaries, row_offsets)
     csr = compact(step_ids, num_steps, num_actions)
-    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1])
+    steps, counts, _, rows = row_trajectories(row_steps, csr[0], csr[1])
+    return step_ids, *csr, steps, counts, rows
 
 
 def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
