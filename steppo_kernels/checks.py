@@ -22,14 +22,12 @@ from torch.compiler import is_compiling
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
-    """Return whether kernels take `value` as it is.
+    """Return whether kernels take `value` as it is, like almost every tensor of almost every call.
 
-    That is almost every tensor of almost every call: plain, contiguous, on `device`, in `dtype`.
     Whatever else comes takes the way through `tensor`, which finds the right word for it.
     """
     if type(value) is not Tensor or is_compiling():
@@ -274,9 +272,11 @@ def flags(
     device: torch.device | None = None,
     *,
     wait: bool = True,
+    any_byte: bool = False,
 ) -> Tensor:
     """Return a bool, or int or float 0/1, tensor of `allowed` dimensions (None is any) as bool.
 
+    With `any_byte`, bools that are True may have any byte but 0, as compiled kernels read a mask.
     The values are checked where that costs no wait for a GPU, or where `wait` allows one.
     """
     checked = tensor(name, value)
@@ -285,7 +285,7 @@ def flags(
     if device is not None:
         on_device(name, checked, device)
     if checked.dtype == torch.bool:
-        return _ones(checked)
+        return checked if any_byte else ones_of(checked)
     if checked.dtype not in (*INTEGER_DTYPES, *FLOAT_DTYPES):
         raise TypeError(f"{name}: got {checked.dtype}, expected bool, or int or float of 0/1")
     if is_compiling() or not (wait or checked.device.type == "cpu"):
@@ -297,7 +297,7 @@ def flags(
     return ones
 
 
-def _ones(flags: Tensor) -> Tensor:
+def ones_of(flags: Tensor) -> Tensor:
     """Return bools whose bytes are 0 and 1, as kernels take them; torch takes any byte but 0."""
     stored = flags.view(torch.uint8)
     if is_compiling() or flags.device.type != "cpu":
@@ -387,10 +387,10 @@ def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | 
     """Return what replaces the denominator of a reduction; None if nothing does.
 
     Where a batch is known to be empty, there is nothing to divide, and 0 is what normalizers of
-    its parts add up to.
+    its parts add up to: 1 stands in for it, and the batch remains a part of a whole.
     """
     checked = scalar("normalizer", value, device, positive=True, or_zero=is_empty)
-    return None if is_empty else checked
+    return torch.ones((), dtype=torch.float64, device=device) if is_empty else checked
 
 
 def fraction(name: str, value: object) -> float:
@@ -464,10 +464,7 @@ def wants_gradient(*values: Tensor | None) -> bool:
                 )
     if not torch.is_grad_enabled():
         return False
-    for value in values:
-        if value is not None and value.requires_grad:
-            return True
-    return False
+    return any(value is not None and value.requires_grad for value in values)
 
 
 def _number(name: str, value: object, expected: str) -> Any:

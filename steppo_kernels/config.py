@@ -35,8 +35,8 @@ _SOFT_TEMPERATURE = (1.0, 1.05)
 class KernelConfig(NamedTuple):
     """A `StepPOConfig` as kernels take it: numbers alone, names as their positions.
 
-    The fields are those of csrc/include/steppo/policy_config.inc, in the same order. What is off is
-    a number that never acts: a `dual_clip` of 0, token clips of infinity.
+    The fields are those of `PolicyConfig` in csrc/include/steppo/records.inc, in the same order.
+    What is off is a number that never acts: a `dual_clip` of 0, token clips of infinity.
     """
 
     ratio: float

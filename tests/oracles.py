@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import oracle
 import torch
+from oracle import LossConfig, OracleLayout, PolicyLoss
+from torch import Tensor
 
-from steppo_kernels import StepLayout
+from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels.outputs import POLICY_METRICS
 
 
 @dataclass
@@ -198,6 +203,38 @@ def gae(
             advantages[step] = sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:]))
             returns[step] = advantages[step] + values[step]
     return advantages, returns
+
+
+def policy_loss(
+    layout: OracleLayout,
+    config: StepPOConfig,
+    *,
+    normalizer: float | None = None,
+    ratio_center: float | None = None,
+    **given: Tensor,
+) -> tuple[dict[str, Tensor], PolicyLoss]:
+    """Return what `batches.policy_results` returns with a layout, and what the loops say of it.
+
+    The tensors of `given` have an entry a token, masked or not; step weights and bounds one a step.
+    """
+    found = oracle.policy_loss(
+        layout=layout,
+        config=LossConfig(**dataclasses.asdict(config)),
+        normalizer=normalizer,
+        ratio_center=ratio_center,
+        **{name: value.reshape(-1).tolist() for name, value in given.items()},
+    )
+    metrics = {"ratio_mean": 1.0, "ratio_min": 1.0, "ratio_max": 1.0, **found.metrics}
+    results = {
+        "loss": torch.tensor(found.loss, dtype=torch.float64),
+        "metrics": torch.tensor([metrics[name] for name in POLICY_METRICS], dtype=torch.float64),
+        "step_log_ratio": torch.tensor(found.step_log_ratio, dtype=torch.float64),
+        "grad_log_probs": torch.tensor(found.of_log_probs, dtype=torch.float64).view(layout.shape),
+    }
+    if config.entropy_coef:
+        of_entropy = torch.tensor(found.of_entropy, dtype=torch.float64)
+        results["grad_entropy"] = of_entropy.view(layout.shape)
+    return results, found
 
 
 def _prefix(counts: Sequence[int]) -> list[int]:

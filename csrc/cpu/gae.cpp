@@ -2,7 +2,7 @@
 // R_t = A_t + V_t over the steps of each trajectory (StepPO, arXiv 2604.18401, section 3).
 #include <cmath>
 
-#include "kernel.h"
+#include "outline.h"
 
 namespace steppo::cpu::STEPPO_ISA {
 namespace {
@@ -98,16 +98,79 @@ bool rows_are_apart(const int32_t* step_ids, const int64_t* row_offsets, int64_t
   return true;
 }
 
+template <class T>
+double sum_of(const T* values, int64_t first, int64_t last) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = first; i < last; ++i) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
+template <class T>
+bool any_reward(const T* values, int64_t first, int64_t last) {
+  int any = 0;
+  for (int64_t i = first; i < last; ++i) any |= values[i] != T(0);
+  return any != 0;
+}
+
+// The first step that begins at `position` or behind it, where steps ascend.
+int64_t first_step_at(const Timeline& line, int64_t position) {
+  return first_not_below(line.num_steps, position, [&](int64_t s) { return line.step_starts[s]; });
+}
+
+// Adds the rewards of one row whose steps [first, last) lie in it one behind the other, and tells
+// of rewards that lie between them. It reads no ids.
+template <class T>
+bool add_pieces(const T* rewards, const Timeline& line, int64_t row, int64_t first, int64_t last,
+                T* total) {
+  int64_t at = line.row_offsets[row];
+  int stray = 0;
+  for (int64_t s = first; s < last; ++s) {
+    const int64_t begin = line.step_starts[s];
+    const int64_t end = begin + line.step_offsets[s + 1] - line.step_offsets[s];
+    stray |= any_reward(rewards, at, begin);
+    total[s] = static_cast<T>(sum_of(rewards, begin, end));
+    at = end;
+  }
+  return stray | any_reward(rewards, at, line.row_offsets[row + 1]);
+}
+
+// Whether steps are long enough for a look at each, lie in one piece each, and each in one row.
+bool lie_in_pieces(const Timeline& line, int threads) {
+  const int64_t num_steps = line.num_steps;
+  if (num_steps == 0 || line.step_offsets[num_steps] < 8 * num_steps) return false;
+  const Outline found = outline(line.step_offsets, line.step_starts, nullptr, num_steps, threads);
+  if (!found.is_ascending || found.steps < static_cast<double>(num_steps)) return false;
+  for (int64_t row = 1; row < line.num_rows; ++row) {
+    const int64_t border = line.row_offsets[row];
+    const int64_t next = first_step_at(line, border);
+    if (next == 0) continue;
+    const int64_t length = line.step_offsets[next] - line.step_offsets[next - 1];
+    if (line.step_starts[next - 1] + length > border) return false;
+  }
+  return true;
+}
+
 // Sums token rewards by step. Rows that share steps are taken in order by one thread.
 template <class T>
-void sum_rewards(const T* rewards, const int32_t* step_ids, const int64_t* row_offsets,
-                 int64_t num_tokens, int64_t num_rows, int64_t num_steps, T* total, int threads) {
-  fill(total, 0, num_steps, T(0));
-  if (!rows_are_apart(step_ids, row_offsets, num_rows)) threads = 1;
-  const int64_t group = num_rows * kBlock / (num_tokens + 1) + 1;
-  parallel_blocks(num_rows, group, threads, [&](int64_t, int64_t begin, int64_t end) {
+void sum_rewards(const T* rewards, const Timeline& line, T* total, int threads) {
+  fill(total, 0, line.num_steps, T(0));
+  const int64_t group = line.num_rows * kBlock / (line.num_tokens + 1) + 1;
+  const bool in_pieces = lie_in_pieces(line, threads);
+  if (!in_pieces && !rows_are_apart(line.step_ids, line.row_offsets, line.num_rows)) threads = 1;
+  parallel_blocks(line.num_rows, group, threads, [&](int64_t, int64_t begin, int64_t end) {
+    int64_t next = in_pieces ? first_step_at(line, line.row_offsets[begin]) : 0;
     for (int64_t row = begin; row < end; ++row) {
-      add_row(rewards, step_ids, row_offsets[row], row_offsets[row + 1], total);
+      const int64_t first = line.row_offsets[row], last = line.row_offsets[row + 1];
+      if (!in_pieces) {
+        add_row(rewards, line.step_ids, first, last, total);
+        continue;
+      }
+      const int64_t step = next;
+      while (next < line.num_steps && line.step_starts[next] < last) ++next;
+      if (add_pieces(rewards, line, row, step, next, total)) {
+        add_strays(rewards, line.step_ids, first, last, total);
+      }
     }
   });
 }
@@ -135,9 +198,15 @@ Spread scan(const T* rewards, const T* values, const int64_t* state_index, const
   if (begin == end) return {};
   const double decay = gamma * lam;
   double advantage = 0, next_value = bootstrap, origin = 0, sum = 0, squares = 0;
+  const auto place_of = [&](int64_t k) {
+    return state_index == nullptr ? steps[k] : state_index[steps[k]];
+  };
+  constexpr int64_t kAhead = 16;
   for (int64_t k = end; k-- > begin;) {
+    // Values lie wherever steps begin.
+    if (k - kAhead >= begin) __builtin_prefetch(values + place_of(k - kAhead));
     const int64_t step = steps[k];
-    const double value = values[state_index == nullptr ? step : state_index[step]];
+    const double value = values[place_of(k)];
     const double delta = static_cast<double>(rewards[step]) + gamma * next_value - value;
     advantage = delta + decay * advantage;
     next_value = value;
@@ -184,8 +253,9 @@ void whiten_members(T* advantages, const Spread& spread, const int64_t* steps, i
 
 void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& config,
               const Place& place) {
-  const int threads = place.threads;
   const int64_t num_steps = line.num_steps, num_members = line.num_members;
+  const int64_t num_tokens = tensors.rewards_per_token ? line.num_tokens : 0;
+  const int threads = worthwhile_threads(num_tokens + 8 * num_steps, place.threads);
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* bootstrap = static_cast<const T*>(tensors.bootstrap_values);
@@ -194,8 +264,7 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
     if (num_members < num_steps) fill(a, 0, num_steps, zero);
     const T* step_rewards = static_cast<const T*>(tensors.rewards);
     if (tensors.rewards_per_token) {
-      sum_rewards(step_rewards, line.step_ids, line.row_offsets, line.num_tokens, line.num_rows,
-                  num_steps, r, threads);
+      sum_rewards(step_rewards, line, r, threads);
       step_rewards = r;
     }
     // Short trajectories share a task.

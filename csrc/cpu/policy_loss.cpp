@@ -2,6 +2,8 @@
 // package.
 #include "policy_loss.h"
 
+#include "outline.h"
+
 namespace steppo::cpu::STEPPO_ISA {
 namespace {
 
@@ -31,53 +33,6 @@ double mean_log_ratio(const PolicyCall<T>& call, const Steps& steps, int threads
   return total / static_cast<double>(count);
 }
 
-// What a first look at the steps tells.
-struct Outline {
-  double steps = 0, trajectories = 0;  // not empty ones; a sum of 1 / count
-  bool is_ascending = true;            // every step lies in one piece, behind the one before it
-};
-
-// The denominator of the reduction, known before the loss, makes the gradients final. Where steps
-// ascend, what lies between them can be zeroed on the way.
-Outline outline(const Steps& steps, Reduction reduction, int threads) {
-  constexpr int64_t kSteps = 16384;
-  const int64_t blocks = ceil_div(steps.num_steps, kSteps);
-  struct Part {
-    Outline outline;
-    int64_t first = -1, end = 0;  // where the first step of the block begins and the last one ends
-  };
-  Buffer<Part> parts(blocks);
-  parallel_blocks(steps.num_steps, kSteps, threads, [&](int64_t b, int64_t begin, int64_t end) {
-    Part part;
-    int64_t count = 0;
-    double sum = 0;
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t length = steps.step_offsets[s + 1] - steps.step_offsets[s];
-      if (length == 0) continue;
-      const int64_t start = steps.step_starts[s];
-      ++count;
-      if (reduction == kTrajectoryMean) sum += 1.0 / steps.trajectory_counts[s];
-      part.outline.is_ascending &= start >= part.end;
-      if (part.first < 0) part.first = start;
-      part.end = start + length;
-    }
-    part.outline.steps = static_cast<double>(count);
-    part.outline.trajectories = sum;
-    parts[b] = part;
-  });
-  Outline all;
-  int64_t end = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const Part& part = parts[b];
-    all.steps += part.outline.steps;
-    all.trajectories += part.outline.trajectories;
-    if (part.outline.steps == 0) continue;
-    all.is_ascending &= part.outline.is_ascending && part.first >= end;
-    end = part.end;
-  }
-  return all;
-}
-
 }  // namespace
 
 void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyConfig& config,
@@ -88,7 +43,12 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
     using T = decltype(zero);
     PolicyCall<T> call(tensors, config);
     prepare(call, steps.num_tokens);
-    const Outline found = outline(steps, config.reduction, threads);
+    // The denominator of the reduction, known before the loss, makes the gradients final. Where
+    // steps ascend, what lies between them is zeroed on the way.
+    const Outline found =
+        outline(steps.step_offsets, steps.step_starts,
+                config.reduction == kTrajectoryMean ? steps.trajectory_counts : nullptr, num_steps,
+                threads);
     const double num_actions = static_cast<double>(steps.num_actions);
     double count = reduction_count(config.reduction, found.steps, found.trajectories, num_actions);
     call.total = count > 1.0 ? count : 1.0;

@@ -246,9 +246,9 @@ static inline double add_step(const PolicyCall<T>& call, At at, const PolicyStep
 constexpr int64_t kStepsAhead = 6;
 
 // Asks for the tokens of a step that comes later. Steps are short and lie apart, so that no
-// processor sees where the next one is.
+// processor sees where the next one is. GCC drops calls of a function that only asks for memory.
 template <class T>
-static inline void fetch(const PolicyCall<T>& call, int64_t start, int64_t length) {
+STEPPO_FN void fetch(const PolicyCall<T>& call, int64_t start, int64_t length) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   // A long step is seen after a few lines.
   constexpr int64_t kMost = 16 * kLine;

@@ -18,40 +18,50 @@ void for_rows(const int64_t* row_offsets, int64_t num_rows, int64_t begin, int64
   }
 }
 
-// Numbers the steps of [begin, end) from `number` on; writes ids unless they are null. Returns the
-// number after the last one; adds the action tokens to `actions`.
-int64_t number_runs(const MaskedRows& rows, int64_t begin, int64_t end, int64_t number,
-                    int32_t* step_ids, int64_t* actions) {
-  const bool* const mask = rows.mask;
+// Calls on_part(step, first, last, is_new) for the parts of [begin, end) that lie in one step,
+// whose numbers go on from `number`, and on_gap(first, last) for what lies in none. A part is not
+// new where its step began before. Returns the number of steps after the last one.
+template <class OnPart, class OnGap>
+int64_t for_parts(const MaskedRows& rows, int64_t begin, int64_t end, int64_t number,
+                  OnPart&& on_part, OnGap&& on_gap) {
   const bool* const boundaries = rows.boundaries;
   for_rows(rows.row_offsets, rows.num_rows, begin, end,
            [&](int64_t row, int64_t first, int64_t last) {
-             const bool open = first > row && mask[first - 1];
-             if (step_ids == nullptr && boundaries == nullptr) {
-               const RunCounts counts = count_runs(mask, first, last, open);
-               number += counts.runs;
-               *actions += counts.tokens;
-               return;
-             }
+             const bool open = first > row && is_set(rows.mask, first - 1);
              const auto on_run = [&](Run run) {
-               *actions += run.end - run.begin;
                // A run that began in the block before goes on with the number given there.
                const bool goes_on = open && run.begin == first;
                for (int64_t part = run.begin; part < run.end;) {
-                 if (!(goes_on && part == first) || (boundaries != nullptr && boundaries[part]))
-                   ++number;
+                 const bool is_new =
+                     !(goes_on && part == first) || (boundaries != nullptr && boundaries[part]);
+                 if (is_new) ++number;
                  const int64_t next =
                      boundaries == nullptr ? run.end : find_byte(boundaries, 1, part + 1, run.end);
-                 if (step_ids != nullptr)
-                   fill(step_ids, part, next, static_cast<int32_t>(number - 1));
+                 on_part(number - 1, part, next, is_new);
                  part = next;
                }
              };
-             for_runs(mask, first, last, open, on_run, [&](int64_t from, int64_t to) {
-               if (step_ids != nullptr) fill(step_ids, from, to, int32_t{-1});
-             });
+             for_runs(rows.mask, first, last, open, on_run, on_gap);
            });
   return number;
+}
+
+// Counts the steps that begin in [begin, end) and its action tokens.
+RunCounts count_parts(const MaskedRows& rows, int64_t begin, int64_t end) {
+  RunCounts all;
+  if (rows.boundaries == nullptr) {
+    for_rows(rows.row_offsets, rows.num_rows, begin, end,
+             [&](int64_t row, int64_t first, int64_t last) {
+               const bool open = first > row && is_set(rows.mask, first - 1);
+               const RunCounts part = count_runs(rows.mask, first, last, open);
+               all.runs += part.runs;
+               all.tokens += part.tokens;
+             });
+    return all;
+  }
+  const auto add = [&](int64_t, int64_t first, int64_t last, bool) { all.tokens += last - first; };
+  all.runs = for_parts(rows, begin, end, 0, add, [](int64_t, int64_t) {});
+  return all;
 }
 
 // Sums counts[0..blocks) into offsets in place; returns the total.
@@ -63,6 +73,16 @@ int64_t prefix(Buffer<int64_t>& counts, int64_t blocks) {
     total += count;
   }
   return total;
+}
+
+// Counts the steps that begin in each block and its action tokens.
+void count_blocks(const MaskedRows& rows, Buffer<int64_t>& steps, Buffer<int64_t>& actions,
+                  int threads) {
+  parallel_blocks(rows.num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    const RunCounts found = count_parts(rows, begin, end);
+    steps[b] = found.runs;
+    actions[b] = found.tokens;
+  });
 }
 
 // The number of the first step of each row: one more than the last id before it.
@@ -133,21 +153,76 @@ void segment_mask(const MaskedRows& rows, const Segments& out, const Place& plac
   const int threads = worthwhile_threads(num_tokens / 2, place.threads);
   const int64_t blocks = ceil_div(num_tokens, kBlock);
   Buffer<int64_t> numbers(blocks), actions(blocks);
-  parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
-    int64_t found = 0;
-    numbers[b] = number_runs(rows, begin, end, 0, nullptr, &found);
-    actions[b] = found;
-  });
+  count_blocks(rows, numbers, actions, threads);
   const int64_t num_steps = prefix(numbers, blocks);
   out.counts[0] = prefix(actions, blocks);
   out.counts[1] = -1;
   out.counts[2] = num_steps;
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
-    int64_t unused = 0;
-    number_runs(rows, begin, end, numbers[b], out.step_ids, &unused);
+    for_parts(
+        rows, begin, end, numbers[b],
+        [&](int64_t step, int64_t first, int64_t last, bool) {
+          fill(out.step_ids, first, last, static_cast<int32_t>(step));
+        },
+        [&](int64_t first, int64_t last) { fill(out.step_ids, first, last, int32_t{-1}); });
   });
   steps_before_rows(out.step_ids, rows.row_offsets, rows.num_rows, num_steps, out.row_steps,
                     threads);
+}
+
+void count_steps(const MaskedRows& rows, const RowCounts& out, const Place& place) {
+  const int threads = worthwhile_threads(rows.num_tokens / 2, place.threads);
+  Buffer<int64_t> actions(rows.num_rows);
+  parallel_for(rows.num_rows, threads, [&](int64_t row) {
+    const RunCounts found = count_parts(rows, rows.row_offsets[row], rows.row_offsets[row + 1]);
+    out.row_steps[row] = found.runs;
+    actions[row] = found.tokens;
+  });
+  int64_t steps = 0;
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    const int64_t here = out.row_steps[row];
+    out.row_steps[row] = steps;
+    steps += here;
+  }
+  out.row_steps[rows.num_rows] = steps;
+  out.counts[0] = prefix(actions, rows.num_rows);
+  out.counts[1] = -1;
+  out.counts[2] = steps;
+}
+
+void lay_out_runs(const MaskedRows& rows, const RunLayout& out, const Place& place) {
+  const int64_t num_tokens = rows.num_tokens;
+  const int threads = worthwhile_threads(num_tokens, place.threads);
+  const int64_t blocks = ceil_div(num_tokens, kBlock);
+  Buffer<int64_t> numbers(blocks), ranks(blocks);
+  count_blocks(rows, numbers, ranks, threads);
+  prefix(numbers, blocks);
+  prefix(ranks, blocks);
+  parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
+    int64_t rank = ranks[b];
+    for_parts(
+        rows, begin, end, numbers[b],
+        [&](int64_t step, int64_t first, int64_t last, bool is_new) {
+          if (is_new) {
+            out.step_offsets[step] = rank;
+            out.step_starts[step] = first;
+            out.state_index[step] = first;
+          }
+          fill(out.step_ids, first, last, static_cast<int32_t>(step));
+          for (int64_t i = first; i < last; ++i) out.token_index[rank++] = i;
+        },
+        [&](int64_t first, int64_t last) { fill(out.step_ids, first, last, int32_t{-1}); });
+  });
+  out.step_offsets[out.num_steps] = out.num_actions;
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    const int64_t begin = out.row_steps[row], end = out.row_steps[row + 1];
+    for (int64_t s = begin; s < end; ++s) {
+      out.step_lengths[s] = static_cast<int32_t>(out.step_offsets[s + 1] - out.step_offsets[s]);
+      out.trajectory_steps[s] = s;
+      out.trajectory_counts[s] = static_cast<int32_t>(end - begin);
+      out.step_rows[s] = row;
+    }
+  }
 }
 
 void segment_ids(const NumberedRows& rows, const Segments& out, const Place& place) {

@@ -39,6 +39,15 @@ struct Spread {
   }
 };
 
+// Asks for what a later step reads: values lie wherever steps begin.
+constexpr int64_t kStepsAhead = 16;
+
+template <class T>
+STEPPO_FN void fetch(const T* values, const T* old, const int64_t* state_index, int64_t step) {
+  __builtin_prefetch(values + state_index[step]);
+  if (old != nullptr) __builtin_prefetch(old + state_index[step]);
+}
+
 // Adds up what body(s, sums) adds to `sums` for the steps s that are not empty.
 template <class S, class F>
 S sum_steps(const int32_t* step_lengths, int64_t num_steps, int threads, F&& body) {
@@ -90,6 +99,10 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
     };
     const auto sums =
         sum_steps<Sums>(states.step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
+          if (tensors.values_per_token && s + kStepsAhead < num_steps) {
+            fetch(v, tensors.old_values_per_token ? old : nullptr, states.state_index,
+                  s + kStepsAhead);
+          }
           const double value = v[at(tensors.values_per_token, s)];
           const double before = old == nullptr ? 0.0 : old[at(tensors.old_values_per_token, s)];
           const ValueLoss step =

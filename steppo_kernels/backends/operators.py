@@ -5,10 +5,10 @@ the registered operator ``torch.ops.steppo.<name>``, so that the graph does not 
 lives outside, in the public functions: an operator returns what backward needs.
 
 A launcher is the function ``<name>`` in ``<stem>.py`` of the backend's folder. It takes checked,
-contiguous tensors on one device and the schema's arguments without the last, `backend`. Tensors that
-belong together are one record (`records.py`), a ``Tensor[]`` in the schema, and numbers are one
-``float[]``. An output that is not needed may be None; the registered operator makes it empty. To add
-an operator: a row below, a launcher per backend, and tests.
+contiguous tensors on one device and the schema's arguments without the last, `backend`. Tensors
+that belong together are one record (`records.py`), a ``Tensor[]`` in the schema, and numbers are
+one ``float[]``. An output that is not needed may be None; the registered operator makes it empty.
+To add an operator: a row below, a launcher per backend, and tests.
 
 The reference has two ways. Its layouts, broadcasts and advantages are launchers like those of the
 other backends. Its losses and log-probs are called by the public functions themselves, with the
@@ -75,8 +75,8 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
             outputs = launcher(args[-1], name)(*given)
             if not isinstance(outputs, tuple):
                 return outputs
-            empty = next((x for x in outputs if x is not None), None)
-            return tuple(empty.new_empty((0,)) if x is None else x for x in outputs)
+            # The first output is always there.
+            return tuple(outputs[0].new_empty((0,)) if x is None else x for x in outputs)
 
         _stems[name] = stem
         _library.define(f"{name}{schema}")
@@ -96,6 +96,38 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
 def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
     return _segments(mask.numel(), row_offsets)
+
+
+@_operator(
+    "segment",
+    "(Tensor mask, Tensor? boundaries, Tensor row_offsets, str backend) "
+    "-> (Tensor row_steps, Tensor counts)",
+)
+def count_steps(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
+    """Fake: see `steppo_kernels.layout.segment`."""
+    return _segments(mask.numel(), row_offsets)[1:]
+
+
+@_operator(
+    "segment",
+    "(Tensor mask, Tensor? boundaries, Tensor row_offsets, Tensor row_steps, SymInt num_steps, "
+    "SymInt num_actions, str backend) -> (Tensor step_ids, Tensor token_index, "
+    "Tensor step_offsets, Tensor step_lengths, Tensor step_starts, Tensor trajectory_steps, "
+    "Tensor trajectory_counts, Tensor state_index, Tensor step_rows)",
+)
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+    backend: str,
+) -> Any:
+    """Fake: see `steppo_kernels.layout.segment`."""
+    step_ids = _segments(mask.numel(), row_offsets)[0]
+    csr = compact(step_ids, num_steps, num_actions, backend)
+    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1], backend)
 
 
 @_operator(
@@ -284,9 +316,9 @@ def policy_loss(
 @_operator(
     "policy_loss",
     "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
-    "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, Tensor mask, "
-    "SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, str backend) "
-    "-> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
+    "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, "
+    "Tensor mask, SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, "
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
 )
 def policy_loss_masked(
     log_probs: Tensor,

@@ -76,6 +76,8 @@ class Steps(_Steps):
 
 class _Timeline(NamedTuple):
     step_ids: Tensor
+    step_offsets: Tensor
+    step_starts: Tensor
     row_offsets: Tensor
     state_index: Tensor
     trajectory_steps: Tensor
@@ -87,6 +89,8 @@ class Timeline(_Timeline):
 
     Attributes:
         step_ids: int32 ``[N]``.
+        step_offsets: int64 ``[S + 1]``.
+        step_starts: int64 ``[S]``.
         row_offsets: int64 ``[R + 1]``.
         state_index: int64 ``[S]``.
         trajectory_steps: int64 ``[K]``.

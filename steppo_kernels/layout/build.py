@@ -21,15 +21,35 @@ def from_mask(
     mask: Tensor, cu_seqlens: Tensor | None, boundaries: Tensor | None, backend: str
 ) -> StepTensors:
     """See `StepLayout.from_mask`."""
-    flags = checks.flags("mask", mask, (1, 2))
+    flags = checks.flags("mask", mask, (1, 2), any_byte=True)
+    chosen = resolve(backend, flags.device)
+    if chosen == "reference":
+        flags = checks.ones_of(flags)
     rows = row_offsets("mask", flags, cu_seqlens)
     if boundaries is not None:
         boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
         boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
         boundaries = boundaries.reshape(-1).contiguous()
-    chosen = resolve(backend, flags.device)
-    found = segment.segment_mask(flags.reshape(-1).contiguous(), boundaries, rows, chosen)
-    return _from_segments(found, rows, flags.shape, chosen)
+    runs = (flags.reshape(-1).contiguous(), boundaries, rows)
+    row_steps, counts = segment.count_steps(*runs, chosen)
+    num_tokens, _, num_steps = counts.tolist()
+    step_ids, index, offsets, lengths, starts, *trajectories = segment.lay_out_runs(
+        *runs, row_steps, num_steps, num_tokens, chosen
+    )
+    steps, counts, states, step_rows = trajectories
+    return StepTensors(
+        step_ids=step_ids.view(flags.shape),
+        token_index=index,
+        step_offsets=offsets,
+        step_lengths=lengths,
+        step_starts=starts,
+        trajectory_steps=steps,
+        trajectory_offsets=row_steps,
+        trajectory_counts=counts,
+        state_index=states,
+        step_rows=step_rows,
+        row_offsets=rows,
+    )
 
 
 def from_step_ids(step_ids: Tensor, cu_seqlens: Tensor | None, backend: str) -> StepTensors:

@@ -115,3 +115,40 @@ def row_trajectories(
         "row_trajectories", backend, row_steps, token_index, step_offsets
     )
     return steps, counts, states, rows
+
+
+def count_steps(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Count the runs of ones of each row: `row_steps` and `counts` of `Segments`."""
+    row_steps, counts = operators.call("count_steps", backend, mask, boundaries, row_offsets)
+    return row_steps, counts
+
+
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Return the layout of the runs of ones, which `count_steps` has counted.
+
+    Returns:
+        What `segment_mask`, `compact` and `row_trajectories` return of it, one behind the other:
+        step_ids; token_index, step_offsets, step_lengths, step_starts; trajectory_steps,
+        trajectory_counts, state_index, step_rows.
+    """
+    outputs: tuple[Tensor, ...] = operators.call(
+        "lay_out_runs",
+        backend,
+        mask,
+        boundaries,
+        row_offsets,
+        row_steps,
+        num_steps,
+        num_actions,
+    )
+    return outputs

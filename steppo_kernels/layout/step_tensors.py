@@ -94,6 +94,8 @@ class StepTensors(_StepTensors):
         """The order of the steps in time, as operators take it."""
         return Timeline(
             self.step_ids,
+            self.step_offsets,
+            self.step_starts,
             self.row_offsets,
             self.state_index,
             self.trajectory_steps,

@@ -52,7 +52,8 @@ class LossInputs(NamedTuple):
     Attributes:
         backend: the one that runs.
         shape, device, dtype: the token shape, and where and in what to compute.
-        layout, mask: what was given; one of them is None.
+        layout, mask: what was given; one of them is None. A mask may have any byte but 0 where it
+            is True (`checks.ones_of`).
         config: as it was given.
         constants: the tensors.
     """
@@ -94,7 +95,7 @@ def check_loss_inputs(
     mask: Tensor | None = None
     held: StepTensors | None = None
     if isinstance(layout, Tensor):
-        mask = checks.flags("layout", layout, (1, 2), wait=False)
+        mask = checks.flags("layout", layout, (1, 2), wait=False, any_byte=True)
         mask = mask if mask.is_contiguous() else mask.contiguous()
         num_steps, shape, device = None, mask.shape, mask.device
     else:

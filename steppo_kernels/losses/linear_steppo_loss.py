@@ -91,7 +91,8 @@ def linear_steppo_loss(
         step_weights: as in `steppo_loss`.
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
-        clip_low, clip_high: as in `steppo_loss`.
+        clip_low: as in `steppo_loss`.
+        clip_high: as in `steppo_loss`.
         report_entropy: fill the metric `entropy` without an `entropy_coef` too.
         backend: implementation of what is not a matrix product.
 
@@ -156,9 +157,9 @@ def linear_steppo_loss(
             head.softcap,
             inputs.dtype,
         )
-        if config.entropy_coef == 0:
-            entropy = checks.constant(entropy) if report_entropy else None
-        return loss_of(inputs, log_probs, entropy)
+        if config.entropy_coef != 0:
+            return loss_of(inputs, log_probs, entropy)
+        return loss_of(inputs, log_probs, checks.constant(entropy) if report_entropy else None)
     loss, metrics, step_log_ratio = _LinearStepPO.apply(
         rows,
         head.weight,

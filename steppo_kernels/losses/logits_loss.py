@@ -58,7 +58,8 @@ def steppo_loss_from_logits(
         step_weights: as in `steppo_loss`.
         normalizer: as in `steppo_loss`.
         ratio_center: as in `steppo_loss`.
-        clip_low, clip_high: as in `steppo_loss`.
+        clip_low: as in `steppo_loss`.
+        clip_high: as in `steppo_loss`.
         report_entropy: fill the metric `entropy` without an `entropy_coef` too.
         backend: implementation; one named explicitly never falls back.
 
@@ -103,8 +104,11 @@ def steppo_loss_from_logits(
         backend,
     )
     checks.in_order("logits", logits, inputs.shape, "vocabulary")
-    steps = inputs.mask if inputs.layout is None else inputs.layout.step_ids >= 0
-    assert steps is not None
+    if inputs.layout is not None:
+        steps = inputs.layout.step_ids >= 0
+    else:
+        assert inputs.mask is not None
+        steps = checks.ones_of(inputs.mask)
     steps = steps.reshape(-1).contiguous()
     targets = Targets.of(token_ids, steps, temperature, inputs.shape, inputs.device)
     has_bonus = config.entropy_coef != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -59,9 +58,9 @@ def steppo_loss(
         total = sum_s w_s (l_s + kl_coef mean_i KL_i - entropy_coef mean_i H_i) / normalizer
 
     The gradient by log pi of token i is w_i s_i L^-p, s = dl/dx at its own x_i and A_i. Where A and
-    w are constant in a step, that is the derivative of l_s; where they vary, it is the stop-gradient
-    form of GSPO-token. The forward pass computes the gradients, so that backward only scales them.
-    Masked tokens may hold anything.
+    w are constant in a step, that is the derivative of l_s. Where they vary, it is the
+    stop-gradient form of GSPO-token. The forward pass computes the gradients, so that backward only
+    scales them. Masked tokens may hold anything.
 
     Args:
         log_probs: log-probs of the taken tokens under the current policy, of the token shape. Here
@@ -92,9 +91,10 @@ def steppo_loss(
         ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
             of this call. It plays no part in the other ratios, nor on-policy (no
             `old_log_probs`).
-        clip_low, clip_high: ``[S]``, bounds of each step in place of those of `config`
-            (A2TGPO, arXiv 2605.06200). They go with a layout. On a GPU, and in a compiled graph,
-            their values are not checked. No gradient.
+        clip_low: ``[S]``, the lower bound of each step in place of that of `config` (A2TGPO, arXiv
+            2605.06200). It goes with a layout. On a GPU, and in a compiled graph, values are not
+            checked. No gradient.
+        clip_high: ``[S]``, the upper bound of each step.
         backend: implementation; one named explicitly never falls back.
 
     Returns:
@@ -166,15 +166,30 @@ def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> St
 def _reference_loss(
     inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    constants = inputs.constants
-    if constants.steps is None:
+    given, layout = inputs.constants, inputs.layout
+    if layout is None:
         assert inputs.mask is not None
-        made = require_layout(StepLayout.from_mask(inputs.mask, backend="reference"))
-        constants = constants._replace(steps=made.steps)
+        layout = require_layout(StepLayout.from_mask(inputs.mask, backend="reference"))
     log_probs = checks.solid(log_probs, inputs.dtype)
     if entropy is not None:
         entropy = checks.solid(entropy, inputs.dtype)
-    return reference.policy_loss(log_probs, entropy, *constants._replace(config=inputs.config))
+    return reference.policy_loss(
+        log_probs,
+        entropy,
+        given.old_log_probs,
+        given.advantages,
+        given.ref_log_probs,
+        given.is_weights,
+        given.step_weights,
+        given.clip_low,
+        given.clip_high,
+        given.ratio_center,
+        given.normalizer,
+        layout.steps,
+        inputs.config,
+        given.advantages_per_token,
+        given.is_weights_per_token,
+    )
 
 
 def run_operator(
@@ -225,15 +240,17 @@ def scaled_gradient(
     nothing to do.
     """
     is_last = not is_compiling() and not _keeps_graph()
-    is_seen = not is_compiling() and grad.device.type == "cpu"
-    factors = [upstream] if grad_scale is None else [upstream, grad_scale]
-    if not (is_last and is_seen and all(f.item() == 1.0 for f in factors)):
-        factor = functools.reduce(torch.mul, factors)
-        zeros = None if is_seen and math.isfinite(factor.item()) else grad == 0
+    is_seen = not is_compiling() and grad.is_cpu
+    factor = upstream if grad_scale is None else upstream * grad_scale
+    seen = factor.item() if is_seen else math.nan
+    if not (is_last and seen == 1.0):
+        zeros = None if math.isfinite(seen) else grad == 0
         grad = grad.mul_(factor) if is_last else grad * factor
         if zeros is not None:
             grad = grad.masked_fill_(zeros, 0.0)
-    return grad.view(shape).to(dtype)
+    if grad.shape != shape:
+        grad = grad.view(shape)
+    return grad if grad.dtype is dtype else grad.to(dtype)
 
 
 class _PolicyLoss(torch.autograd.Function):

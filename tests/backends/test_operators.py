@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from batches import Batch, random_batch
@@ -18,11 +20,24 @@ from steppo_kernels import (
     token_log_probs,
 )
 from steppo_kernels.backends import operators
+from steppo_kernels.config import RATIOS, REDUCTIONS, SURROGATES
+from steppo_kernels.layout.step_layout import require_layout
 
 # Tracing would look into the patched allocations.
 pytestmark = pytest.mark.unpoisoned
 
-_CONFIG = StepPOConfig(clip_low=0.2, clip_high=0.3, dual_clip=9.0, kl_coef=0.1, entropy_coef=0.05)
+_PENALTIES = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.1, "entropy_coef": 0.05}
+_CONFIG = StepPOConfig(dual_clip=9.0, **_PENALTIES)
+# Every surrogate, every ratio and every reduction.
+_CONFIGS = [
+    _CONFIG,
+    StepPOConfig(ratio="token", reduction="token_mean", **_PENALTIES),
+    StepPOConfig(surrogate="cispo", ratio="product", reduction="sum", **_PENALTIES),
+    StepPOConfig(surrogate="mask", ratio="centered", token_clip=(0.1, 0.2), **_PENALTIES),
+    StepPOConfig(surrogate="soft", reduction="trajectory_mean", **_PENALTIES),
+    StepPOConfig(surrogate="quadratic", kl_estimator="k1", **_PENALTIES),
+    StepPOConfig(surrogate="tv", ratio="token", kl_estimator="k2", **_PENALTIES),
+]
 
 
 def finite_batch(target, seed=1, rows=3, length=30, dtype=torch.float32) -> Batch:
@@ -53,31 +68,26 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
             "old_log_probs",
             "ref_log_probs",
             "entropy",
-            "token_weights",
             "values",
             "old_values",
             "rewards",
         )
     }
-    token_advantages = broadcast_to_tokens(batch.advantages, layout, backend="reference").view(-1)
-    csr = (ids, layout.token_index, layout.step_offsets, layout.trajectory_counts)
-    # Clip range, dual clip (0: none), log_ratio_max, reduction.
-    clips = (0.2, 0.3, 9.0, 10.0, 1)
-    # kl_coef, estimator, entropy_coef.
-    penalties, no_penalties = (0.1, 2, 0.05), (0.0, 2, 0.0)
-    center = torch.tensor(0.1, dtype=torch.float64)
     normalizer = torch.tensor(5.0, dtype=torch.float64, device=mask.device)
-    full = (flat["log_probs"], flat["old_log_probs"])
     marks = torch.tensor([1, 2], device=mask.device)
     tokens = (torch.arange(mask.numel(), device=mask.device) * 7) % 5
     ones = torch.arange(3, device=mask.device)
     # Two starts and two stops of one token each, and one end.
     markers = (marks, ones, marks[:1] + 2, marks - 1, ones)
     per_step = torch.rand(layout.num_steps, device=mask.device, dtype=batch.log_probs.dtype)
-    states = (layout.state_index, layout.step_lengths, layout.trajectory_counts)
-    trajectories = (layout.trajectory_steps, layout.trajectory_offsets)
+    held = require_layout(layout)
+    timeline, states = tuple(held.timeline), tuple(held.states)
     return {
         "segment_mask": [(mask, None, rows), (mask, ids % 2 == 0, rows)],
+        "count_steps": [(mask, None, rows), (mask, ids % 2 == 0, rows)],
+        "lay_out_runs": [
+            (mask, None, rows, layout.trajectory_offsets, layout.num_steps, layout.num_tokens)
+        ],
         "segment_ids": [(ids.to(torch.int64), rows)],
         "segment_rows": [(batch.mask, None), (batch.mask, batch.mask[:, 0].contiguous())],
         "mark_actions": [
@@ -85,129 +95,113 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
             (tokens, rows, *markers[:3], marks[:0], ones[:1]),
         ],
         "compact": [(ids, layout.num_steps, layout.num_tokens)],
+        "row_trajectories": [(layout.trajectory_offsets, layout.token_index, layout.step_offsets)],
         "broadcast_to_tokens": [(per_step, ids)],
         "sum_over_steps": [(flat["rewards"], layout.token_index, layout.step_offsets)],
         "step_gae": [
             (
                 flat["rewards"],
                 flat["values"],
-                True,
-                True,
-                ids,
-                rows,
-                layout.state_index,
-                *trajectories,
                 batch.bootstrap_values,
-                0.99,
-                0.95,
+                timeline,
+                (0.99, 0.95, 1.0),
+                True,
                 True,
             ),
-            (
-                per_step,
-                batch.returns,
-                False,
-                False,
-                ids,
-                rows,
-                layout.state_index,
-                *trajectories,
-                None,
-                0.99,
-                1.0,
-                False,
-            ),
+            (per_step, batch.returns, None, timeline, (0.99, 1.0, 0.0), False, False),
         ],
         "value_loss": [
             (
                 flat["values"],
                 batch.returns,
                 flat["old_values"],
-                True,
-                True,
-                *states,
                 normalizer,
-                0.5,
-                1,
+                states,
+                (0.5, 1.0),
+                True,
+                True,
                 True,
             ),
-            (per_step, batch.returns, None, False, False, *states, None, 0.5, 2, False),
+            (per_step, batch.returns, None, None, states, (0.5, 2.0), False, False, False),
         ],
-        "policy_loss": [
-            (
-                *full,
-                batch.advantages,
-                flat["ref_log_probs"],
-                flat["entropy"],
-                flat["token_weights"],
-                batch.step_weights,
-                False,
-                True,
-                *csr,
-                center,
-                normalizer,
-                2,
-                *clips,
-                *penalties,
-                True,
-                True,
-            ),
-            (
-                flat["log_probs"],
-                None,
-                token_advantages,
-                None,
-                None,
-                None,
-                None,
-                True,
-                False,
-                *csr,
-                None,
-                None,
-                0,
-                *clips,
-                *no_penalties,
-                False,
-                False,
-            ),
-        ],
-        "policy_loss_masked": [
-            (
-                *full,
-                token_advantages,
-                flat["ref_log_probs"],
-                flat["entropy"],
-                flat["token_weights"],
-                mask,
-                batch.mask.shape[1],
-                center,
-                normalizer,
-                1,
-                *clips,
-                *penalties,
-                True,
-                True,
-            ),
-            (
-                flat["log_probs"],
-                None,
-                token_advantages,
-                None,
-                None,
-                None,
-                mask,
-                batch.mask.shape[1],
-                None,
-                None,
-                0,
-                *clips,
-                *no_penalties,
-                True,
-                False,
-            ),
-        ],
+        **policy_samples(batch),
         **head_samples(batch),
     }
+
+
+def policy_samples(batch: Batch) -> dict[str, list[tuple]]:
+    """Arguments of both forms of the policy loss: every surrogate, each with and without options.
+
+    The first of each has every optional argument, and the second none.
+    """
+    layout, mask = batch.layout, batch.mask.reshape(-1)
+    tokens = {
+        name: getattr(batch, name).reshape(-1)
+        for name in ("log_probs", "old_log_probs", "ref_log_probs", "entropy")
+    }
+    token_advantages = torch.where(mask, batch.entropy.reshape(-1) - 1.5, 0.0)
+    spread = broadcast_to_tokens(batch.advantages, layout, backend="reference").view(-1)
+    numbers = {
+        "ratio_center": torch.tensor(0.1, dtype=torch.float64),
+        "normalizer": torch.tensor(5.0, dtype=torch.float64, device=mask.device),
+    }
+    by_step = {
+        "step_weights": batch.step_weights,
+        "clip_low": batch.step_weights / 4,
+        "clip_high": batch.is_weights / 4,
+    }
+    no_bounds = {"step_weights": batch.step_weights}
+    found = {"policy_loss": [], "policy_loss_masked": []}
+    for config in _CONFIGS:
+        kernel = tuple(config.kernel)
+        full = {
+            **tokens,
+            **numbers,
+            "is_weights": batch.token_weights.reshape(-1),
+            "config": kernel,
+            "need_grad": True,
+            "need_entropy_grad": True,
+        }
+        bare = {
+            "log_probs": tokens["log_probs"],
+            "config": config.kernel._replace(kl_coef=0.0, entropy_coef=0.0),
+            "need_grad": False,
+            "need_entropy_grad": False,
+        }
+        of_layout = {
+            "steps": tuple(require_layout(layout).steps),
+            "advantages_per_token": False,
+            "is_weights_per_token": False,
+        }
+        of_mask = {"mask": mask, "row_length": batch.mask.shape[1]}
+        found["policy_loss"] += [
+            in_order(
+                "policy_loss",
+                **{**full, **of_layout, "is_weights_per_token": True},
+                **(no_bounds if config.surrogate == "soft" else by_step),
+                advantages=batch.advantages,
+            ),
+            in_order(
+                "policy_loss",
+                **{**bare, **of_layout, "advantages_per_token": True, "need_grad": True},
+                advantages=token_advantages,
+            ),
+            in_order("policy_loss", **bare, **of_layout, advantages=batch.advantages),
+        ]
+        found["policy_loss_masked"] += [
+            in_order("policy_loss_masked", **full, **of_mask, advantages=token_advantages),
+            in_order("policy_loss_masked", **bare, **of_mask, advantages=spread),
+        ]
+    return found
+
+
+def in_order(name: str, **given: Any) -> tuple:
+    """Return arguments in the order of an operator's schema, None for optional ones not given."""
+    arguments = getattr(torch.ops.steppo, name).default._schema.arguments[:-1]
+    assert given.keys() <= {argument.name for argument in arguments}
+    optional = {a.name for a in arguments if isinstance(a.type, torch.OptionalType)}
+    assert {argument.name for argument in arguments} <= given.keys() | optional
+    return tuple(given.get(argument.name) for argument in arguments)
 
 
 def head_samples(batch: Batch) -> dict[str, list[tuple]]:
@@ -277,6 +271,11 @@ def head_samples(batch: Batch) -> dict[str, list[tuple]]:
     }
 
 
+def test_samples_are_of_the_whole_family():
+    for name, names in (("surrogate", SURROGATES), ("ratio", RATIOS), ("reduction", REDUCTIONS)):
+        assert {getattr(config, name) for config in _CONFIGS} == {*names}
+
+
 def test_every_operator_has_a_sample():
     target = type("Target", (), {"device": "cpu"})
     assert samples(finite_batch(target)).keys() == operators._stems.keys()
@@ -327,9 +326,11 @@ def test_operators_and_direct_calls_are_the_same(kernel):
                 result = run(*copies)
                 written = [arg for arg in copies if isinstance(arg, torch.Tensor)]
                 outputs = result if isinstance(result, tuple) else (result,)
-                results.append([*written, *(value for value in outputs if value is not None)])
+                results.append([*written, *(() if result is None else outputs)])
             for one, other in zip(*results, strict=True):
-                assert torch.equal(one, other), name
+                # An output that is not needed is None, or empty.
+                same = other.numel() == 0 if one is None else torch.equal(one, other)
+                assert same, name
 
 
 def through_torch(name: str, backend: str):
@@ -389,6 +390,50 @@ def test_compile_without_graph_breaks_or_recompiles(target, masked):
         found = results_and_grads(compiled, batch, masked, target.backend)
         assert_as_eager(found, results_and_grads(train_step, batch, masked, target.backend))
         assert counter.frame_count <= 2, f"a graph of its own for {(rows, length)}"
+    assert counter.frame_count == 2
+
+
+@grid(cover=1, config={config.surrogate + "-" + config.ratio: config for config in _CONFIGS})
+def test_compile_of_the_family(target, masked, config):
+    """With bounds of steps and advantages of tokens; one graph for the first length, one more."""
+    if masked and target.backend == "reference":
+        pytest.skip("the reference builds a layout of the mask, whose size depends on its values")
+
+    def step(batch, layout, advantages, clip_low, clip_high):
+        out = steppo_loss(
+            batch.log_probs,
+            batch.old_log_probs,
+            advantages,
+            layout,
+            config=config,
+            ref_log_probs=batch.ref_log_probs,
+            entropy=batch.entropy,
+            is_weights=batch.token_weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            backend=target.backend,
+        )
+        return out.loss, out.metrics.values
+
+    torch._dynamo.reset()
+    # The reference's graph is long; that it can be traced is what is seen here.
+    counter = CompileCounterWithBackend("eager" if target.backend == "reference" else "aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for seed, shape in enumerate([(3, 20), (4, 26), (5, 23)]):
+        batch = finite_batch(target, seed, *shape)
+        advantages = torch.where(batch.mask, batch.entropy - 1.5, 0.0).detach()
+        bounds = (None, None)
+        if not masked and config.surrogate != "soft":
+            bounds = (batch.step_weights / 4, batch.is_weights / 4)
+        given = (batch, batch.mask if masked else batch.layout, advantages, *bounds)
+        leaves = [batch.log_probs.requires_grad_(), batch.entropy.requires_grad_()]
+        results = []
+        for run in (compiled, step, compiled):
+            loss, metrics = run(*given)
+            results.append([loss.detach(), metrics, *torch.autograd.grad(loss, leaves)])
+        assert_as_eager(results[0], results[1])
+        # What a layout keeps after a plain call makes no graph of its own.
+        assert_as_eager(results[2], results[1])
     assert counter.frame_count == 2
 
 

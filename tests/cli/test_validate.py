@@ -9,166 +9,35 @@ from typing import Any
 
 import pytest
 import torch
+from reference_operators import OPERATORS
 from torch import Tensor
 from typer.testing import CliRunner
 
 from steppo_kernels import StepLayout, StepPOConfig
 from steppo_kernels.backends import choice, operators
-from steppo_kernels.backends.reference import policy_loss, token_log_probs, value_loss
 from steppo_kernels.cli import main
 from steppo_kernels.cli import validate as validation
 from steppo_kernels.cli.validate.draw import Draw, border
 from steppo_kernels.cli.validate.run import relative_error
-from steppo_kernels.config import KL_ESTIMATORS, RATIOS, REDUCTIONS
+from steppo_kernels.config import (
+    RATIOS,
+)
 from steppo_kernels.outputs import POLICY_METRICS
 
 CPU = torch.device("cpu")
 Spoil = Callable[..., Any]
 
 
-def _policy_loss(*args: Any) -> tuple[Tensor, ...]:
-    """The operator `policy_loss`, by autograd over the reference."""
-    *tensors, center, total = args[:15]
-    (
-        ratio,
-        clip_low,
-        clip_high,
-        dual_clip,
-        log_ratio_max,
-        reduction,
-        kl_coef,
-        estimator,
-        entropy_coef,
-        need_grad,
-        need_entropy_grad,
-    ) = args[15:]
-    config = StepPOConfig(
-        ratio=RATIOS[ratio],
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip or None,
-        log_ratio_max=log_ratio_max,
-        reduction=REDUCTIONS[reduction],
-        kl_coef=kl_coef,
-        kl_estimator=KL_ESTIMATORS[estimator],
-        entropy_coef=entropy_coef,
-    )
-    with torch.enable_grad():
-        new = tensors[0].detach().requires_grad_()
-        entropy = None if tensors[4] is None else tensors[4].detach().requires_grad_()
-        tensors[0], tensors[4] = new, entropy
-        loss, metrics, log_ratio = policy_loss.policy_loss(*tensors, center, total, config)
-        grad = torch.autograd.grad(loss, new, retain_graph=True)[0] if need_grad else new[:0]
-        other = torch.autograd.grad(loss, entropy)[0] if need_entropy_grad else new[:0]
-    one = loss.new_ones(()).detach()
-    return loss.detach(), metrics, log_ratio, grad.detach(), other.detach(), one
-
-
-def _policy_loss_masked(*args: Any) -> tuple[Tensor, ...]:
-    tensors, mask, row_length, rest = args[:6], args[6], args[7], args[8:]
-    shape = (-1, row_length) if row_length else (0, 0)
-    layout = StepLayout.from_mask(mask.view(shape), backend="reference")
-    steps = (
-        layout.step_ids.view(-1),
-        layout.token_index,
-        layout.step_offsets,
-        layout.trajectory_counts,
-    )
-    loss, metrics, _, *grads = _policy_loss(*tensors, None, True, True, *steps, *rest)
-    return loss, metrics, *grads
-
-
-def _value_loss(*args: Any) -> tuple[Tensor, ...]:
-    *rest, reduction, need_grad = args[1:]
-    with torch.enable_grad():
-        values = args[0].detach().requires_grad_()
-        loss, metrics = value_loss.value_loss(values, *rest, REDUCTIONS[reduction])
-        grad = torch.autograd.grad(loss, values)[0] if need_grad else values[:0]
-    return loss.detach(), metrics, grad.detach(), loss.new_ones(()).detach()
-
-
-def _token_log_probs(
-    logits, token_ids, mask, temperatures, temperature, softcap, need_entropy
-) -> tuple[Tensor, ...]:
-    z = _scaled(logits, temperatures, temperature)
-    rows = _rows(mask, token_ids)
-    found = token_log_probs.token_log_probs(z, token_ids, rows, 1.0, softcap, z.dtype)
-    top = z.double().amax(-1)
-    log_sum = torch.logsumexp(z.double(), -1) - top
-    return found[0], found[1] if need_entropy else found[1][:0], top, log_sum
-
-
-def _token_log_probs_backward(
-    out,
-    logits,
-    token_ids,
-    mask,
-    temperatures,
-    temperature,
-    softcap,
-    top,
-    log_sum,
-    entropy,
-    grad,
-    grad_entropy,
-    rows,
-) -> None:
-    leaf = logits.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        z = _scaled(leaf, temperatures, temperature)
-        used = _rows(mask, token_ids)
-        one, other = token_log_probs.token_log_probs(z, token_ids, used, 1.0, softcap, z.dtype)
-        total = (
-            (one * grad).sum()
-            if grad_entropy is None
-            else ((one * grad + other * grad_entropy).sum())
-        )
-        (found,) = torch.autograd.grad(total, leaf)
-    found = found.reshape(-1, found.shape[-1]).to(out.dtype)
-    if rows is None:
-        out.copy_(found.view(out.shape))
-    else:
-        out[0, : len(rows)] = found[rows]
-
-
-def _scaled(logits, temperatures, temperature) -> Tensor:
-    z = logits.reshape(-1, logits.shape[-1])
-    z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    return z / (temperature if temperatures is None else temperatures[:, None].to(z.dtype))
-
-
-def _rows(mask, token_ids) -> Tensor:
-    return torch.arange(len(token_ids)) if mask is None else mask.nonzero().squeeze(1)
-
-
-def _head_logits(logits, hidden, weight, bias) -> None:
-    found = hidden.to(logits.dtype) @ weight.to(logits.dtype).t()
-    logits.copy_(found if bias is None else found + bias)
-
-
-def _accumulate(total, product, is_first) -> None:
-    total.copy_(product if is_first else total + product)
-
-
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Stand the reference in for the CPU backend, with one operator spoiled."""
     launcher = operators.launcher
-    right = {
-        "policy_loss": _policy_loss,
-        "policy_loss_masked": _policy_loss_masked,
-        "value_loss": _value_loss,
-        "token_log_probs": _token_log_probs,
-        "token_log_probs_backward": _token_log_probs_backward,
-        "head_logits": _head_logits,
-        "accumulate": _accumulate,
-    }
 
     def set_wrong(wrong: str = "", spoil: Spoil = lambda *outputs: outputs) -> None:
         def launch(backend: str, name: str) -> Callable[..., Any]:
             if backend == "reference":
                 return launcher(backend, name)
-            run = right.get(name) or launcher("reference", name)
+            run = OPERATORS.get(name) or launcher("reference", name)
             if name != wrong:
                 return run
 
@@ -237,7 +106,8 @@ def _entry(number: int, change: Callable[[Tensor], Tensor]) -> Spoil:
 
     def spoil(*outputs: Tensor) -> Any:
         changed = list(outputs)
-        changed[number] = change(outputs[number].clone())
+        if outputs[number] is not None:
+            changed[number] = change(outputs[number].clone())
         return tuple(changed) if len(changed) > 1 else changed[0]
 
     return spoil
@@ -260,9 +130,10 @@ def _off(value: Tensor) -> Tensor:
 
 
 WRONG = [
-    ("StepLayout.from_mask", "segment_mask", _entry(0, lambda ids: ids.clamp_max(1))),
-    ("StepLayout.from_mask", "segment_mask", _entry(0, lambda ids: ids.to(torch.int64))),
-    ("StepLayout.from_mask", "compact", _entry(0, lambda index: index.flip(0))),
+    ("StepLayout.from_mask", "count_steps", _entry(0, lambda row_steps: row_steps.flip(0))),
+    ("StepLayout.from_mask", "lay_out_runs", _entry(0, lambda ids: ids.clamp_max(1))),
+    ("StepLayout.from_mask", "lay_out_runs", _entry(0, lambda ids: ids.to(torch.int64))),
+    ("StepLayout.from_mask", "lay_out_runs", _entry(1, lambda index: index.flip(0))),
     ("StepLayout.from_step_ids", "segment_ids", _entry(0, lambda ids: ids.clamp_max(1))),
     ("StepLayout.from_rows", "segment_rows", _entry(0, lambda ids: ids.clamp_max(1))),
     ("StepLayout.from_markers", "mark_actions", _entry(0, lambda mask: ~mask)),
@@ -284,11 +155,12 @@ WRONG = [
     ("steppo_loss", "policy_loss", _entry(3, _off)),
     ("steppo_loss", "policy_loss", _entry(3, lambda grad: grad + 1e-30)),
     ("steppo_loss", "policy_loss", _entry(4, _off)),
-    ("steppo_loss", "policy_loss", _entry(5, _off)),
     ("steppo_loss (mask)", "policy_loss_masked", _entry(0, lambda loss: loss + 1e-4)),
     ("steppo_loss (mask)", "policy_loss_masked", _entry(1, _off)),
     ("steppo_loss (mask)", "policy_loss_masked", _entry(2, _off)),
     ("steppo_loss (mask)", "policy_loss_masked", _entry(3, _off)),
+    ("step_log_ratios", "sum_over_steps", _entry(0, _off)),
+    ("rollout_weights", "sum_over_steps", _entry(0, _off)),
     ("token_log_probs", "token_log_probs", _entry(0, _off)),
     ("token_log_probs", "token_log_probs", _entry(1, _off)),
     ("token_log_probs", "token_log_probs_backward", lambda out: out.mul_(1 + 1e-4)),
@@ -397,29 +269,67 @@ def test_batches_depend_on_nothing_but_the_seed(native):
     assert among[-1] == alone[0]
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("kind", range(8))
 @pytest.mark.parametrize("dtype", validation.DTYPES)
-def test_drawn_steps_keep_clear_of_the_clip(kind, dtype):
-    """No ratio of a batch is nearer to a border than rounding in fp32 can carry it."""
+def test_drawn_units_keep_clear_of_their_borders(kind, dtype, ratio):
+    """No number of a batch is nearer to a border than rounding in fp32 can carry it."""
     from steppo_kernels.cli.validate import policy_loss as drawn
 
-    draw = Draw(11, "clear", kind, dtype, CPU)
+    draw = Draw(11, f"clear {ratio}", kind, dtype, CPU)
     layout = StepLayout.from_mask(draw.mask(), backend="reference")
-    variant = drawn._Variant("", dual_clip=True, log_ratio_max=True)
-    inputs = drawn._inputs(draw, variant, layout, per_token=False)
-    config = drawn._keep_clear(StepPOConfig(), variant, inputs, layout, {})
-    z = torch.where(
-        layout.step_ids >= 0, inputs["log_probs"].double() - inputs["old_log_probs"].double(), 0
+    is_token = ratio == "token"
+    variant = drawn._Variant(
+        "",
+        {"ratio": ratio},
+        dual_clip=True,
+        log_ratio_max=True,
+        token_clip=not is_token,
+        advantages="per token",
     )
-    means = [
-        z.view(-1)[layout.token_index[a:b]].mean()
-        for a, b in itertools.pairwise(layout.step_offsets.tolist())
-    ]
-    for log_ratio in means:
+    inputs = drawn._inputs(draw, variant, layout, per_token=False)
+    config = drawn._keep_clear(StepPOConfig(ratio=ratio), variant, inputs, layout, {})
+    tokens = layout.token_index
+    old, new = (inputs[name].double().view(-1)[tokens] for name in ("old_log_probs", "log_probs"))
+    z = new - old
+    if not is_token:
+        low, high = config.token_clip
+        sides = inputs["advantages"].view(-1)[tokens] < 0
+        assert all(abs(z - edge).min() > 5e-6 for edge in (-low, high) if len(z))
+        z = torch.where(sides, z.clamp(min=-low), z.clamp(max=high))
+    units = z
+    if not is_token:
+        center = z.mean() if ratio == "centered" else 0.0
+        power = {"geometric": 1.0, "product": 0.0, "centered": 0.5}[ratio]
+        units = [
+            center + (part - center).sum() / len(part) ** power
+            for a, b in itertools.pairwise(layout.step_offsets.tolist())
+            for part in (z[a:b],)
+        ]
+    for log_ratio in units:
         assert abs(log_ratio - config.log_ratio_max) > 5e-6
-        ratio = log_ratio.clamp(max=config.log_ratio_max).exp()
+        value = log_ratio.clamp(max=config.log_ratio_max).exp()
         for edge in (1 - config.clip_low, 1 + config.clip_high, config.dual_clip):
-            assert abs(ratio - edge) > 5e-6
+            assert abs(value - edge) > 5e-6
+
+
+@pytest.mark.parametrize("kind", range(8))
+def test_drawn_probabilities_keep_clear_of_their_bounds(kind):
+    from steppo_kernels.cli.validate import policy_loss as drawn
+
+    draw = Draw(12, "clear", kind, torch.float32, CPU)
+    layout = StepLayout.from_mask(draw.mask(), backend="reference")
+    chosen = {"ratio": "token", "surrogate": "tv"}
+    inputs = drawn._inputs(draw, drawn._Variant("", chosen), layout, per_token=False)
+    config = drawn._keep_clear(
+        StepPOConfig(**chosen), drawn._Variant("", chosen), inputs, layout, {}
+    )
+    old, new = (
+        inputs[name].double().view(-1)[layout.token_index].exp()
+        for name in ("old_log_probs", "log_probs")
+    )
+    for edge in (config.clip_high, -config.clip_low):
+        assert all(abs(new - old - edge) > 5e-6)
 
 
 def test_border_lies_in_a_gap_with_values_on_both_sides():

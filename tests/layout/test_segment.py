@@ -46,6 +46,43 @@ def test_segment_mask(target, shape, with_boundaries):
     assert_equal(found, segment.segment_mask(mask, opens, rows, "reference"), target)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@grid(
+    cover=1,
+    interpreted={"shape": [(5, 7), (0, 4)]},
+    shape=[*_SHAPES, *_NO_TOKENS],
+    with_boundaries={"runs": False, "boundaries": True},
+)
+def test_runs_that_are_laid_out_in_one_pass(
+    target, shape, with_boundaries, threads, threads_restored
+):
+    """It finds what the parts find one after another, whatever the threads share a row."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(shape[1])
+    mask = ragged_mask(*shape, mean_step=40, generator=generator).reshape(-1)
+    rows = uneven_rows(mask.numel(), generator)
+    opens = torch.rand(mask.shape, generator=generator) < 0.1 if with_boundaries else None
+    whole = segment.segment_mask(mask, opens, rows, "reference")
+    num_steps, num_tokens = int(whole.row_steps[-1]), int(whole.counts[0])
+    csr = segment.compact(whole.step_ids, num_steps, num_tokens, "reference")
+    trajectories = segment.row_trajectories(whole.row_steps, csr[0], csr[1], "reference")
+    runs = [None if t is None else t.to(target.device) for t in (mask, opens, rows)]
+    row_steps, counts = segment.count_steps(*runs, target.backend)
+    assert torch.equal(row_steps.cpu(), whole.row_steps)
+    assert torch.equal(counts.cpu(), whole.counts)
+    found = segment.lay_out_runs(*runs, row_steps, num_steps, num_tokens, target.backend)
+    for value, wanted in zip(found, [whole.step_ids, *csr, *trajectories], strict=True):
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value.cpu(), wanted)
+    # The same of its parts.
+    moved = [value.to(target.device) for value in (whole.row_steps, csr[0], csr[1])]
+    for value, wanted in zip(
+        segment.row_trajectories(*moved, target.backend), trajectories, strict=True
+    ):
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value.cpu(), wanted)
+
+
 @grid(interpreted=_FEW, shape=_SHAPES, ordered={"ordered": True, "decreasing": False})
 def test_segment_ids(target, shape, ordered):
     generator = torch.Generator().manual_seed(shape[1])

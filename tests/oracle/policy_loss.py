@@ -158,7 +158,7 @@ def _clearance(z: float, advantage: float, bounds: tuple[float, float] | None) -
     return _distance(z, -bounds[0] if advantage < 0 else bounds[1])
 
 
-def _kl(d: float, estimator: str) -> tuple[float, float, float]:
+def kl_penalty(d: float, estimator: str) -> tuple[float, float, float]:
     """Return KL of d = log ref - log new, its derivative of log new, and the margin."""
     if math.isnan(d):
         return NAN, NAN, math.inf
@@ -249,14 +249,16 @@ def policy_loss(
             weight = 1.0 if is_weights is None else is_weights[at]
             policy += scale * weight * point.value / length
             size += _finite(scale * weight * point.value_size / length)
-            gradient = 0.0 if slope == 0 else scale * weight * slope * pooled.share
+            # What is 0 before the token's weight stays so, whatever that is.
+            still = slope == 0 or scale == 0
+            gradient = 0.0 if still else scale * weight * slope * pooled.share
             live = gradient != 0
             of_log_probs[at] = gradient
             if live:
                 terms = scale * weight * point.slope_size * pooled.share
                 slope_size = max(slope_size, _finite(terms))
             if ref_log_probs is not None:
-                value, slope, near = _kl(
+                value, slope, near = kl_penalty(
                     _minus(ref_log_probs[at], log_probs[at]), config.kl_estimator
                 )
                 kl_total += scale * value / length
@@ -280,6 +282,7 @@ def policy_loss(
     if config.entropy_coef:
         loss -= config.entropy_coef * entropy_total
     steps = len(means)
+    far = _sum([kl_penalty(one, "k3")[0] for one in raw.values()])
     metrics = {
         "policy_loss": policy,
         "kl_loss": kl_total,
@@ -289,7 +292,7 @@ def policy_loss(
         "clip_fraction_high": high / steps if steps else 0.0,
         "token_clip_fraction": clipped / count if count else 0.0,
         "approx_kl": -_sum(list(raw.values())) / count if count else 0.0,
-        "approx_kl_k3": _sum([_kl(one, "k3")[0] for one in raw.values()]) / count if count else 0.0,
+        "approx_kl_k3": far / count if count else 0.0,
         "dead_token_fraction": dead / count if count else 0.0,
         "num_steps": float(steps),
         "num_tokens": float(count),

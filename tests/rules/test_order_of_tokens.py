@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
+import oracles
 import pytest
 import torch
-from oracles import Steps
-from oracles import policy_loss as in_loops
+from oracle import OracleLayout
 
 from steppo_kernels import (
     StepLayout,
@@ -17,24 +18,16 @@ from steppo_kernels import (
     step_value_loss,
     steppo_loss,
 )
+from steppo_kernels.outputs import POLICY_METRICS
 
 _CONFIG = StepPOConfig(clip_low=0.4, clip_high=0.4, reduction="token_mean", kl_coef=0.1)
 
 
 def shuffled(mask, names, order, device):
-    """One step a trajectory of rows that lie in any order, and its tokens in lists."""
+    """One step a trajectory of rows that lie in any order; the oracle's layout of the same."""
     layout = StepLayout.from_rows(mask.to(device), names, order).per_trajectory()
-    length = mask.shape[1]
-    members = {}
-    for row, name in enumerate(names):
-        members.setdefault(name, []).append(row)
-    steps = Steps()
-    for rows in members.values():
-        steps.trajectories.append([])
-        rows = sorted(rows, key=lambda row: order[row])
-        tokens = [row * length + t for row in rows for t in range(length) if mask[row, t]]
-        steps.add(tokens, rows[0] * length)
-    return layout, steps
+    loops = OracleLayout.from_rows(mask.reshape(-1).tolist(), tuple(mask.shape), names, order)
+    return layout, loops.per_trajectory()
 
 
 def numbers(shape, seed, device="cpu", dtype=torch.float64):
@@ -47,9 +40,15 @@ def check(layout, steps, target, dtype=torch.float64):
     device = target.device
     log_probs, old, ref, bonus = (numbers(layout.shape, k, device, dtype) for k in range(4))
     advantages = numbers(layout.num_steps, 9, device, dtype)
-    config = StepPOConfig(**{**_CONFIG.__dict__, "entropy_coef": 0.1})
-    wanted = in_loops(
-        steps, log_probs, old, advantages.tolist(), config, ref_log_probs=ref, entropy=bonus
+    config = dataclasses.replace(_CONFIG, entropy_coef=0.1)
+    wanted, _ = oracles.policy_loss(
+        steps,
+        config,
+        log_probs=log_probs,
+        old_log_probs=old,
+        advantages=broadcast_to_tokens(advantages, layout, backend="reference"),
+        ref_log_probs=ref,
+        entropy=bonus,
     )
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
     for _ in range(2):
@@ -67,7 +66,7 @@ def check(layout, steps, target, dtype=torch.float64):
         out.loss.backward()
         found = {
             "loss": out.loss.detach(),
-            "metrics": out.metrics.values,
+            "metrics": out.metrics.values[: len(POLICY_METRICS)],
             "step_log_ratio": out.step_log_ratio,
             "grad_log_probs": x.grad,
             "grad_entropy": h.grad,

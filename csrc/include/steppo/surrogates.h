@@ -113,7 +113,8 @@ STEPPO_FN Unit<T> tv_surrogate(const Point<T>& p, const PolicyConfig& c) {
   const T moved = Choose::select(is_negative, -p.gap, p.gap);
   const auto is_beyond = moved > Choose::select(is_negative, p.low, p.high);
   const T weight = Choose::select(is_beyond, T{}, p.ratio);
-  return weighted(p.advantage, weight, is_beyond | (p.log_ratio >= all_of<T>(c.log_ratio_max)));
+  return weighted(p.advantage, weight,
+                  (weight == T{}) | (p.log_ratio >= all_of<T>(c.log_ratio_max)));
 }
 
 template <Surrogate kind, class T>

@@ -26,14 +26,15 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
         and kernels.multiplies_bf16()
     ):
         bias = None if bias is None else bias.float()
+        weight_stride, vocabulary = weight.stride(0), len(weight)
         head = (
             *addresses(hidden),
             start(weight),
-            weight.stride(0),
+            weight_stride,
             *addresses(bias),
             num_rows,
             size,
-            len(weight),
+            vocabulary,
             *addresses(logits),
         )
         kernels.head_logits(head, place())

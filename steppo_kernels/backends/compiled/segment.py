@@ -22,6 +22,54 @@ def segment_mask(
     return step_ids, row_steps, counts
 
 
+def count_steps(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Count the runs of ones of each row."""
+    num_tokens, num_rows = mask.numel(), row_offsets.numel() - 1
+    row_steps, counts = empty(num_rows + 1, torch.int64), empty(3, torch.int64)
+    kernels.count_steps(
+        (*addresses(mask, boundaries, row_offsets), num_tokens, num_rows),
+        (*addresses(row_steps, counts),),
+        place(),
+    )
+    return row_steps, counts
+
+
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+) -> tuple[Tensor, ...]:
+    """Return the layout of runs that have been counted, in one pass that writes all of it."""
+    num_tokens, num_rows = mask.numel(), row_offsets.numel() - 1
+    step_ids = empty(num_tokens, torch.int32)
+    token_index = empty(num_actions, torch.int64)
+    step_offsets = empty(num_steps + 1, torch.int64)
+    step_lengths, trajectory_counts = _like_steps(num_steps, torch.int32, 2)
+    step_starts, trajectory_steps, state_index, step_rows = _like_steps(num_steps, torch.int64, 4)
+    outputs = (
+        step_ids,
+        token_index,
+        step_offsets,
+        step_lengths,
+        step_starts,
+        trajectory_steps,
+        trajectory_counts,
+        state_index,
+        step_rows,
+    )
+    kernels.lay_out_runs(
+        (*addresses(mask, boundaries, row_offsets), num_tokens, num_rows),
+        (*addresses(row_steps), num_steps, num_actions, *addresses(*outputs)),
+        place(),
+    )
+    return outputs
+
+
 def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Number the distinct (row, id) pairs with id >= 0."""
     num_tokens, num_rows = ids.numel(), row_offsets.numel() - 1
@@ -109,6 +157,11 @@ def row_trajectories(
     )
     kernels.row_trajectories(trajectories, place())
     return trajectory_steps, trajectory_counts, state_index, step_rows
+
+
+def _like_steps(num_steps: int, dtype: torch.dtype, count: int) -> list[Tensor]:
+    first = empty(num_steps, dtype)
+    return [first, *(torch.empty_like(first) for _ in range(count - 1))]
 
 
 def _segments(num_tokens: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,28 @@ def segment_mask(
     return _number(mask, mask & ~continues, row_offsets)
 
 
+def count_steps(
+    mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Count the runs of ones of each row."""
+    _, row_steps, counts = segment_mask(mask, boundaries, row_offsets)
+    return row_steps, counts
+
+
+def lay_out_runs(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    row_offsets: Tensor,
+    row_steps: Tensor,
+    num_steps: int,
+    num_actions: int,
+) -> tuple[Tensor, ...]:
+    """Return the layout of runs that have been counted."""
+    step_ids, *_ = segment_mask(mask, boundaries, row_offsets)
+    csr = compact(step_ids, num_steps, num_actions)
+    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1])
+
+
 def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Number the distinct (row, id) pairs with id >= 0."""
     action = ids >= 0

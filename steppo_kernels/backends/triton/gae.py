@@ -206,12 +206,10 @@ def step_gae(
     values_per_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns ``[S]``: see `operators.step_gae`."""
-    step_ids, row_offsets, state_index, trajectory_steps, trajectory_offsets = record(
-        Timeline, timeline
-    )
+    line = record(Timeline, timeline)
     gamma, lam, whiten = config
-    num_steps, num_entries = state_index.numel(), trajectory_steps.numel()
-    num_trajectories = trajectory_offsets.numel() - 1
+    num_steps, num_entries = line.state_index.numel(), line.trajectory_steps.numel()
+    num_trajectories = line.trajectory_offsets.numel() - 1
     # A step of no trajectory gets 0.
     make = values.new_empty if num_entries == num_steps else values.new_zeros
     advantages, returns = make((num_steps,)), make((num_steps,))
@@ -225,13 +223,13 @@ def step_gae(
     partials = values.new_empty((num_programs, 3), dtype=torch.float64)
     with device_guard(values):
         if rewards_per_token:
-            rewards = _step_rewards(rewards, step_ids, row_offsets, state_index)
+            rewards = _step_rewards(rewards, line.step_ids, line.row_offsets, line.state_index)
         gae_kernel[(num_programs,)](
             rewards,
             values,
-            state_index,
-            trajectory_steps,
-            trajectory_offsets,
+            line.state_index,
+            line.trajectory_steps,
+            line.trajectory_offsets,
             bootstrap_values,
             raw,
             returns,
@@ -248,7 +246,7 @@ def step_gae(
         if whiten:
             whiten_kernel[(cdiv(num_entries, _WHITEN_BLOCK),)](
                 raw,
-                trajectory_steps,
+                line.trajectory_steps,
                 partials,
                 advantages,
                 num_entries,

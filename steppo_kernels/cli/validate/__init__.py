@@ -12,7 +12,17 @@ are placed in gaps of the very numbers that they are compared with (see `draw.bo
 One module an operation holds its cases: a new one adds its module to `CASES`.
 """
 
-from . import broadcast, gae, layouts, lm_head, policy_loss, token_log_probs, value_loss
+from . import (
+    broadcast,
+    gae,
+    layouts,
+    lm_head,
+    policy_loss,
+    rollout_weights,
+    step_log_ratios,
+    token_log_probs,
+    value_loss,
+)
 from .case import Case
 from .run import DTYPES, Row, validate, widest
 
@@ -22,6 +32,8 @@ CASES: tuple[Case, ...] = (
     *gae.CASES,
     *value_loss.CASES,
     *policy_loss.CASES,
+    *step_log_ratios.CASES,
+    *rollout_weights.CASES,
     *token_log_probs.CASES,
     *lm_head.CASES,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...backends.choice import Backend
-from ...config import StepPOConfig
+from ...config import SURROGATES, StepPOConfig
 from ...layout.step_layout import StepLayout
 from ...log_probs.linear_token_log_probs import linear_token_log_probs
 from ...log_probs.token_log_probs import token_log_probs
@@ -98,7 +98,7 @@ def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = Fal
     return Case("linear_token_log_probs", variant, draw_problem)
 
 
-def _loss_case(variant: str, *, bias: bool = False, **chosen: Any) -> Case:
+def _loss_case(variant: str, *, bias: bool = False, by_token: bool = False, **chosen: Any) -> Case:
     def draw_problem(draw: Draw) -> Problem:
         inputs, mask, ids = _draw_head(draw, bias)
         layout = StepLayout.from_mask(mask, backend="reference")
@@ -108,10 +108,9 @@ def _loss_case(variant: str, *, bias: bool = False, **chosen: Any) -> Case:
         log_probs = token_log_probs(exact, ids, mask=mask, backend="reference")
         assert isinstance(log_probs, Tensor)
         inputs["old_log_probs"] = draw.rounded(log_probs + 0.1 * draw.normal(*mask.shape))
-        # Some steps are dead.
-        advantages = draw.normal(layout.num_steps)
-        dead = draw.flags(0.4, layout.num_steps)
-        inputs["advantages"] = draw.rounded(torch.where(dead, 0.0, advantages))
+        # Some steps, or tokens, are dead.
+        shape = mask.shape if by_token else (layout.num_steps,)
+        inputs["advantages"] = draw.rounded(draw.normal(*shape) * draw.flags(0.6, *shape))
         chunk, upstream = draw.choice((None, 1, 7, 64)), draw.upstream()
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
@@ -147,4 +146,11 @@ CASES: tuple[Case, ...] = (
     _loss_case("centered", ratio="centered"),
     _loss_case("trajectory_mean", reduction="trajectory_mean"),
     _loss_case("entropy", entropy_coef=0.1),
+    _loss_case("advantages per token", by_token=True),
+    *(
+        _loss_case(f"{surrogate}, token", by_token=True, ratio="token", surrogate=surrogate)
+        for surrogate in SURROGATES
+        # It squares the ratio, and with it what half precision does to the ratio of a token.
+        if surrogate != "quadratic"
+    ),
 )

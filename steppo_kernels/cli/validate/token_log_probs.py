@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends.choice import Backend
-from ...config import StepPOConfig
+from ...config import SURROGATES, StepPOConfig
 from ...layout.step_layout import StepLayout
 from ...log_probs.token_log_probs import token_log_probs
 from ...losses.logits_loss import steppo_loss_from_logits
@@ -19,9 +19,9 @@ from .draw import Draw
 WIDE: dict[str, Any] = {"clip_low": 1.0, "clip_high": 1e6, "log_ratio_max": 80.0}
 
 
-def draw_logits(draw: Draw, *shape: int) -> Tensor:
-    """Return fp64 logits: flat, peaked, or far from 0."""
-    sharp, shift = draw.choice((1.0, 10.0)), draw.choice((0.0, 0.0, -300.0, 300.0))
+def draw_logits(draw: Draw, *shape: int, near: bool = False) -> Tensor:
+    """Return fp64 logits: flat, peaked, or far from 0 if they need not be near."""
+    sharp, shift = draw.choice((1.0, 10.0)), draw.choice((0.0, 0.0, -300.0, 300.0)) * (not near)
     return sharp * draw.normal(*shape) + shift
 
 
@@ -71,14 +71,16 @@ def _log_probs_case(
     return Case("token_log_probs", variant, draw_problem)
 
 
-def _loss_case(variant: str, *, masked: bool = False, entropy_coef: float = 0.0) -> Case:
+def _loss_case(variant: str, *, masked: bool = False, **chosen: Any) -> Case:
     def draw_problem(draw: Draw) -> Problem:
         mask = draw.mask()[:, :200]
         rows, length = mask.shape
         vocabulary = draw.integer(2, 200)
-        config = StepPOConfig(**WIDE, entropy_coef=entropy_coef)
+        config = StepPOConfig(**WIDE, **chosen)
         layout = StepLayout.from_mask(mask, backend="reference")
-        logits = draw.rounded(draw_logits(draw, rows, length, vocabulary))
+        # No mean over a step evens out what rounding does to the ratio of a single token.
+        near = config.ratio == "token"
+        logits = draw.rounded(draw_logits(draw, rows, length, vocabulary, near=near))
         ids = draw.integers(0, vocabulary - 1, rows, length)
         exact = token_log_probs(logits.double(), ids, backend="reference")
         assert isinstance(exact, Tensor)
@@ -117,4 +119,8 @@ CASES: tuple[Case, ...] = (
     _loss_case("layout"),
     _loss_case("mask", masked=True),
     _loss_case("entropy", entropy_coef=0.1),
+    *(
+        _loss_case(f"{surrogate}, token", ratio="token", surrogate=surrogate)
+        for surrogate in SURROGATES
+    ),
 )

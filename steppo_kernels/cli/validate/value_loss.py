@@ -53,11 +53,10 @@ def _case(
                 backend=backend,
             )
             (grad,) = torch.autograd.grad(found.loss, values, torch.full_like(found.loss, upstream))
-            metrics = zip(found.metrics.names, found.metrics.values, strict=True)
             return {
                 "loss": found.loss.detach(),
                 "grad_values": grad,
-                **{f"metrics.{name}": value for name, value in metrics},
+                **{f"metrics.{name}": found.metrics[name] for name in found.metrics},
             }
 
         return Problem(run, inputs, unread)
