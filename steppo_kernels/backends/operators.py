@@ -124,11 +124,11 @@ def lay_out_runs(
     num_actions: int,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.layout.segment`."""
+    """Fake: see `steppo_kernels.layout.segment`. `mask` and `step_ids` are of the token shape."""
     step_ids = _segments(mask.numel(), row_offsets)[0]
     csr = compact(step_ids, num_steps, num_actions, backend)
     steps, counts, _, rows = row_trajectories(row_steps, csr[0], csr[1], backend)
-    return step_ids, *csr, steps, counts, rows
+    return step_ids.view(mask.shape), *csr, steps, counts, rows
 
 
 @_operator(
