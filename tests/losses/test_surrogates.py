@@ -10,63 +10,23 @@ import pytest
 import torch
 from conftest import Target
 from grids import grid
+from methods import DIFFERENTIABLE, FEW, METHODS
 from oracle import LossConfig, OracleLayout, policy_loss
 from oracle.surrogates import Unit
 from oracle.surrogates import surrogate as unit_in_loops
 
 from steppo_kernels import StepLayout, StepPOConfig, step_value_loss, steppo_loss
 from steppo_kernels.backends.reference.surrogates import surrogate
-from steppo_kernels.config import RATIOS, SURROGATES
+from steppo_kernels.config import SURROGATES
 from steppo_kernels.outputs import POLICY_METRICS, VALUE_METRICS
 
 NAN, INF = math.nan, math.inf
-
-
-class Method(NamedTuple):
-    """A surrogate and a ratio that go together, with bounds that some units reach."""
-
-    surrogate: str
-    ratio: str
-
-    @property
-    def numbers(self) -> dict[str, object]:
-        found: dict[str, object] = {**self._asdict(), "clip_low": 0.4, "clip_high": 0.6}
-        if self.surrogate == "soft":
-            found["soft_temperature"] = (1.5, 3.0)
-        if self.surrogate == "clip":
-            found["dual_clip"] = 1.7
-        return found
-
-    def config(self, **numbers: object) -> StepPOConfig:
-        return StepPOConfig(**{**self.numbers, **numbers})
-
-    @property
-    def is_differentiable(self) -> bool:
-        """Whether the gradient is the derivative of the value: other weights are constants."""
-        return self.surrogate not in ("cispo", "tv")
-
-
-METHODS = {
-    f"{name}-{ratio}": Method(name, ratio)
-    for name in SURROGATES
-    for ratio in RATIOS
-    if name != "tv" or ratio == "token"
-}
-# Each surrogate and each ratio, for Triton's interpreter.
-FEW = {
-    name: METHODS[name]
-    for name in (
-        "clip-token", "cispo-geometric", "mask-product", "soft-centered", "quadratic-geometric",
-        "tv-token",
-    )
-}  # fmt: skip
 
 
 def fp64(values: object) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-DIFFERENTIABLE = {name: method for name, method in METHODS.items() if method.is_differentiable}
 # With and without a clamp of tokens, which a ratio of tokens has not.
 CLAMPS = {
     **{name: (method, None) for name, method in METHODS.items()},
@@ -348,11 +308,13 @@ def test_what_is_not_finite_reaches_its_own_units(target, masked, method):
 
 @grid(method=METHODS, interpreted={"method": FEW})
 @pytest.mark.parametrize("by_token", [False, True], ids=["by-step", "by-token"])
-def test_an_unknown_upstream_gradient_reaches_live_tokens_only(target, method, by_token):
-    batch = drawn(7, target, False)
+def test_an_unknown_upstream_gradient_reaches_live_tokens_only(target, masked, method, by_token):
+    batch = drawn(7, target, masked)
     advantages = batch.floats(-1, 1) if by_token else batch.floats(-1, 1, len(batch.plain.steps))
     advantages[1 if by_token else 0] = 0.0
-    shape = _SHAPE if by_token else -1
+    if masked and not by_token:
+        advantages = batch.on_tokens(advantages)
+    shape = _SHAPE if by_token or masked else -1
     leaf = on(target, batch.log_probs).requires_grad_()
     loss = steppo_loss(
         leaf, on(target, batch.old_log_probs), on(target, advantages, shape), batch.layout,
@@ -393,11 +355,10 @@ def test_on_policy_every_unit_has_its_advantage_as_slope(target, masked, method)
         config=method.config(reduction="sum"), backend=target.backend,
     )  # fmt: skip
     out.loss.backward()
-    power = {"geometric": 1.0, "product": 0.0, "centered": 0.5, "token": 1.0}[method.ratio]
     expected = [0.0] * 24
     for tokens in batch.plain.steps:
         for at in tokens:
-            expected[at] = -advantages[at] * len(tokens) ** -power
+            expected[at] = -advantages[at] * method.share(len(tokens))
     assert leaf.grad.flatten().tolist() == pytest.approx(expected, rel=1e-14)
     assert out.metrics["clip_fraction"] == 0.0
 
@@ -432,7 +393,8 @@ def test_the_metrics_end_with_the_denominator(target, reduction, is_empty):
         "sum": 1,
     }[reduction]
     log_probs, steps = on(target, batch.log_probs), on(target, [1.0] * layout.num_steps, -1)
-    for normalizer, expected in ((None, counted), (7.5, counted if is_empty else 7.5)):
+    # A given normalizer of nothing is 1: the part adds up with others as before.
+    for normalizer, expected in ((None, counted), (7.5, 1.0 if is_empty else 7.5)):
         policy = steppo_loss(
             log_probs, None, steps, layout, config=StepPOConfig(reduction=reduction),
             normalizer=normalizer, backend=target.backend,

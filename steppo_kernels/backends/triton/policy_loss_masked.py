@@ -32,8 +32,7 @@ from .policy_sums import (
     store_partials,
 )
 from .step_math import (
-    CENTERED,
-    PRODUCT,
+    GEOMETRIC,
     TOKEN,
     TOKEN_MEAN,
     TRAJECTORY_MEAN,
@@ -47,7 +46,7 @@ from .step_math import (
     surrogate,
     times,
 )
-from .tiles import chunk, last, running_sum
+from .tiles import by_four, chunk, last, running_max, running_sum
 
 
 @triton.jit
@@ -112,30 +111,32 @@ def policy_loss_masked_kernel(
     """Each program takes rows: lengths and sums of z by run, then the runs, then the tokens.
 
     `p_runs` is the program's scratch, three numbers a run: length and sum of z; then 1 / length,
-    log-ratio, and w_s where that is the run's own.
+    log-ratio, and w_s L_s^-p where that is not w_s / length.
     """
     i_p = tl.program_id(0).to(tl.int64)
     length = row_length.to(tl.int64)
     p_length = p_runs + i_p * max_runs * 3
     p_x = p_length + max_runs
-    p_weight = p_x + max_runs
+    p_factor = p_x + max_runs
 
     mu = read_center(p_center, center, NUM_CENTERS)
     # Ratios are those of tokens or of runs.
     units: tl.constexpr = BT if RATIO == TOKEN else BR
     kind: tl.constexpr = p_new.dtype.element_ty if RATIO == TOKEN else tl.float64
-    b_ratios = tl.zeros([units], tl.float64)
+    b_ratios = tl.zeros([BT // 4 if RATIO == TOKEN else BR], tl.float64)
     b_min = tl.full([units], float("inf"), kind)
     b_max = tl.full([units], float("-inf"), kind)
-    b_policy = tl.zeros([BT], tl.float64)
-    b_z_all = tl.zeros([BT], tl.float64)
-    b_k3 = tl.zeros([BT], tl.float64)
-    b_kl = tl.zeros([BT], tl.float64)
-    b_entropy = tl.zeros([BT], tl.float64)
-    b_low = tl.zeros([BT], tl.float64)
-    b_high = tl.zeros([BT], tl.float64)
-    b_clipped_tokens = tl.zeros([BT], tl.int32)
-    b_dead = tl.zeros([BT], tl.int32)
+    b_policy = tl.zeros([BT // 4], tl.float64)
+    # Sums over runs are those of z, where there are any and no token is clamped.
+    z_by_token: tl.constexpr = TOKEN_CLIP or RATIO == TOKEN
+    b_z_all = tl.zeros([BT // 4 if z_by_token else BR], tl.float64)
+    b_k3 = tl.zeros([BT // 4], tl.float64)
+    b_kl = tl.zeros([BT // 4], tl.float64)
+    b_entropy = tl.zeros([BT // 4], tl.float64)
+    b_low = tl.zeros([BT // 4], tl.float64)
+    b_high = tl.zeros([BT // 4], tl.float64)
+    b_clipped_tokens = tl.zeros([BT // 4], tl.int32)
+    b_dead = tl.zeros([BT // 4], tl.int32)
     b_tokens = tl.zeros([BR], tl.int64)
     steps = tl.full((), 0, tl.int64)
     trajectories = tl.full((), 0, tl.int64)
@@ -146,28 +147,35 @@ def policy_loss_masked_kernel(
             i_begin = tl.multiple_of(i_begin, 16)
 
         carry = tl.full((), 0.0, tl.float64)
-        carry_start = tl.full((), 0, tl.int64)
+        carry_length = tl.full((), 0.0, tl.float64)
         runs = tl.full((), 0, tl.int64)
         for t in range(0, length, BT):
             i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
             m_token, m_last = _actions(p_mask, i_flat, b_lane, m_row, t, length)
-            b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
-            b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
-            b_z_all += b_z
-            b_k3 += kl_k3(b_z.to(b_new.dtype)).to(tl.float64)
+            if RATIO != TOKEN:
+                b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
+                b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
+                b_k3 += by_four(kl_k3(b_z.to(b_new.dtype)).to(tl.float64), BT)
             if TOKEN_CLIP:
+                b_z_all += by_four(b_z, BT)
                 b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
                 b_z, _ = clip_tokens(b_z, b_adv, token_low, token_high)
                 b_z = tl.where(m_token, b_z, 0.0)
-            b_sum, b_start = running_sum(b_z, tl.where(m_token, 0, b_lane + 1))
-            b_sum = tl.where(b_start == 0, b_sum + carry, b_sum)
-            b_first = tl.where(b_start == 0, carry_start, t + b_start)
-            b_run = runs + tl.cumsum(m_last.to(tl.int32), 0) - 1
-            tl.store(p_length + b_run, (t + 1 + b_lane - b_first).to(tl.float64), mask=m_last)
+            # The lane at which the run of a token begins, 0 if that was before.
+            b_reset = tl.where(m_token, 0, b_lane + 1)
+            if RATIO == TOKEN:
+                b_start = running_max(b_reset)
+            else:
+                b_sum, b_start = running_sum(b_z, b_reset)
+                b_sum = tl.where(b_start == 0, b_sum + carry, b_sum)
+            b_len = (b_lane + 1 - b_start).to(tl.float64)
+            b_len = tl.where(b_start == 0, b_len + carry_length, b_len)
+            b_run = tl.cumsum(m_last.to(tl.int32), 0) - 1
+            tl.store(p_length + runs + b_run, b_len, mask=m_last)
             if RATIO != TOKEN:
-                tl.store(p_x + b_run, b_sum, mask=m_last)
-            carry = last(b_sum, b_lane, BT)
-            carry_start = last(b_first, b_lane, BT)
+                tl.store(p_x + runs + b_run, b_sum, mask=m_last)
+                carry = last(b_sum, b_lane, BT)
+            carry_length = last(b_len, b_lane, BT)
             runs += tl.sum(m_last.to(tl.int32), 0)
         # The threads of a program read what others of it wrote.
         tl.debug_barrier()
@@ -179,12 +187,18 @@ def policy_loss_masked_kernel(
             b_tokens += tl.where(m_step, b_len, 0.0).to(tl.int64)
             b_inverse = 1.0 / b_len
             tl.store(p_length + b_run, b_inverse, mask=m_step)
-            if REDUCTION == TOKEN_MEAN:
-                tl.store(p_weight + b_run, b_len, mask=m_step)
             if RATIO != TOKEN:
                 b_sum = tl.load(p_x + b_run, mask=m_step, other=0.0)
-                b_x, _ = pool(b_sum, b_len, b_inverse, mu, RATIO)
+                if not z_by_token:
+                    b_z_all += b_sum
+                b_x, b_scale = pool(b_sum, b_len, b_inverse, mu, RATIO)
                 tl.store(p_x + b_run, b_x, mask=m_step)
+                if RATIO != GEOMETRIC:
+                    if REDUCTION == TRAJECTORY_MEAN:
+                        b_scale = b_scale / runs.to(tl.float64)
+                    elif REDUCTION == TOKEN_MEAN:
+                        b_scale = b_scale * b_len
+                    tl.store(p_factor + b_run, b_scale, mask=m_step)
                 b_rho, _ = exp_and_excess(tl.where(b_x > log_ratio_max, log_ratio_max, b_x))
                 b_ratios += tl.where(m_step, b_rho, 0.0)
                 b_min, b_max = extremes(b_min, b_max, b_rho, m_step)
@@ -197,24 +211,28 @@ def policy_loss_masked_kernel(
             i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
             m_token, m_last = _actions(p_mask, i_flat, b_lane, m_row, t, length)
             b_last = m_last.to(tl.int32)
-            b_run = done + tl.cumsum(b_last, 0) - b_last
-            done += tl.sum(b_last, 0)
-            b_inverse = tl.load(p_length + b_run, mask=m_token, other=0.0)
-            b_w = tl.full([BT], 1.0, tl.float64)
+            b_run = tl.cumsum(b_last, 0) - b_last
+            b_inverse = tl.load(p_length + done + b_run, mask=m_token, other=0.0)
+            # w_s / L_s and w_s L_s^-p
+            b_unit = b_inverse
             if REDUCTION == TRAJECTORY_MEAN:
-                b_w = b_w / tl.where(runs > 0, runs, 1).to(tl.float64)
+                b_unit = b_inverse / tl.where(runs > 0, runs, 1).to(tl.float64)
             elif REDUCTION == TOKEN_MEAN:
-                b_w = tl.load(p_weight + b_run, mask=m_token, other=0.0)
-            b_unit = b_w * b_inverse
+                b_unit = tl.where(m_token, 1.0, 0.0).to(tl.float64)
+            b_factor = b_unit
+            if RATIO != GEOMETRIC and RATIO != TOKEN:
+                b_factor = tl.load(p_factor + done + b_run, mask=m_token, other=0.0)
             b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
             b_adv = tl.where(m_token, b_adv, 0.0)
             if RATIO == TOKEN or TOKEN_CLIP:
                 b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
             if RATIO == TOKEN:
                 b_x = b_new - b_old
+                b_z_all += by_four(b_x.to(tl.float64), BT)
+                b_k3 += by_four(kl_k3(b_x).to(tl.float64), BT)
                 b_gap = probability_gap(b_new, b_old) if SURROGATE == TV else b_x
             else:
-                b_x = tl.load(p_x + b_run, mask=m_token, other=0.0).to(b_adv.dtype)
+                b_x = tl.load(p_x + done + b_run, mask=m_token, other=0.0).to(b_adv.dtype)
                 b_gap = b_x
             b_rho, b_value, b_slope, m_clipped, m_below = surrogate(
                 b_x,
@@ -229,19 +247,13 @@ def policy_loss_masked_kernel(
                 SURROGATE,
             )
             if RATIO == TOKEN:
-                b_ratios += tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0)
+                b_ratios += by_four(tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0), BT)
                 b_min, b_max = extremes(b_min, b_max, b_rho, m_token)
             m_clipped = m_clipped & m_token
-            b_clipped_tokens += m_clipped.to(tl.int32)
-            b_low += tl.where(m_clipped & m_below, b_inverse, 0.0)
-            b_high += tl.where(m_clipped & ~m_below, b_inverse, 0.0)
+            b_clipped_tokens += by_four(m_clipped.to(tl.int32), BT)
+            b_low += by_four(tl.where(m_clipped & m_below, b_inverse, 0.0), BT)
+            b_high += by_four(tl.where(m_clipped & ~m_below, b_inverse, 0.0), BT)
 
-            # w_s L_s^-p
-            b_factor = b_unit
-            if RATIO == PRODUCT:
-                b_factor = b_w
-            elif RATIO == CENTERED:
-                b_factor = b_w * tl.sqrt(b_inverse)
             b_grad = times(b_slope.to(tl.float64), b_factor)
             b_loss = b_unit * b_value.to(tl.float64)
             if p_is is not None:
@@ -249,7 +261,7 @@ def policy_loss_masked_kernel(
                 b_is = tl.where(m_token, b_is, 0.0).to(tl.float64)
                 b_loss = b_loss * b_is
                 b_grad = times(b_grad, b_is)
-            b_policy += b_loss
+            b_policy += by_four(b_loss, BT)
             if TOKEN_CLIP:
                 b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
                 _, m_bitten = clip_tokens(b_z, b_adv, token_low, token_high)
@@ -260,15 +272,16 @@ def policy_loss_masked_kernel(
                 b_ref = tl.load(p_ref + i_flat + b_lane, mask=m_row, other=0.0)
                 b_d = tl.where(m_token, b_ref, 0.0) - tl.where(m_token, b_new, 0.0)
                 b_kl_value, b_kl_slope = kl_terms(b_d, KL)
-                b_kl += b_unit * b_kl_value.to(tl.float64)
+                b_kl += by_four(b_unit * b_kl_value.to(tl.float64), BT)
                 b_grad += times(times(kl_coef, b_unit), b_kl_slope.to(tl.float64))
                 m_dead = m_token & (b_grad == 0)
             if p_entropy is not None:
                 b_h = tl.load(p_entropy + i_flat + b_lane, mask=m_row, other=0.0)
-                b_entropy += b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64)
+                b_entropy += by_four(b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64), BT)
                 b_entropy_unit = times(entropy_coef, b_unit)
                 m_dead = m_dead & (b_entropy_unit == 0)
-            b_dead += m_dead.to(tl.int32)
+            b_dead += by_four(m_dead.to(tl.int32), BT)
+            done += tl.sum(b_last, 0)
             if p_grad is not None:
                 tl.store(p_grad + i_flat + b_lane, b_grad, mask=m_row)
             if p_grad_entropy is not None:
