@@ -63,7 +63,11 @@ def everything(batch: Batch, backend: str, config: StepPOConfig = CONFIG) -> dic
     return found
 
 
-def losses(batch: Batch, target):
+# The penalty and the bonus of `CONFIG`, for configs of other surrogates.
+TERMS = {"kl_coef": CONFIG.kl_coef, "entropy_coef": CONFIG.entropy_coef}
+
+
+def losses(batch: Batch, target, config: StepPOConfig = CONFIG):
     """Yield each way to a loss, with the tensors its gradient reaches."""
     for masked in (False, True):
         log_probs = batch.log_probs.detach().clone().requires_grad_()
@@ -73,7 +77,7 @@ def losses(batch: Batch, target):
             batch.old_log_probs,
             batch.on_tokens(batch.advantages) if masked else batch.advantages,
             batch.mask if masked else batch.layout,
-            config=CONFIG,
+            config=config,
             ref_log_probs=batch.ref_log_probs,
             entropy=entropy,
             backend=target.backend,

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 from batches import ragged_mask, random_batch
-from every_function import CONFIG, ON_TOKENS, assert_bitwise, everything
+from every_function import CONFIG, ON_TOKENS, TERMS, assert_bitwise, everything
 from grids import grid
+from methods import FEW, METHODS
 
 from steppo_kernels import (
     StepLayout,
-    StepPOConfig,
     broadcast_to_tokens,
     step_gae,
     step_value_loss,
@@ -23,14 +23,20 @@ from steppo_kernels.config import RATIOS, REDUCTIONS
 
 
 @pytest.mark.isa
-@grid(garbage=[math.inf, -math.inf, 0.0, 1e38, -1e-42])
-def test_nothing_of_a_masked_position_counts(target, garbage):
+@grid(
+    cover=1,
+    method=METHODS,
+    garbage=[math.inf, -math.inf, 0.0, 1e38, -1e-42],
+    interpreted={"method": FEW},
+)
+def test_nothing_of_a_masked_position_counts(target, method, garbage):
     """The batch holds NaN there; with anything else, all is the same to the last bit."""
     rows, length = (3, 20) if target.interpreted else (8, 48)
-    batch = random_batch(1, rows, length, device=target.device)
+    batch = random_batch(1, rows, length, ratio=method.ratio, device=target.device)
+    config = method.config(**TERMS)
     filled = {name: torch.where(batch.mask, getattr(batch, name), garbage) for name in ON_TOKENS}
-    expected = everything(batch, target.backend)
-    found = everything(dataclasses.replace(batch, **filled), target.backend)
+    expected = everything(batch, target.backend, config)
+    found = everything(dataclasses.replace(batch, **filled), target.backend, config)
     for value in found.values():
         assert value.isfinite().all()
     assert_bitwise(found, expected)
@@ -102,7 +108,8 @@ def test_no_action_token(target, shape, ratio, reduction):
 
 
 @pytest.mark.isa
-def test_empty_steps_count_for_nothing(target):
+@grid(method=METHODS, interpreted={"method": FEW})
+def test_empty_steps_count_for_nothing(target, method):
     """A row without action tokens keeps its place in time; its numbers may be anything."""
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1]], device=target.device)
     valid = torch.tensor([True, True, True, False], device=target.device)
@@ -115,6 +122,13 @@ def test_empty_steps_count_for_nothing(target):
         device=target.device,
     ).requires_grad_()
     per_step = torch.tensor([1.0, nan, -2.0, nan], device=target.device)
+    # At a temperature of 2, the value of the soft surrogate is -A on-policy, as that of all others.
+    numbers = {"soft_temperature": (2.0, 2.0)} if method.surrogate == "soft" else {}
+    bounds = (
+        {}
+        if method.surrogate == "soft"
+        else {"clip_low": per_step.abs() * 0 + 0.5, "clip_high": per_step.abs()}
+    )
     for reduction in REDUCTIONS:
         log_probs.grad = None
         result = steppo_loss(
@@ -124,8 +138,9 @@ def test_empty_steps_count_for_nothing(target):
             layout,
             is_weights=per_step.abs(),
             step_weights=per_step.abs() * 0 + 1,
-            config=StepPOConfig(reduction=reduction),
+            config=method.config(reduction=reduction, **numbers),
             backend=target.backend,
+            **bounds,
         )
         result.loss.backward()
         # Two steps: weights 1, losses -1 * 1 and 2 * 2.

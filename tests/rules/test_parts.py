@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from batches import random_batch
-from every_function import CONFIG, ON_TOKENS, close, counts, exact_sums, rows_of
+from every_function import CONFIG, ON_TOKENS, TERMS, close, counts, exact_sums, rows_of
 from grids import grid
+from methods import FEW, METHODS
 
 from steppo_kernels import (
     StepLayout,
@@ -85,6 +86,28 @@ def test_micro_batches_with_a_global_normalizer(target, masked, reduction, as_te
     close(sum(part["loss"] for part in found), expected["loss"])
     for name in ("grad_log_probs", "grad_entropy"):
         close(torch.cat([part[name] for part in found]), expected[name], name)
+
+
+@grid(method=METHODS, interpreted={"method": FEW})
+def test_micro_batches_of_every_surrogate(target, masked, method):
+    """With advantages and weights of tokens."""
+    config = method.config(reduction="token_mean", **TERMS)
+    batch = random_batch(7, 7, 24, ratio=method.ratio, log_ratios=(-0.9, 0.9), dtype=torch.float64)
+
+    def results(part, **options):
+        on_tokens = {"advantages": part.entropy - 1.5, "is_weights": part.token_weights}
+        on_tokens = {name: value.to(target.device) for name, value in on_tokens.items()}
+        return exact_sums(part, config, target, masked, **on_tokens, **options, **method.center())
+
+    expected = results(batch)
+    normalizer = counts(batch, "token_mean")
+    found = [
+        results(rows_of(batch, rows), normalizer=normalizer) for rows in ([0, 1, 2], [3], [4, 5, 6])
+    ]
+    close(sum(part["loss"] for part in found), expected["loss"])
+    for name in ("grad_log_probs", "grad_entropy"):
+        close(torch.cat([part[name] for part in found]), expected[name], name)
+    assert expected["grad_log_probs"].count_nonzero() > 0
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -7,28 +7,35 @@ import dataclasses
 import pytest
 import torch
 from batches import random_batch
-from every_function import assert_bitwise, everything
+from every_function import TERMS, assert_bitwise, everything
+from grids import grid
+from methods import FEW, METHODS
 
 
 @pytest.mark.isa
-def test_two_runs_give_the_same_bits(target):
-    batch = random_batch(2, 9, 70, device=target.device)
-    expected = everything(batch, target.backend)
+@grid(method=METHODS, interpreted={"method": FEW})
+def test_two_runs_give_the_same_bits(target, method):
+    rows, length = (3, 40) if target.interpreted else (9, 70)
+    batch = random_batch(2, rows, length, ratio=method.ratio, device=target.device)
+    config = method.config(**TERMS)
+    expected = everything(batch, target.backend, config)
     for _ in range(1 if target.interpreted else 3):
-        assert_bitwise(everything(batch, target.backend), expected)
+        assert_bitwise(everything(batch, target.backend, config), expected)
 
 
 @pytest.mark.isa
-def test_any_number_of_threads_gives_the_same_bits(target, threads_restored):
+@pytest.mark.parametrize("method", FEW.values(), ids=FEW)
+def test_any_number_of_threads_gives_the_same_bits(target, threads_restored, method):
     if target.backend != "cpu":
         pytest.skip("only the C++ backend divides work over threads of its own")
     # Large enough to be divided.
-    batch = random_batch(3, 256, 6200, mean_step=40.0)
+    batch = random_batch(3, 256, 6200, mean_step=40.0, ratio=method.ratio)
+    config = method.config(**TERMS)
     torch.set_num_threads(1)
-    expected = everything(batch, target.backend)
+    expected = everything(batch, target.backend, config)
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
-        assert_bitwise(everything(batch, target.backend), expected)
+        assert_bitwise(everything(batch, target.backend, config), expected)
 
 
 def test_inputs_are_left_alone(target):
