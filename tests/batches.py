@@ -165,7 +165,8 @@ def policy_results(
         **options,
     )
     output.loss.backward(torch.full_like(output.loss, upstream))
-    found = {"loss": output.loss.detach(), "metrics": output.metrics.values}
+    # The last entry is the scale of the gradients, which is a backend's own.
+    found = {"loss": output.loss.detach(), "metrics": output.metrics.values[:-1]}
     for name, value in (("grad_log_probs", log_probs), ("grad_entropy", entropy)):
         if value is not None and value.grad is not None:
             found[name] = value.grad

@@ -53,7 +53,8 @@ def everything(batch: Batch, backend: str, config: StepPOConfig = CONFIG) -> dic
     result.loss.backward()
     found |= {
         "value loss": result.loss.detach(),
-        "value metrics": result.metrics.values,
+        # The last entry is the scale of the gradients, which is a backend's own.
+        "value metrics": result.metrics.values[:-1],
         "grad_values": values.grad,
     }
     per_step = batch.advantages.detach().clone().requires_grad_()

@@ -307,7 +307,7 @@ class FromHead(FromRows):
         size = self.of_rows(size) * len(self.logits)
         for at, logits in self.logits.items():
             of_logits = self.of_logits(at, of_log_probs, of_entropy)
-            size += max(map(abs, of_logits), default=0.0)
+            size += max((abs(value) for value in of_logits if math.isfinite(value)), default=0.0)
             hidden[at * self.width : (at + 1) * self.width] = head_gradients(
                 self._hidden(at), self.weight, logits, self.softcap, of_logits,
                 weight_sums, bias_sums,

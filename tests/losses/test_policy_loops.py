@@ -124,7 +124,7 @@ def test_loops(
     if masked:
         del expected["step_log_ratio"]
     assert found.keys() == expected.keys()
-    *metrics, divided_by, _ = found["metrics"].tolist()
+    *metrics, divided_by = found["metrics"].tolist()
     found["metrics"] = torch.tensor(metrics, dtype=torch.float64)
     if layout.actions:
         # A hidden metric says what the sums were divided by; of nothing, none reads it.
