@@ -180,12 +180,13 @@ def weights_of(method: Method, config: StepPOConfig, case: HeadCase) -> Tensor:
 
 @grid(
     cover=1,
-    method={name: METHODS[name] for name in (
-        "mask-geometric", "mask-token", "tv-token", "cispo-geometric", "cispo-token",
-        "soft-geometric", "soft-token", "quadratic-geometric", "quadratic-token",
-    )},
+    method={
+        name: method
+        for name, method in METHODS.items()
+        if method.surrogate != "clip" and method.ratio in ("geometric", "token")
+    },
     chunk=[None, 7],
-)  # fmt: skip
+)
 def test_work_is_2_plus_4f(kernel, method, chunk):
     """For `mask` and `tv`, f is the share of tokens with a weight; all others move every token."""
     case = head_case(1, rows=2, length=24, moved=0.3).to(torch.float64, kernel.device)
