@@ -1,10 +1,12 @@
-"""Calls of the public functions that are right, and take arguments that are wrong."""
+"""Calls of every public function that are right, and changes that make them wrong."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from steppo_kernels import (
@@ -13,7 +15,9 @@ from steppo_kernels import (
     broadcast_to_tokens,
     linear_steppo_loss,
     linear_token_log_probs,
+    rollout_weights,
     step_gae,
+    step_log_ratios,
     step_value_loss,
     steppo_loss,
     steppo_loss_from_logits,
@@ -30,6 +34,8 @@ TARGETS = IDS % 5
 HIDDEN = torch.linspace(-1.0, 1.0, 36).reshape(2, 6, 3)
 WEIGHT = torch.linspace(-1.0, 1.0, 15).reshape(5, 3)
 CENTERED = StepPOConfig(ratio="centered")
+SOFT = StepPOConfig(surrogate="soft")
+QUADRATIC = StepPOConfig(surrogate="quadratic")
 NAN = float("nan")
 
 
@@ -142,11 +148,46 @@ def with_temperature(value: float) -> torch.Tensor:
     return temperatures
 
 
+def log_ratios(**changed: Any) -> Callable[[], object]:
+    arguments = {"log_probs": TOKENS, "old_log_probs": TOKENS, "layout": LAYOUT, **changed}
+    return lambda: step_log_ratios(**arguments)
+
+
+def rollout(**changed: Any) -> Callable[[], object]:
+    arguments = {"old_log_probs": TOKENS, "rollout_log_probs": TOKENS, "layout": LAYOUT, **changed}
+    return lambda: rollout_weights(**arguments)
+
+
+def of_config(**values: Any) -> Callable[[], object]:
+    return lambda: StepPOConfig(**values)
+
+
+def of_token(value: float, position: int = 4) -> torch.Tensor:
+    """Numbers of the tokens, of which the action token at `position` of row 0 has this."""
+    numbers = TOKENS.clone()
+    numbers[0, position] = value
+    return numbers
+
+
+def of_step(value: float) -> torch.Tensor:
+    """A bound for each step, of which the second is `value`."""
+    return torch.tensor([0.1, value, 0.2, 0.3])
+
+
 META = TOKENS.to("meta")
 KL = StepPOConfig(kl_coef=0.1)
 BONUS = StepPOConfig(entropy_coef=0.1)
 
 
 def everything_shared() -> list[torch.Tensor]:
-    """Return copies of the tensors that the calls share."""
     return [value.clone() for value in (MASK, TOKENS, STEPS, LOGITS, TARGETS, LAYOUT.step_ids)]
+
+
+def check(exception: type[Exception], text: str, call: Callable[[], object]) -> None:
+    """The call raises, says what was expected, and changes nothing."""
+    before = everything_shared()
+    with pytest.raises(exception, match=f"^{re.escape(text)}") as caught:
+        call()
+    assert "expected" in str(caught.value) or "cannot run" in str(caught.value)
+    for value, kept in zip(everything_shared(), before, strict=True):
+        assert torch.equal(value, kept)

@@ -206,10 +206,12 @@ void lay_out_runs(const MaskedRows& rows, const RunLayout& out, const Place& pla
           if (is_new) {
             out.step_offsets[step] = rank;
             out.step_starts[step] = first;
-            out.state_index[step] = first;
           }
           fill(out.step_ids, first, last, static_cast<int32_t>(step));
-          for (int64_t i = first; i < last; ++i) out.token_index[rank++] = i;
+          int64_t* const index = out.token_index + rank;
+          const int64_t length = last - first;
+          for (int64_t k = 0; k < length; ++k) index[k] = first + k;
+          rank += length;
         },
         [&](int64_t first, int64_t last) { fill(out.step_ids, first, last, int32_t{-1}); });
   });

@@ -113,7 +113,7 @@ def count_steps(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, ba
     "(Tensor mask, Tensor? boundaries, Tensor row_offsets, Tensor row_steps, SymInt num_steps, "
     "SymInt num_actions, str backend) -> (Tensor step_ids, Tensor token_index, "
     "Tensor step_offsets, Tensor step_lengths, Tensor step_starts, Tensor trajectory_steps, "
-    "Tensor trajectory_counts, Tensor state_index, Tensor step_rows)",
+    "Tensor trajectory_counts, Tensor step_rows)",
 )
 def lay_out_runs(
     mask: Tensor,
@@ -124,10 +124,11 @@ def lay_out_runs(
     num_actions: int,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.layout.segment`."""
+    """Fake: see `steppo_kernels.layout.segment`. `mask` and `step_ids` are of the token shape."""
     step_ids = _segments(mask.numel(), row_offsets)[0]
     csr = compact(step_ids, num_steps, num_actions, backend)
-    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1], backend)
+    steps, counts, _, rows = row_trajectories(row_steps, csr[0], csr[1], backend)
+    return step_ids.view(mask.shape), *csr, steps, counts, rows
 
 
 @_operator(

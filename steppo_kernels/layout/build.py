@@ -29,16 +29,15 @@ def from_mask(
     if boundaries is not None:
         boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
         boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
-        boundaries = boundaries.reshape(-1).contiguous()
-    runs = (flags.reshape(-1).contiguous(), boundaries, rows)
+        boundaries = boundaries.contiguous()
+    runs = (flags if flags.is_contiguous() else flags.contiguous(), boundaries, rows)
     row_steps, counts = segment.count_steps(*runs, chosen)
     num_tokens, _, num_steps = counts.tolist()
-    step_ids, index, offsets, lengths, starts, *trajectories = segment.lay_out_runs(
+    step_ids, index, offsets, lengths, starts, steps, counts, step_rows = segment.lay_out_runs(
         *runs, row_steps, num_steps, num_tokens, chosen
     )
-    steps, counts, states, step_rows = trajectories
     return StepTensors(
-        step_ids=step_ids.view(flags.shape),
+        step_ids=step_ids,
         token_index=index,
         step_offsets=offsets,
         step_lengths=lengths,
@@ -46,7 +45,7 @@ def from_mask(
         trajectory_steps=steps,
         trajectory_offsets=row_steps,
         trajectory_counts=counts,
-        state_index=states,
+        state_index=starts,
         step_rows=step_rows,
         row_offsets=rows,
     )

@@ -136,10 +136,12 @@ def lay_out_runs(
 ) -> tuple[Tensor, ...]:
     """Return the layout of the runs of ones, which `count_steps` has counted.
 
+    `mask`, and with it `step_ids`, may be of any shape.
+
     Returns:
         What `segment_mask`, `compact` and `row_trajectories` return of it, one behind the other:
         step_ids; token_index, step_offsets, step_lengths, step_starts; trajectory_steps,
-        trajectory_counts, state_index, step_rows.
+        trajectory_counts, step_rows. The states of the steps are valued where these start.
     """
     outputs: tuple[Tensor, ...] = operators.call(
         "lay_out_runs",

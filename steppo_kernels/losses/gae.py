@@ -63,33 +63,35 @@ def step_gae(
     """
     steps = require_layout(layout)
     checks.switch("whiten", whiten)
-    values = checks.floating("values", values)
+    numbers = (checks.fraction("gamma", gamma), checks.fraction("lam", lam), float(whiten))
+    values = checks.constant(checks.floating("values", values))
     device, dtype = steps.device, checks.compute_dtype(values)
     num_steps, shape = steps.num_steps, steps.shape
     chosen = resolve(backend, device)
-    with torch.no_grad():
-        rewards, rewards_per_token = checks.steps_or_tokens(
-            "rewards", rewards, num_steps, shape, device, dtype
+    rewards, rewards_per_token = checks.steps_or_tokens(
+        "rewards", rewards, num_steps, shape, device, dtype
+    )
+    values, values_per_token = checks.steps_or_tokens(
+        "values", values, num_steps, shape, device, dtype
+    )
+    rewards = checks.constant(rewards)
+    if rewards_per_token and steps.reward_index is not None:
+        line = rewards.view(-1)
+        counts = (steps.step_ids.view(-1) >= 0) | line.isfinite()
+        rewards = operators.call(
+            "sum_over_steps",
+            chosen,
+            torch.where(counts, line, 0.0),
+            steps.reward_index,
+            steps.reward_offsets,
         )
-        values, values_per_token = checks.steps_or_tokens(
-            "values", values, num_steps, shape, device, dtype
-        )
-        if rewards_per_token and steps.reward_index is not None:
-            line = rewards.view(-1)
-            counts = (steps.step_ids.view(-1) >= 0) | line.isfinite()
-            rewards = operators.call(
-                "sum_over_steps",
-                chosen,
-                torch.where(counts, line, 0.0),
-                steps.reward_index,
-                steps.reward_offsets,
-            )
-            rewards_per_token = False
-        if values_per_token and values.numel() == 0:
-            # Rows of length 0 may be steps, but have no position to hold a value.
-            values, values_per_token = values.new_zeros(num_steps), False
-        if bootstrap_values is not None:
-            bootstrap_values = checks.vector(
+        rewards_per_token = False
+    if values_per_token and values.numel() == 0:
+        # Rows of length 0 may be steps, but have no position to hold a value.
+        values, values_per_token = values.new_zeros(num_steps), False
+    if bootstrap_values is not None:
+        bootstrap_values = checks.constant(
+            checks.vector(
                 "bootstrap_values",
                 bootstrap_values,
                 steps.num_trajectories,
@@ -97,15 +99,14 @@ def step_gae(
                 device,
                 dtype,
             )
-        advantages, returns = operators.call(
-            "step_gae",
-            chosen,
-            rewards,
-            values,
-            bootstrap_values,
-            steps.timeline,
-            (checks.fraction("gamma", gamma), checks.fraction("lam", lam), float(whiten)),
-            rewards_per_token,
-            values_per_token,
         )
+    advantages, returns = operators.runner("step_gae", chosen)(
+        rewards,
+        values,
+        bootstrap_values,
+        steps.timeline,
+        numbers,
+        rewards_per_token,
+        values_per_token,
+    )
     return StepAdvantages(advantages, returns)

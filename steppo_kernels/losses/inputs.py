@@ -171,7 +171,7 @@ def _bounds(
     if value is None:
         return None
     if config.surrogate == "soft":
-        raise ValueError(f"{name}: got it with the surrogate 'soft', which has no bounds")
+        raise ValueError(f"{name}: got it with the surrogate 'soft', expected one with bounds")
     given = _per_step(name, value, held, dtype)
     assert held is not None
     if given.device.type == "cpu" and not is_compiling():

@@ -71,7 +71,10 @@ def test_runs_that_are_laid_out_in_one_pass(
     assert torch.equal(row_steps.cpu(), whole.row_steps)
     assert torch.equal(counts.cpu(), whole.counts)
     found = segment.lay_out_runs(*runs, row_steps, num_steps, num_tokens, target.backend)
-    for value, wanted in zip(found, [whole.step_ids, *csr, *trajectories], strict=True):
+    steps, counts, states, step_rows = trajectories
+    assert torch.equal(states, csr[3])
+    made = [whole.step_ids, *csr, steps, counts, step_rows]
+    for value, wanted in zip(found, made, strict=True):
         assert value.dtype == wanted.dtype
         assert torch.equal(value.cpu(), wanted)
     # The same of its parts.

@@ -249,9 +249,9 @@ def policy_loss(
             weight = 1.0 if is_weights is None else is_weights[at]
             policy += scale * weight * point.value / length
             size += _finite(scale * weight * point.value_size / length)
-            # What is 0 before the token's weight stays so, whatever that is.
-            still = slope == 0 or scale == 0
-            gradient = 0.0 if still else scale * weight * slope * pooled.share
+            # What is 0 stays so, whatever is behind it: the slope first, the token's weight last.
+            gradient = 0.0 if slope == 0 else scale * slope * pooled.share
+            gradient = 0.0 if gradient == 0 else gradient * weight
             live = gradient != 0
             of_log_probs[at] = gradient
             if live:

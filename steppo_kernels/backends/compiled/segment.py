@@ -46,11 +46,11 @@ def lay_out_runs(
 ) -> tuple[Tensor, ...]:
     """Return the layout of runs that have been counted, in one pass that writes all of it."""
     num_tokens, num_rows = mask.numel(), row_offsets.numel() - 1
-    step_ids = empty(num_tokens, torch.int32)
+    step_ids = empty(mask.shape, torch.int32)
     token_index = empty(num_actions, torch.int64)
     step_offsets = empty(num_steps + 1, torch.int64)
     step_lengths, trajectory_counts = _like_steps(num_steps, torch.int32, 2)
-    step_starts, trajectory_steps, state_index, step_rows = _like_steps(num_steps, torch.int64, 4)
+    step_starts, trajectory_steps, step_rows = _like_steps(num_steps, torch.int64, 3)
     outputs = (
         step_ids,
         token_index,
@@ -59,7 +59,6 @@ def lay_out_runs(
         step_starts,
         trajectory_steps,
         trajectory_counts,
-        state_index,
         step_rows,
     )
     kernels.lay_out_runs(

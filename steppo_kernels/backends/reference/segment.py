@@ -22,7 +22,7 @@ def count_steps(
     mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Count the runs of ones of each row."""
-    _, row_steps, counts = segment_mask(mask, boundaries, row_offsets)
+    _, row_steps, counts = segment_mask(*_flat(mask, boundaries), row_offsets)
     return row_steps, counts
 
 
@@ -35,9 +35,14 @@ def lay_out_runs(
     num_actions: int,
 ) -> tuple[Tensor, ...]:
     """Return the layout of runs that have been counted."""
-    step_ids, *_ = segment_mask(mask, boundaries, row_offsets)
+    step_ids, *_ = segment_mask(*_flat(mask, boundaries), row_offsets)
     csr = compact(step_ids, num_steps, num_actions)
-    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1])
+    steps, counts, _, rows = row_trajectories(row_steps, csr[0], csr[1])
+    return step_ids.view(mask.shape), *csr, steps, counts, rows
+
+
+def _flat(mask: Tensor, boundaries: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return mask.view(-1), None if boundaries is None else boundaries.view(-1)
 
 
 def segment_ids(ids: Tensor, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,7 +46,7 @@ from .step_math import (
     surrogate,
     times,
 )
-from .tiles import chunk, last, running_max, running_sum
+from .tiles import by_four, chunk, last, running_max, running_sum
 
 
 @triton.jit
@@ -123,20 +123,20 @@ def policy_loss_masked_kernel(
     # Ratios are those of tokens or of runs.
     units: tl.constexpr = BT if RATIO == TOKEN else BR
     kind: tl.constexpr = p_new.dtype.element_ty if RATIO == TOKEN else tl.float64
-    b_ratios = tl.zeros([units], tl.float64)
+    b_ratios = tl.zeros([BT // 4 if RATIO == TOKEN else BR], tl.float64)
     b_min = tl.full([units], float("inf"), kind)
     b_max = tl.full([units], float("-inf"), kind)
-    b_policy = tl.zeros([BT], tl.float64)
+    b_policy = tl.zeros([BT // 4], tl.float64)
     # Sums over runs are those of z, where there are any and no token is clamped.
     z_by_token: tl.constexpr = TOKEN_CLIP or RATIO == TOKEN
-    b_z_all = tl.zeros([BT if z_by_token else BR], tl.float64)
-    b_k3 = tl.zeros([BT], tl.float64)
-    b_kl = tl.zeros([BT], tl.float64)
-    b_entropy = tl.zeros([BT], tl.float64)
-    b_low = tl.zeros([BT], tl.float64)
-    b_high = tl.zeros([BT], tl.float64)
-    b_clipped_tokens = tl.zeros([BT], tl.int32)
-    b_dead = tl.zeros([BT], tl.int32)
+    b_z_all = tl.zeros([BT // 4 if z_by_token else BR], tl.float64)
+    b_k3 = tl.zeros([BT // 4], tl.float64)
+    b_kl = tl.zeros([BT // 4], tl.float64)
+    b_entropy = tl.zeros([BT // 4], tl.float64)
+    b_low = tl.zeros([BT // 4], tl.float64)
+    b_high = tl.zeros([BT // 4], tl.float64)
+    b_clipped_tokens = tl.zeros([BT // 4], tl.int32)
+    b_dead = tl.zeros([BT // 4], tl.int32)
     b_tokens = tl.zeros([BR], tl.int64)
     steps = tl.full((), 0, tl.int64)
     trajectories = tl.full((), 0, tl.int64)
@@ -152,12 +152,12 @@ def policy_loss_masked_kernel(
         for t in range(0, length, BT):
             i_flat, b_lane, m_row = chunk(i_begin, t, length, ALIGNED, BT)
             m_token, m_last = _actions(p_mask, i_flat, b_lane, m_row, t, length)
-            b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
-            b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
-            b_k3 += kl_k3(b_z.to(b_new.dtype)).to(tl.float64)
-            if z_by_token:
-                b_z_all += b_z
+            if RATIO != TOKEN:
+                b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
+                b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
+                b_k3 += by_four(kl_k3(b_z.to(b_new.dtype)).to(tl.float64), BT)
             if TOKEN_CLIP:
+                b_z_all += by_four(b_z, BT)
                 b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
                 b_z, _ = clip_tokens(b_z, b_adv, token_low, token_high)
                 b_z = tl.where(m_token, b_z, 0.0)
@@ -228,6 +228,8 @@ def policy_loss_masked_kernel(
                 b_new, b_old = _log_probs(p_new, p_old, i_flat + b_lane, m_row, m_token)
             if RATIO == TOKEN:
                 b_x = b_new - b_old
+                b_z_all += by_four(b_x.to(tl.float64), BT)
+                b_k3 += by_four(kl_k3(b_x).to(tl.float64), BT)
                 b_gap = probability_gap(b_new, b_old) if SURROGATE == TV else b_x
             else:
                 b_x = tl.load(p_x + done + b_run, mask=m_token, other=0.0).to(b_adv.dtype)
@@ -245,12 +247,12 @@ def policy_loss_masked_kernel(
                 SURROGATE,
             )
             if RATIO == TOKEN:
-                b_ratios += tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0)
+                b_ratios += by_four(tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0), BT)
                 b_min, b_max = extremes(b_min, b_max, b_rho, m_token)
             m_clipped = m_clipped & m_token
-            b_clipped_tokens += m_clipped.to(tl.int32)
-            b_low += tl.where(m_clipped & m_below, b_inverse, 0.0)
-            b_high += tl.where(m_clipped & ~m_below, b_inverse, 0.0)
+            b_clipped_tokens += by_four(m_clipped.to(tl.int32), BT)
+            b_low += by_four(tl.where(m_clipped & m_below, b_inverse, 0.0), BT)
+            b_high += by_four(tl.where(m_clipped & ~m_below, b_inverse, 0.0), BT)
 
             b_grad = times(b_slope.to(tl.float64), b_factor)
             b_loss = b_unit * b_value.to(tl.float64)
@@ -259,7 +261,7 @@ def policy_loss_masked_kernel(
                 b_is = tl.where(m_token, b_is, 0.0).to(tl.float64)
                 b_loss = b_loss * b_is
                 b_grad = times(b_grad, b_is)
-            b_policy += b_loss
+            b_policy += by_four(b_loss, BT)
             if TOKEN_CLIP:
                 b_z = b_new.to(tl.float64) - b_old.to(tl.float64)
                 _, m_bitten = clip_tokens(b_z, b_adv, token_low, token_high)
@@ -270,15 +272,15 @@ def policy_loss_masked_kernel(
                 b_ref = tl.load(p_ref + i_flat + b_lane, mask=m_row, other=0.0)
                 b_d = tl.where(m_token, b_ref, 0.0) - tl.where(m_token, b_new, 0.0)
                 b_kl_value, b_kl_slope = kl_terms(b_d, KL)
-                b_kl += b_unit * b_kl_value.to(tl.float64)
+                b_kl += by_four(b_unit * b_kl_value.to(tl.float64), BT)
                 b_grad += times(times(kl_coef, b_unit), b_kl_slope.to(tl.float64))
                 m_dead = m_token & (b_grad == 0)
             if p_entropy is not None:
                 b_h = tl.load(p_entropy + i_flat + b_lane, mask=m_row, other=0.0)
-                b_entropy += b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64)
+                b_entropy += by_four(b_unit * tl.where(m_token, b_h, 0.0).to(tl.float64), BT)
                 b_entropy_unit = times(entropy_coef, b_unit)
                 m_dead = m_dead & (b_entropy_unit == 0)
-            b_dead += m_dead.to(tl.int32)
+            b_dead += by_four(m_dead.to(tl.int32), BT)
             done += tl.sum(b_last, 0)
             if p_grad is not None:
                 tl.store(p_grad + i_flat + b_lane, b_grad, mask=m_row)

@@ -251,7 +251,8 @@ def lay_out_runs(
     """Return the layout of runs that have been counted."""
     step_ids = _number(*_bytes(mask, boundaries), None, row_offsets, row_steps)
     csr = compact(step_ids, num_steps, num_actions)
-    return step_ids, *csr, *row_trajectories(row_steps, csr[0], csr[1])
+    steps, counts, _, rows = row_trajectories(row_steps, csr[0], csr[1])
+    return step_ids.view(mask.shape), *csr, steps, counts, rows
 
 
 def _bytes(mask: Tensor, boundaries: Tensor | None) -> tuple[Tensor, Tensor | None]:

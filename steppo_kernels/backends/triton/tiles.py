@@ -54,6 +54,12 @@ def last(b_x, b_lane, BT: tl.constexpr):
 
 
 @triton.jit
+def by_four(b_x, BT: tl.constexpr):
+    """Return sums of four lanes each: a thread then keeps one number of its four."""
+    return tl.sum(tl.reshape(b_x, [BT // 4, 4]), 1)
+
+
+@triton.jit
 def deviations(count, mean, spread, b_x, m_x):
     """Add the values at `m_x` to a count, mean and sum of squared deviations from it (Chan)."""
     added = tl.sum(m_x.to(tl.float64), 0)
