@@ -155,6 +155,51 @@ def test_ratio_exactly_at_a_bound(target, method, dtype, side, length, form):
         assert grad.any() == (advantage != 0)
 
 
+@grid(
+    ratio=[each for each in RATIOS if each != "token"],
+    surrogate=["clip", "mask"],
+    side=["high", "low"],
+)
+def test_a_near_tie_of_a_step_is_decided_in_fp64(kernel, masked, ratio, surrogate, side):
+    """The ratio lies 2e-9 of itself beside its bound; an eps of the tokens, in fp32, is 1.2e-7.
+
+    The reference is not asked, as it computes everything in the dtype of the tokens.
+    """
+    needs_exact_numbers(kernel, torch.float64)
+    sign = 1.0 if side == "high" else -1.0
+    log_probs = torch.tensor([sign * (0.06 + 0.01 * k) for k in range(5)], device=kernel.device)
+    mask = torch.ones(5, dtype=torch.bool, device=kernel.device)
+    layout = StepLayout.from_mask(mask, backend="reference")
+    # Tokens on the side of the bound, of no advantage, and on the other side.
+    advantages = torch.tensor([sign, 3 * sign, 0.0, -sign, -0.7 * sign], device=kernel.device)
+    scale = {"geometric": 1 / 5, "product": 1.0, "centered": 5**-0.5}[ratio]
+    rho = math.exp(scale * math.fsum(log_probs.tolist()))
+    for is_outside in (False, True):
+        at = rho * (1 - sign * 2e-9) if is_outside else rho * (1 + sign * 2e-9)
+        bound = {"clip_high": at - 1} if side == "high" else {"clip_low": 1 - at}
+        new = log_probs.clone().requires_grad_()
+        result = steppo_loss(
+            new,
+            torch.zeros_like(new),
+            advantages,
+            mask if masked else layout,
+            config=StepPOConfig(ratio=ratio, surrogate=surrogate, **bound),
+            ratio_center=0.0 if ratio == "centered" else None,
+            backend=kernel.backend,
+        )
+        result.loss.backward()
+        # A clip acts on one sign of the advantage, the mask on both.
+        dead = [is_outside and (surrogate == "mask" or a * sign > 0) for a in advantages.tolist()]
+        flat = torch.tensor(dead, device=kernel.device) | (advantages == 0)
+        expected = torch.where(flat, 0.0, -advantages * rho * scale)
+        torch.testing.assert_close(new.grad, expected, rtol=1e-6, atol=0.0)
+        metrics = result.metrics.as_dict()
+        clipped = (1.0 if surrogate == "mask" else 2 / 5) if is_outside else 0.0
+        assert metrics[f"clip_fraction_{side}"] == pytest.approx(clipped, rel=1e-12)
+        assert metrics["clip_fraction"] == metrics[f"clip_fraction_{side}"]
+        assert metrics["dead_token_fraction"] == pytest.approx(int(flat.sum()) / 5)
+
+
 @grid(dtype=_DTYPES, ratio=RATIOS)
 def test_ratio_one_without_room_keeps_its_gradient(target, masked, ratio, dtype):
     config = StepPOConfig(ratio=ratio, clip_low=0.0, clip_high=0.0)
