@@ -291,3 +291,25 @@ def test_parts_of_a_batch_with_a_global_normalizer(target, method):
     assert sum(value for value, _ in parts) == pytest.approx(loss, rel=1e-10)
     assert grad.any()
     assert Error.between(sum(value for _, value in parts), grad).largest <= 1e-11
+
+
+@grid(cover=1, depth=_DEPTHS)
+def test_reported_entropy_is_a_metric_alone(target, masked, depth):
+    """It is the mean over steps of the mean over their tokens, and moves no gradient."""
+    case = drawn_case(4, target)
+    given = case.ref_log_probs - case.old_log_probs
+    entropy = plain_log_probs(case)[1]
+    steps = range(case.layout.num_steps)
+    wanted = torch.stack([entropy[case.layout.step_ids == step].mean() for step in steps]).mean()
+    config = METHODS["soft-geometric"].config()
+    found = []
+    for report in (False, True):
+        out, inputs = fused(
+            case, depth, target, masked, given, config=config, report_entropy=report
+        )
+        found.append((out, torch.autograd.grad(out.loss, inputs)))
+    (plain, expected), (reported, grads) = found
+    assert plain.metrics["entropy"] == 0
+    assert reported.metrics["entropy"].item() == pytest.approx(wanted.item(), rel=1e-10)
+    assert torch.equal(plain.loss, reported.loss)
+    assert all(map(torch.equal, grads, expected))
