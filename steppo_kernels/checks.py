@@ -383,7 +383,7 @@ def scalar(
     return torch.tensor(_float(name, number), dtype=torch.float64, device="cpu")
 
 
-def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor:
+def normalizer(value: object, device: torch.device, is_empty: bool) -> Tensor | None:
     """Return what replaces the denominator of a reduction.
 
     Where a batch is known to be empty, there is nothing to divide, and 0 is what normalizers of

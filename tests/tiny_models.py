@@ -129,15 +129,8 @@ def old_and_ref(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 def unfused_loss(model: Any, batch: Batch, values: dict[str, Any], **more: Any) -> Tensor:
     log_probs, entropy = unfused(model, batch, more.pop("temperature", 1.0))
-    out = steppo_loss(
-        log_probs,
-        layout=batch.layout,
-        entropy=entropy,
-        config=CONFIG,
-        backend="reference",
-        **values,
-        **more,
-    )
+    options = {"layout": batch.layout, "config": CONFIG, **values, **more}
+    out = steppo_loss(log_probs, entropy=entropy, backend="reference", **options)
     out.loss.backward()
     return out.loss.detach()
 
@@ -146,7 +139,7 @@ def fused_batch(
     batch: Batch, values: dict[str, Any], layout: Any = None, **more: Any
 ) -> StepPOBatch:
     layout = batch.layout if layout is None else layout
-    return StepPOBatch(layout=layout, config=CONFIG, **values, **more)
+    return StepPOBatch(layout=layout, **{"config": CONFIG, **values, **more})
 
 
 ON_BACKENDS = pytest.mark.parametrize(

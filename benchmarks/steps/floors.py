@@ -33,7 +33,10 @@ STATED = {
         "8 bytes a token (reward and step id) and 88 a step (the cache line of a value, two "
         "indices and two results), and the allocation of the results"
     ),
-    "segment": "the mask and every array of the layout, and the allocation of these arrays",
+    "segment": (
+        "a count of the mask on the host, as sizes come before arrays, then the mask and every "
+        "array of the layout, and the allocation of these arrays"
+    ),
 }
 
 
@@ -118,6 +121,7 @@ def segment_floor(mask: Tensor, layout: sk.StepLayout) -> Callable[[], list[Tens
     move = moving(mask.nbytes + sum(tensor.nbytes for tensor in tensors))
 
     def floor() -> list[Tensor]:
+        int(mask.count_nonzero())
         made = [torch.empty_like(tensor) for tensor in tensors]
         move()
         return made

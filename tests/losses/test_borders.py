@@ -9,6 +9,7 @@ import pytest
 import torch
 from batches import fp64, policy_results, random_batch, two_steps
 from grids import grid
+from methods import Method
 from oracle.policy_loss import kl_penalty
 
 from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
@@ -18,7 +19,7 @@ from steppo_kernels.outputs import POLICY_METRICS
 pytestmark = pytest.mark.isa
 
 
-def one_step(target, log_ratios, advantage, config, masked, dtype=torch.float32):
+def one_step(target, log_ratios, advantage, config, masked, dtype=torch.float32, **options):
     """Return the metrics and the gradient of a single step with these token log-ratios."""
     log_probs = torch.tensor(log_ratios, dtype=dtype, device=target.device).requires_grad_()
     mask = torch.ones(len(log_ratios), dtype=torch.bool, device=target.device)
@@ -31,6 +32,7 @@ def one_step(target, log_ratios, advantage, config, masked, dtype=torch.float32)
         mask if masked else layout,
         config=config,
         backend=target.backend,
+        **options,
     )
     result.loss.backward()
     return result.metrics.as_dict(), log_probs.grad
@@ -68,6 +70,134 @@ def test_ratio_exactly_at_a_clip_border_keeps_its_gradient(target, masked, side,
     assert metrics["clip_fraction"] == metrics[f"clip_fraction_{side}"] == 1.0
     assert metrics["dead_token_fraction"] == 1.0
     assert torch.equal(grad, torch.zeros_like(grad))
+
+
+_TIED = {
+    f"{surrogate}-{ratio}": Method(surrogate, ratio)
+    for surrogate in ("clip", "cispo", "mask", "quadratic", "tv")
+    for ratio in ("geometric", "product", "token")
+    if surrogate != "tv" or ratio == "token"
+}
+
+
+@grid(
+    cover=1,
+    method=_TIED,
+    dtype=_DTYPES,
+    side=["high", "low"],
+    length=[1, 40],
+    form=["layout", "mask", "bounds of steps"],
+)
+def test_ratio_exactly_at_a_bound(target, method, dtype, side, length, form):
+    """At a bound, and one unit in the last place inside and outside of it: weight and counts.
+
+    The old log-probs are 0, so that the probability of a token has moved by its ratio less 1.
+    """
+    masked, by_step = form == "mask", form == "bounds of steps"
+    if not by_step:
+        needs_exact_numbers(target, dtype)
+    sign = 1.0 if side == "high" else -1.0
+    z = [sign * 0.25 / (length if method.ratio == "product" else 1)] * length
+    wide = {"clip_low": 0.9, "clip_high": 9.0}
+
+    def at(advantage, bound=None):
+        bounds = {} if bound is None else {f"clip_{side}": bound}
+        if by_step:
+            config = StepPOConfig(**method._asdict(), **wide)
+            bounds = {
+                k: torch.tensor([v], dtype=dtype).to(target.device) for k, v in bounds.items()
+            }
+        else:
+            config, bounds = StepPOConfig(**method._asdict(), **{**wide, **bounds}), {}
+        return one_step(target, z, advantage, config, masked, dtype, **bounds)
+
+    metrics, plain = at(sign)
+    assert plain.all()
+    ratio = metrics["ratio_max"]
+    if by_step and float(torch.tensor(ratio, dtype=dtype)) != ratio:
+        pytest.skip("the ratio of a step is no number of the bounds' dtype")
+    tie = abs(ratio - 1)
+    inside, outside = (
+        abs(
+            float(torch.nextafter(torch.tensor(ratio, dtype=dtype), torch.tensor(to).to(dtype))) - 1
+        )
+        for to in (1.0, 1.0 + 9.0 * sign)
+    )
+    share = method.share(length)
+    # The weight c of the bounds, and whether it counts as clipped.
+    expected = {
+        "clip": {inside: (0.0, True), tie: (ratio, False), outside: (ratio, False)},
+        "cispo": {inside: (ratio, True), tie: (ratio, True), outside: (ratio, False)},
+        "mask": {inside: (0.0, True), tie: (ratio, True), outside: (ratio, False)},
+        "quadratic": {tie: (0.0, True)},
+        "tv": {inside: (0.0, True), tie: (ratio, False), outside: (ratio, False)},
+    }[method.surrogate]
+    for bound, (weight, is_clipped) in expected.items():
+        metrics, grad = at(sign, bound)
+        wanted = torch.full_like(grad, -sign * weight * share)
+        torch.testing.assert_close(grad, wanted, rtol=2e-6, atol=0.0)
+        assert metrics["clip_fraction"] == metrics[f"clip_fraction_{side}"] == is_clipped
+        assert metrics["token_clip_fraction"] == is_clipped
+        assert metrics["dead_token_fraction"] == (weight == 0)
+    if method.surrogate == "quadratic":
+        # The weight goes through 0, and is counted there alone.
+        for bound, direction in ((inside, -1.0), (outside, 1.0)):
+            metrics, grad = at(sign, bound)
+            assert (grad.sign() == -sign * direction).all()
+            assert grad.abs().max() < 1e-4
+            assert metrics["clip_fraction"] == 0.0
+    # Without advantage there is no gradient; `cispo` and `mask` count both signs alike.
+    for advantage in (0.0, -sign):
+        metrics, grad = at(advantage, tie)
+        both_signs = method.surrogate in ("cispo", "mask")
+        by_the_upper = method.surrogate == "quadratic" and side == "high" and advantage == 0
+        assert metrics["clip_fraction"] == (both_signs or by_the_upper)
+        assert grad.any() == (advantage != 0)
+
+
+@grid(
+    ratio=[each for each in RATIOS if each != "token"],
+    surrogate=["clip", "mask"],
+    side=["high", "low"],
+)
+def test_a_near_tie_of_a_step_is_decided_in_fp64(kernel, masked, ratio, surrogate, side):
+    """The ratio lies 2e-9 of itself beside its bound; an eps of the tokens, in fp32, is 1.2e-7.
+
+    The reference is not asked, as it computes everything in the dtype of the tokens.
+    """
+    needs_exact_numbers(kernel, torch.float64)
+    sign = 1.0 if side == "high" else -1.0
+    log_probs = torch.tensor([sign * (0.06 + 0.01 * k) for k in range(5)], device=kernel.device)
+    mask = torch.ones(5, dtype=torch.bool, device=kernel.device)
+    layout = StepLayout.from_mask(mask, backend="reference")
+    # Tokens on the side of the bound, of no advantage, and on the other side.
+    advantages = torch.tensor([sign, 3 * sign, 0.0, -sign, -0.7 * sign], device=kernel.device)
+    scale = {"geometric": 1 / 5, "product": 1.0, "centered": 5**-0.5}[ratio]
+    rho = math.exp(scale * math.fsum(log_probs.tolist()))
+    for is_outside in (False, True):
+        at = rho * (1 - sign * 2e-9) if is_outside else rho * (1 + sign * 2e-9)
+        bound = {"clip_high": at - 1} if side == "high" else {"clip_low": 1 - at}
+        new = log_probs.clone().requires_grad_()
+        result = steppo_loss(
+            new,
+            torch.zeros_like(new),
+            advantages,
+            mask if masked else layout,
+            config=StepPOConfig(ratio=ratio, surrogate=surrogate, **bound),
+            ratio_center=0.0 if ratio == "centered" else None,
+            backend=kernel.backend,
+        )
+        result.loss.backward()
+        # A clip acts on one sign of the advantage, the mask on both.
+        dead = [is_outside and (surrogate == "mask" or a * sign > 0) for a in advantages.tolist()]
+        flat = torch.tensor(dead, device=kernel.device) | (advantages == 0)
+        expected = torch.where(flat, 0.0, -advantages * rho * scale)
+        torch.testing.assert_close(new.grad, expected, rtol=1e-6, atol=0.0)
+        metrics = result.metrics.as_dict()
+        clipped = (1.0 if surrogate == "mask" else 2 / 5) if is_outside else 0.0
+        assert metrics[f"clip_fraction_{side}"] == pytest.approx(clipped, rel=1e-12)
+        assert metrics["clip_fraction"] == metrics[f"clip_fraction_{side}"]
+        assert metrics["dead_token_fraction"] == pytest.approx(int(flat.sum()) / 5)
 
 
 @grid(dtype=_DTYPES, ratio=RATIOS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from batches import Error, ragged_mask
 from grids import grid
+from methods import METHODS
 
 from steppo_kernels import (
     StepLayout,
@@ -350,7 +351,7 @@ def test_micro_batches_add_up(target):
     assert Error.between(parts, gradient(slice(None))).largest < 1e-12
 
 
-def step(case, args, backend, inplace):
+def step(case, args, backend, inplace, config):
     # A leaf cannot be written to; the output of a model can.
     output = steppo_loss_from_logits(
         case.logits * 1.0,
@@ -358,14 +359,24 @@ def step(case, args, backend, inplace):
         temperature=case.temperature,
         inplace_backward=inplace,
         backend=backend,
-        **case.options(_CONFIG),
+        **case.options(config),
     )
     return output.loss, output.metrics.values
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("inplace", [False, True], ids=["plain", "inplace"])
-def test_compile(kernel, masked, inplace):
+@pytest.mark.parametrize(
+    ("inplace", "config"),
+    [
+        pytest.param(False, _CONFIG, id="plain"),
+        pytest.param(True, _CONFIG, id="inplace"),
+        *(
+            pytest.param(False, METHODS[name].config(kl_coef=0.1), id=name)
+            for name in ("tv-token", "cispo-geometric", "quadratic-product", "soft-centered")
+        ),
+    ],
+)
+def test_compile(kernel, masked, inplace, config):
     """One graph; the reference counts the rows of a mask, which no graph can."""
     if kernel.interpreted:
         pytest.skip("what is compiled around interpreted kernels is no different")
@@ -378,7 +389,7 @@ def test_compile(kernel, masked, inplace):
         args = case.arguments(masked)
         results = []
         for function in (compiled, step):
-            loss, metrics = function(case, args, kernel.backend, inplace)
+            loss, metrics = function(case, args, kernel.backend, inplace, config)
             results.append((loss, metrics, *torch.autograd.grad(loss, case.logits)))
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from batches import random_batch
+from grids import grid
+from methods import FEW, METHODS
 
 from steppo_kernels import StepPOConfig, StepPOLoss, StepValueLoss, step_value_loss, steppo_loss
 
@@ -31,6 +33,22 @@ def test_steppo_loss(target, masked):
     result.loss.backward()
     (grad,) = torch.autograd.grad(expected.loss, args[0])
     assert torch.equal(batch.log_probs.grad, grad)
+
+
+@grid(method=METHODS, interpreted={"method": FEW})
+def test_every_surrogate_with_numbers_of_tokens(target, masked, method):
+    batch = random_batch(4, 3, 20, ratio=method.ratio, device=target.device)
+    advantages = batch.entropy - 1.5
+    layout = batch.mask if masked else batch.layout
+    args = batch.log_probs.requires_grad_(), batch.old_log_probs, advantages, layout
+    options = {"is_weights": batch.token_weights, **method.center()}
+    results = []
+    held = {"config": method.config(), "backend": target.backend}
+    for out in (StepPOLoss(**held)(*args, **options), steppo_loss(*args, **options, **held)):
+        (grad,) = torch.autograd.grad(out.loss, args[0])
+        results.append((out.loss.detach(), out.metrics.values, grad))
+    assert results[0][2].any()
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_bounds_of_steps_replace_those_of_the_config(target):

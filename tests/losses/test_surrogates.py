@@ -306,6 +306,49 @@ def test_what_is_not_finite_reaches_its_own_units(target, masked, method):
             assert math.isnan(found["loss"]) == math.isnan(value)
 
 
+@grid(cover=1, method=METHODS, dtype=[torch.float32, torch.float64], interpreted={"method": FEW})
+def test_log_ratios_of_any_size(target, masked, method, dtype):
+    """Against loops: e^z has no number, or is 0, or all of a step cancel."""
+    sizes = [1e4, -1e4, 1.0, -1.0, 0.0]
+    live = 0
+    for seed in range(12):
+        batch = drawn(seed, target, masked)
+        picked = torch.randint(0, 5, (24,), generator=batch.generator).tolist()
+        old = [-1.0 for _ in batch.old_log_probs]
+        # The sums are exact in fp32, as are the log-ratios.
+        new = [sizes[k] - 1.0 for k in picked]
+        batch = batch._replace(log_probs=new, old_log_probs=old)
+        advantages = [round(8 * a) / 8 if a == a else NAN for a in batch.floats(-1, 1)]
+        advantages[batch.plain.actions[3]] = 0.0
+        want = policy_loss(
+            new, old, advantages, batch.plain, config=LossConfig(**method.numbers), ratio_center=0.5
+        )
+        # A weight between e^-760 and e^-85 is 0 in some dtypes.
+        if want.margin < 1e-6:
+            continue
+        leaf = on(target, new).to(dtype).requires_grad_()
+        out = steppo_loss(
+            leaf,
+            on(target, old).to(dtype),
+            on(target, advantages).to(dtype),
+            batch.layout,
+            config=method.config(),
+            ratio_center=0.5,
+            backend=target.backend,
+        )
+        out.loss.backward()
+        rel = 1e-10 if dtype == torch.float64 else 2e-5
+        found = leaf.grad.flatten().tolist()
+        assert out.loss.item() == pytest.approx(want.loss, rel=rel, abs=rel * want.size)
+        assert out.metrics.as_dict() == pytest.approx(want.metrics, rel=rel, abs=rel * want.size)
+        assert found == pytest.approx(want.of_log_probs, rel=rel, abs=rel * want.slope_size)
+        assert [x == 0 for x in found] == [x == 0 for x in want.of_log_probs]
+        live += sum(map(bool, found))
+        if target.interpreted:
+            break
+    assert live
+
+
 @grid(method=METHODS, interpreted={"method": FEW})
 @pytest.mark.parametrize("by_token", [False, True], ids=["by-step", "by-token"])
 def test_an_unknown_upstream_gradient_reaches_live_tokens_only(target, masked, method, by_token):

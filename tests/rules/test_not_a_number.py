@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from grids import grid
+from methods import FEW, METHODS
 
 from steppo_kernels import (
     StepLayout,
@@ -81,23 +83,28 @@ def test_the_ratio_metrics_show_a_nan_in_any_part_of_a_call(kernel, masked, plac
     assert out.metrics["ratio_max"].isnan()
 
 
-@pytest.mark.parametrize("where", ["log_probs", "old_log_probs", "step weight", "token weight"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@grid(
+    cover=1,
+    method=METHODS,
+    where=["log_probs", "old_log_probs", "weight", "token weight"],
+    value=[NAN, INF, -INF],
+    interpreted={"method": FEW},
+)
 def test_a_step_without_advantage_has_no_gradient_whatever_else_is_there(
-    target, masked, where, value
+    target, masked, method, where, value
 ):
-    if masked and where == "step weight":
-        pytest.skip("a mask takes weights per token")
     options = {}
     if where == "log_probs":
         options["x"] = at(value, 4, -1.0, target)
     elif where == "old_log_probs":
         options["old"] = at(value, 4, -1.1, target)
-    elif where == "token weight":
+    elif where == "token weight" or masked:
         options["is_weights"] = at(value, 4, 1.0, target)
     else:
         options["is_weights"] = torch.tensor([1.0, value, 1.0], device=target.device)
-    out, x = call(target, masked, (1.0, 0.0, 0.5), **options)
+    # Bounds beyond the first step of a product, whose ratio is e^0.2.
+    config = method.config(clip_high=0.5)
+    out, x = call(target, masked, (1.0, 0.0, 0.5), config, **options, **method.center())
     out.loss.backward()
     assert x.grad.view(-1)[[0, 3, 4, 5, 6]].tolist() == [0.0] * 5
     assert x.grad.view(-1)[[1, 2, 7]].isfinite().all()
@@ -105,10 +112,10 @@ def test_a_step_without_advantage_has_no_gradient_whatever_else_is_there(
     assert out.loss.isnan() == (math.isnan(value) or "weight" in where)
 
 
-@pytest.mark.parametrize("value", [NAN, INF], ids=str)
-def test_a_step_weight_reaches_no_step_without_advantage(target, value):
+@grid(cover=1, method=METHODS, value=[NAN, INF], interpreted={"method": FEW})
+def test_a_step_weight_reaches_no_step_without_advantage(target, method, value):
     weights = torch.tensor([1.0, value, 1.0], device=target.device)
-    out, x = call(target, False, (1.0, 0.0, 0.5), step_weights=weights)
+    out, x = call(target, False, (1.0, 0.0, 0.5), method.config(), step_weights=weights)
     out.loss.backward()
     assert x.grad.view(-1)[4:6].tolist() == [0.0, 0.0]
     assert x.grad.isfinite().all()

@@ -6,13 +6,17 @@ import warnings
 
 import pytest
 import torch
+from grids import grid
+from methods import FEW, METHODS
 
 from steppo_kernels import (
     StepLayout,
     StepPOConfig,
     broadcast_to_tokens,
+    linear_steppo_loss,
     step_value_loss,
     steppo_loss,
+    steppo_loss_from_logits,
 )
 
 _MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]], dtype=torch.bool)
@@ -71,6 +75,42 @@ def test_a_gradient_of_a_kernel_is_not_differentiated_again(kernel, loss_of, is_
         torch.autograd.grad(loss + grad.square().sum(), leaf, retain_graph=True)
     with pytest.raises(RuntimeError, match=_REFUSED):
         (loss + grad.square().sum()).backward()
+
+
+@grid(
+    cover=1,
+    method=METHODS,
+    depth=["log-probs", "logits", "hidden"],
+    by_token={"by-step": False, "by-token": True},
+    interpreted={"method": FEW},
+)
+def test_no_surrogate_has_a_second_derivative(target, masked, method, depth, by_token):
+    """From log-probs, logits and hidden states, of kernels and of the reference."""
+    device = target.device
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    on_tokens = torch.where(_MASK, _numbers(2, 4), 0.0)
+    if masked and not by_token:
+        on_tokens = broadcast_to_tokens(advantages, _LAYOUT)
+    given = (
+        (-2.0 + _numbers(2, 4)).to(device),
+        (on_tokens if masked or by_token else advantages).to(device),
+        (_MASK if masked else _LAYOUT).to(device),
+    )
+    options = {"config": method.config(kl_coef=0.1), "ref_log_probs": given[0], **method.center()}
+    ids = torch.arange(8, device=device).view(2, 4) % 5
+    x = _numbers(2, 4, *{"log-probs": (), "logits": (5,), "hidden": (3,)}[depth]).to(device)
+    x.requires_grad_()
+    if depth == "log-probs":
+        loss = steppo_loss(x - 2.0, *given, **options, backend=target.backend).loss
+    elif depth == "logits":
+        loss = steppo_loss_from_logits(x, ids, *given, **options, backend=target.backend).loss
+    else:
+        weight = _numbers(5, 3).to(device)
+        loss = linear_steppo_loss(x, weight, ids, *given, **options, backend=target.backend).loss
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert grad.any()
+    with pytest.raises(RuntimeError, match="derivative"):
+        torch.autograd.grad(grad.square().sum(), x)
 
 
 def test_a_hessian_of_a_kernel_raises(kernel, loss_of):

@@ -1,7 +1,8 @@
 """The policy loss on a layout whose tokens have ratios or advantages of their own.
 
-The formulas stand in `policy_loss.py`. The log-ratio of a step is pooled first, unless the ratio is
-each token's own; then the surrogate is taken of every token.
+The formulas stand in `policy_loss.py`. Where the ratio is each token's own, the surrogate is taken
+of every token. Otherwise the log-ratio of a step is pooled, the surrogate is taken of both signs of
+an advantage, and every token picks its own.
 """
 
 # ruff: noqa: N803
@@ -26,10 +27,11 @@ from .step_math import (
     TOKEN,
     TRAJECTORY_MEAN,
     TV,
-    exp_and_excess,
     kl_k3,
+    of_advantage,
     pool,
     probability_gap,
+    signed_surrogates,
     surrogate,
     times,
 )
@@ -118,6 +120,9 @@ def policy_loss_by_token_kernel(
                 p_offsets, i_block, num_steps, BS
             )
             longest = tl.max(b_len, 0)
+            b_floor, b_ceiling = step_limits(
+                p_clip_low, p_clip_high, low, high, b_s, m_step, SURROGATE, BS
+            )
             if RATIO == TOKEN:
                 b_scale = b_inverse
             else:
@@ -138,13 +143,26 @@ def policy_loss_by_token_kernel(
                     BT,
                 )
                 b_log_ratio, b_scale = pool(b_pooled, b_len, b_inverse, mu, RATIO)
-                b_limited = tl.where(b_log_ratio > log_ratio_max, log_ratio_max, b_log_ratio)
-                b_ratio, _ = exp_and_excess(b_limited)
+                (
+                    b_ratio,
+                    b_value_positive,
+                    b_slope_positive,
+                    m_clipped_positive,
+                    b_value_negative,
+                    b_slope_negative,
+                    m_clipped_negative,
+                ) = signed_surrogates(
+                    b_log_ratio,
+                    b_floor,
+                    b_ceiling,
+                    dual_clip,
+                    soft_positive,
+                    soft_negative,
+                    log_ratio_max,
+                    SURROGATE,
+                )
                 b_ratios += tl.where(m_step, b_ratio, 0.0)
                 b_min, b_max = extremes(b_min, b_max, b_ratio, m_step)
-            b_floor, b_ceiling = step_limits(
-                p_clip_low, p_clip_high, low, high, b_s, m_step, SURROGATE, BS
-            )
             b_w, b_share = step_weights(p_weights, p_counts, b_s, b_len, m_step, REDUCTION)
             if REDUCTION == TRAJECTORY_MEAN:
                 b_trajectories += b_share
@@ -153,10 +171,8 @@ def policy_loss_by_token_kernel(
             b_unit = b_w * b_inverse
             b_kl_unit = times(kl_coef, b_unit)
             b_entropy_unit = times(entropy_coef, b_unit)
-            b_factor = b_w * b_scale
             if p_is is not None and not IS_PER_TOKEN:
                 b_step_is = tl.load(p_is + b_s, mask=m_step, other=0.0).to(tl.float64)
-                b_factor = times(b_factor, b_step_is)
 
             if not ADV_PER_TOKEN:
                 b_adv = tl.load(p_adv + b_s, mask=m_step, other=0.0)[:, None]
@@ -181,28 +197,37 @@ def policy_loss_by_token_kernel(
                     b_z_sum += b_x.to(tl.float64)
                     b_k3_sum += kl_k3(b_x).to(tl.float64)
                     b_gap = probability_gap(b_new, b_old) if SURROGATE == TV else b_x
-                else:
-                    b_x = b_log_ratio.to(b_adv.dtype)[:, None]
-                    b_gap = b_x
-                b_rho, b_value, b_slope, m_clipped, m_below = surrogate(
-                    b_x,
-                    b_gap,
-                    b_adv,
-                    b_floor[:, None],
-                    b_ceiling[:, None],
-                    dual_clip,
-                    soft_positive,
-                    soft_negative,
-                    log_ratio_max,
-                    SURROGATE,
-                )
-                if RATIO == TOKEN:
+                    b_rho, b_value, b_slope, m_clipped, m_below = surrogate(
+                        b_x,
+                        b_gap,
+                        b_adv,
+                        b_floor[:, None],
+                        b_ceiling[:, None],
+                        dual_clip,
+                        soft_positive,
+                        soft_negative,
+                        log_ratio_max,
+                        SURROGATE,
+                    )
                     b_ratio_sum += tl.where(m_token, b_rho, 0.0).to(tl.float64)
                     b_least, b_most = extremes(b_least, b_most, b_rho, m_token)
+                else:
+                    m_negative = b_adv < 0
+                    b_value, b_slope, m_clipped = of_advantage(
+                        b_adv,
+                        tl.where(m_negative, b_value_negative[:, None], b_value_positive[:, None]),
+                        tl.where(m_negative, b_slope_negative[:, None], b_slope_positive[:, None]),
+                        (m_negative & m_clipped_negative[:, None])
+                        | (~m_negative & m_clipped_positive[:, None]),
+                        SURROGATE,
+                    )
+                    m_below = (b_ratio < 1)[:, None]
                 b_low_sum += (m_token & m_clipped & m_below).to(tl.int32)
                 b_high_sum += (m_token & m_clipped & ~m_below).to(tl.int32)
                 b_loss = b_value.to(tl.float64)
-                b_grad = times(b_slope.to(tl.float64), b_factor[:, None])
+                b_grad = times(b_slope.to(tl.float64) * b_scale[:, None], b_w[:, None])
+                if p_is is not None and not IS_PER_TOKEN:
+                    b_grad = times(b_grad, b_step_is[:, None])
                 if p_is is not None and IS_PER_TOKEN:
                     b_is = tl.load(p_is + b_pos, mask=m_token, other=0.0).to(tl.float64)
                     b_loss = b_loss * b_is

@@ -1,7 +1,7 @@
 """The policy loss on a mask: each program finds the runs of ones of its rows by itself.
 
 The formulas stand in `policy_loss.py`, which is the form on a layout. Advantages are given per
-token, so that the surrogate is taken of every token.
+token: the surrogate of a run is taken of both signs of an advantage, and every token picks its own.
 """
 
 # ruff: noqa: N803
@@ -32,21 +32,26 @@ from .policy_sums import (
     store_partials,
 )
 from .step_math import (
+    CENTERED,
     GEOMETRIC,
     TOKEN,
     TOKEN_MEAN,
     TRAJECTORY_MEAN,
     TV,
     clip_tokens,
-    exp_and_excess,
     kl_k3,
     kl_terms,
+    of_advantage,
     pool,
     probability_gap,
+    signed_surrogates,
     surrogate,
     times,
 )
 from .tiles import by_four, chunk, last, running_max, running_sum
+
+# Numbers of the scratch a run, by the ratio.
+_RUN_NUMBERS = {TOKEN.value: 1, CENTERED.value: 7}
 
 
 @triton.jit
@@ -104,20 +109,25 @@ def policy_loss_masked_kernel(
     REDUCTION: tl.constexpr,
     KL: tl.constexpr,
     TOKEN_CLIP: tl.constexpr,
+    RUN_NUMBERS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
     """Each program takes rows: lengths and sums of z by run, then the runs, then the tokens.
 
-    `p_runs` is the program's scratch, three numbers a run: length and sum of z; then 1 / length,
-    log-ratio, and w_s L_s^-p where that is not w_s / length.
+    `p_runs` is the program's scratch, RUN_NUMBERS a run: length and sum of z; then 1 / length, and
+    with a ratio of runs the length with flags in its last bits, the values and then the slopes of
+    A = 1 and A = -1 in turn, and, of a centered ratio, L_s^-1/2.
     """
     i_p = tl.program_id(0).to(tl.int64)
     length = row_length.to(tl.int64)
-    p_length = p_runs + i_p * max_runs * 3
-    p_x = p_length + max_runs
-    p_factor = p_x + max_runs
+    p_length = p_runs + i_p * max_runs * RUN_NUMBERS
+    # The sums of z lie where the flags will.
+    p_flags = p_length + max_runs
+    p_value = p_flags + max_runs
+    p_slope = p_value + max_runs + max_runs
+    p_scale = p_slope + max_runs + max_runs
 
     mu = read_center(p_center, center, NUM_CENTERS)
     # Ratios are those of tokens or of runs.
@@ -173,7 +183,7 @@ def policy_loss_masked_kernel(
             b_run = tl.cumsum(m_last.to(tl.int32), 0) - 1
             tl.store(p_length + runs + b_run, b_len, mask=m_last)
             if RATIO != TOKEN:
-                tl.store(p_x + runs + b_run, b_sum, mask=m_last)
+                tl.store(p_flags + runs + b_run, b_sum, mask=m_last)
                 carry = last(b_sum, b_lane, BT)
             carry_length = last(b_len, b_lane, BT)
             runs += tl.sum(m_last.to(tl.int32), 0)
@@ -184,22 +194,46 @@ def policy_loss_masked_kernel(
             b_run = r + tl.arange(0, BR)
             m_step = b_run < runs
             b_len = tl.load(p_length + b_run, mask=m_step, other=1.0)
+            if RATIO != TOKEN:
+                b_sum = tl.load(p_flags + b_run, mask=m_step, other=0.0)
+            # Several threads may hold the same run: all have read it before any writes to it.
+            tl.debug_barrier()
             b_tokens += tl.where(m_step, b_len, 0.0).to(tl.int64)
             b_inverse = 1.0 / b_len
             tl.store(p_length + b_run, b_inverse, mask=m_step)
             if RATIO != TOKEN:
-                b_sum = tl.load(p_x + b_run, mask=m_step, other=0.0)
                 if not z_by_token:
                     b_z_all += b_sum
                 b_x, b_scale = pool(b_sum, b_len, b_inverse, mu, RATIO)
-                tl.store(p_x + b_run, b_x, mask=m_step)
-                if RATIO != GEOMETRIC:
-                    if REDUCTION == TRAJECTORY_MEAN:
-                        b_scale = b_scale / runs.to(tl.float64)
-                    elif REDUCTION == TOKEN_MEAN:
-                        b_scale = b_scale * b_len
-                    tl.store(p_factor + b_run, b_scale, mask=m_step)
-                b_rho, _ = exp_and_excess(tl.where(b_x > log_ratio_max, log_ratio_max, b_x))
+                if RATIO == CENTERED:
+                    tl.store(p_scale + b_run, b_scale, mask=m_step)
+                (
+                    b_rho,
+                    b_value,
+                    b_slope,
+                    m_clipped,
+                    b_value_negative,
+                    b_slope_negative,
+                    m_clipped_negative,
+                ) = signed_surrogates(
+                    b_x,
+                    tl.full((), low, tl.float64),
+                    tl.full((), high, tl.float64),
+                    dual_clip,
+                    soft_positive,
+                    soft_negative,
+                    log_ratio_max,
+                    SURROGATE,
+                )
+                b_both = 2 * r + 2 * tl.arange(0, BR)
+                tl.store(p_value + b_both, b_value, mask=m_step)
+                tl.store(p_value + b_both + 1, b_value_negative, mask=m_step)
+                tl.store(p_slope + b_both, b_slope, mask=m_step)
+                tl.store(p_slope + b_both + 1, b_slope_negative, mask=m_step)
+                b_flags = tl.where(m_clipped, 1, 0) + tl.where(m_clipped_negative, 2, 0)
+                b_flags += tl.where(b_rho < 1, 4, 0)
+                b_flags = b_flags.to(tl.int64) + b_len.to(tl.int64) * 8
+                tl.store(p_flags + b_run, b_flags.to(tl.float64, bitcast=True), mask=m_step)
                 b_ratios += tl.where(m_step, b_rho, 0.0)
                 b_min, b_max = extremes(b_min, b_max, b_rho, m_step)
         steps += runs
@@ -213,15 +247,20 @@ def policy_loss_masked_kernel(
             b_last = m_last.to(tl.int32)
             b_run = tl.cumsum(b_last, 0) - b_last
             b_inverse = tl.load(p_length + done + b_run, mask=m_token, other=0.0)
-            # w_s / L_s and w_s L_s^-p
+            if RATIO != TOKEN:
+                b_flags = tl.load(p_flags + done + b_run, mask=m_token, other=0.0)
+                b_flags = b_flags.to(tl.int64, bitcast=True)
+            # w_s / L_s
             b_unit = b_inverse
             if REDUCTION == TRAJECTORY_MEAN:
-                b_unit = b_inverse / tl.where(runs > 0, runs, 1).to(tl.float64)
+                share = 1.0 / tl.where(runs > 0, runs, 1).to(tl.float64)
+                b_unit = share * b_inverse
             elif REDUCTION == TOKEN_MEAN:
-                b_unit = tl.where(m_token, 1.0, 0.0).to(tl.float64)
-            b_factor = b_unit
-            if RATIO != GEOMETRIC and RATIO != TOKEN:
-                b_factor = tl.load(p_factor + done + b_run, mask=m_token, other=0.0)
+                if RATIO == TOKEN:
+                    b_unit = tl.where(m_token, 1.0, 0.0).to(tl.float64)
+                else:
+                    b_len = (b_flags >> 3).to(tl.float64)
+                    b_unit = b_len * b_inverse
             b_adv = tl.load(p_adv + i_flat + b_lane, mask=m_row, other=0.0)
             b_adv = tl.where(m_token, b_adv, 0.0)
             if RATIO == TOKEN or TOKEN_CLIP:
@@ -231,30 +270,45 @@ def policy_loss_masked_kernel(
                 b_z_all += by_four(b_x.to(tl.float64), BT)
                 b_k3 += by_four(kl_k3(b_x).to(tl.float64), BT)
                 b_gap = probability_gap(b_new, b_old) if SURROGATE == TV else b_x
-            else:
-                b_x = tl.load(p_x + done + b_run, mask=m_token, other=0.0).to(b_adv.dtype)
-                b_gap = b_x
-            b_rho, b_value, b_slope, m_clipped, m_below = surrogate(
-                b_x,
-                b_gap,
-                b_adv,
-                tl.full((), low, tl.float64),
-                tl.full((), high, tl.float64),
-                dual_clip,
-                soft_positive,
-                soft_negative,
-                log_ratio_max,
-                SURROGATE,
-            )
-            if RATIO == TOKEN:
+                b_rho, b_value, b_slope, m_clipped, m_below = surrogate(
+                    b_x,
+                    b_gap,
+                    b_adv,
+                    tl.full((), low, tl.float64),
+                    tl.full((), high, tl.float64),
+                    dual_clip,
+                    soft_positive,
+                    soft_negative,
+                    log_ratio_max,
+                    SURROGATE,
+                )
                 b_ratios += by_four(tl.where(m_token, b_rho.to(tl.float64) * b_inverse, 0.0), BT)
                 b_min, b_max = extremes(b_min, b_max, b_rho, m_token)
+                b_grad = times(b_slope.to(tl.float64), b_unit)
+            else:
+                b_sign = 2 * b_run + (b_adv < 0).to(tl.int32)
+                b_value, b_grad, m_clipped = of_advantage(
+                    b_adv,
+                    tl.load(p_value + 2 * done + b_sign, mask=m_token, other=0.0),
+                    tl.load(p_slope + 2 * done + b_sign, mask=m_token, other=0.0),
+                    (b_flags & tl.where(b_adv < 0, 2, 1)) != 0,
+                    SURROGATE,
+                )
+                m_below = (b_flags & 4) != 0
+                # Times L_s^-p, then w_s: the order of the form on a layout.
+                if RATIO == GEOMETRIC:
+                    b_grad = b_grad * b_inverse
+                elif RATIO == CENTERED:
+                    b_grad = b_grad * tl.load(p_scale + done + b_run, mask=m_token, other=0.0)
+                if REDUCTION == TRAJECTORY_MEAN:
+                    b_grad = b_grad * share
+                elif REDUCTION == TOKEN_MEAN:
+                    b_grad = b_grad * b_len
             m_clipped = m_clipped & m_token
             b_clipped_tokens += by_four(m_clipped.to(tl.int32), BT)
             b_low += by_four(tl.where(m_clipped & m_below, b_inverse, 0.0), BT)
             b_high += by_four(tl.where(m_clipped & ~m_below, b_inverse, 0.0), BT)
 
-            b_grad = times(b_slope.to(tl.float64), b_factor)
             b_loss = b_unit * b_value.to(tl.float64)
             if p_is is not None:
                 b_is = tl.load(p_is + i_flat + b_lane, mask=m_row, other=0.0)
@@ -335,7 +389,8 @@ def policy_loss_masked(
     mask = mask.view(torch.uint8)
     grad, grad_entropy = new_gradients(log_probs, need_grad, need_entropy_grad)
     partials = new_partials(log_probs, num_programs)
-    runs = log_probs.new_empty((num_programs * 3 * max_runs,), dtype=torch.float64)
+    run_numbers = _RUN_NUMBERS.get(int(c.ratio), 6)
+    runs = log_probs.new_empty((num_programs * run_numbers * max_runs,), dtype=torch.float64)
     with device_guard(log_probs):
         p_center, center, num_centers = find_center(
             log_probs, old_log_probs, advantages, None, None, mask, ratio_center, c, True
@@ -373,6 +428,7 @@ def policy_loss_masked(
             KL=int(c.kl_estimator),
             # On-policy, z is 0 and no clamp bites.
             TOKEN_CLIP=c.clips_tokens and old_log_probs is not None,
+            RUN_NUMBERS=run_numbers,
             ALIGNED=aligned(row_length),
             BR=min(block, 128),
             BT=block,

@@ -3,8 +3,9 @@
     x = mu + L^-p sum(z - mu), or the token's own z;  rho = e^min(x, log_ratio_max)
     dl / dx = -A c, with the weight c of the surrogate
 
-A unit is a step, or a token where the token has its own ratio or its own advantage. Selections are
-`tl.where`, as minimum and maximum may drop a NaN.
+A unit is a step, or a token where the token has its own ratio. Where tokens of one ratio have their
+own advantages, both signs of A make a unit each. Selections are `tl.where`, as minimum and maximum
+may drop a NaN.
 """
 
 # ruff: noqa: N803
@@ -161,6 +162,70 @@ def surrogate(
         else:
             b_value = -b_adv * b_c
     return b_ratio, b_value, b_slope, m_clipped, m_below
+
+
+@triton.jit
+def signed_surrogates(
+    b_x,
+    low,
+    high,
+    dual_clip,
+    soft_positive,
+    soft_negative,
+    log_ratio_max,
+    SURROGATE: tl.constexpr,
+):
+    """Return rho; then value, slope and whether it is clipped of A = 1; then those of A = -1.
+
+    Value and slope are multiples of |A|: `of_advantage` makes them those of a token. Pooled ratios
+    come in fp64, and so both signs are decided in fp64 whatever the dtype of the tokens is.
+    """
+    b_one = tl.full(b_x.shape, 1.0, b_x.dtype)
+    b_ratio, b_value, b_slope, m_clipped, _ = surrogate(
+        b_x,
+        b_x,
+        b_one,
+        low,
+        high,
+        dual_clip,
+        soft_positive,
+        soft_negative,
+        log_ratio_max,
+        SURROGATE,
+    )
+    _, b_value_negative, b_slope_negative, m_clipped_negative, _ = surrogate(
+        b_x,
+        b_x,
+        -b_one,
+        low,
+        high,
+        dual_clip,
+        soft_positive,
+        soft_negative,
+        log_ratio_max,
+        SURROGATE,
+    )
+    return (
+        b_ratio,
+        b_value,
+        b_slope,
+        m_clipped,
+        b_value_negative,
+        b_slope_negative,
+        m_clipped_negative,
+    )
+
+
+@triton.jit
+def of_advantage(b_adv, b_value, b_slope, m_clipped, SURROGATE: tl.constexpr):
+    """Return value, slope and whether it is clipped, from those of the sign of A."""
+    b_size = tl.abs(b_adv.to(tl.float64))
+    m_clipped = m_clipped & (b_adv == b_adv)
+    if SURROGATE == CLIP:
+        # Without an advantage nothing tells the branches of a clip apart.
+        m_clipped = m_clipped & (b_adv != 0)
+    b_slope = tl.where(b_adv != 0, times(b_slope, b_size), 0.0)
+    return b_size * b_value, b_slope, m_clipped
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Bounds of each step and the reported entropy of a batch reach the loss."""
+"""What a batch holds besides log-probs reaches the loss: config, weights, bounds, entropy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import torch
 
 pytest.importorskip("transformers", reason="the demo's extra is not installed")
 
+from methods import FEW, Method
 from tiny_models import (
+    LENGTH,
     ON_BACKENDS,
+    ROWS,
     Batch,
     assert_same,
     fused_batch,
@@ -40,6 +43,37 @@ def test_bounds_of_steps(backend: str) -> None:
     out.loss.backward()
     torch.testing.assert_close(out.loss.detach(), expected_loss, rtol=1e-6, atol=1e-6)
     assert_same(gradients(model), expected, 1e-6)
+
+
+@pytest.mark.parametrize("method", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("masked", [False, True], ids=["layout", "mask"])
+@ON_BACKENDS
+def test_every_surrogate_with_numbers_of_tokens(backend: str, masked: bool, method: Method) -> None:
+    """Each token keeps its own advantage and weight, though it is predicted a place before."""
+    model, batch = make(), Batch()
+    values = old_and_ref(model, batch)
+    random = torch.Generator().manual_seed(2)
+    advantages, weights = torch.randn(2, ROWS, LENGTH, generator=random, dtype=torch.float64)
+    unread = torch.where(batch.mask, 0.0, torch.nan)
+    values["advantages"] = advantages + unread
+    options = {
+        "config": method.config(kl_coef=0.1, entropy_coef=0.05, reduction="token_mean"),
+        "is_weights": weights.abs() + unread,
+        "normalizer": 5.0,
+        **method.center(),
+    }
+    if not masked:
+        options["step_weights"] = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
+    expected_loss = unfused_loss(model, batch, values, **options)
+    expected = gradients(model)
+    patch_lm_head(model)
+    layout = batch.mask if masked else batch.layout
+    request = fused_batch(batch, values, layout, backend=backend, **options)
+    out = model(**batch.inputs, steppo=request)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), expected_loss, rtol=1e-6, atol=1e-6)
+    assert_same(gradients(model), expected, 1e-6)
+    assert any(bool(grad.any()) for grad in expected.values())
 
 
 @ON_BACKENDS
