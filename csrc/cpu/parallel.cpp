@@ -1,6 +1,8 @@
-// The thread pool behind run_tasks. Baseline code: it is compiled once.
+// The threads behind run_tasks: those of torch's OpenMP runtime where there is one in the process,
+// else a pool of our own. Baseline code: it is compiled once.
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -16,30 +18,58 @@
 namespace steppo::cpu {
 namespace {
 
+// Tasks that threads take until none is left. An exception, which must not leave a thread, ends all
+// of it.
+class Job {
+ public:
+  Job(int64_t count, void (*task)(void*, int64_t), void* context)
+      : count_(count), task_(task), context_(context) {}
+
+  void work() {
+    const StandardFloats standard;
+    try {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+        task_(context_, i);
+      }
+    } catch (...) {
+      next_.store(count_, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+
+  // Once no thread works any more.
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  const int64_t count_;
+  void (*const task_)(void*, int64_t);
+  void* const context_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
 class Pool {
  public:
   // False if a call is running on the pool already: of another thread, or the one around this one.
-  bool run(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
+  bool run(Job& job, int threads) {
     if (in_use_.exchange(true, std::memory_order_acquire)) return false;
     const int workers = make_workers(threads - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      task_ = task;
-      context_ = context;
-      count_ = count;
-      next_.store(0, std::memory_order_relaxed);
+      job_ = &job;
       wanted_ = workers;
       running_ = workers;
       ++generation_;
       signal_.store(generation_, std::memory_order_release);
     }
     wake_.notify_all();
-    drain(task, context, count);
+    job.work();
     wait_for_workers(workers);
-    const std::exception_ptr error = std::move(error_);
-    error_ = nullptr;
     in_use_.store(false, std::memory_order_release);
-    if (error) std::rethrow_exception(error);
     return true;
   }
 
@@ -70,19 +100,6 @@ class Pool {
     return made < wanted ? made : wanted;
   }
 
-  // Takes tasks until none is left. An exception, which must not leave a worker, ends all of it.
-  void drain(void (*task)(void*, int64_t), void* context, int64_t count) {
-    try {
-      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        task(context, i);
-      }
-    } catch (...) {
-      next_.store(count, std::memory_order_relaxed);
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!error_) error_ = std::current_exception();
-    }
-  }
-
   void wait_for_workers(int workers) {
     if (workers == 0) return;
     // Workers end within a task's time of each other, and waking up can take longer than that.
@@ -95,8 +112,6 @@ class Pool {
   }
 
   void work(int index) {
-    // A thread begins in the mode of the one that makes it.
-    set_float_mode(kStandardFloats);
     uint64_t seen = 0;
     for (;;) {
       for (int spin = 0; spin < kIdleSpins; ++spin) {
@@ -107,11 +122,9 @@ class Pool {
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (index >= wanted_) continue;
-      auto* const task = task_;
-      void* const context = context_;
-      const int64_t count = count_;
+      Job* const job = job_;
       lock.unlock();
-      drain(task, context, count);
+      job->work();
       lock.lock();
       if (--running_ == 0) {
         done_.store(generation_, std::memory_order_release);
@@ -124,23 +137,28 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, finished_;
   std::vector<std::thread> workers_;
-  std::atomic<int64_t> next_{0};
   std::atomic<uint64_t> signal_{0}, done_{0};
   uint64_t generation_ = 0;
   int wanted_ = 0, running_ = 0;
-  void (*task_)(void*, int64_t) = nullptr;
-  void* context_ = nullptr;
-  int64_t count_ = 0;
-  std::exception_ptr error_;
+  Job* job_ = nullptr;
 };
 
-// Never destroyed: workers may outlive static destructors. A child of fork() has none of its
-// parent's workers and starts a pool of its own.
+// Never destroyed: workers may outlive static destructors.
 std::atomic<Pool*> pool{nullptr};
 
-Pool& the_pool() {
-  static const int hooked = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+// Whether this process came of fork(). It has none of the threads of its parent: it starts a pool
+// of its own, and leaves OpenMP alone, which would wait for threads that are not there.
+std::atomic<bool> is_child{false};
+
+void remember_forks() {
+  static const int hooked = pthread_atfork(nullptr, nullptr, [] {
+    pool.store(nullptr);
+    is_child.store(true);
+  });
   static_cast<void>(hooked);
+}
+
+Pool& the_pool() {
   Pool* current = pool.load(std::memory_order_acquire);
   if (current == nullptr) {
     auto fresh = std::make_unique<Pool>();
@@ -149,11 +167,64 @@ Pool& the_pool() {
   return *current;
 }
 
+// Runs function(data) on so many threads: what the code of `#pragma omp parallel` calls.
+using Team = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+// A model has just run on these threads, which wait for their next work in a loop: they begin at
+// once, and keep the threads of anyone else from the cores meanwhile. torch makes their library's
+// names known to all of the process.
+Team find_team() {
+#if defined(__SANITIZE_THREAD__)
+  return nullptr;
+#else
+  return reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#endif
+}
+
+// Whether so many threads can be made. OpenMP ends the process if they cannot.
+bool can_make(int threads) {
+  std::vector<std::thread> made;
+  bool all = true;
+  try {
+    for (int k = 0; k < threads; ++k) made.emplace_back([] {});
+  } catch (const std::exception&) {
+    all = false;
+  }
+  for (std::thread& thread : made) thread.join();
+  return all;
+}
+
+// The most threads that this thread has been seen to have in a team.
+thread_local int known_team = 1;
+
+// False if there is no team. While another thread has it, this one works alone.
+bool run_on_team(Job& job, int threads) {
+  static const Team team = find_team();
+  static std::atomic<bool> in_use{false};
+  if (team == nullptr || is_child.load(std::memory_order_relaxed)) return false;
+  if (known_team < threads) {
+    if (!can_make(threads - 1)) return false;
+    known_team = threads;
+  }
+  if (in_use.exchange(true, std::memory_order_acquire)) {
+    job.work();
+    return true;
+  }
+  team([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads),
+       0);
+  in_use.store(false, std::memory_order_release);
+  return true;
+}
+
 }  // namespace
 
 void run_tasks(int64_t count, int threads, void (*task)(void*, int64_t), void* context) {
   if (threads > count) threads = static_cast<int>(count);
-  if (threads > 1 && the_pool().run(count, threads, task, context)) return;
+  if (threads > 1) {
+    remember_forks();
+    Job job(count, task, context);
+    if (run_on_team(job, threads) || the_pool().run(job, threads)) return job.rethrow();
+  }
   for (int64_t i = 0; i < count; ++i) task(context, i);
 }
 

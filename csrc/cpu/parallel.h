@@ -1,5 +1,6 @@
-// A parallel loop on a pool of threads of our own, without OpenMP: a second OpenMP runtime beside
-// torch's would oversubscribe the cores, and thread sanitizers do not understand it.
+// A parallel loop. It runs on the threads that torch has already, found at run time: code that
+// links to OpenMP may bring a second runtime, whose threads would take the cores from those of the
+// first.
 #pragma once
 
 #include <cstdint>

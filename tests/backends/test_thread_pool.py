@@ -235,3 +235,20 @@ def test_an_exception_of_a_task_reaches_the_caller_and_leaves_the_pool_usable(tm
         [tmp_path / "pool"], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, "pool: exceptions and nested calls\n"), done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_calls_run_on_the_threads_that_torch_has():
+    """Threads of another pool would wait for the cores, which torch's keep for a while."""
+    program = """
+import ctypes
+torch.set_num_threads(2)
+torch.randn(1 << 22).exp_()
+before = threads_now()
+assert call(2)
+print(hasattr(ctypes.CDLL(None), "GOMP_parallel"), threads_now() - before)
+"""
+    is_known, made = run(program).split()
+    if is_known == "False":
+        pytest.skip("this torch has no OpenMP runtime, or keeps its names to itself")
+    assert made == "0"
