@@ -100,14 +100,19 @@ static inline double sum_log_ratios(const T* now, const T* old, At at, int64_t l
 template <class T, class At>
 static inline bool share_one(const T* values, At at, int64_t length) {
   const T first = values[at(0)];
-  const int64_t whole = length - length % kLanes<T>;
-  MaskOf<Lanes<T>> apart{};
-  for (int64_t i = 0; i < whole; i += kLanes<T>) apart |= load(values, at, i, length) != first;
-  if (any_of(apart)) return false;
-  for (int64_t i = whole; i < length; ++i) {
-    if (values[at(i)] != first) return false;
+  if (length < kLanes<T>) {
+    for (int64_t i = 1; i < length; ++i) {
+      if (values[at(i)] != first) return false;
+    }
+    return true;
   }
-  return true;
+  MaskOf<Lanes<T>> apart{};
+  for (int64_t i = 0; i < length - kLanes<T>; i += kLanes<T>) {
+    apart |= load(values, at, i, length) != first;
+  }
+  // The last vector looks at some a second time.
+  apart |= load(values, at, length - kLanes<T>, length) != first;
+  return !any_of(apart);
 }
 
 // A non-empty step.
