@@ -17,11 +17,10 @@ from steppo_kernels import StepLayout, StepPOConfig
 from steppo_kernels.backends import choice, operators
 from steppo_kernels.cli import main
 from steppo_kernels.cli import validate as validation
-from steppo_kernels.cli.validate.draw import Draw, border
+from steppo_kernels.cli.validate.case import Case, Problem
+from steppo_kernels.cli.validate.draw import Draw, border, more_batches
 from steppo_kernels.cli.validate.run import relative_error
-from steppo_kernels.config import (
-    RATIOS,
-)
+from steppo_kernels.config import RATIOS
 from steppo_kernels.outputs import POLICY_METRICS
 
 CPU = torch.device("cpu")
@@ -181,6 +180,70 @@ def test_a_wrong_output_is_missed(native, operation, name, spoil):
     assert operation in missed
     # Nothing that does not use the operator is blamed.
     assert all(operation in name for name in missed)
+
+
+def _without_the_last(out: Tensor) -> None:
+    out[-1:] = 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spoil"),
+    [
+        (torch.bfloat16, lambda out: out.mul_(1.1)),
+        (torch.float16, lambda out: out.mul_(1.02)),
+        (torch.bfloat16, _without_the_last),
+        (torch.float16, _without_the_last),
+    ],
+)
+def test_each_head_in_half_precision_is_held_to_its_yardstick(native, dtype, spoil):
+    """More draws make the yardstick steady, and leave it too short for a gradient that is wrong."""
+    heads = [case for case in validation.CASES if case.more_draws]
+    assert {case.operation for case in heads} == {"linear_token_log_probs", "linear_steppo_loss"}
+    options = {"seed": 3, "batches": 1, "dtypes": (dtype,)}
+    assert all(row.ok for row in validation.validate(heads, ["cpu"], CPU, **options))
+    native("token_log_probs_backward", spoil)
+    rows = validation.validate(heads, ["cpu"], CPU, **options)
+    assert [row.variant for row in rows if row.ok] == []
+    assert all(row.output.startswith("grad_") for row in rows)
+
+
+def test_a_lucky_batch_is_not_the_yardstick():
+    """Plain PyTorch errs by chance: here not at all on the batch that is checked."""
+    errs = itertools.cycle((0.0, *(0.01 * number for number in range(1, 9))))
+
+    def draw_problem(draw: Draw) -> Problem:
+        by = next(errs)
+
+        def run(inputs: Any, backend: str) -> dict[str, Tensor]:
+            exact = inputs["x"].dtype == torch.float64
+            error = 0.0 if exact else by if backend == "reference" else 0.08
+            return {"y": torch.tensor([1.0 + error], dtype=torch.float64)}
+
+        return Problem(run, {"x": draw.rounded(torch.ones(1))})
+
+    def check(more_draws: int, dtype: torch.dtype) -> Any:
+        case = Case("it", "", draw_problem, more_draws=more_draws)
+        (row,) = validation.validate([case], ["cpu"], CPU, seed=1, batches=1, dtypes=(dtype,))
+        return row
+
+    row = check(8, torch.bfloat16)
+    assert row.ok
+    # The mean of the other eight.
+    assert (row.batches, row.plain) == (1, pytest.approx(0.045))
+    errs = itertools.repeat(0.0)
+    assert not check(8, torch.bfloat16).ok
+    errs = itertools.cycle((0.0, 0.5))
+    # Only half precision, and only where it is asked for, has more draws.
+    assert not check(0, torch.bfloat16).ok
+    next(errs)
+    assert not check(8, torch.float32).ok
+
+
+@pytest.mark.parametrize("batches", [1, 3, 8, 11])
+def test_more_batches_are_new_and_of_the_kinds_that_are_checked(batches):
+    numbers = more_batches(batches, 8)
+    assert len(set(numbers) - set(range(batches))) == 8
+    assert {number % 8 for number in numbers} == {number % 8 for number in range(batches)}
 
 
 @pytest.mark.parametrize("metric", range(len(POLICY_METRICS)))

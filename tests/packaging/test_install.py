@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
 import json
 import os
 import shutil
@@ -43,8 +43,10 @@ def source(tmp_path: Path) -> Path:
     if shutil.which("git") is None or not (_ROOT / ".git").exists():
         pytest.skip("no git checkout to install from")
     for module in ("pip", "setuptools", "pybind11", "ninja"):
-        # Not imported: setuptools would put its distutils in the place of another.
-        if importlib.util.find_spec(module) is None:
+        # Not imported: setuptools would put its distutils in the place of another. Its finder
+        # is not asked either: it takes a search for pip for a start of pip. From then on torch's
+        # compiler would import the deprecated distutils of Python.
+        if importlib.machinery.PathFinder.find_spec(module) is None:
             pytest.skip(f"no {module} to build with")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

@@ -2,8 +2,10 @@
 
 The answer is the reference in fp64 on the same inputs, already rounded to the dtype under test. The
 yardstick is plain PyTorch: the reference in that dtype. A backend may err twice as far, and a few
-units in the last place more. Beside that, each call must give the same bits again, and may not
-let anything through from slots that it has no business to read: those hold NaN and infinities.
+units in the last place more. Where plain PyTorch rounds in other places than a backend, its error
+on one batch is a matter of luck: there the yardstick is at least its mean error on more draws (see
+`Case.more_draws`). Beside that, each call must give the same bits again, and may not let anything
+through from slots that it has no business to read: those hold NaN and infinities.
 
 The objective jumps where a ratio meets its clip, or a value its range. There a rounding error
 decides between two answers that are both right, so batches are drawn clear of it: hyper-parameters

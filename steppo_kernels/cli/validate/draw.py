@@ -118,6 +118,13 @@ class Draw:
         return mask.to(self.device)
 
 
+def more_batches(batches: int, count: int) -> list[int]:
+    """Return the numbers of `count` batches beyond the first `batches`, of the kinds of these."""
+    kinds = len(_KINDS)
+    first, taken = -(-batches // kinds) * kinds, min(batches, kinds)
+    return [first + i // taken * kinds + i % taken for i in range(count)]
+
+
 def border(values: Tensor, beyond: float, default: float, *, least: float) -> float:
     """Return a number above `beyond` that no entry of `values` is near to.
 

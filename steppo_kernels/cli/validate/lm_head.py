@@ -1,7 +1,8 @@
 """Cases of `linear_token_log_probs` and `linear_steppo_loss`.
 
 In half precision the yardstick forms its logits in that dtype, as models do: the reference
-backend would compute in fp32.
+backend would compute in fp32. A backend rounds no logits, but the gradients that it keeps for
+backward. Each of them may be lucky on one small batch, so the yardstick takes more draws.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .draw import Draw
 from .token_log_probs import WIDE
 
 _HALVES = (torch.bfloat16, torch.float16)
+_MORE_DRAWS = 8
 
 
 def _draw_head(draw: Draw, bias: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -95,7 +97,7 @@ def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = Fal
 
         return Problem(run, inputs, {"hidden": (~mask)[..., None].expand_as(inputs["hidden"])})
 
-    return Case("linear_token_log_probs", variant, draw_problem)
+    return Case("linear_token_log_probs", variant, draw_problem, more_draws=_MORE_DRAWS)
 
 
 def _loss_case(variant: str, *, bias: bool = False, by_token: bool = False, **chosen: Any) -> Case:
@@ -135,7 +137,7 @@ def _loss_case(variant: str, *, bias: bool = False, by_token: bool = False, **ch
         unread = {"hidden": (~mask)[..., None].expand_as(inputs["hidden"]), "old_log_probs": ~mask}
         return Problem(run, inputs, unread)
 
-    return Case("linear_steppo_loss", variant, draw_problem)
+    return Case("linear_steppo_loss", variant, draw_problem, more_draws=_MORE_DRAWS)
 
 
 CASES: tuple[Case, ...] = (
