@@ -114,6 +114,32 @@ class Sum {
   Wide sum_{};
 };
 
+// A sum of lanes of 0 and 1. Numbers of T count exactly up to the largest that it tells from the
+// next.
+template <class T>
+class Count {
+ public:
+  void add(Lanes<T> ones) {
+    sum_ += ones;
+    if (++added_ == kMost) flush();
+  }
+  double total() {
+    flush();
+    return total_;
+  }
+
+ private:
+  static constexpr int64_t kMost = int64_t{1} << 23;
+  void flush() {
+    for (int k = 0; k < kLanes<T>; ++k) total_ += static_cast<double>(sum_[k]);
+    sum_ = Lanes<T>{};
+    added_ = 0;
+  }
+  Lanes<T> sum_{};
+  int64_t added_ = 0;
+  double total_ = 0;
+};
+
 // The sum, the smallest and the largest of lanes.
 template <class T>
 class Extremes {
@@ -160,9 +186,9 @@ struct Gathered {
 // 1 in the lanes of tokens, 0 past the last of so many.
 template <class T>
 static inline Lanes<T> token_lanes(int64_t left) {
+  if (left >= kLanes<T>) return Lanes<T>{} + T(1);
   Lanes<T> lanes{};
-  const int count = left >= kLanes<T> ? kLanes<T> : static_cast<int>(left);
-  for (int k = 0; k < count; ++k) lanes[k] = T(1);
+  for (int k = 0; k < static_cast<int>(left); ++k) lanes[k] = T(1);
   return lanes;
 }
 

@@ -37,7 +37,7 @@ double mean_log_ratio(const PolicyCall<T>& call, const Steps& steps, int threads
 
 void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyConfig& config,
                  const Place& place) {
-  const int threads = worthwhile_threads(steps.num_tokens, place.threads);
+  const int threads = worthwhile_threads(steps.num_tokens * token_cost(config), place.threads);
   const int64_t num_steps = steps.num_steps;
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -247,6 +247,11 @@ static inline double add_step(const PolicyCall<T>& call, At at, const PolicyStep
   return log_ratio;
 }
 
+// How much more than one of a plain step a token costs.
+static inline int64_t token_cost(const PolicyConfig& config) {
+  return config.ratio == kToken ? 4 : 1;
+}
+
 // How many steps ahead tokens are asked for.
 constexpr int64_t kStepsAhead = 6;
 

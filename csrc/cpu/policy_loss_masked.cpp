@@ -30,7 +30,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
                         const PolicyConfig& config, const Place& place) {
   const bool* const mask = masked.mask;
   const int64_t num_tokens = masked.num_tokens, row_length = masked.row_length;
-  const int threads = worthwhile_threads(num_tokens, place.threads);
+  const int threads = worthwhile_threads(num_tokens * token_cost(config), place.threads);
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     PolicyCall<T> call(tensors, config);

@@ -237,7 +237,8 @@ static inline TokenSums<T> differentiate(const PolicyCall<T>& call, const Policy
   const bool has_kl = call.ref_log_probs != nullptr;
   const T kl_coefficient =
       !has_kl || config.kl_coef == 0 ? T(0) : static_cast<T>(config.kl_coef * kl_share);
-  Sum<T> value, kl, clipped_low, clipped_high;
+  Sum<T> value, kl;
+  Count<T> clipped_low, clipped_high, dead;
   TokenSums<T> sums;
   for (int64_t i = 0; i < length; i += kLanes<T>) {
     const TokenLanes<T> token = policy(i);
@@ -254,8 +255,8 @@ static inline TokenSums<T> differentiate(const PolicyCall<T>& call, const Policy
         grad *= own;
       }
     }
+    const L present = token_lanes<T>(length - i);
     if constexpr (Policy::kIsCounted) {
-      const L present = token_lanes<T>(length - i);
       value.add(Choose::select(present > T(0), own_value, L{}));
       clipped_low.add(token.clipped_low * present);
       clipped_high.add(token.clipped_high * present);
@@ -267,14 +268,14 @@ static inline TokenSums<T> differentiate(const PolicyCall<T>& call, const Policy
       kl.add(found.value);
       if (kl_coefficient != T(0)) grad += kl_coefficient * found.slope;
     }
-    const int count = length - i >= kLanes<T> ? kLanes<T> : static_cast<int>(length - i);
-    for (int k = 0; k < count; ++k) sums.dead += grad[k] == T(0);
+    dead.add(Choose::select(grad == L{}, present, L{}));
     if (call.grad_log_probs != nullptr) store(call.grad_log_probs, at, i, length, grad);
   }
   sums.value = value.total();
   sums.kl = kl.total();
   sums.clipped_low = clipped_low.total();
   sums.clipped_high = clipped_high.total();
+  sums.dead = static_cast<int64_t>(dead.total());
   return sums;
 }
 
