@@ -29,8 +29,10 @@ void without_lock(F&& body) {
   PyEval_RestoreThread(thread);
 }
 
+// A tuple of the caller's, which keeps it alive. An object that owned it would be destroyed where
+// the interpreter has ended and a thread that comes back is unwound, and would end the process.
 template <class>
-using Tuple = const pybind11::tuple&;
+using Tuple = pybind11::handle;
 
 template <class... Records>
 void def(pybind11::module_& m, const char* name, void (*kernel)(const Records&...)) {

@@ -16,7 +16,11 @@ namespace steppo::binding {
 // The entries of a tuple, one after the other.
 class Entries {
  public:
-  Entries(const pybind11::tuple& tuple, const char* record, Py_ssize_t fields) : tuple_(tuple) {
+  Entries(pybind11::handle tuple, const char* record, Py_ssize_t fields) : tuple_(tuple) {
+    if (!PyTuple_Check(tuple.ptr())) {
+      throw pybind11::type_error(std::string(record) + ": got " + Py_TYPE(tuple.ptr())->tp_name +
+                                 ", expected a tuple");
+    }
     const Py_ssize_t size = PyTuple_GET_SIZE(tuple.ptr());
     if (size != fields) {
       throw pybind11::value_error(std::string(record) + ": got " + std::to_string(size) +
@@ -40,7 +44,7 @@ class Entries {
   }
 
  private:
-  const pybind11::tuple& tuple_;
+  pybind11::handle tuple_;
   Py_ssize_t at_ = 0;
 };
 
@@ -65,11 +69,11 @@ struct Names;
 #undef STEPPO_END
 
 template <class R>
-R record_of(const pybind11::tuple& tuple);
+R record_of(pybind11::handle tuple);
 
 #define STEPPO_RECORD(record)                                                          \
   template <>                                                                          \
-  inline record record_of<record>(const pybind11::tuple& tuple) {                      \
+  inline record record_of<record>(pybind11::handle tuple) {                            \
     Entries entries(tuple, Names<record>::kRecord, std::size(Names<record>::kFields)); \
     record made;
 #define STEPPO_FIELD(type, name) entries.next(made.name);
