@@ -8,8 +8,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <fstream>
 #include <memory>
 #include <mutex>
+#include <sstream>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -146,15 +149,37 @@ class Pool {
 // Never destroyed: workers may outlive static destructors.
 std::atomic<Pool*> pool{nullptr};
 
-// Whether this process came of fork(). It has none of the threads of its parent: it starts a pool
-// of its own, and leaves OpenMP alone, which would wait for threads that are not there.
-std::atomic<bool> is_child{false};
+// Whether this process is a child of fork() and has run no program of its own since. It has none of
+// the threads of its parent. OpenMP does not know that, and would wait for them forever. The system
+// tells of a fork that was before this code was there; a later one tells by itself.
+bool came_of_fork() {
+  constexpr unsigned long kForkedWithoutExec = 0x40;
+  std::ifstream file("/proc/self/stat");
+  std::string text;
+  std::getline(file, text);
+  // The name of the program stands in parentheses and may hold any character.
+  const size_t name_end = text.rfind(')');
+  if (name_end == std::string::npos) return true;
+  std::istringstream fields(text.substr(name_end + 1));
+  std::string skipped;
+  for (int k = 0; k < 6; ++k) fields >> skipped;
+  unsigned long flags = 0;
+  return !(fields >> flags) || (flags & kForkedWithoutExec) != 0;
+}
+
+std::atomic<bool>& is_child() {
+  static std::atomic<bool> flag{came_of_fork()};
+  return flag;
+}
 
 void remember_forks() {
-  static const int hooked = pthread_atfork(nullptr, nullptr, [] {
-    pool.store(nullptr);
-    is_child.store(true);
-  });
+  static const int hooked = [] {
+    is_child();
+    return pthread_atfork(nullptr, nullptr, [] {
+      pool.store(nullptr);
+      is_child().store(true);
+    });
+  }();
   static_cast<void>(hooked);
 }
 
@@ -201,7 +226,7 @@ thread_local int known_team = 1;
 bool run_on_team(Job& job, int threads) {
   static const Team team = find_team();
   static std::atomic<bool> in_use{false};
-  if (team == nullptr || is_child.load(std::memory_order_relaxed)) return false;
+  if (team == nullptr || is_child().load(std::memory_order_relaxed)) return false;
   if (known_team < threads) {
     if (!can_make(threads - 1)) return false;
     known_team = threads;

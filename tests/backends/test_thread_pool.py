@@ -47,10 +47,10 @@ def threads_now():
 """
 
 
-def run(program: str) -> str:
+def run(program: str, setup: str = _SETUP) -> str:
     """Run a program in a process of its own; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", _SETUP + program],
+        [sys.executable, "-c", setup + program],
         capture_output=True,
         text=True,
         check=False,
@@ -210,15 +210,41 @@ for _ in range(2):
     run(program)
 
 
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="has no fork")
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_child_of_fork_does_not_wait_for_the_threads_of_its_parent(is_loaded):
+    """Only torch has made threads, and the kernels are first called in the child."""
+    load = "from steppo_kernels import _C_cpu"
+    program = f"""
+torch.set_num_threads(4)
+torch.randn(1 << 22).exp_()
+torch.set_num_threads(1)
+child = os.fork()
+if child == 0:
+    {load}
+    os._exit(0 if call(4) and call(4) else 1)
+deadline = time.monotonic() + 20
+while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+    time.sleep(0.01)
+if ended == (0, 0):
+    os.kill(child, 9)
+print(ended[0] == child and ended[1] == 0)
+"""
+    assert run(program, _SETUP if is_loaded else _SETUP.replace(load, "")) == "True"
+
+
 def test_a_process_ends_while_its_threads_still_call():
     """Daemon threads are cut off wherever they are, without a crash or a hang."""
     program = """
-def work():
+calls = [0] * 3
+def work(k):
     while True:
-        _C_cpu.broadcast_to_tokens(0, *addresses, 4)
-for _ in range(3):
-    threading.Thread(target=work, daemon=True).start()
-time.sleep(0.2)
+        _C_cpu.broadcast_to_tokens(broadcast, (4, 0, 0, 0))
+        calls[k] += 1
+for k in range(3):
+    threading.Thread(target=work, args=(k,), daemon=True).start()
+while min(calls) < 3:
+    time.sleep(0.01)
 print("done")
 """
     assert run(program) == "done"
