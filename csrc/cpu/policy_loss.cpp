@@ -17,14 +17,7 @@ double mean_log_ratio(const PolicyCall<T>& call, const Steps& steps, int threads
     double sum = 0;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = steps.token_index[i];
-      const double z =
-          static_cast<double>(call.log_probs[t]) - static_cast<double>(call.old_log_probs[t]);
-      if (call.clips_tokens) {
-        const int64_t owner = call.advantages_per_token ? t : steps.step_ids[t];
-        sum += held_log_ratio<double>(z, call.advantages[owner], call.config);
-      } else {
-        sum += z;
-      }
+      sum += pooled_log_ratio(call, t, call.advantages_per_token ? t : steps.step_ids[t]);
     }
     partial[b] = sum;
   });

@@ -129,8 +129,7 @@ static inline int64_t add_shared(const PolicyCall<T>& call, At at, const PolicyS
                                  const Point<double>& point, double scale, PolicySums& sums) {
   const PolicyConfig& config = call.config;
   const double n = static_cast<double>(step.length);
-  const Unit<double> unit = with_surrogate(
-      config.surrogate, [&](auto kind) { return surrogate<decltype(kind)::value>(point, config); });
+  const Unit<double> unit = step_unit(point, config);
   double is_weight = 1;
   if (call.is_weights != nullptr) {
     is_weight = call.is_weights_per_token ? sum_tokens(call.is_weights, at, step.length) / n

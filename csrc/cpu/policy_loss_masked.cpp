@@ -47,10 +47,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
           double z_sum = 0, count = 0;
           const auto add = [&](Run run) {
             for (int64_t t = run.begin; t < run.end; ++t) {
-              const double one = static_cast<double>(call.log_probs[t]) -
-                                 static_cast<double>(call.old_log_probs[t]);
-              z_sum +=
-                  call.clips_tokens ? held_log_ratio<double>(one, call.advantages[t], config) : one;
+              z_sum += pooled_log_ratio(call, t, t);
             }
             count += static_cast<double>(run.end - run.begin);
           };

@@ -83,6 +83,16 @@ static inline L held_log_ratio(L z, L advantage, const PolicyConfig& config) {
                         Choose::select(z > high, high, z));
 }
 
+// z of one token in fp64, as it is pooled: clamped if tokens are. `owner` is where its advantage
+// is.
+template <class T>
+static inline double pooled_log_ratio(const PolicyCall<T>& call, int64_t token, int64_t owner) {
+  const double z =
+      static_cast<double>(call.log_probs[token]) - static_cast<double>(call.old_log_probs[token]);
+  if (!call.clips_tokens) return z;
+  return held_log_ratio<double>(z, call.advantages[owner], call.config);
+}
+
 // The sum of the clamped z of a step.
 template <class T, class At>
 static inline double sum_held(const PolicyCall<T>& call, const Advantages<T, At>& advantages, At at,
@@ -131,15 +141,10 @@ struct OwnAdvantages {
   OwnAdvantages(const PolicyCall<T>& the_call, const Advantages<T, At>& of_step, At where,
                 int64_t count, Point<double> point)
       : call(the_call), advantages(of_step), at(where), length(count), ratio(point.ratio) {
-    const PolicyConfig& config = call.config;
-    const auto unit = [&](double advantage) {
-      point.advantage = advantage;
-      return with_surrogate(config.surrogate, [&](auto kind) {
-        return surrogate<decltype(kind)::value>(point, config);
-      });
-    };
-    positive = unit(1.0);
-    negative = unit(-1.0);
+    point.advantage = 1.0;
+    positive = step_unit(point, call.config);
+    point.advantage = -1.0;
+    negative = step_unit(point, call.config);
   }
 
   TokenLanes<T> operator()(int64_t i) const {

@@ -65,7 +65,7 @@ RunCounts count_parts(const MaskedRows& rows, int64_t begin, int64_t end) {
 }
 
 // Sums counts[0..blocks) into offsets in place; returns the total.
-int64_t prefix(Buffer<int64_t>& counts, int64_t blocks) {
+int64_t prefix(int64_t* counts, int64_t blocks) {
   int64_t total = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t count = counts[b];
@@ -154,8 +154,8 @@ void segment_mask(const MaskedRows& rows, const Segments& out, const Place& plac
   const int64_t blocks = ceil_div(num_tokens, kBlock);
   Buffer<int64_t> numbers(blocks), actions(blocks);
   count_blocks(rows, numbers, actions, threads);
-  const int64_t num_steps = prefix(numbers, blocks);
-  out.counts[0] = prefix(actions, blocks);
+  const int64_t num_steps = prefix(numbers.get(), blocks);
+  out.counts[0] = prefix(actions.get(), blocks);
   out.counts[1] = -1;
   out.counts[2] = num_steps;
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
@@ -178,14 +178,9 @@ void count_steps(const MaskedRows& rows, const RowCounts& out, const Place& plac
     out.row_steps[row] = found.runs;
     actions[row] = found.tokens;
   });
-  int64_t steps = 0;
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
-    const int64_t here = out.row_steps[row];
-    out.row_steps[row] = steps;
-    steps += here;
-  }
+  const int64_t steps = prefix(out.row_steps, rows.num_rows);
   out.row_steps[rows.num_rows] = steps;
-  out.counts[0] = prefix(actions, rows.num_rows);
+  out.counts[0] = prefix(actions.get(), rows.num_rows);
   out.counts[1] = -1;
   out.counts[2] = steps;
 }
@@ -196,8 +191,8 @@ void lay_out_runs(const MaskedRows& rows, const RunLayout& out, const Place& pla
   const int64_t blocks = ceil_div(num_tokens, kBlock);
   Buffer<int64_t> numbers(blocks), ranks(blocks);
   count_blocks(rows, numbers, ranks, threads);
-  prefix(numbers, blocks);
-  prefix(ranks, blocks);
+  prefix(numbers.get(), blocks);
+  prefix(ranks.get(), blocks);
   parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
     int64_t rank = ranks[b];
     for_parts(
@@ -248,16 +243,13 @@ void segment_ids(const NumberedRows& rows, const Segments& out, const Place& pla
     actions[row] = found;
     decreasing[row] = bad;
   });
-  int64_t number = 0, found = 0, bad = num_tokens;
+  int64_t bad = num_tokens;
   for (int64_t row = 0; row < num_rows; ++row) {
-    const int64_t steps = out.row_steps[row];
-    out.row_steps[row] = number;
-    number += steps;
-    found += actions[row];
     if (decreasing[row] < bad) bad = decreasing[row];
   }
+  const int64_t number = prefix(out.row_steps, num_rows);
   out.row_steps[num_rows] = number;
-  out.counts[0] = found;
+  out.counts[0] = prefix(actions.get(), num_rows);
   out.counts[1] = bad == num_tokens ? -1 : bad;
   out.counts[2] = number;
   parallel_for(num_rows, threads, [&](int64_t row) {
@@ -292,7 +284,7 @@ void segment_rows(const StepRows& rows, const Segments& out, const Place& place)
     out.row_steps[row] = row;
   });
   out.row_steps[num_rows] = num_rows;
-  out.counts[0] = prefix(actions, num_rows);
+  out.counts[0] = prefix(actions.get(), num_rows);
   out.counts[1] = -1;
   out.counts[2] = num_rows;
 }
@@ -328,7 +320,7 @@ void compact(const Compaction& c, const Place& place) {
     ranks[b] = found;
     last_ids[b] = last;
   });
-  ranks[blocks] = prefix(ranks, blocks);
+  ranks[blocks] = prefix(ranks.get(), blocks);
   int64_t last = -1;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t here = last_ids[b];

@@ -348,9 +348,9 @@ def gradient_scale(backend: str, metrics: Tensor) -> Tensor | None:
     """Return what the gradients of a loss are to be multiplied by, 0-dim; None is 1.
 
     Compiled code knows the normalizer before it writes gradients. A GPU adds it up last, and leaves
-    its reciprocal in the last entry of the metrics.
+    its reciprocal in the last entry of the metrics. The caller owns these, and may write to them.
     """
-    return None if backend == "cpu" else metrics[-1]
+    return None if backend == "cpu" else metrics[-1].clone()
 
 
 _HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"

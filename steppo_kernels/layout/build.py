@@ -30,24 +30,8 @@ def from_mask(
         boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
         boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
         boundaries = boundaries.contiguous()
-    runs = (flags if flags.is_contiguous() else flags.contiguous(), boundaries, rows)
-    row_steps, counts = segment.count_steps(*runs, chosen)
-    num_tokens, _, num_steps = counts.tolist()
-    step_ids, index, offsets, lengths, starts, steps, counts, step_rows = segment.lay_out_runs(
-        *runs, row_steps, num_steps, num_tokens, chosen
-    )
-    return StepTensors(
-        step_ids=step_ids,
-        token_index=index,
-        step_offsets=offsets,
-        step_lengths=lengths,
-        step_starts=starts,
-        trajectory_steps=steps,
-        trajectory_offsets=row_steps,
-        trajectory_counts=counts,
-        state_index=starts,
-        step_rows=step_rows,
-        row_offsets=rows,
+    return _from_runs(
+        flags if flags.is_contiguous() else flags.contiguous(), boundaries, rows, chosen
     )
 
 
@@ -122,9 +106,7 @@ def from_markers(
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     if valid is None:
         marked = segment.mark_actions(flat, rows, *markers, chosen)
-        return _from_segments(
-            segment.segment_mask(marked, None, rows, chosen), rows, ids.shape, chosen
-        )
+        return _from_runs(marked.view(ids.shape), None, rows, chosen)
     # Padding is taken out: then it is no part of an action or of a marker, wherever it lies.
     places = valid.nonzero().squeeze(1)
     real_rows = csr.prefix(valid.to(torch.int64))[rows]
@@ -133,6 +115,28 @@ def from_markers(
     step_ids = torch.full((ids.numel(),), -1, dtype=torch.int32, device=ids.device)
     step_ids[places] = found.step_ids
     return _from_segments(found._replace(step_ids=step_ids), rows, ids.shape, chosen)
+
+
+def _from_runs(mask: Tensor, boundaries: Tensor | None, rows: Tensor, backend: str) -> StepTensors:
+    """Make the runs of ones of a contiguous mask the steps, and rows the trajectories."""
+    row_steps, counts = segment.count_steps(mask, boundaries, rows, backend)
+    num_tokens, _, num_steps = counts.tolist()
+    step_ids, index, offsets, lengths, starts, steps, sizes, step_rows = segment.lay_out_runs(
+        mask, boundaries, rows, row_steps, num_steps, num_tokens, backend
+    )
+    return StepTensors(
+        step_ids=step_ids,
+        token_index=index,
+        step_offsets=offsets,
+        step_lengths=lengths,
+        step_starts=starts,
+        trajectory_steps=steps,
+        trajectory_offsets=row_steps,
+        trajectory_counts=sizes,
+        state_index=starts,
+        step_rows=step_rows,
+        row_offsets=rows,
+    )
 
 
 def _from_segments(

@@ -53,6 +53,21 @@ def test_the_loss_may_be_changed_in_place(target, form, records):
     torch.testing.assert_close(x.grad, y.grad / 4, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("form", ["layout", "mask", "value"])
+def test_the_metrics_may_be_changed_in_place(target, form):
+    """Ranks add theirs up in place, and may do so before the backward pass."""
+    grads = []
+    for is_changed in (False, True):
+        x = numbers(target).requires_grad_()
+        out = outputs(target, form, x)
+        if is_changed:
+            out.metrics.values.zero_()
+        out.loss.backward()
+        grads.append(x.grad)
+    assert grads[0].any()
+    assert torch.equal(*grads)
+
+
 def exact_k3(d):
     """e^d - 1 - d, without the difference of numbers that are nearly the same."""
     return math.fsum(d**k / math.factorial(k) for k in range(2, 60))

@@ -165,6 +165,12 @@ STEPPO_FN auto with_surrogate(Surrogate kind, F&& body) {
   }
 }
 
+// The unit of a step, by the surrogate that is configured.
+STEPPO_FN Unit<double> step_unit(const Point<double>& point, const PolicyConfig& c) {
+  return with_surrogate(c.surrogate,
+                        [&](auto kind) { return surrogate<decltype(kind)::value>(point, c); });
+}
+
 // e^min(x, log_ratio_max).
 template <class T>
 STEPPO_FN T ratio_of(T log_ratio, double log_ratio_max) {
