@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -140,3 +142,36 @@ def test_forward_mode_raises(kernel):
             with pytest.raises(RuntimeError, match="forward-mode differentiation: got a dual"):
                 call(dual)
         call(x)
+
+
+def test_a_mode_of_the_first_call_leaves_nothing_behind():
+    """What is allocated once and kept, by the module and by a layout, is real."""
+    if why := choice.unavailable("cpu", torch.device("cpu")):
+        pytest.skip(f"cpu: {why}")
+    program = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from steppo_kernels import StepLayout, step_gae, step_value_loss, steppo_loss
+mask = torch.tensor([[1, 1, 0, 1]])
+x, per_step = torch.zeros(1, 4), torch.ones(2)
+layout = StepLayout.from_mask(mask, backend="reference")
+calls = [
+    lambda: steppo_loss(x, x, per_step, layout, backend="cpu").loss,
+    lambda: steppo_loss(x, x, x, mask, backend="cpu").loss,
+    lambda: step_value_loss(per_step, per_step, layout, backend="cpu").loss,
+    lambda: step_gae(per_step, per_step, layout, backend="cpu").returns,
+]
+refused = 0
+for call in calls:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            call()
+        except (RuntimeError, TypeError, ValueError):
+            refused += 1
+print(refused, *(type(call()).__name__ for call in calls))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["4", *["Tensor"] * 4]

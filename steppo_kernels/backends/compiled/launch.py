@@ -6,12 +6,24 @@ names that launchers write: addresses of tensors, 0 where there is none, and num
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ... import _C_cpu as kernels
+from ..records import template
 
-__all__ = ["DTYPES", "addresses", "empty", "kernels", "place", "scalar_like", "start"]
+__all__ = [
+    "DTYPES",
+    "addresses",
+    "empty",
+    "kernels",
+    "new_metrics",
+    "place",
+    "scalar_like",
+    "start",
+]
 
 # The numbers of dtypes in csrc/include/steppo/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -47,13 +59,23 @@ def empty(shape: int | tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tens
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-# Tensors of other shapes take twice as long to allocate as one that is like another.
-_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
+_CPU = torch.device("cpu")
+_SCALARS = {dtype: template((), dtype, _CPU) for dtype in DTYPES}
 
 
 def scalar_like(value: Tensor) -> Tensor:
     """Return an uninitialised 0-dim tensor of the dtype of `value`."""
     return torch.empty_like(_SCALARS[value.dtype])
+
+
+def new_metrics(count: int) -> Tensor:
+    """Return an uninitialised vector of so many metrics."""
+    return torch.empty_like(_metrics_template(count))
+
+
+@functools.cache
+def _metrics_template(count: int) -> Tensor:
+    return template((count,), torch.float64, _CPU)
 
 
 def place() -> tuple[int, ...]:

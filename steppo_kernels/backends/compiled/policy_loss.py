@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ...outputs import NUM_POLICY_METRICS
 from ..records import Steps, record
-from .launch import DTYPES, addresses, empty, kernels, place, scalar_like
-
-_METRICS = empty(NUM_POLICY_METRICS, torch.float64)
+from .launch import DTYPES, addresses, kernels, new_metrics, place, scalar_like
 
 
 def policy_loss(
@@ -35,7 +33,7 @@ def policy_loss(
 ) -> tuple[Tensor | None, ...]:
     """Run the operator `policy_loss` of `steppo_kernels.backends.operators`."""
     held = record(Steps, steps)
-    loss, metrics = scalar_like(log_probs), torch.empty_like(_METRICS)
+    loss, metrics = scalar_like(log_probs), new_metrics(NUM_POLICY_METRICS)
     grad_log_probs = torch.empty_like(log_probs) if need_grad else None
     grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
     step_log_ratio = torch.empty_like(held.like_steps[log_probs.dtype])
@@ -80,7 +78,7 @@ def policy_loss_masked(
     """Run the operator `policy_loss_masked` of `steppo_kernels.backends.operators`."""
     step_weights = clip_low = clip_high = step_log_ratio = None
     advantages_per_token = is_weights_per_token = True
-    loss, metrics = scalar_like(log_probs), torch.empty_like(_METRICS)
+    loss, metrics = scalar_like(log_probs), new_metrics(NUM_POLICY_METRICS)
     grad_log_probs = torch.empty_like(log_probs) if need_grad else None
     grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
     tensors = (

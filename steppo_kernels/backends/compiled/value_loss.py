@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ...outputs import NUM_VALUE_METRICS
 from ..records import States, record
-from .launch import DTYPES, addresses, empty, kernels, place, scalar_like
-
-_METRICS = empty(NUM_VALUE_METRICS, torch.float64)
+from .launch import DTYPES, addresses, kernels, new_metrics, place, scalar_like
 
 
 def value_loss(
@@ -27,7 +25,7 @@ def value_loss(
 ) -> tuple[Tensor | None, ...]:
     """Run the operator `value_loss` of `steppo_kernels.backends.operators`."""
     loss = scalar_like(values)
-    metrics = torch.empty_like(_METRICS)
+    metrics = new_metrics(NUM_VALUE_METRICS)
     grad_values = torch.empty_like(values) if need_grad else None
     num_values = values.numel()
     tensors = (
