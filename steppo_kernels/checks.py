@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:

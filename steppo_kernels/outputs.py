@@ -52,7 +52,7 @@ NUM_POLICY_METRICS = len(POLICY_METRICS) + len(_HIDDEN[POLICY_METRICS])
 NUM_VALUE_METRICS = len(VALUE_METRICS) + len(_HIDDEN[VALUE_METRICS])
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False)
 class Metrics:
     """Named scalars that stay on the device until they are asked for.
 
@@ -75,11 +75,7 @@ class Metrics:
 
     values: Tensor
     names: tuple[str, ...]
-    adds_up: bool
-
-    def __init__(self, values: Tensor, names: tuple[str, ...], adds_up: bool = False) -> None:
-        # Every loss makes one: this is a third of what a frozen dataclass does.
-        self.__dict__.update(values=values, names=names, adds_up=adds_up)
+    adds_up: bool = False
 
     @staticmethod
     def merge(parts: Iterable[Metrics]) -> Metrics:

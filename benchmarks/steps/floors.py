@@ -30,8 +30,8 @@ STATED = {
         "backward"
     ),
     "step_gae": (
-        "8 bytes a token (reward and step id) and 88 a step (the cache line of a value, two "
-        "indices and two results), and the allocation of the results"
+        "4 bytes a token (its reward) and 104 a step (the cache line of a value, four numbers that "
+        "say where it lies and two results), and the allocation of the results"
     ),
     "segment": (
         "a count of the mask on the host, as sizes come before arrays, then the mask and every "
@@ -106,7 +106,7 @@ def value_floor(x: Tensor, layout: sk.StepLayout) -> Callable[[], Tensor]:
 
 def gae_floor(rewards: Tensor, layout: sk.StepLayout) -> Callable[[], tuple[Tensor, Tensor]]:
     """Return the floor of `step_gae` on rewards and values of every token."""
-    move = moving(8 * rewards.numel() + (_LINE + 24) * layout.num_steps)
+    move = moving(4 * rewards.numel() + (_LINE + 40) * layout.num_steps)
 
     def floor() -> tuple[Tensor, Tensor]:
         move()

@@ -88,19 +88,29 @@ def linear_token_log_probs(
             checks.compute_dtype(tokens),
         )
     else:
-        log_probs, entropy = _LinearTokenLogProbs.apply(
-            tokens,
-            head.weight,
-            head.bias,
-            head,
-            temperature if isinstance(temperature, Tensor) else None,
-            ids,
-            index,
-            chunk,
-            return_entropy,
+        given_temperature = temperature if isinstance(temperature, Tensor) else None
+        log_probs, entropy = _in_chunks(
+            tokens, head, given_temperature, ids, index, chunk, return_entropy
         )
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
+
+
+# How many chunks there are depends on numbers of the batch, which a graph cannot hold.
+@torch.compiler.disable
+def _in_chunks(
+    hidden: Tensor,
+    head: Head,
+    temperature: Tensor | None,
+    token_ids: Tensor,
+    index: Tensor,
+    chunk: int,
+    need_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _LinearTokenLogProbs.apply(
+        hidden, head.weight, head.bias, head, temperature, token_ids, index, chunk, need_entropy
+    )
+    return found
 
 
 class _LinearTokenLogProbs(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -186,7 +187,16 @@ def _overwritable(rows: Tensor, logits: Tensor) -> bool:
     (b, t, v), (stride_b, stride_t, _) = rows.shape, rows.stride()
     by_b = (t == 1 or stride_t >= v) and (b == 1 or stride_b >= (t - 1) * stride_t + v)
     by_t = (b == 1 or stride_b >= v) and (t == 1 or stride_t >= (b - 1) * stride_b + v)
-    return (by_b or by_t) and rows.data_ptr() == logits.data_ptr()
+    return (by_b or by_t) and _is_viewed(logits)
+
+
+def _is_viewed(logits: Tensor) -> bool:
+    """Whether `_three_dims` returns a view. Compiled code does not compare addresses."""
+    leading = zip(logits.shape[:-2], logits.stride()[:-2], strict=True)
+    merged = [(size, stride) for size, stride in leading if size != 1]
+    return (logits.stride(-1) == 1 or logits.shape[-1] <= 1) and all(
+        outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(merged)
+    )
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -160,12 +160,27 @@ def linear_steppo_loss(
         if config.entropy_coef != 0:
             return loss_of(inputs, log_probs, entropy)
         return loss_of(inputs, log_probs, checks.constant(entropy) if report_entropy else None)
+    given_temperature = temperature if isinstance(temperature, Tensor) else None
+    return _in_one_pass(rows, head, given_temperature, inputs, report_entropy, ids, chunk)
+
+
+# What is formed depends on numbers of the batch, which a graph cannot hold.
+@torch.compiler.disable
+def _in_one_pass(
+    rows: Tensor,
+    head: Head,
+    temperature: Tensor | None,
+    inputs: LossInputs,
+    report_entropy: bool,
+    ids: Tensor,
+    chunk: int,
+) -> StepPOOutput:
     loss, metrics, step_log_ratio = _LinearStepPO.apply(
         rows,
         head.weight,
         head.bias,
         head,
-        temperature if isinstance(temperature, Tensor) else None,
+        temperature,
         _Steps(inputs, report_entropy),
         ids,
         chunk,

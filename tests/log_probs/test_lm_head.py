@@ -225,8 +225,8 @@ def test_sizes_of_head_logits(kernel, shape, dtype):
             run(logits, *inputs)
             added = 0.0 if some_bias is None else some_bias.double()
             exact = hidden.double() @ weight.double().t() + added
-            plain = hidden.to(made) @ weight.to(made).t() + (
-                0.0 if some_bias is None else some_bias.to(made)
+            plain = inputs[0].to(made) @ inputs[1].to(made).t() + (
+                0.0 if some_bias is None else inputs[2].to(made)
             )
             # One rounding of the largest sum is nobody's error.
             allowed = 2 * Error.between(plain, exact).largest + 4 * torch.finfo(made).eps

@@ -189,7 +189,7 @@ def test_error_is_bounded_by_that_of_plain_pytorch(kernel, name, dtype, chunk, w
         case = draw(regime, seed, dtype)
         exact = evaluate(typed(case, torch.float64, "cpu"), regime, "plain", "reference", None)
         found = evaluate(typed(case, dtype, kernel.device), regime, way, kernel.backend, chunk)
-        plain = evaluate(typed(case, dtype, "cpu"), regime, "plain", "reference", None)
+        plain = evaluate(typed(case, dtype, kernel.device), regime, "plain", "reference", None)
         for key, value in found.items():
             for who, got in (("kernel", value), ("plain", plain[key])):
                 error = Error.between(got, exact[key]).rms

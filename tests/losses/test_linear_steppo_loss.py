@@ -208,7 +208,7 @@ def test_work_is_2_plus_4f_on_action_tokens(kernel, clipped):
     with products() as counter:
         found = run(case, kernel.backend, config=_CONFIG, chunk_tokens=20)
     assert counter.operations == (2 * num_tokens + 4 * live) * case.weight.numel()
-    dead_fraction = found["metrics"][POLICY_METRICS.index("dead_token_fraction")]
+    dead_fraction = float(found["metrics"][POLICY_METRICS.index("dead_token_fraction")])
     assert dead_fraction == pytest.approx(1 - live / num_tokens)
     if clipped == "all":
         assert not found["grad_hidden"].any()

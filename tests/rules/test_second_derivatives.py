@@ -30,16 +30,17 @@ def _numbers(*shape):
 
 
 def _policy_loss(x, backend, layout=_LAYOUT):
-    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    layout = layout.to(x.device)
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=x.device)
     if isinstance(layout, torch.Tensor):
-        advantages = broadcast_to_tokens(advantages, _LAYOUT)
+        advantages = broadcast_to_tokens(advantages, _LAYOUT.to(x.device))
     return steppo_loss(
         x,
-        _numbers(2, 4),
+        _numbers(2, 4).to(x.device),
         advantages,
         layout,
         config=_CONFIG,
-        ref_log_probs=_numbers(2, 4),
+        ref_log_probs=_numbers(2, 4).to(x.device),
         entropy=x.detach().square().requires_grad_(),
         backend=backend,
     ).loss
@@ -49,7 +50,7 @@ _LOSSES = {
     "steppo_loss": _policy_loss,
     "steppo_loss-mask": lambda x, backend: _policy_loss(x, backend, _MASK),
     "step_value_loss": lambda x, backend: (
-        step_value_loss(x, _numbers(3), _LAYOUT, backend=backend).loss
+        step_value_loss(x, _numbers(3).to(x.device), _LAYOUT.to(x.device), backend=backend).loss
     ),
 }
 

@@ -30,7 +30,9 @@ class AtHead(Protocol):
 class _OfThread(threading.local):
     """The call with `steppo` that runs in a thread."""
 
-    call: AtHead | None = None
+    def __init__(self) -> None:
+        # Each thread runs this. For an attribute of the class, torch.compile would take that.
+        self.call: AtHead | None = None
 
 
 _of_thread = _OfThread()
