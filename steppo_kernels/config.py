@@ -28,6 +28,8 @@ _PLAIN: tuple[type, ...] = (bool, int, float)
 _LOG_RATIO_LIMIT = 80.0
 
 
+# Bounds of the surrogate (the authors' scripts).
+_CLIP = (3e-4, 4e-4)
 # Temperatures of the soft surrogate where A >= 0 and where A < 0 (SAPO, arXiv 2511.20347).
 _SOFT_TEMPERATURE = (1.0, 1.05)
 
@@ -115,8 +117,8 @@ class StepPOConfig:
 
     ratio: RatioKind = "geometric"
     surrogate: Surrogate = "clip"
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    clip_low: float = _CLIP[0]
+    clip_high: float = _CLIP[1]
     dual_clip: float | None = None
     token_clip: tuple[float, float] | None = None
     soft_temperature: tuple[float, float] = _SOFT_TEMPERATURE
@@ -173,11 +175,17 @@ class StepPOConfig:
                 f"soft_temperature: got {self.soft_temperature!r} with the surrogate "
                 f"{surrogate!r}, expected the default: only 'soft' has a temperature"
             )
-        for name in ("clip_low", "clip_high"):
-            if surrogate == "quadratic" and getattr(self, name) == 0:
+        for name, default in zip(("clip_low", "clip_high"), _CLIP, strict=True):
+            value = getattr(self, name)
+            if surrogate == "quadratic" and value == 0:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with the surrogate 'quadratic', expected "
-                    "a number above 0: it divides by its bounds"
+                    f"{name}: got {value!r} with the surrogate 'quadratic', expected a number "
+                    "above 0: it divides by its bounds"
+                )
+            if surrogate == "soft" and value != default:
+                raise ValueError(
+                    f"{name}: got {value!r} with the surrogate 'soft', expected the default: it "
+                    "has no bounds"
                 )
 
     def _as_kernel(self) -> KernelConfig:

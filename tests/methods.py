@@ -10,7 +10,7 @@ from steppo_kernels.config import RATIOS, SURROGATES
 
 
 class Method(NamedTuple):
-    """A surrogate and a ratio that go together, with bounds that some units reach."""
+    """A surrogate and a ratio that go together, with bounds, if it has any, that some units reach."""
 
     surrogate: str
     ratio: str
@@ -18,15 +18,19 @@ class Method(NamedTuple):
     @property
     def numbers(self) -> dict[str, object]:
         """Return the keywords of the config."""
-        found: dict[str, object] = {**self._asdict(), "clip_low": 0.4, "clip_high": 0.6}
+        found: dict[str, object] = self._asdict()
         if self.surrogate == "soft":
             found["soft_temperature"] = (1.5, 3.0)
+        else:
+            found |= {"clip_low": 0.4, "clip_high": 0.6}
         if self.surrogate == "clip":
             found["dual_clip"] = 1.7
         return found
 
     def config(self, **numbers: object) -> StepPOConfig:
-        """Return the config, with other numbers where they are given."""
+        """Return the config, with other numbers where they are given; bounds if it has any."""
+        if self.surrogate == "soft":
+            numbers = {name: x for name, x in numbers.items() if not name.startswith("clip_")}
         return StepPOConfig(**{**self.numbers, **numbers})
 
     @property

@@ -242,9 +242,8 @@ def row_gate(variant: Variant, num_threads: int) -> None:
 def bench_step_gae(benchmark: Any, run: Run) -> None:
     """One row a step.
 
-    What it has to move at least: the rewards of the response tokens, as the masked sum needs them,
-    the step id of every token, and per step one value, where it stands, the place in time and two
-    results.
+    What it has to move at least: the reward of every token, as those outside of the response count
+    too, and per step one value, four numbers that say where it lies, and two results.
     """
     layout = row_layout()
     row_gate(run.variant, run.threads)
@@ -254,7 +253,7 @@ def bench_step_gae(benchmark: Any, run: Run) -> None:
         run,
         row_gae(run.variant),
         tokens=tokens,
-        bytes_to_touch=4 * layout.num_tokens + 4 * tokens + 28 * layout.num_steps,
+        bytes_to_touch=4 * tokens + 44 * layout.num_steps,
         info={"suite": "step_gae", "steps": layout.num_steps},
     )
 
@@ -298,8 +297,8 @@ def turn_gate(variant: Variant, num_threads: int) -> None:
 def bench_step_gae_turns(benchmark: Any, run: Run) -> None:
     """Multi-turn rows, with a reward and a value a token.
 
-    What it has to move at least: the reward and the step id of every token, as rewards outside of
-    actions count too, and per step one value, where it stands, the place in time and two results.
+    What it has to move at least: the reward of every token, as those outside of actions count too,
+    and per step one value, four numbers that say where it lies, and two results.
     """
     turn_gate(run.variant, run.threads)
     layout = policy_case(TURNS).layout
@@ -309,6 +308,6 @@ def bench_step_gae_turns(benchmark: Any, run: Run) -> None:
         run,
         turn_gae(run.variant),
         tokens=tokens,
-        bytes_to_touch=8 * tokens + 28 * layout.num_steps,
+        bytes_to_touch=4 * tokens + 44 * layout.num_steps,
         info={"suite": "step_gae", "steps": layout.num_steps},
     )

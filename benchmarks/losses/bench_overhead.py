@@ -25,7 +25,7 @@ from ..timing import Run, measure, runs
 from ..variants import Variant
 
 BATCH = "rows 8x64"
-FUNCTIONS = ("steppo_loss", "step_gae", "step_value_loss")
+FUNCTIONS = ("steppo_loss", "steppo_loss with bounds", "step_gae", "step_value_loss")
 # A call takes microseconds.
 _ROUNDS = 3000
 
@@ -39,11 +39,17 @@ def call_of(function: str, variant: Variant, dtype: torch.dtype = torch.float32)
     x = case.log_probs.detach().to(dtype).requires_grad_()
     old, advantages = case.old_log_probs.to(dtype), case.advantages.to(dtype)
     values, steps = x.detach(), layout.num_steps
+    bounds = {"clip_low": torch.full_like(advantages, 0.2)}
+    bounds["clip_high"] = bounds["clip_low"] + 0.1
     calls: dict[tuple[str, Variant], Call] = {
         ("steppo_loss", FUSED): lambda backend=fused: sk.steppo_loss(
             x, old, advantages, layout, backend=backend
         ),
         ("steppo_loss", BARE): lambda: bare_policy_loss(x, steps),
+        ("steppo_loss with bounds", FUSED): lambda backend=fused: sk.steppo_loss(
+            x, old, advantages, layout, **bounds, backend=backend
+        ),
+        ("steppo_loss with bounds", BARE): lambda: bare_policy_loss(x, steps),
         ("step_gae", FUSED): lambda backend=fused: sk.step_gae(
             old, values, layout, backend=backend
         ),

@@ -15,6 +15,7 @@ from ..config import one_of
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+OLDEST_TRITON = (3, 6)
 
 _log = logging.getLogger("steppo_kernels")
 _PACKAGE = Path(__file__).parents[1]
@@ -39,8 +40,8 @@ def why_not_cpu() -> str | None:
 @functools.cache
 def why_not_triton() -> str | None:
     """Return why the Triton backend cannot run here at all, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if why := _why_no_kernels():
+        return why
     if not (torch.cuda.is_available() or triton_interprets()):
         return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
     return None
@@ -49,9 +50,22 @@ def why_not_triton() -> str | None:
 @functools.cache
 def triton_interprets() -> bool:
     """Return whether Triton kernels run under its CPU interpreter (TRITON_INTERPRET=1)."""
-    if importlib.util.find_spec("triton") is None:
+    if _why_no_kernels():
         return False
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@functools.cache
+def _why_no_kernels() -> str | None:
+    """Return why the Triton kernels cannot be loaded, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    # torch brings the Triton that it was built with, whatever this package asks for.
+    found = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton {found} is installed, and the kernels take {oldest} or newer"
+    return None
 
 
 def why_not_cuda() -> str | None:

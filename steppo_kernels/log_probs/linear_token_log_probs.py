@@ -13,6 +13,7 @@ from ..backends.derivatives import first_only
 from ..backends.reference import lm_head as reference
 from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
 from .saved import save, saved
+from .untraced import untraced
 
 
 def linear_token_log_probs(
@@ -96,8 +97,7 @@ def linear_token_log_probs(
     return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
 
 
-# How many chunks there are depends on numbers of the batch, which a graph cannot hold.
-@torch.compiler.disable
+@untraced
 def _in_chunks(
     hidden: Tensor,
     head: Head,

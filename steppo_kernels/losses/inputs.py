@@ -174,16 +174,19 @@ def _bounds(
         raise ValueError(f"{name}: got it with the surrogate 'soft', expected one with bounds")
     given = _per_step(name, value, held, dtype)
     assert held is not None
-    if given.device.type == "cpu" and not is_compiling():
-        least = given > 0 if config.surrogate == "quadratic" else given >= 0
-        good = least & (given <= most) & (given < math.inf)
-        bad = ~good & (held.step_lengths > 0)
-        if bool(bad.any()):
-            above = "above 0" if config.surrogate == "quadratic" else "of at least 0"
-            raise ValueError(
-                f"{name}: got {given[bad][0].item()}, expected finite numbers {above}"
-                + (f", at most {most:g}" if most < math.inf else "")
-            )
+    if given.device.type == "cpu" and not is_compiling() and len(given):
+        divides = config.surrogate == "quadratic"
+        least, largest = (float(end) for end in torch.aminmax(given))
+        # A NaN is neither. Only bounds of empty steps may be anything.
+        if not ((least > 0 if divides else least >= 0) and largest <= most and largest < math.inf):
+            good = (given > 0 if divides else given >= 0) & (given <= most) & (given < math.inf)
+            bad = ~good & (held.step_lengths > 0)
+            if bool(bad.any()):
+                above = "above 0" if divides else "of at least 0"
+                raise ValueError(
+                    f"{name}: got {given[bad][0].item()}, expected finite numbers {above}"
+                    + (f", at most {most:g}" if most < math.inf else "")
+                )
     return given
 
 

@@ -27,6 +27,7 @@ from ..log_probs.lm_head import (
     packed,
 )
 from ..log_probs.saved import save, saved
+from ..log_probs.untraced import untraced
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_loss_inputs
 from .policy_loss import loss_of, run_operator, scaled_gradient
@@ -164,8 +165,7 @@ def linear_steppo_loss(
     return _in_one_pass(rows, head, given_temperature, inputs, report_entropy, ids, chunk)
 
 
-# What is formed depends on numbers of the batch, which a graph cannot hold.
-@torch.compiler.disable
+@untraced
 def _in_one_pass(
     rows: Tensor,
     head: Head,

@@ -26,17 +26,18 @@ from steppo_kernels.layout.step_layout import require_layout
 # Tracing would look into the patched allocations.
 pytestmark = pytest.mark.unpoisoned
 
-_PENALTIES = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.1, "entropy_coef": 0.05}
-_CONFIG = StepPOConfig(dual_clip=9.0, **_PENALTIES)
+_PENALTIES = {"kl_coef": 0.1, "entropy_coef": 0.05}
+_BOUNDED = {"clip_low": 0.2, "clip_high": 0.3, **_PENALTIES}
+_CONFIG = StepPOConfig(dual_clip=9.0, **_BOUNDED)
 # Every surrogate, every ratio and every reduction.
 _CONFIGS = [
     _CONFIG,
-    StepPOConfig(ratio="token", reduction="token_mean", **_PENALTIES),
-    StepPOConfig(surrogate="cispo", ratio="product", reduction="sum", **_PENALTIES),
-    StepPOConfig(surrogate="mask", ratio="centered", token_clip=(0.1, 0.2), **_PENALTIES),
+    StepPOConfig(ratio="token", reduction="token_mean", **_BOUNDED),
+    StepPOConfig(surrogate="cispo", ratio="product", reduction="sum", **_BOUNDED),
+    StepPOConfig(surrogate="mask", ratio="centered", token_clip=(0.1, 0.2), **_BOUNDED),
     StepPOConfig(surrogate="soft", reduction="trajectory_mean", **_PENALTIES),
-    StepPOConfig(surrogate="quadratic", kl_estimator="k1", **_PENALTIES),
-    StepPOConfig(surrogate="tv", ratio="token", kl_estimator="k2", **_PENALTIES),
+    StepPOConfig(surrogate="quadratic", kl_estimator="k1", **_BOUNDED),
+    StepPOConfig(surrogate="tv", ratio="token", kl_estimator="k2", **_BOUNDED),
 ]
 
 

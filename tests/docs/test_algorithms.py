@@ -5,6 +5,7 @@ The plain forms are written from the equations of the methods. Autograd differen
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -437,7 +438,7 @@ def test_algorithm_is_its_plain_form(target, name):
         expected.backward()
 
         names = functions() | {"StepPOConfig": StepPOConfig, "max_tokens": _MAX_TOKENS}
-        names["step_gae"] = lambda *given: step_gae(*given, backend=target.backend).advantages
+        names["step_gae"] = functools.partial(step_gae, backend=target.backend)
         names |= {key: value.to(target.device) for key, value in batch._asdict().items()}
         names["layout"] = StepLayout.from_mask(names["mask"], backend=target.backend)
         names["layout"] = layout = eval(of_layout, names)

@@ -57,8 +57,7 @@ def draw_numbers(draw: Draw) -> dict[str, object]:
     numbers = {
         "ratio": ratio,
         "surrogate": surrogate,
-        "clip_low": low,
-        "clip_high": high,
+        **({} if surrogate == "soft" else {"clip_low": low, "clip_high": high}),
         "log_ratio_max": draw.rng.choice([10.0, 10.0, 0.3]),
         "reduction": draw.named("reduction", REDUCTIONS),
         "kl_coef": draw.rng.choice([0.0, 0.0, 0.3]),

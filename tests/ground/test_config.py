@@ -56,19 +56,20 @@ def test_as_kernels_take_it():
     )
     config = StepPOConfig(
         ratio="product",
-        surrogate="soft",
+        surrogate="mask",
         clip_low=0.1,
         clip_high=0.2,
         token_clip=(0.3, 0.4),
-        soft_temperature=(2, 3),
         log_ratio_max=5,
         reduction="sum",
         kl_coef=0.5,
         kl_estimator="k2",
         entropy_coef=-0.6,
     )
-    assert config.kernel == (1, 3, 0.1, 0.2, 0, 0.3, 0.4, 2, 3, 5, 3, 0.5, 1, -0.6)
+    assert config.kernel == (1, 2, 0.1, 0.2, 0, 0.3, 0.4, 1, 1.05, 5, 3, 0.5, 1, -0.6)
     assert all(type(number) is float for number in config.kernel)
+    soft = StepPOConfig(surrogate="soft", soft_temperature=(2, 3)).kernel
+    assert (soft.surrogate, soft.soft_positive, soft.soft_negative) == (3, 2, 3)
     assert StepPOConfig(dual_clip=7).kernel.dual_clip == 7
     assert config.kernel.clips_tokens
     assert StepPOConfig(token_clip=(0.3, 0.0)).kernel.clips_tokens
@@ -182,6 +183,8 @@ def test_bad_values(name, value):
             for name in SURROGATES
             if name != "soft"
         ),
+        ("clip_low", {"surrogate": "soft", "clip_low": 0.2}, "0.2 with the surrogate 'soft'"),
+        ("clip_high", {"surrogate": "soft", "clip_high": 0.2}, "0.2 with the surrogate 'soft'"),
         ("clip_low", {"surrogate": "quadratic", "clip_low": 0.0}, "0.0 with the surrogate"),
         ("clip_high", {"surrogate": "quadratic", "clip_high": 0}, "0 with the surrogate"),
     ],
@@ -201,11 +204,13 @@ def test_every_other_combination_is_one(ratio, surrogate):
     config = StepPOConfig(
         ratio=ratio,
         surrogate=surrogate,
-        clip_low=0.1,
-        clip_high=0.2,
         dual_clip=3.0 if surrogate == "clip" else None,
         token_clip=None if ratio == "token" else (0.1, 0.2),
-        soft_temperature=(2.0, 3.0) if surrogate == "soft" else (1.0, 1.05),
+        **(
+            {"soft_temperature": (2.0, 3.0)}
+            if surrogate == "soft"
+            else {"clip_low": 0.1, "clip_high": 0.2}
+        ),
     )
     kernel = config.kernel
     assert RATIOS[int(kernel.ratio)] == ratio

@@ -37,6 +37,7 @@ def configs(draw):
     if surrogate == "clip":
         numbers["dual_clip"] = draw(st.sampled_from([None, 1.5, 40.0]))
     if surrogate == "soft":
+        del numbers["clip_low"], numbers["clip_high"]
         numbers["soft_temperature"] = draw(st.sampled_from([(1.0, 1.05), (4.0, 0.5)]))
     if ratio != "token":
         numbers["token_clip"] = draw(st.sampled_from([None, (0.1, 0.2), (0.0, 3.0)]))

@@ -26,7 +26,9 @@ def _case(variant: str, *, per_token: bool, bootstrap: bool, whiten: bool) -> Ca
             # A finite reward beside the actions counts, so only some of those slots are void.
             beside = (layout.step_ids < 0) & draw.flags(0.5, *shape)
             states = torch.ones(shape.numel(), dtype=torch.bool, device=device)
-            states[layout.state_index[~outside]] = False
+            if len(states):
+                # Rows without a token are empty steps, whose states are no token's.
+                states[layout.state_index[~outside]] = False
             unread = {"rewards": beside, "values": states.view(shape)}
             inputs["rewards"] = inputs["rewards"].masked_fill(beside, 0)
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...backends.choice import Backend
-from ...config import SURROGATES, StepPOConfig
+from ...config import SURROGATES
 from ...layout.step_layout import StepLayout
 from ...log_probs.linear_token_log_probs import linear_token_log_probs
 from ...log_probs.token_log_probs import token_log_probs
@@ -21,7 +21,7 @@ from ...losses.linear_steppo_loss import linear_steppo_loss
 from ...losses.logits_loss import steppo_loss_from_logits
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
-from .token_log_probs import WIDE
+from .token_log_probs import clear_bounds, clear_config
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MORE_DRAWS = 8
@@ -100,11 +100,19 @@ def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = Fal
     return Case("linear_token_log_probs", variant, draw_problem, more_draws=_MORE_DRAWS)
 
 
-def _loss_case(variant: str, *, bias: bool = False, by_token: bool = False, **chosen: Any) -> Case:
+def _loss_case(
+    variant: str,
+    *,
+    bias: bool = False,
+    by_token: bool = False,
+    bounds: bool = False,
+    **chosen: Any,
+) -> Case:
     def draw_problem(draw: Draw) -> Problem:
         inputs, mask, ids = _draw_head(draw, bias)
         layout = StepLayout.from_mask(mask, backend="reference")
-        config = StepPOConfig(**{**WIDE, **chosen})
+        config = clear_config(**chosen)
+        options = clear_bounds(layout) if bounds else {}
         hidden = torch.where(mask[..., None], inputs["hidden"].double(), 0.0)
         exact = torch.nn.functional.linear(hidden, inputs["weight"].double())
         log_probs = token_log_probs(exact, ids, mask=mask, backend="reference")
@@ -120,7 +128,7 @@ def _loss_case(variant: str, *, bias: bool = False, by_token: bool = False, **ch
             rest = (ids, inputs["old_log_probs"], inputs["advantages"], layout)
             if backend == "reference" and leaves["weight"].dtype in _HALVES:
                 found = steppo_loss_from_logits(
-                    _plain_logits(leaves, mask), *rest, config=config, backend=backend
+                    _plain_logits(leaves, mask), *rest, config=config, backend=backend, **options
                 )
             else:
                 found = linear_steppo_loss(
@@ -131,6 +139,7 @@ def _loss_case(variant: str, *, bias: bool = False, by_token: bool = False, **ch
                     config=config,
                     chunk_tokens=chunk,
                     backend=backend,
+                    **options,
                 )
             return {"loss": found.loss.detach(), **_gradients(found.loss, leaves, upstream)}
 
@@ -149,6 +158,9 @@ CASES: tuple[Case, ...] = (
     _loss_case("trajectory_mean", reduction="trajectory_mean"),
     _loss_case("entropy", entropy_coef=0.1),
     _loss_case("advantages per token", by_token=True),
+    _loss_case("clip of tokens", token_clip=(50.0, 50.0)),
+    _loss_case("bounds per step", bounds=True),
+    *(_loss_case(surrogate, surrogate=surrogate) for surrogate in SURROGATES if surrogate != "tv"),
     *(
         _loss_case(f"{surrogate}, token", by_token=True, ratio="token", surrogate=surrogate)
         for surrogate in SURROGATES

@@ -270,6 +270,9 @@ def _keep_clear(
         top = border(log_ratio, 0.0, config.log_ratio_max, least=_LEAST)
         config = replace(config, log_ratio_max=top)
         log_ratio = log_ratio.clamp(max=top)
+    if config.surrogate == "soft":
+        # It has no bounds, and jumps nowhere.
+        return config
     if config.surrogate == "quadratic":
         # It divides by its bounds, and jumps nowhere.
         return replace(config, clip_low=0.2, clip_high=0.3)

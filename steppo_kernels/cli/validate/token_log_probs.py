@@ -16,7 +16,19 @@ from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 
 # Nothing is clipped: a step at its bound could go either way by rounding.
-WIDE: dict[str, Any] = {"clip_low": 1.0, "clip_high": 1e6, "log_ratio_max": 80.0}
+_WIDE = {"clip_low": 1.0, "clip_high": 1e6}
+
+
+def clear_config(**chosen: Any) -> StepPOConfig:
+    """Return a config whose bounds, if its surrogate has any, no drawn ratio comes near to."""
+    bounds = {} if chosen.get("surrogate") == "soft" else _WIDE
+    return StepPOConfig(**{**bounds, "log_ratio_max": 80.0, **chosen})
+
+
+def clear_bounds(layout: StepLayout) -> dict[str, Tensor]:
+    """Return such bounds of the steps, fp64 ``[S]``."""
+    wide = torch.ones(layout.num_steps, dtype=torch.float64, device=layout.device)
+    return {name: value * wide for name, value in _WIDE.items()}
 
 
 def draw_logits(draw: Draw, *shape: int, near: bool = False) -> Tensor:
@@ -71,12 +83,14 @@ def _log_probs_case(
     return Case("token_log_probs", variant, draw_problem)
 
 
-def _loss_case(variant: str, *, masked: bool = False, **chosen: Any) -> Case:
+def _loss_case(
+    variant: str, *, masked: bool = False, bounds: bool = False, **chosen: Any
+) -> Case:
     def draw_problem(draw: Draw) -> Problem:
         mask = draw.mask()[:, :200]
         rows, length = mask.shape
         vocabulary = draw.integer(2, 200)
-        config = StepPOConfig(**WIDE, **chosen)
+        config = clear_config(**chosen)
         layout = StepLayout.from_mask(mask, backend="reference")
         # No mean over a step evens out what rounding does to the ratio of a single token.
         near = config.ratio == "token"
@@ -91,6 +105,7 @@ def _loss_case(variant: str, *, masked: bool = False, **chosen: Any) -> Case:
         }
         unread = {"logits": (~mask)[..., None].expand_as(logits), "old_log_probs": ~mask}
         upstream = draw.upstream()
+        options = clear_bounds(layout) if bounds else {}
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             leaf = inputs["logits"].detach().clone().requires_grad_()
@@ -102,6 +117,7 @@ def _loss_case(variant: str, *, masked: bool = False, **chosen: Any) -> Case:
                 mask if masked else layout,
                 config=config,
                 backend=backend,
+                **options,
             )
             (grad,) = torch.autograd.grad(found.loss, leaf, torch.full_like(found.loss, upstream))
             return {"loss": found.loss.detach(), "grad_logits": grad}
@@ -119,6 +135,9 @@ CASES: tuple[Case, ...] = (
     _loss_case("layout"),
     _loss_case("mask", masked=True),
     _loss_case("entropy", entropy_coef=0.1),
+    _loss_case("clip of tokens", token_clip=(50.0, 50.0)),
+    _loss_case("bounds per step", bounds=True),
+    *(_loss_case(surrogate, surrogate=surrogate) for surrogate in SURROGATES if surrogate != "tv"),
     *(
         _loss_case(f"{surrogate}, token", ratio="token", surrogate=surrogate)
         for surrogate in SURROGATES

@@ -1,0 +1,29 @@
+"""Functions that compiled code calls as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch.compiler import is_compiling
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return a function at which a graph breaks, since what it does depends on numbers of a batch.
+
+    `torch.compiler.disable` does that too, but imports the compiler where nothing is compiled.
+    """
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if is_compiling():
+            disabled: Callable[_P, _R] = torch.compiler.disable(function)
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
