@@ -10,7 +10,7 @@ from steppo_kernels.config import RATIOS, SURROGATES
 
 
 class Method(NamedTuple):
-    """A surrogate and a ratio that go together, with bounds, if it has any, that some units reach."""
+    """A surrogate and a ratio that go together, with bounds that some units reach."""
 
     surrogate: str
     ratio: str
