@@ -83,9 +83,7 @@ def _log_probs_case(
     return Case("token_log_probs", variant, draw_problem)
 
 
-def _loss_case(
-    variant: str, *, masked: bool = False, bounds: bool = False, **chosen: Any
-) -> Case:
+def _loss_case(variant: str, *, masked: bool = False, bounds: bool = False, **chosen: Any) -> Case:
     def draw_problem(draw: Draw) -> Problem:
         mask = draw.mask()[:, :200]
         rows, length = mask.shape
