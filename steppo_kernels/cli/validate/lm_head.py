@@ -112,7 +112,7 @@ def _loss_case(
         inputs, mask, ids = _draw_head(draw, bias)
         layout = StepLayout.from_mask(mask, backend="reference")
         config = clear_config(**chosen)
-        options = clear_bounds(layout) if bounds else {}
+        options: dict[str, Any] = clear_bounds(layout) if bounds else {}
         hidden = torch.where(mask[..., None], inputs["hidden"].double(), 0.0)
         exact = torch.nn.functional.linear(hidden, inputs["weight"].double())
         log_probs = token_log_probs(exact, ids, mask=mask, backend="reference")

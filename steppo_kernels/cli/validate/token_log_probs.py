@@ -25,7 +25,7 @@ def clear_config(**chosen: Any) -> StepPOConfig:
     return StepPOConfig(**{**bounds, "log_ratio_max": 80.0, **chosen})
 
 
-def clear_bounds(layout: StepLayout) -> dict[str, Tensor]:
+def clear_bounds(layout: StepLayout) -> dict[str, Any]:
     """Return such bounds of the steps, fp64 ``[S]``."""
     wide = torch.ones(layout.num_steps, dtype=torch.float64, device=layout.device)
     return {name: value * wide for name, value in _WIDE.items()}
@@ -103,7 +103,7 @@ def _loss_case(variant: str, *, masked: bool = False, bounds: bool = False, **ch
         }
         unread = {"logits": (~mask)[..., None].expand_as(logits), "old_log_probs": ~mask}
         upstream = draw.upstream()
-        options = clear_bounds(layout) if bounds else {}
+        options: dict[str, Any] = clear_bounds(layout) if bounds else {}
 
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             leaf = inputs["logits"].detach().clone().requires_grad_()
