@@ -119,13 +119,15 @@ int64_t first_step_at(const Timeline& line, int64_t position) {
 }
 
 // Adds the rewards of one row whose steps [first, last) lie in it one behind the other, and tells
-// of rewards that lie between them. It reads no ids.
+// of rewards that lie between them. It reads no ids. The values that `scan` takes of these steps
+// are fetched meanwhile: rewards are a stream, and values lie wherever steps begin.
 template <class T>
-bool add_pieces(const T* rewards, const Timeline& line, int64_t row, int64_t first, int64_t last,
-                T* total) {
+bool add_pieces(const T* rewards, const T* values, const Timeline& line, int64_t row, int64_t first,
+                int64_t last, T* total) {
   int64_t at = line.row_offsets[row];
   int stray = 0;
   for (int64_t s = first; s < last; ++s) {
+    if (values != nullptr) __builtin_prefetch(values + line.state_index[s]);
     const int64_t begin = line.step_starts[s];
     const int64_t end = begin + line.step_offsets[s + 1] - line.step_offsets[s];
     stray |= any_reward(rewards, at, begin);
@@ -151,9 +153,10 @@ bool lie_in_pieces(const Timeline& line, int threads) {
   return true;
 }
 
-// Sums token rewards by step. Rows that share steps are taken in order by one thread.
+// Sums token rewards by step. Rows that share steps are taken in order by one thread. `values` are
+// those of tokens, or null.
 template <class T>
-void sum_rewards(const T* rewards, const Timeline& line, T* total, int threads) {
+void sum_rewards(const T* rewards, const T* values, const Timeline& line, T* total, int threads) {
   fill(total, 0, line.num_steps, T(0));
   const int64_t group = line.num_rows * kBlock / (line.num_tokens + 1) + 1;
   const bool in_pieces = lie_in_pieces(line, threads);
@@ -168,7 +171,7 @@ void sum_rewards(const T* rewards, const Timeline& line, T* total, int threads) 
       }
       const int64_t step = next;
       while (next < line.num_steps && line.step_starts[next] < last) ++next;
-      if (add_pieces(rewards, line, row, step, next, total)) {
+      if (add_pieces(rewards, values, line, row, step, next, total)) {
         add_strays(rewards, line.step_ids, first, last, total);
       }
     }
@@ -258,13 +261,14 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
   const int threads = worthwhile_threads(num_tokens + 8 * num_steps, place.threads);
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const T* values = static_cast<const T*>(tensors.values);
     const T* bootstrap = static_cast<const T*>(tensors.bootstrap_values);
     T* a = static_cast<T*>(tensors.advantages);
     T* r = static_cast<T*>(tensors.returns);
     if (num_members < num_steps) fill(a, 0, num_steps, zero);
     const T* step_rewards = static_cast<const T*>(tensors.rewards);
     if (tensors.rewards_per_token) {
-      sum_rewards(step_rewards, line, r, threads);
+      sum_rewards(step_rewards, tensors.values_per_token ? values : nullptr, line, r, threads);
       step_rewards = r;
     }
     // Short trajectories share a task.
@@ -275,12 +279,11 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
         line.num_trajectories, group, threads, [&](int64_t b, int64_t begin, int64_t end) {
           Spread spread;
           for (int64_t g = begin; g < end; ++g) {
-            spread.merge(scan(step_rewards, static_cast<const T*>(tensors.values),
-                              tensors.values_per_token ? line.state_index : nullptr,
-                              line.trajectory_steps, line.trajectory_offsets[g],
-                              line.trajectory_offsets[g + 1],
-                              bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]),
-                              config.gamma, config.lam, a, r));
+            spread.merge(scan(
+                step_rewards, values, tensors.values_per_token ? line.state_index : nullptr,
+                line.trajectory_steps, line.trajectory_offsets[g], line.trajectory_offsets[g + 1],
+                bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), config.gamma,
+                config.lam, a, r));
           }
           spreads[b] = spread;
         });
