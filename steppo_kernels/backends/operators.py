@@ -30,8 +30,8 @@ from ..outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
 from .records import States, Steps, Timeline
 
 _library = torch.library.Library("steppo", "DEF")
-# Backends whose launchers stand in a folder of another name.
-_FOLDERS = {"cpu": "compiled"}
+# The backends that share the launchers in `compiled/`.
+_COMPILED = ("cpu",)
 _RECORDS = (Steps, Timeline, States)
 _stems: dict[str, str] = {}
 _handles: dict[str, Any] = {}
@@ -57,9 +57,12 @@ def runner(name: str, backend: str) -> Callable[..., Any]:
 @functools.cache
 def launcher(backend: str, name: str) -> Callable[..., Any]:
     """Return the function that runs the operator `name` on `backend`."""
-    folder = _FOLDERS.get(backend, backend)
+    folder = "compiled" if backend in _COMPILED else backend
     module = importlib.import_module(f"{__package__}.{folder}.{_stems[name]}")
     run: Callable[..., Any] = getattr(module, name)
+    if backend in _COMPILED:
+        launch = importlib.import_module(f"{__package__}.{folder}.launch")
+        return functools.partial(run, launch.native_of(backend))
     return run
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..records import Timeline, record
-from .launch import DTYPES, addresses, empty, kernels, place
+from .launch import DTYPES, Native, addresses, empty
 
 
 def step_gae(
+    native: Native,
     rewards: Tensor,
     values: Tensor,
     bootstrap_values: Tensor | None,
@@ -22,7 +23,10 @@ def step_gae(
     """Return advantages and returns ``[S]``: the operator `step_gae`."""
     held = record(Timeline, timeline)
     num_steps = held.state_index.numel()
-    advantages, returns = empty(num_steps, values.dtype), empty(num_steps, values.dtype)
+    advantages, returns = (
+        empty(rewards, num_steps, values.dtype),
+        empty(rewards, num_steps, values.dtype),
+    )
     gamma, lam, whiten = config
     tensors = (
         DTYPES[values.dtype],
@@ -31,5 +35,5 @@ def step_gae(
         values_per_token,
         *addresses(advantages, returns),
     )
-    kernels.step_gae(tensors, held.fields, (gamma, lam, bool(whiten)), place())
+    native.kernels.step_gae(tensors, held.fields, (gamma, lam, bool(whiten)), native.place(rewards))
     return advantages, returns

@@ -1,4 +1,4 @@
-"""How a launcher hands records to compiled code.
+"""How launchers hand records to compiled code; they serve every backend that has such code.
 
 A record is a tuple in the order of csrc/include/steppo/records.inc, which a test compares with the
 names that launchers write: addresses of tensors, 0 where there is none, and numbers.
@@ -7,23 +7,14 @@ names that launchers write: addresses of tensors, 0 where there is none, and num
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import _C_cpu as kernels
 from ..records import template
-
-__all__ = [
-    "DTYPES",
-    "addresses",
-    "empty",
-    "kernels",
-    "new_metrics",
-    "place",
-    "scalar_like",
-    "start",
-]
 
 # The numbers of dtypes in csrc/include/steppo/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -49,35 +40,48 @@ def start(value: Tensor) -> int:
         # A fake tensor, or one of a subclass that wraps others.
         raise RuntimeError(
             f"a kernel got a {type(value).__name__} on {value.device}, expected a tensor with "
-            "memory of its own on the CPU"
+            "memory of its own"
         )
     return found
 
 
-def empty(shape: int | tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor on the CPU, whatever torch's default device is."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
-_CPU = torch.device("cpu")
-_SCALARS = {dtype: template((), dtype, _CPU) for dtype in DTYPES}
+def empty(like: Tensor, shape: int | tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor on the device of `like`."""
+    return like.new_empty(shape, dtype=dtype)
 
 
 def scalar_like(value: Tensor) -> Tensor:
-    """Return an uninitialised 0-dim tensor of the dtype of `value`."""
-    return torch.empty_like(_SCALARS[value.dtype])
+    """Return an uninitialised 0-dim tensor of the dtype of `value`, on its device."""
+    return torch.empty_like(_template((), value.dtype, value.device))
 
 
-def new_metrics(count: int) -> Tensor:
-    """Return an uninitialised vector of so many metrics."""
-    return torch.empty_like(_metrics_template(count))
+def new_metrics(like: Tensor, count: int) -> Tensor:
+    """Return an uninitialised vector of so many metrics on the device of `like`."""
+    return torch.empty_like(_template((count,), torch.float64, like.device))
 
 
-@functools.cache
-def _metrics_template(count: int) -> Tensor:
-    return template((count,), torch.float64, _CPU)
+_template = functools.cache(template)
 
 
-def place() -> tuple[int, ...]:
-    """Return where a call runs: the record ``Place``."""
+class Native(NamedTuple):
+    """The kernels of a compiled backend, and where they run.
+
+    Attributes:
+        kernels: the module of the bindings.
+        place: returns the record ``Place`` of a call on a tensor.
+    """
+
+    kernels: Any
+    place: Callable[[Tensor], tuple[int, ...]]
+
+
+def native_of(backend: str) -> Native:
+    """Return what the launchers of a compiled backend take first."""
+    return Native(importlib.import_module(f"steppo_kernels._C_{backend}"), _PLACES[backend])
+
+
+def _on_threads(_: Tensor) -> tuple[int, ...]:
     return (torch.get_num_threads(), 0, 0, 0)
+
+
+_PLACES = {"cpu": _on_threads}

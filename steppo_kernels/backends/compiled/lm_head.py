@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import DTYPES, addresses, kernels, place, start
+from .launch import DTYPES, Native, addresses, start
 
 # Rows of the weight that are converted at a time where no kernel multiplies bf16 into fp32.
 _SLICE = 4096
 
 
-def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def head_logits(
+    native: Native, logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
     """Run the operator `head_logits` of `steppo_kernels.backends.operators`."""
     num_rows, size = hidden.shape
     if logits.dtype == hidden.dtype:
@@ -23,7 +25,7 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
         hidden.dtype == torch.bfloat16
         and size % 2 == weight.stride(0) % 2 == 0
         and weight.stride(1) == 1
-        and kernels.multiplies_bf16()
+        and native.kernels.multiplies_bf16()
     ):
         bias = None if bias is None else bias.float()
         weight_stride, vocabulary = weight.stride(0), len(weight)
@@ -37,7 +39,7 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
             vocabulary,
             *addresses(logits),
         )
-        kernels.head_logits(head, place())
+        native.kernels.head_logits(head, native.place(logits))
     else:
         hidden = hidden.float()
         for part, columns in zip(weight.split(_SLICE), logits.split(_SLICE, 1), strict=True):
@@ -46,7 +48,7 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
             logits += bias
 
 
-def accumulate(total: Tensor, product: Tensor, is_first: bool) -> None:
+def accumulate(native: Native, total: Tensor, product: Tensor, is_first: bool) -> None:
     """Run the operator `accumulate` of `steppo_kernels.backends.operators`."""
     count = total.numel()
     accumulation = (
@@ -56,4 +58,4 @@ def accumulate(total: Tensor, product: Tensor, is_first: bool) -> None:
         count,
         *addresses(total),
     )
-    kernels.accumulate(accumulation, place())
+    native.kernels.accumulate(accumulation, native.place(total))

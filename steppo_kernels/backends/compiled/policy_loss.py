@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ...outputs import NUM_POLICY_METRICS
 from ..records import Steps, record
-from .launch import DTYPES, addresses, kernels, new_metrics, place, scalar_like
+from .launch import DTYPES, Native, addresses, new_metrics, scalar_like
 
 
 def policy_loss(
+    native: Native,
     log_probs: Tensor,
     entropy: Tensor | None,
     old_log_probs: Tensor | None,
@@ -33,7 +34,7 @@ def policy_loss(
 ) -> tuple[Tensor | None, ...]:
     """Run the operator `policy_loss` of `steppo_kernels.backends.operators`."""
     held = record(Steps, steps)
-    loss, metrics = scalar_like(log_probs), new_metrics(NUM_POLICY_METRICS)
+    loss, metrics = scalar_like(log_probs), new_metrics(log_probs, NUM_POLICY_METRICS)
     grad_log_probs = torch.empty_like(log_probs) if need_grad else None
     grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
     step_log_ratio = torch.empty_like(held.like_steps[log_probs.dtype])
@@ -56,11 +57,12 @@ def policy_loss(
         is_weights_per_token,
         *addresses(loss, metrics, step_log_ratio, grad_log_probs, grad_entropy),
     )
-    kernels.policy_loss(tensors, held.fields, config, place())
+    native.kernels.policy_loss(tensors, held.fields, config, native.place(log_probs))
     return loss, metrics, step_log_ratio, grad_log_probs, grad_entropy
 
 
 def policy_loss_masked(
+    native: Native,
     log_probs: Tensor,
     entropy: Tensor | None,
     old_log_probs: Tensor | None,
@@ -78,7 +80,7 @@ def policy_loss_masked(
     """Run the operator `policy_loss_masked` of `steppo_kernels.backends.operators`."""
     step_weights = clip_low = clip_high = step_log_ratio = None
     advantages_per_token = is_weights_per_token = True
-    loss, metrics = scalar_like(log_probs), new_metrics(NUM_POLICY_METRICS)
+    loss, metrics = scalar_like(log_probs), new_metrics(log_probs, NUM_POLICY_METRICS)
     grad_log_probs = torch.empty_like(log_probs) if need_grad else None
     grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
     tensors = (
@@ -101,5 +103,7 @@ def policy_loss_masked(
         *addresses(loss, metrics, step_log_ratio, grad_log_probs, grad_entropy),
     )
     num_tokens = log_probs.numel()
-    kernels.policy_loss_masked(tensors, (*addresses(mask), num_tokens, row_length), config, place())
+    native.kernels.policy_loss_masked(
+        tensors, (*addresses(mask), num_tokens, row_length), config, native.place(log_probs)
+    )
     return loss, metrics, grad_log_probs, grad_entropy

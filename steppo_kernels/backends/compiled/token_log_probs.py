@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import DTYPES, addresses, empty, kernels, place, start
+from .launch import DTYPES, Native, addresses, empty, start
 
 
 def token_log_probs(
+    native: Native,
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor | None,
@@ -20,21 +21,22 @@ def token_log_probs(
     """Run the operator `token_log_probs` of `steppo_kernels.backends.operators`."""
     num_rows = token_ids.numel()
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_probs = empty(num_rows, dtype)
-    entropy = empty(num_rows if need_entropy else 0, dtype)
-    top, log_sum = empty(num_rows, torch.float64), empty(num_rows, torch.float64)
-    bad_row = empty((), torch.int64)
-    kernels.token_log_probs(
+    log_probs = empty(logits, num_rows, dtype)
+    entropy = empty(logits, num_rows if need_entropy else 0, dtype)
+    top, log_sum = empty(logits, num_rows, torch.float64), empty(logits, num_rows, torch.float64)
+    bad_row = empty(logits, (), torch.int64)
+    native.kernels.token_log_probs(
         _rows(logits, num_rows),
         (*addresses(token_ids, mask, temperatures), temperature, softcap),
         (*addresses(log_probs, entropy, top, log_sum, bad_row),),
-        place(),
+        native.place(logits),
     )
     _raise_for(bad_row, token_ids, logits)
     return log_probs, entropy, top, log_sum
 
 
 def token_log_probs_backward(
+    native: Native,
     grad_logits: Tensor,
     logits: Tensor,
     token_ids: Tensor,
@@ -50,14 +52,14 @@ def token_log_probs_backward(
     rows: Tensor | None,
 ) -> None:
     """Run the operator `token_log_probs_backward` of `steppo_kernels.backends.operators`."""
-    source, bad_row = rows, empty((), torch.int64)
+    source, bad_row = rows, empty(grad_logits, (), torch.int64)
     num_rows = token_ids.numel() if source is None else source.numel()
-    kernels.token_log_probs_backward(
+    native.kernels.token_log_probs_backward(
         _rows(grad_logits, num_rows),
         _rows(logits, token_ids.numel()),
         (*addresses(token_ids, mask, temperatures), temperature, softcap),
         (*addresses(top, log_sum, entropy, grad_log_probs, grad_entropy, source, bad_row),),
-        place(),
+        native.place(grad_logits),
     )
     _raise_for(bad_row, token_ids, logits)
 

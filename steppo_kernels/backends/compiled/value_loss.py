@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ...outputs import NUM_VALUE_METRICS
 from ..records import States, record
-from .launch import DTYPES, addresses, kernels, new_metrics, place, scalar_like
+from .launch import DTYPES, Native, addresses, new_metrics, scalar_like
 
 
 def value_loss(
+    native: Native,
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
@@ -25,7 +26,7 @@ def value_loss(
 ) -> tuple[Tensor | None, ...]:
     """Run the operator `value_loss` of `steppo_kernels.backends.operators`."""
     loss = scalar_like(values)
-    metrics = new_metrics(NUM_VALUE_METRICS)
+    metrics = new_metrics(values, NUM_VALUE_METRICS)
     grad_values = torch.empty_like(values) if need_grad else None
     num_values = values.numel()
     tensors = (
@@ -36,5 +37,5 @@ def value_loss(
         num_values,
         *addresses(loss, metrics, grad_values),
     )
-    kernels.value_loss(tensors, record(States, states).fields, config, place())
+    native.kernels.value_loss(tensors, record(States, states).fields, config, native.place(values))
     return loss, metrics, grad_values
