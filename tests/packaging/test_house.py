@@ -17,7 +17,7 @@ _SUFFIXES = {".py", ".pyi", ".cpp", ".cu", ".h", ".cuh", ".inc"}
 _LINES = 500
 _UNFORMATTED = 40
 # Folders of tests that ask something of every wing, and that of the modules below the wings.
-_ACROSS = {"docs", "fuzz", "ground", "native", "packaging", "peers", "rules"}
+_ACROSS = {"cuda", "docs", "fuzz", "ground", "native", "packaging", "peers", "rules"}
 
 
 def sources() -> Iterator[Path]:

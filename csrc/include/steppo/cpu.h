@@ -1,8 +1,8 @@
 // The C++ API of the CPU kernels: raw pointers and sizes, no torch, no Python.
 //
-// Each operator of operators.inc exists once per instruction set, in a namespace of its own, and as
-// a function pointer `steppo::cpu::<operator>` to the best one that this CPU runs. Callers hold a
-// StandardFloats of steppo/floats.h, which is the mode of the threads that help.
+// Each operator of cpu_operators.inc exists once per instruction set, in a namespace of its own,
+// and as a function pointer `steppo::cpu::<operator>` to the best one that this CPU runs. Callers
+// hold a StandardFloats of steppo/floats.h, which is the mode of the threads that help.
 #pragma once
 
 #include "steppo/arguments.h"
@@ -11,14 +11,14 @@ namespace steppo::cpu {
 
 #define STEPPO_OPERATOR(name, ...) Operator<__VA_ARGS__> name;
 namespace baseline {
-#include "steppo/operators.inc"
+#include "steppo/cpu_operators.inc"
 }
 #if defined(STEPPO_X86)
 namespace avx2 {
-#include "steppo/operators.inc"
+#include "steppo/cpu_operators.inc"
 }
 namespace avx512 {
-#include "steppo/operators.inc"
+#include "steppo/cpu_operators.inc"
 }
 #endif
 #undef STEPPO_OPERATOR
@@ -38,7 +38,7 @@ bool multiplies_bf16();
 void prefer_huge_pages(void* data, int64_t bytes);
 
 #define STEPPO_OPERATOR(name, ...) extern decltype(&baseline::name) const name;
-#include "steppo/operators.inc"
+#include "steppo/cpu_operators.inc"
 #undef STEPPO_OPERATOR
 
 }  // namespace steppo::cpu

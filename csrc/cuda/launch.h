@@ -1,0 +1,96 @@
+// How operators launch kernels: on the device and the stream of a `Place`, without waiting.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "device.cuh"
+#include "steppo/arguments.h"
+
+#if !defined(STEPPO_CUDA_ON_HOST)
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#endif
+
+namespace steppo::cuda {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls body with a number of the dtype.
+template <class F>
+void with_dtype(int dtype, F&& body) {
+  if (dtype == kFloat64) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+// Whether an address is a multiple of 16 bytes, which a thread moves at once.
+inline bool is_wide(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
+}
+
+// Makes the device of a place the current one for as long as it lives. What fails is thrown as
+// std::runtime_error with the name of the operator.
+class Launcher {
+ public:
+  Launcher(const char* operator_name, const Place& place);
+  ~Launcher();
+  Launcher(const Launcher&) = delete;
+  Launcher& operator=(const Launcher&) = delete;
+
+  // Launches `blocks` blocks of `threads` threads; nothing if there are none.
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                  Arguments... arguments) const {
+    if (blocks == 0) return;
+#if defined(STEPPO_CUDA_ON_HOST)
+    const uint3 grid{static_cast<unsigned>(blocks), 1, 1};
+    cuda_on_host::launch(kernel, grid, {static_cast<unsigned>(threads), 1, 1}, 0, arguments...);
+#else
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = static_cast<cudaStream_t>(place_.stream);
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+#endif
+  }
+
+ private:
+#if !defined(STEPPO_CUDA_ON_HOST)
+  void check(cudaError_t error) const;
+  int before_ = -1;
+#endif
+  const char* name_;
+  Place place_;
+};
+
+#if defined(STEPPO_CUDA_ON_HOST)
+inline Launcher::Launcher(const char* operator_name, const Place& place)
+    : name_(operator_name), place_(place) {}
+inline Launcher::~Launcher() = default;
+#else
+inline Launcher::Launcher(const char* operator_name, const Place& place)
+    : name_(operator_name), place_(place) {
+  int current = 0;
+  check(cudaGetDevice(&current));
+  if (current == place.device) return;
+  check(cudaSetDevice(place.device));
+  before_ = current;
+}
+
+inline Launcher::~Launcher() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+inline void Launcher::check(cudaError_t error) const {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(name_) + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+#endif
+
+}  // namespace steppo::cuda

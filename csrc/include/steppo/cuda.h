@@ -1,0 +1,26 @@
+// The C++ API of the CUDA kernels: raw device pointers and sizes, no torch, no Python.
+//
+// An operator launches on the device and the stream of its place. It allocates nothing and does not
+// wait.
+#pragma once
+
+#include <cstddef>
+
+#include "steppo/arguments.h"
+
+namespace steppo::cuda {
+
+// What the workspace of a place is. It belongs to one stream, and is zeroed before its first use; a
+// launch leaves the counters at 0. Nothing else of it is read before it was written.
+struct Workspace {
+  static constexpr int kCounters = 1024, kPartials = 256 * 16;
+
+  unsigned counters[kCounters];
+  double partials[kPartials];
+};
+
+#define STEPPO_OPERATOR(name, ...) Operator<__VA_ARGS__> name;
+#include "steppo/operators.inc"
+#undef STEPPO_OPERATOR
+
+}  // namespace steppo::cuda

@@ -1,0 +1,29 @@
+"""The CUDA kernels as launchers take them, on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import on_host
+import pytest
+import torch
+
+from steppo_kernels.backends.compiled.launch import Native
+
+
+@pytest.fixture(scope="session")
+def host_module() -> ModuleType:
+    return on_host.module()
+
+
+@pytest.fixture(params=[0, 1, 5], ids=["in-order", "backwards", "drawn"])
+def cuda(host_module: ModuleType, request: pytest.FixtureRequest) -> Iterator[Native]:
+    """Kernels whose threads run in an order; what they keep between launches is looked at."""
+    host_module.order(request.param, 1)
+    # Counters are 0, and the rest is what was never written.
+    counters, size = host_module.workspace
+    workspace = torch.full((size,), 0xFF, dtype=torch.uint8)
+    workspace[:counters] = 0
+    yield Native(host_module, lambda _: (0, workspace.data_ptr(), 0, 0))
+    assert not workspace[:counters].any(), "a launch left a counter that is not 0"

@@ -1,0 +1,265 @@
+// Runs CUDA C++ kernels on the host, for tests: a fiber a thread, switched where threads meet.
+//
+// csrc/cuda/device.cuh includes this header where STEPPO_CUDA_ON_HOST is defined, and the sources
+// of the kernels are compiled by the host's compiler as they are. What a race or a missing barrier
+// leaves to chance is drawn here: the order of threads and blocks follows a seed, shared memory
+// starts as NaN, and with ThreadSanitizer each CUDA thread is a thread of its own, so that two
+// accesses of which neither comes first are reported with both lines, in any order of running.
+//
+// What it cannot model: approximate instructions and contraction to FMA (last bits differ from a
+// GPU's); occupancy, bank conflicts and coalescing; memory weaker than "an atomic publishes what a
+// fence before it covers"; ld.global.nc of what the same launch writes; blocks that wait for each
+// other, clusters, TMA and wgmma; streams, asynchronous errors and graphs; registers.
+#pragma once
+
+#include "host_grid.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+namespace cuda_on_host {
+
+// Memory of a block.
+
+// Memory for `tag`, fresh in each block, NaN where nothing was written, and fenced by ASan.
+CUDA_ON_HOST_FN char* shared_memory(const void* tag, std::size_t bytes) {
+  Unseen unseen;
+  auto& memory = self().block->shared[tag];
+  if (!memory) {
+    memory.reset(new char[bytes + kLine]);
+    std::memset(memory.get(), 0xFF, bytes + kLine);
+#if defined(__SANITIZE_ADDRESS__)
+    char* const first =
+        memory.get() + (kLine - reinterpret_cast<std::uintptr_t>(memory.get()) % kLine) % kLine;
+    __asan_poison_memory_region(first + (bytes + 7) / 8 * 8,
+                                memory.get() + bytes + kLine - (first + (bytes + 7) / 8 * 8));
+#endif
+  }
+  const auto at = reinterpret_cast<std::uintptr_t>(memory.get());
+  return reinterpret_cast<char*>((at + kLine - 1) / kLine * kLine);
+}
+
+// The `__shared__` variable of one place in the source, for which its lambda stands.
+template <class T, class Place>
+CUDA_ON_HOST_FN T& shared(Place) {
+  static const char tag = 0;
+  return *reinterpret_cast<T*>(shared_memory(&tag, sizeof(T)));
+}
+
+// The `extern __shared__` array.
+template <class T>
+CUDA_ON_HOST_FN T* dynamic_shared() {
+  return reinterpret_cast<T*>(shared_memory(self().block, self().block->dynamic_bytes));
+}
+
+// Meeting points.
+
+CUDA_ON_HOST_FN void block_barrier(int line) {
+  Unseen unseen;
+  Fiber& fiber = self();
+  Block& block = *fiber.block;
+  if (block.arrived > 0 && block.line != line) {
+    fail("threads of a block are at the barriers of lines " + std::to_string(block.line) + " and " +
+         std::to_string(line));
+  }
+  block.line = line;
+#if defined(__SANITIZE_THREAD__)
+  char* const phase = block.phases + 8 * (fiber.turn ^= 1);
+  __tsan_release(phase);
+#endif
+  const bool is_last = ++block.arrived == block.alive;
+  if (is_last) {
+    fiber.wait = Wait::kBlock;
+    release_block(block);
+  }
+  wait_for(is_last ? Wait::kNone : Wait::kBlock, line);
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(phase);
+#endif
+}
+
+// The number of threads of the block for which `vote` holds.
+CUDA_ON_HOST_FN int block_count(bool vote, int line) {
+  Block& block = *self().block;
+  {
+    Unseen unseen;
+    block.votes += vote;
+  }
+  block_barrier(line);
+  int votes;
+  {
+    Unseen unseen;
+    votes = block.votes;
+  }
+  block_barrier(line);
+  {
+    Unseen unseen;
+    block.votes = 0;
+  }
+  block_barrier(line);
+  return votes;
+}
+
+enum Operation : int { kSync = 1, kIndex, kUp, kDown, kXor, kBallot };
+
+// The lane whose value a lane gets.
+CUDA_ON_HOST_FN int source_of(Operation operation, int lane, const Fiber& fiber) {
+  const int width = fiber.width, argument = fiber.argument, base = lane / width * width;
+  if (operation == kIndex) return base + (argument % width + width) % width;
+  if (operation == kUp) return lane - argument >= base ? lane - argument : lane;
+  if (operation == kDown) return lane + argument < base + width ? lane + argument : lane;
+  if (operation == kXor) return (lane ^ argument) < base + width ? lane ^ argument : lane;
+  return lane;
+}
+
+// The lane that comes last works the operation out for all.
+CUDA_ON_HOST_FN std::uint64_t collective(Operation operation, unsigned mask, std::uint64_t in,
+                                         int argument, int width, int line) {
+  Unseen unseen;
+  Fiber& fiber = self();
+  Warp& warp = *fiber.warp;
+  const std::string where = ", line " + std::to_string(line);
+  if ((mask >> fiber.lane & 1) == 0) fail("a lane is not in its own mask" + where);
+  if (mask & ~warp.present) fail("a mask names a lane that is not there or has left" + where);
+  fiber.in = in;
+  fiber.argument = argument;
+  fiber.width = width;
+#if defined(__SANITIZE_THREAD__)
+  // Shuffles and votes order nothing, as on a device.
+  char* const phase = operation == kSync ? warp.phases + 8 * (fiber.warp_turn ^= 1) : nullptr;
+  if (phase != nullptr) __tsan_release(phase);
+#endif
+  int which = 0;
+  while (which < warp.open && (warp.meetings[which].mask & mask) == 0) ++which;
+  Meeting& meeting = warp.meetings[which];
+  if (which == warp.open) {
+    meeting = {mask, 0, operation, line};
+    ++warp.open;
+  } else if (meeting.mask != mask || meeting.operation != operation || meeting.line != line) {
+    fail("lanes of a warp are at different operations, in lines " + std::to_string(meeting.line) +
+         " and " + std::to_string(line));
+  }
+  meeting.here |= 1u << fiber.lane;
+  if (meeting.here != mask) {
+    wait_for(Wait::kWarp, line);
+  } else {
+    meeting = warp.meetings[--warp.open];
+    unsigned votes = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (mask >> lane & 1 && warp.lanes[lane]->in != 0) votes |= 1u << lane;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if ((mask >> lane & 1) == 0) continue;
+      Fiber& other = *warp.lanes[lane];
+      const int from = source_of(operation, lane, other);
+      if ((mask >> from & 1) == 0) fail("a lane reads one that is not in the mask" + where);
+      other.out = operation == kBallot ? votes : warp.lanes[from]->in;
+      if (&other != &fiber) wake(&other);
+    }
+  }
+#if defined(__SANITIZE_THREAD__)
+  if (phase != nullptr) __tsan_acquire(phase);
+#endif
+  return fiber.out;
+}
+
+template <class T>
+CUDA_ON_HOST_FN T shuffle(Operation operation, unsigned mask, T value, int argument, int width,
+                          int line) {
+  static_assert(sizeof(T) <= 8, "shuffles take 4 or 8 bytes");
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = collective(operation, mask, bits, argument, width, line);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+CUDA_ON_HOST_FN unsigned ballot(unsigned mask, bool vote, int line) {
+  return static_cast<unsigned>(collective(kBallot, mask, vote, 0, kLanes, line));
+}
+
+// Memory between blocks. An atomic publishes what a fence since the last one covers, and what it
+// shows is covered by the next fence.
+
+CUDA_ON_HOST_FN void fence() {
+#if defined(__SANITIZE_THREAD__)
+  Unseen unseen;
+  Fiber& fiber = self();
+  fiber.has_fenced = true;
+  for (void* at : fiber.seen) __tsan_acquire(at);
+  fiber.seen.clear();
+#endif
+}
+
+template <class T, class F>
+CUDA_ON_HOST_FN T atomic(T* at, F&& change) {
+  Unseen unseen;
+#if defined(__SANITIZE_THREAD__)
+  Fiber& fiber = self();
+  if (fiber.has_fenced) __tsan_release(at);
+  fiber.has_fenced = false;
+  fiber.seen.push_back(at);
+#endif
+  const T before = *at;
+  *at = change(before);
+  return before;
+}
+
+}  // namespace cuda_on_host
+
+// The names of CUDA C++. Lines tell meeting points apart.
+
+#define threadIdx (cuda_on_host::self().thread)
+#define blockIdx (cuda_on_host::self().block->index)
+#define blockDim (cuda_on_host::runner.threads)
+#define gridDim (cuda_on_host::runner.grid)
+#define __syncthreads() cuda_on_host::block_barrier(__LINE__)
+#define __syncthreads_count(vote) cuda_on_host::block_count(vote, __LINE__)
+
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, int line = __builtin_LINE()) {
+  cuda_on_host::collective(cuda_on_host::kSync, mask, 0, 0, cuda_on_host::kLanes, line);
+}
+
+#define CUDA_ON_HOST_SHUFFLE(name, operation)                                                  \
+  template <class T>                                                                           \
+  inline T name(unsigned mask, T value, int argument, int width = cuda_on_host::kLanes,        \
+                int line = __builtin_LINE()) {                                                 \
+    return cuda_on_host::shuffle(cuda_on_host::operation, mask, value, argument, width, line); \
+  }
+CUDA_ON_HOST_SHUFFLE(__shfl_sync, kIndex)
+CUDA_ON_HOST_SHUFFLE(__shfl_up_sync, kUp)
+CUDA_ON_HOST_SHUFFLE(__shfl_down_sync, kDown)
+CUDA_ON_HOST_SHUFFLE(__shfl_xor_sync, kXor)
+#undef CUDA_ON_HOST_SHUFFLE
+
+inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
+  return cuda_on_host::ballot(mask, vote != 0, line);
+}
+inline int __any_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
+  return cuda_on_host::ballot(mask, vote != 0, line) != 0;
+}
+inline int __all_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
+  return cuda_on_host::ballot(mask, vote == 0, line) == 0;
+}
+
+inline void __threadfence() { cuda_on_host::fence(); }
+inline unsigned atomicAdd(unsigned* at, unsigned more) {
+  return cuda_on_host::atomic(at, [=](unsigned before) { return before + more; });
+}
+inline unsigned atomicInc(unsigned* at, unsigned top) {
+  return cuda_on_host::atomic(at, [=](unsigned before) { return before >= top ? 0u : before + 1; });
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+template <class T>
+inline T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+inline void __stcs(T* to, T value) {
+  *to = value;
+}
