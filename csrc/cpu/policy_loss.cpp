@@ -104,8 +104,9 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
     });
     if (work == 0) clear(call, 0, steps.num_tokens);
     PolicySums sums;
-    for (int64_t b = 0; b < tasks; ++b) sums.add(partial[b]);
-    finish(sums, call, count, tensors);
+    for (int64_t b = 0; b < tasks; ++b) merge(sums, partial[b]);
+    // The gradients are final.
+    finish<T>(sums, config, call.total, count, 1.0, tensors);
   });
 }
 

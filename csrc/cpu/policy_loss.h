@@ -3,47 +3,12 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "lanes.h"
 #include "policy_tokens.h"
-#include "steppo/surrogates.h"
+#include "steppo/policy_sums.h"
 
 namespace steppo::cpu::STEPPO_ISA {
-
-// Sums over the steps of a task, later over those of the call.
-struct PolicySums {
-  double policy = 0, kl = 0, entropy = 0;
-  double ratio = 0;
-  double ratio_min = std::numeric_limits<double>::infinity();
-  double ratio_max = -std::numeric_limits<double>::infinity();
-  double clipped_low = 0, clipped_high = 0, clipped_tokens = 0;
-  double z = 0, k3 = 0, dead = 0;
-  double steps = 0, tokens = 0;
-
-  void add(const PolicySums& other) {
-    policy += other.policy;
-    kl += other.kl;
-    entropy += other.entropy;
-    ratio += other.ratio;
-    ratio_min = lesser(ratio_min, other.ratio_min);
-    ratio_max = greater(ratio_max, other.ratio_max);
-    clipped_low += other.clipped_low;
-    clipped_high += other.clipped_high;
-    clipped_tokens += other.clipped_tokens;
-    z += other.z;
-    k3 += other.k3;
-    dead += other.dead;
-    steps += other.steps;
-    tokens += other.tokens;
-  }
-
-  void add_ratio(double one) {
-    ratio += one;
-    ratio_min = lesser(ratio_min, one);
-    ratio_max = greater(ratio_max, one);
-  }
-};
 
 // Whether any lane of a mask is set.
 template <class M>
@@ -136,7 +101,7 @@ static inline int64_t add_shared(const PolicyCall<T>& call, At at, const PolicyS
                                           : static_cast<double>(call.is_weights[step.index]);
   }
   sums.policy += step.weight * unit.value * is_weight;
-  sums.add_ratio(point.ratio);
+  add_ratio(sums, point.ratio);
   if (unit.is_clipped) {
     (point.ratio < 1 ? sums.clipped_low : sums.clipped_high) += 1;
     sums.clipped_tokens += n;
@@ -190,7 +155,7 @@ static inline int64_t add_own(const PolicyCall<T>& call, const Policy& policy, A
     sums.ratio_min = lesser(sums.ratio_min, sum.ratio.lowest());
     sums.ratio_max = greater(sums.ratio_max, sum.ratio.largest());
   } else {
-    sums.add_ratio(policy.ratio);
+    add_ratio(sums, policy.ratio);
   }
   return sum.dead;
 }
@@ -287,37 +252,6 @@ template <class T>
 static inline void clear(const PolicyCall<T>& call, int64_t first, int64_t last) {
   if (call.grad_log_probs != nullptr) fill(call.grad_log_probs, first, last, T(0));
   if (call.grad_entropy != nullptr) fill(call.grad_entropy, first, last, T(0));
-}
-
-// Turns the sums of a call into its loss and metrics. `count` is what the reduction counts, unless
-// a normalizer was given. The gradients are final: their scale is 1.
-template <class T>
-static inline void finish(const PolicySums& sums, const PolicyCall<T>& call, double count,
-                          const PolicyTensors& tensors) {
-  const PolicyConfig& config = call.config;
-  double* const metrics = tensors.metrics;
-  const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
-  const bool empty = sums.steps == 0;
-  metrics[kPolicyLoss] = sums.policy / call.total;
-  metrics[kKLLoss] = sums.kl / call.total;
-  metrics[kEntropy] = sums.entropy / call.total;
-  metrics[kRatioMean] = empty ? 1.0 : sums.ratio / steps;
-  metrics[kRatioMin] = empty ? 1.0 : sums.ratio_min;
-  metrics[kRatioMax] = empty ? 1.0 : sums.ratio_max;
-  metrics[kClipFraction] = (sums.clipped_low + sums.clipped_high) / steps;
-  metrics[kClipFractionLow] = sums.clipped_low / steps;
-  metrics[kClipFractionHigh] = sums.clipped_high / steps;
-  metrics[kTokenClipFraction] = sums.clipped_tokens / tokens;
-  metrics[kApproxKL] = -sums.z / tokens;
-  metrics[kApproxKLK3] = sums.k3 / tokens;
-  metrics[kDeadTokenFraction] = sums.dead / tokens;
-  metrics[kNumSteps] = sums.steps;
-  metrics[kNumTokens] = sums.tokens;
-  metrics[kPolicyDenominator] = count;
-  metrics[kPolicyGradientScale] = 1.0;
-  *static_cast<T*>(tensors.loss) =
-      static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
-                     config.entropy_coef * metrics[kEntropy]);
 }
 
 }  // namespace steppo::cpu::STEPPO_ISA

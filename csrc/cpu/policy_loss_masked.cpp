@@ -118,8 +118,9 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
       partial[b] = sums;
     });
     PolicySums sums;
-    for (int64_t b = 0; b < blocks; ++b) sums.add(partial[b]);
-    finish(sums, call, total, tensors);
+    for (int64_t b = 0; b < blocks; ++b) merge(sums, partial[b]);
+    // The gradients are final.
+    finish<T>(sums, config, call.total, total, 1.0, tensors);
   });
 }
 

@@ -5,10 +5,8 @@
 // with the place of the first of some tokens returns their lanes.
 #pragma once
 
-#include <limits>
-
 #include "lanes.h"
-#include "steppo/surrogates.h"
+#include "steppo/policy_tokens.h"
 
 namespace steppo::cpu::STEPPO_ISA {
 
@@ -50,8 +48,7 @@ struct PolicyCall {
         grad_log_probs(static_cast<T*>(x.grad_log_probs)),
         grad_entropy(static_cast<T*>(x.grad_entropy)),
         config(numbers),
-        clips_tokens(numbers.token_clip_low < std::numeric_limits<double>::infinity() ||
-                     numbers.token_clip_high < std::numeric_limits<double>::infinity()) {}
+        clips_tokens(steppo::clips_tokens(numbers)) {}
 };
 
 template <class T, class At>
@@ -73,15 +70,6 @@ struct Advantages {
     return own != nullptr ? load(own, at, i, length) : Lanes<T>{} + shared;
   }
 };
-
-// z of some tokens, clamped on the side of the advantage.
-template <class L>
-static inline L held_log_ratio(L z, L advantage, const PolicyConfig& config) {
-  using Choose = Arithmetic<L>;
-  const L low = -all_of<L>(config.token_clip_low), high = all_of<L>(config.token_clip_high);
-  return Choose::select(advantage < L{}, Choose::select(z < low, low, z),
-                        Choose::select(z > high, high, z));
-}
 
 // z of one token in fp64, as it is pooled: clamped if tokens are. `owner` is where its advantage
 // is.
@@ -106,13 +94,6 @@ static inline double sum_held(const PolicyCall<T>& call, const Advantages<T, At>
   return sum.total();
 }
 
-// What the policy part gives to some tokens: the slope and the value of each, 1 where it is
-// clipped, below and above a ratio of 1, and its ratio.
-template <class T>
-struct TokenLanes {
-  Lanes<T> slope, value, clipped_low, clipped_high, ratio;
-};
-
 // Every token has the slope of its step.
 template <class T>
 struct SharedSlope {
@@ -120,7 +101,7 @@ struct SharedSlope {
   static constexpr bool kIsCounted = false;
   T slope;
 
-  TokenLanes<T> operator()(int64_t) const {
+  TokenUnit<Lanes<T>> operator()(int64_t) const {
     return {Lanes<T>{} + slope, Lanes<T>{}, Lanes<T>{}, Lanes<T>{}, Lanes<T>{}};
   }
 };
@@ -135,42 +116,24 @@ struct OwnAdvantages {
   Advantages<T, At> advantages;
   At at;
   int64_t length;
+  SignedUnits units;
   double ratio;
-  Unit<double> positive, negative;
 
   OwnAdvantages(const PolicyCall<T>& the_call, const Advantages<T, At>& of_step, At where,
-                int64_t count, Point<double> point)
-      : call(the_call), advantages(of_step), at(where), length(count), ratio(point.ratio) {
-    point.advantage = 1.0;
-    positive = step_unit(point, call.config);
-    point.advantage = -1.0;
-    negative = step_unit(point, call.config);
-  }
+                int64_t count, const Point<double>& point)
+      : call(the_call),
+        advantages(of_step),
+        at(where),
+        length(count),
+        units(signed_units(point, the_call.config)),
+        ratio(point.ratio) {}
 
-  TokenLanes<T> operator()(int64_t i) const {
-    using L = Lanes<T>;
-    using Choose = Arithmetic<L>;
-    const L a = advantages(i);
-    const auto is_negative = a < L{}, is_zero = a == L{};
-    const L size = Choose::select(is_negative, -a, a);
-    const auto signed_part = [&](double of_positive, double of_negative) {
-      return Choose::select(is_negative, all_of<L>(of_negative), all_of<L>(of_positive));
-    };
-    L slope = signed_part(positive.slope, negative.slope);
-    slope = Choose::select(is_zero | (slope == L{}), L{}, size * slope);
+  TokenUnit<Lanes<T>> operator()(int64_t i) const {
+    Lanes<T> z{};
     if (call.clips_tokens) {
-      const L z = load(call.log_probs, at, i, length) - load(call.old_log_probs, at, i, length);
-      const auto is_held = held_log_ratio(z, a, call.config) != z;
-      // What is not there was not clamped.
-      slope = Choose::select(is_held & (z == z), L{}, slope);
+      z = load(call.log_probs, at, i, length) - load(call.old_log_probs, at, i, length);
     }
-    // Without an advantage nothing tells the branches of a clip apart.
-    const double zero_is_clipped = call.config.surrogate != kClip && positive.is_clipped;
-    L clipped = signed_part(positive.is_clipped, negative.is_clipped);
-    clipped = Choose::select(is_zero, all_of<L>(zero_is_clipped), clipped);
-    clipped = Choose::select(a == a, clipped, L{});
-    return {slope, size * signed_part(positive.value, negative.value), ratio < 1 ? clipped : L{},
-            ratio < 1 ? L{} : clipped, L{}};
+    return token_of_step(advantages(i), z, call.clips_tokens, units, call.config);
   }
 };
 
@@ -185,21 +148,11 @@ struct OwnRatios {
   int64_t length;
   double low, high;
 
-  TokenLanes<T> operator()(int64_t i) const {
+  TokenUnit<Lanes<T>> operator()(int64_t i) const {
     using L = Lanes<T>;
-    using Choose = Arithmetic<L>;
-    const PolicyConfig& config = call.config;
-    const L now = load(call.log_probs, at, i, length),
-            old = load(call.old_log_probs, at, i, length);
-    const L z = now - old;
-    Point<L> point{
-        z, ratio_of(z, config.log_ratio_max), advantages(i), all_of<L>(low), all_of<L>(high), L{}};
-    if constexpr (kKind == kTv) point.gap = Choose::exp(now) - Choose::exp(old);
-    const Unit<L> unit = surrogate<kKind>(point, config);
-    const L clipped = Choose::select(unit.is_clipped, all_of<L>(1.0), L{});
-    const auto is_low = point.ratio < T(1);
-    return {unit.slope, unit.value, Choose::select(is_low, clipped, L{}),
-            Choose::select(is_low, L{}, clipped), point.ratio};
+    return token_by_itself<kKind>(load(call.log_probs, at, i, length),
+                                  load(call.old_log_probs, at, i, length), advantages(i),
+                                  all_of<L>(low), all_of<L>(high), call.config);
   }
 };
 
@@ -216,7 +169,7 @@ struct AnyPenalty {
 
   template <class L>
   KL<L> operator()(L d) const {
-    return kind == kK1 ? kl_penalty<kK1>(d) : kind == kK2 ? kl_penalty<kK2>(d) : kl_penalty<kK3>(d);
+    return penalty_of(kind, d);
   }
 };
 
@@ -246,7 +199,7 @@ static inline TokenSums<T> differentiate(const PolicyCall<T>& call, const Policy
   Count<T> clipped_low, clipped_high, dead;
   TokenSums<T> sums;
   for (int64_t i = 0; i < length; i += kLanes<T>) {
-    const TokenLanes<T> token = policy(i);
+    const TokenUnit<L> token = policy(i);
     L grad = token.slope, own_value = token.value;
     if constexpr (Policy::kIsCounted) {
       grad = Choose::select(grad == L{}, L{}, grad * factor);
