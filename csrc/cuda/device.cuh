@@ -7,10 +7,14 @@
 #if defined(STEPPO_CUDA_ON_HOST)
 #include "cuda_on_host.h"
 #define STEPPO_DEVICE static inline
-#define STEPPO_SHARED(type, name) type& name = cuda_on_host::shared<type>([] {})
+#define STEPPO_MEMBER inline
+#define STEPPO_SHARED(type, name) auto& name = cuda_on_host::shared<type>([] {})
 #else
 #define STEPPO_DEVICE __device__ __forceinline__ static
-#define STEPPO_SHARED(type, name) __shared__ type name
+#define STEPPO_MEMBER __device__ __forceinline__
+#define STEPPO_SHARED(type, name) \
+  using name##_type = type;       \
+  __shared__ name##_type name
 #endif
 
 namespace steppo::cuda {

@@ -1,11 +1,44 @@
-// How one launch ends with numbers of all its blocks: the last block to finish adds up what each of
+// How one launch ends with numbers of all its blocks: the last block to finish merges what each of
 // them left, in the order of the blocks. Nothing waits for another block.
+//
+// What is merged is a struct S of doubles, which begins as S{}, with a function merge(S&, const
+// S&).
 #pragma once
+
+#include <cstring>
 
 #include "device.cuh"
 #include "steppo/cuda.h"
 
 namespace steppo::cuda {
+
+// A sum, where that is all.
+struct Sum {
+  double value = 0;
+};
+
+STEPPO_DEVICE void merge(Sum& total, const Sum& other) { total.value += other.value; }
+
+// The numbers of S. A struct that begins with values cannot lie in shared memory.
+template <class S>
+struct Numbers {
+  static constexpr int kCount = sizeof(S) / sizeof(double);
+  static_assert(kCount <= Workspace::kFields, "a part of the workspace is too small");
+
+  double at[kCount];
+};
+
+template <class S>
+STEPPO_DEVICE void put(double* numbers, const S& from) {
+  std::memcpy(numbers, static_cast<const void*>(&from), sizeof from);
+}
+
+template <class S>
+STEPPO_DEVICE S get(const double* numbers) {
+  S made;
+  std::memcpy(static_cast<void*>(&made), numbers, sizeof made);
+  return made;
+}
 
 // Whether this block is the last one of the grid to come here. What every thread of the others
 // wrote before is then visible to all of its threads. All threads of a block call it. The counter
@@ -21,6 +54,42 @@ STEPPO_DEVICE bool is_last_block(unsigned* counter) {
   }
   __syncthreads();
   return ticket == gridDim.x - 1;
+}
+
+// Merges what the threads of a block have; thread 0 gets the whole.
+template <int threads, class S>
+STEPPO_DEVICE void merge_block(S& own) {
+  constexpr int kWarps = threads / kWarp;
+  STEPPO_SHARED(Numbers<S>[kWarps], warps);
+  Numbers<S> numbers;
+#pragma unroll
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+    put(numbers.at, own);
+#pragma unroll
+    for (int k = 0; k < Numbers<S>::kCount; ++k) {
+      numbers.at[k] = __shfl_xor_sync(kAllLanes, numbers.at[k], apart);
+    }
+    merge(own, get<S>(numbers.at));
+  }
+  if (threadIdx.x % kWarp == 0) put(warps[threadIdx.x / kWarp].at, own);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; ++w) merge(own, get<S>(warps[w].at));
+}
+
+// Merges what the first `blocks` blocks of a grid have; thread 0 of the block for which it is true
+// gets the whole. All threads of all blocks call it, and those of the first ones have something.
+template <int threads, class S>
+STEPPO_DEVICE bool merge_grid(S& own, int blocks, Workspace* workspace) {
+  if (static_cast<int>(blockIdx.x) < blocks) {
+    merge_block<threads>(own);
+    if (threadIdx.x == 0) put(workspace->parts[blockIdx.x], own);
+  }
+  if (!is_last_block(&workspace->counters[0])) return false;
+  own = S{};
+  for (int b = threadIdx.x; b < blocks; b += threads) merge(own, get<S>(workspace->parts[b]));
+  merge_block<threads>(own);
+  return true;
 }
 
 }  // namespace steppo::cuda

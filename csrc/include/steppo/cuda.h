@@ -13,10 +13,13 @@ namespace steppo::cuda {
 // What the workspace of a place is. It belongs to one stream, and is zeroed before its first use; a
 // launch leaves the counters at 0. Nothing else of it is read before it was written.
 struct Workspace {
-  static constexpr int kCounters = 1024, kPartials = 256 * 16;
+  static constexpr int kCounters = 1024, kParts = 256, kFields = 16;
 
   unsigned counters[kCounters];
-  double partials[kPartials];
+  // Up to kFields numbers of each block.
+  double parts[kParts][kFields];
+  // The mean log-ratio, between two launches.
+  double center;
 };
 
 #define STEPPO_OPERATOR(name, ...) Operator<__VA_ARGS__> name;

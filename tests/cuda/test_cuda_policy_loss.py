@@ -1,0 +1,157 @@
+"""The CUDA kernel of the policy loss on a layout, on the host, against the reference in fp64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from batches import Batch, random_batch
+from methods import METHODS
+from reference_operators import OPERATORS
+
+from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels.backends.compiled import policy_loss
+from steppo_kernels.config import KL_ESTIMATORS, REDUCTIONS
+from steppo_kernels.layout.step_layout import require_layout
+
+_REFERENCE = OPERATORS["policy_loss"]
+
+
+def rows_of(batch: Batch) -> StepLayout:
+    """A row a step, in no order; some rows are empty."""
+    count = batch.mask.shape[0]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    return StepLayout.from_rows(batch.mask, [i % 3 for i in range(count)], order.tolist())
+
+
+LAYOUTS = {
+    "runs": lambda batch: batch.layout,
+    "rows": rows_of,
+    "tokens": lambda batch: batch.layout.per_token(),
+    "trajectories": lambda batch: batch.layout.per_trajectory(),
+}
+
+
+def arguments(seed: int, batch: Batch, layout: StepLayout, config: StepPOConfig, dtype):
+    """Draw which optional arguments there are, and their numbers."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def maybe(value, chance=0.5):
+        return value if rng.random() < chance else None
+
+    def of(low, high, *shape):
+        return (low + (high - low) * torch.rand(shape, generator=generator)).to(dtype)
+
+    def flat(name):
+        return getattr(batch, name).to(dtype).reshape(-1)
+
+    count, num_tokens = layout.num_steps, batch.mask.numel()
+    advantages_per_token, weights_per_token = rng.random() < 0.5, rng.random() < 0.5
+    size = num_tokens if advantages_per_token else count
+    weights = of(0.0, 2.0, num_tokens if weights_per_token else count)
+    weights[::5] = 0.0
+    advantages = of(-1.0, 1.0, size)
+    advantages[::4] = 0.0
+    weights = maybe(weights)
+    bounds = config.surrogate != "soft" and rng.random() < 0.5
+    entropy = flat("entropy") if config.entropy_coef else maybe(flat("entropy"), 0.2)
+    return (
+        flat("log_probs"),
+        entropy,
+        maybe(flat("old_log_probs"), 0.9),
+        advantages,
+        flat("ref_log_probs") if config.kl_coef else None,
+        weights,
+        maybe(of(0.0, 1.0, count)),
+        of(0.05, 0.5, count) if bounds else None,
+        of(0.05, 0.5, count) if bounds else None,
+        maybe(torch.tensor(0.01, dtype=torch.float64)),
+        maybe(torch.tensor(3.5, dtype=torch.float64)),
+        require_layout(layout).steps,
+        config.kernel,
+        advantages_per_token,
+        weights is not None and weights_per_token,
+        True,
+        entropy is not None,
+    )
+
+
+def in_fp64(args):
+    return [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
+    ]
+
+
+def check(found, exact, tolerance: float) -> None:
+    """Compare loss, metrics, log-ratios and gradients, which lack their scale."""
+    loss, metrics, log_ratio, *grads = found
+    scale = metrics[-1]
+    close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    torch.testing.assert_close(loss.double(), exact[0].double(), **close)
+    torch.testing.assert_close(metrics[:-1], exact[1][:-1], **close)
+    torch.testing.assert_close(log_ratio.double(), exact[2].double(), **close)
+    for grad, expected in zip(grads, exact[3:], strict=True):
+        assert (grad is None) == (expected is None)
+        if grad is not None:
+            torch.testing.assert_close(grad.double() * scale, expected, **close)
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_on_every_layout(cuda, method, where):
+    for seed in range(3):
+        rng = random.Random(f"{method} {where} {seed}")
+        batch = random_batch(seed, 5, 40, ratio=method.ratio, log_ratios=(-0.8, 0.8))
+        clip = rng.choice([None, (0.3, 0.2)]) if method.ratio != "token" else None
+        config = method.config(
+            reduction=rng.choice(REDUCTIONS),
+            kl_coef=rng.choice([0.0, 0.1]),
+            kl_estimator=rng.choice(KL_ESTIMATORS),
+            entropy_coef=rng.choice([0.0, 0.05]),
+            token_clip=clip,
+        )
+        args = arguments(rng.randrange(1000), batch, LAYOUTS[where](batch), config, torch.float64)
+        check(policy_loss.policy_loss(cuda, *args), _REFERENCE(*args), 1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_fp32(cuda, method):
+    batch = random_batch(2, 4, 60, ratio=method.ratio, log_ratios=(-0.5, 0.5))
+    args = arguments(7, batch, batch.layout, method.config(kl_coef=0.1), torch.float32)
+    check(policy_loss.policy_loss(cuda, *args), _REFERENCE(*in_fp64(args)), 3e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 0), (2, 5000)], ids=str)
+def test_sizes(cuda, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < 0.9
+    layout = StepLayout.from_mask(mask)
+    new = torch.randn(mask.numel(), dtype=torch.float64) / 10
+    config = StepPOConfig(clip_low=0.05, clip_high=0.05)
+    args = (
+        new, None, torch.zeros_like(new), torch.ones(layout.num_steps, dtype=torch.float64),
+        *[None] * 7, require_layout(layout).steps, config.kernel, False, False, True, False,
+    )  # fmt: skip
+    check(policy_loss.policy_loss(cuda, *args), _REFERENCE(*args), 1e-11)
+
+
+def test_bits_do_not_depend_on_the_order_of_threads(cuda):
+    batch = random_batch(3, 16, 300)
+    config = StepPOConfig(ratio="centered", kl_coef=0.1, entropy_coef=0.1)
+    args = arguments(1, batch, batch.layout, config, torch.float32)
+    found = []
+    for seed in range(4):
+        cuda.kernels.order(seed, 1 + seed)
+        found.append(policy_loss.policy_loss(cuda, *args))
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.equal(one.nan_to_num(), same.nan_to_num())
+
+
+def test_a_nan_stays_in_its_step(cuda):
+    batch = random_batch(5, 6, 50)
+    step = batch.layout.step_lengths.argmax()
+    at = batch.layout.token_index[batch.layout.step_offsets[step]]
+    batch.log_probs.view(-1)[at] = torch.nan
+    args = arguments(3, batch, batch.layout, StepPOConfig(), torch.float64)
+    check(policy_loss.policy_loss(cuda, *args), _REFERENCE(*args), 1e-11)
