@@ -40,14 +40,12 @@ STEPPO_DEVICE S get(const double* numbers) {
   return made;
 }
 
-// Whether this block is the last one of the grid to come here. What every thread of the others
-// wrote before is then visible to all of its threads. All threads of a block call it. The counter
-// is 0 again when the grid has finished.
+// Whether this block is the last one of the grid to come here. What thread 0 of the others wrote
+// before, and what barriers have ordered before that, is then visible to all of its threads. All
+// threads of a block call it, once. The counter is 0 again when the grid has finished.
 STEPPO_DEVICE bool is_last_block(unsigned* counter) {
   STEPPO_SHARED(unsigned, ticket);
-  __syncthreads();
   if (threadIdx.x == 0) {
-    // The fences of one thread cover what the barrier has ordered with it.
     __threadfence();
     ticket = atomicInc(counter, gridDim.x - 1);
     __threadfence();
@@ -56,14 +54,15 @@ STEPPO_DEVICE bool is_last_block(unsigned* counter) {
   return ticket == gridDim.x - 1;
 }
 
-// Merges what the threads of a block have; thread 0 gets the whole.
+// Merges what the threads of a block have, and returns the whole, which lies in shared memory: so
+// that it takes no registers. All threads of the block call it.
 template <int threads, class S>
-STEPPO_DEVICE void merge_block(S& own) {
+STEPPO_DEVICE const S& merge_block(S own) {
   constexpr int kWarps = threads / kWarp;
   STEPPO_SHARED(Numbers<S>[kWarps], warps);
-  Numbers<S> numbers;
 #pragma unroll
   for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+    Numbers<S> numbers;
     put(numbers.at, own);
 #pragma unroll
     for (int k = 0; k < Numbers<S>::kCount; ++k) {
@@ -73,23 +72,26 @@ STEPPO_DEVICE void merge_block(S& own) {
   }
   if (threadIdx.x % kWarp == 0) put(warps[threadIdx.x / kWarp].at, own);
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) merge(own, get<S>(warps[w].at));
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kWarps; ++w) merge(own, get<S>(warps[w].at));
+    put(warps[0].at, own);
+  }
+  __syncthreads();
+  return *reinterpret_cast<const S*>(warps[0].at);
 }
 
-// Merges what the first `blocks` blocks of a grid have; thread 0 of the block for which it is true
-// gets the whole. All threads of all blocks call it, and those of the first ones have something.
+// Merges what the first `blocks` blocks of a grid have, and returns the whole in the last block to
+// come here, null in the others. All threads of all blocks call it.
 template <int threads, class S>
-STEPPO_DEVICE bool merge_grid(S& own, int blocks, Workspace* workspace) {
+STEPPO_DEVICE const S* merge_grid(const S& own, int blocks, Workspace* workspace) {
   if (static_cast<int>(blockIdx.x) < blocks) {
-    merge_block<threads>(own);
-    if (threadIdx.x == 0) put(workspace->parts[blockIdx.x], own);
+    const S& whole = merge_block<threads>(own);
+    if (threadIdx.x == 0) put(workspace->parts[blockIdx.x], whole);
   }
-  if (!is_last_block(&workspace->counters[0])) return false;
-  own = S{};
-  for (int b = threadIdx.x; b < blocks; b += threads) merge(own, get<S>(workspace->parts[b]));
-  merge_block<threads>(own);
-  return true;
+  if (!is_last_block(&workspace->counters[0])) return nullptr;
+  S some;
+  for (int b = threadIdx.x; b < blocks; b += threads) merge(some, get<S>(workspace->parts[b]));
+  return &merge_block<threads>(some);
 }
 
 }  // namespace steppo::cuda

@@ -2,25 +2,12 @@
 // package.
 #include "last_block.cuh"
 #include "launch.h"
-#include "policy_step.cuh"
+#include "policy_call.cuh"
 
 namespace steppo::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-// The last bit of a sum must not depend on the card.
-constexpr std::int64_t kStepBlocks = 255, kClearBlocks = 256;
-
-// Sums over steps, and the sum of 1 / count, which a reduction may count.
-struct CallSums {
-  PolicySums sums;
-  double trajectories = 0;
-};
-
-STEPPO_FN void merge(CallSums& total, const CallSums& other) {
-  steppo::merge(total.sums, other.sums);
-  total.trajectories += other.trajectories;
-}
+constexpr std::int64_t kClearBlocks = 256;
 
 // mu of the centered ratio: the mean of z over all action tokens.
 template <class T>
@@ -28,21 +15,14 @@ __global__ void __launch_bounds__(kThreads)
     center_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig config,
                   Workspace* workspace) {
   const PolicyCall<T> call(tensors);
-  double sum = 0;
+  Center sum;
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < steps.num_actions;
        i += stride) {
     const std::int64_t t = steps.token_index[i];
-    double z = static_cast<double>(call.log_probs[t]) - static_cast<double>(call.old_log_probs[t]);
-    if (clips_tokens(config)) {
-      const std::int64_t owner = call.advantages_per_token ? t : steps.step_ids[t];
-      z = held_log_ratio<double>(z, static_cast<double>(call.advantages[owner]), config);
-    }
-    sum += z;
+    sum.add(call, config, t, call.advantages_per_token ? t : steps.step_ids[t]);
   }
-  Sum own{sum};
-  if (!merge_grid<kThreads>(own, static_cast<int>(gridDim.x), workspace)) return;
-  if (threadIdx.x == 0) workspace->center = own.value / static_cast<double>(steps.num_actions);
+  leave_center(sum, workspace);
 }
 
 // Zeroes the gradients of tokens that are no action's.
@@ -58,12 +38,12 @@ STEPPO_DEVICE void clear(const PolicyCall<T>& call, const Steps& steps, std::int
 }
 
 // Some blocks take steps, `lanes` lanes each, and the others the tokens that are no action's.
-template <class T, int lanes>
+template <class T, int lanes, bool by_token>
 __global__ void __launch_bounds__(kThreads, 2)
     policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig config,
                        Workspace* workspace, int step_blocks) {
   const PolicyCall<T> call(tensors);
-  CallSums own;
+  CallSums& own = sums_of_thread();
   if (static_cast<int>(blockIdx.x) >= step_blocks) {
     clear(call, steps, blockIdx.x - step_blocks, gridDim.x - step_blocks);
   } else {
@@ -90,18 +70,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                      : step_weight(config.reduction, static_cast<double>(length), count);
         if (lane == 0) own.trajectories += 1.0 / count;
       }
-      const double log_ratio = add_step<lanes>(call, step, config, weight, center, own.sums);
+      const double log_ratio =
+          add_step<lanes, by_token>(call, step, config, weight, center, own.sums);
       if (is_there && lane == 0) {
         static_cast<T*>(tensors.step_log_ratio)[s] = static_cast<T>(log_ratio);
       }
     }
   }
-  if (!merge_grid<kThreads>(own, step_blocks, workspace) || threadIdx.x != 0) return;
-  const double counted = reduction_count(config.reduction, own.sums.steps, own.trajectories,
-                                         static_cast<double>(steps.num_actions));
-  const bool is_given = tensors.normalizer != nullptr;
-  const double total = is_given ? *tensors.normalizer : counted > 1.0 ? counted : 1.0;
-  finish<T>(own.sums, config, total, is_given ? total : counted, 1.0 / total, tensors);
+  finish_call<T>(own, step_blocks, tensors, config, workspace);
 }
 
 template <class T, int lanes>
@@ -113,8 +89,10 @@ void launch_by(const Launcher& launch, const PolicyTensors& tensors, const Steps
   const bool clears = tensors.grad_log_probs != nullptr || tensors.grad_entropy != nullptr;
   const std::int64_t wanted = clears ? ceil_div(steps.num_tokens, kThreads * 4) : 0;
   const std::int64_t clear_blocks = wanted < kClearBlocks ? wanted : kClearBlocks;
-  launch(policy_loss_kernel<T, lanes>, step_blocks + clear_blocks, kThreads, tensors, steps, config,
-         workspace, static_cast<int>(step_blocks));
+  launch(config.ratio == kToken ? policy_loss_kernel<T, lanes, true>
+                                : policy_loss_kernel<T, lanes, false>,
+         step_blocks + clear_blocks, kThreads, tensors, steps, config, workspace,
+         static_cast<int>(step_blocks));
 }
 
 }  // namespace
@@ -126,7 +104,7 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     // The mean is known before any step is, and so it takes a launch of its own.
-    if (config.ratio == kCentered && tensors.ratio_center == nullptr && steps.num_actions > 0) {
+    if (needs_center(tensors, config) && steps.num_actions > 0) {
       const std::int64_t needed = ceil_div(steps.num_actions, kThreads);
       launch(center_kernel<T>, needed < kStepBlocks ? needed : kStepBlocks, kThreads, tensors,
              steps, config, workspace);

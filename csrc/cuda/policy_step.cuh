@@ -29,7 +29,7 @@ struct PolicyCall {
         clip_low(static_cast<const T*>(x.clip_low)),
         clip_high(static_cast<const T*>(x.clip_high)),
         advantages_per_token(x.advantages_per_token),
-        is_weights_per_token(x.is_weights_per_token),
+        is_weights_per_token(x.is_weights != nullptr && x.is_weights_per_token),
         grad_log_probs(static_cast<T*>(x.grad_log_probs)),
         grad_entropy(static_cast<T*>(x.grad_entropy)) {}
 };
@@ -162,8 +162,9 @@ STEPPO_DEVICE void take_apart(const PolicyCall<T>& call, const PolicyStep& step,
 }
 
 // Adds a step to the sums of its lanes, and writes the gradients of its tokens. All lanes of a warp
-// call it together, with a step or an empty one. Returns log rho.
-template <int lanes, class T>
+// call it together, with a step or an empty one. Returns log rho. `by_token` is the ratio of single
+// tokens.
+template <int lanes, bool by_token, class T>
 STEPPO_DEVICE double add_step(const PolicyCall<T>& call, const PolicyStep& step,
                               const PolicyConfig& config, double weight, double center,
                               PolicySums& sums) {
@@ -183,7 +184,7 @@ STEPPO_DEVICE double add_step(const PolicyCall<T>& call, const PolicyStep& step,
   const auto advantage_at = [&](std::int64_t t) {
     return call.advantages[call.advantages_per_token ? t : step.index];
   };
-  if (config.ratio == kToken) {
+  if constexpr (by_token) {
     with_surrogate(config.surrogate, [&](auto kind) {
       take_apart<lanes>(call, step, config, factors, true, is_alive, sums, [&](std::int64_t t) {
         return token_by_itself<decltype(kind)::value>(call.log_probs[t], call.old_log_probs[t],

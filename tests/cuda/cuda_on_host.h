@@ -57,8 +57,10 @@ CUDA_ON_HOST_FN T* dynamic_shared() {
 
 // Meeting points.
 
-CUDA_ON_HOST_FN void block_barrier(int line) {
+CUDA_ON_HOST_FN void block_barrier(Site site) {
   Unseen unseen;
+  if (site.is_removed()) return;
+  const int line = site.line;
   Fiber& fiber = self();
   Block& block = *fiber.block;
   if (block.arrived > 0 && block.line != line) {
@@ -82,24 +84,24 @@ CUDA_ON_HOST_FN void block_barrier(int line) {
 }
 
 // The number of threads of the block for which `vote` holds.
-CUDA_ON_HOST_FN int block_count(bool vote, int line) {
+CUDA_ON_HOST_FN int block_count(bool vote, Site site) {
   Block& block = *self().block;
   {
     Unseen unseen;
     block.votes += vote;
   }
-  block_barrier(line);
+  block_barrier(site);
   int votes;
   {
     Unseen unseen;
     votes = block.votes;
   }
-  block_barrier(line);
+  block_barrier(site);
   {
     Unseen unseen;
     block.votes = 0;
   }
-  block_barrier(line);
+  block_barrier(site);
   return votes;
 }
 
@@ -181,12 +183,18 @@ CUDA_ON_HOST_FN unsigned ballot(unsigned mask, bool vote, int line) {
   return static_cast<unsigned>(collective(kBallot, mask, vote, 0, kLanes, line));
 }
 
+CUDA_ON_HOST_FN void warp_barrier(Site site) {
+  if (!site.is_removed()) collective(kSync, 0xFFFFFFFFu, 0, 0, kLanes, site.line);
+}
+
 // Memory between blocks. An atomic publishes what a fence since the last one covers, and what it
 // shows is covered by the next fence.
 
-CUDA_ON_HOST_FN void fence() {
+CUDA_ON_HOST_FN void fence(Site site) {
+  static_cast<void>(site);
 #if defined(__SANITIZE_THREAD__)
   Unseen unseen;
+  if (site.is_removed()) return;
   Fiber& fiber = self();
   fiber.has_fenced = true;
   for (void* at : fiber.seen) __tsan_acquire(at);
@@ -216,12 +224,10 @@ CUDA_ON_HOST_FN T atomic(T* at, F&& change) {
 #define blockIdx (cuda_on_host::self().block->index)
 #define blockDim (cuda_on_host::runner.threads)
 #define gridDim (cuda_on_host::runner.grid)
-#define __syncthreads() cuda_on_host::block_barrier(__LINE__)
-#define __syncthreads_count(vote) cuda_on_host::block_count(vote, __LINE__)
-
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, int line = __builtin_LINE()) {
-  cuda_on_host::collective(cuda_on_host::kSync, mask, 0, 0, cuda_on_host::kLanes, line);
-}
+#define __syncthreads() cuda_on_host::block_barrier(CUDA_ON_HOST_SITE)
+#define __syncthreads_count(vote) cuda_on_host::block_count(vote, CUDA_ON_HOST_SITE)
+#define __threadfence() cuda_on_host::fence(CUDA_ON_HOST_SITE)
+#define __syncwarp() cuda_on_host::warp_barrier(CUDA_ON_HOST_SITE)
 
 #define CUDA_ON_HOST_SHUFFLE(name, operation)                                                  \
   template <class T>                                                                           \
@@ -245,7 +251,6 @@ inline int __all_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
   return cuda_on_host::ballot(mask, vote == 0, line) == 0;
 }
 
-inline void __threadfence() { cuda_on_host::fence(); }
 inline unsigned atomicAdd(unsigned* at, unsigned more) {
   return cuda_on_host::atomic(at, [=](unsigned before) { return before + more; });
 }

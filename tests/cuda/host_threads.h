@@ -59,8 +59,25 @@ struct Options {
   std::uint64_t seed = 0;
   // Blocks whose threads take turns.
   int resident = 1;
+  // A barrier or a fence that is not there, "file:line": what misses it?
+  std::string removed;
 };
 inline Options options;
+
+// A place in the source, where threads meet or order memory.
+struct Site {
+  const char* file;
+  int line;
+
+  bool is_removed() const {
+    if (options.removed.empty()) return false;
+    const std::string whole = std::string(file) + ":" + std::to_string(line);
+    const std::string end = "/" + options.removed;
+    return whole.size() >= end.size() &&
+           whole.compare(whole.size() - end.size(), end.size(), end) == 0;
+  }
+};
+#define CUDA_ON_HOST_SITE (cuda_on_host::Site{__FILE__, __LINE__})
 
 #if defined(__SANITIZE_THREAD__)
 // What this header itself reads and writes is not the kernel's.

@@ -42,13 +42,19 @@ def program(name: str, *flags: str) -> Path:
     return _built(name, [_HERE / f"{name}.cpp"], flags)
 
 
+def whole_program(name: str, *flags: str) -> Path:
+    """Return such a program that calls operators: all kernels are built with it."""
+    return _built(name, [_HERE / f"{name}.cpp", *_kernels()], flags)
+
+
 def module() -> ModuleType:
     """Return the module of all kernels, built for the host."""
     pybind11 = pytest.importorskip("pybind11")
     includes = (pybind11.get_include(), sysconfig.get_path("include"))
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "python/bindings_cuda.cpp"]
-    sources.append(_HERE / "order.cpp")
+    sources = [*_kernels(), ROOT / "python/bindings_cuda.cpp", _HERE / "order.cpp"]
     flags = ["-O2", "-shared", "-fvisibility=hidden", f"-DSTEPPO_MODULE={_MODULE}"]
+    if sanitizers := os.environ.get("STEPPO_SANITIZE"):
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"]
     path = _built(f"{_MODULE}.so", sources, [*flags, *(f"-isystem{path}" for path in includes)])
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     assert spec is not None
@@ -57,6 +63,10 @@ def module() -> ModuleType:
     spec.loader.exec_module(found)
     found.order = _order(path)
     return found
+
+
+def _kernels() -> list[Path]:
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
 
 
 def _order(path: Path) -> Callable[[int, int], None]:

@@ -3,5 +3,5 @@
 
 extern "C" __attribute__((visibility("default"))) void order_of_threads(std::uint64_t seed,
                                                                         int resident) {
-  cuda_on_host::options = {seed, resident};
+  cuda_on_host::options = {seed, resident, ""};
 }

@@ -1,4 +1,4 @@
-"""The CUDA kernel of the policy loss on a layout, on the host, against the reference in fp64."""
+"""The CUDA kernels of the policy loss, on the host, against the reference in fp64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steppo_kernels.backends.compiled import policy_loss
 from steppo_kernels.config import KL_ESTIMATORS, REDUCTIONS
 from steppo_kernels.layout.step_layout import require_layout
 
-_REFERENCE = OPERATORS["policy_loss"]
+_REFERENCE, _REFERENCE_MASKED = OPERATORS["policy_loss"], OPERATORS["policy_loss_masked"]
 
 
 def rows_of(batch: Batch) -> StepLayout:
@@ -77,6 +77,17 @@ def arguments(seed: int, batch: Batch, layout: StepLayout, config: StepPOConfig,
     )
 
 
+def of_mask(args, mask):
+    """The arguments of the mask form, where advantages and weights are given per token."""
+    log_probs, entropy, old, _, reference, *_, center, normalizer, _, config, _, _, grad, other = (
+        args
+    )
+    spread = torch.randn(mask.numel(), generator=torch.Generator().manual_seed(2)).to(old.dtype)
+    given = log_probs, entropy, old, spread, reference, spread.abs().floor()
+    needs = grad, other
+    return *given, center, normalizer, mask.reshape(-1), mask.shape[-1], config, *needs
+
+
 def in_fp64(args):
     return [
         x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
@@ -85,13 +96,13 @@ def in_fp64(args):
 
 def check(found, exact, tolerance: float) -> None:
     """Compare loss, metrics, log-ratios and gradients, which lack their scale."""
-    loss, metrics, log_ratio, *grads = found
-    scale = metrics[-1]
+    (loss, metrics, *others), scale = found, found[1][-1]
     close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
     torch.testing.assert_close(loss.double(), exact[0].double(), **close)
     torch.testing.assert_close(metrics[:-1], exact[1][:-1], **close)
-    torch.testing.assert_close(log_ratio.double(), exact[2].double(), **close)
-    for grad, expected in zip(grads, exact[3:], strict=True):
+    if len(found) == 5:
+        torch.testing.assert_close(others.pop(0).double(), exact[2].double(), **close)
+    for grad, expected in zip(others, exact[-2:], strict=True):
         assert (grad is None) == (expected is None)
         if grad is not None:
             torch.testing.assert_close(grad.double() * scale, expected, **close)
@@ -116,6 +127,21 @@ def test_every_method_on_every_layout(cuda, method, where):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_method_on_a_mask(cuda, method, reduction):
+    """Runs that end with a chunk, behind it, and in the middle; rows of any length."""
+    for length in (7, 700):
+        batch = random_batch(length, 3, length, ratio=method.ratio, log_ratios=(-0.8, 0.8))
+        clip = (0.3, 0.2) if method.ratio != "token" and length == 7 else None
+        config = method.config(reduction=reduction, kl_coef=0.1, entropy_coef=0.05, token_clip=clip)
+        args = arguments(3, batch, batch.layout, config, torch.float64)
+        old = batch.old_log_probs.double().reshape(-1)
+        args = of_mask((*args[:2], old, *args[3:]), batch.mask)
+        found = policy_loss.policy_loss_masked(cuda, *args)
+        check(found, _REFERENCE_MASKED(*args), 1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_fp32(cuda, method):
     batch = random_batch(2, 4, 60, ratio=method.ratio, log_ratios=(-0.5, 0.5))
     args = arguments(7, batch, batch.layout, method.config(kl_coef=0.1), torch.float32)
@@ -133,16 +159,44 @@ def test_sizes(cuda, shape):
         *[None] * 7, require_layout(layout).steps, config.kernel, False, False, True, False,
     )  # fmt: skip
     check(policy_loss.policy_loss(cuda, *args), _REFERENCE(*args), 1e-11)
+    given = new, None, torch.zeros_like(new), torch.ones_like(new), *[None] * 4
+    args = (*given, mask.reshape(-1), shape[1], config.kernel, True, False)
+    found = policy_loss.policy_loss_masked(cuda, *args)
+    check(found, _REFERENCE_MASKED(*args), 1e-11)
+
+
+@pytest.mark.parametrize("length", [511, 512, 513, 1024, 1500])
+def test_runs_at_the_borders_of_chunks(cuda, length):
+    mask = torch.zeros(2, length, dtype=torch.bool)
+    for first, last in ((0, 3), (510, 514), (600, 601), (1000, length)):
+        mask[:, first:last] = True
+    mask[1, 100:] = True
+    new = torch.randn(mask.numel(), dtype=torch.float64) / 10
+    config = StepPOConfig(clip_low=0.05, clip_high=0.05, reduction="trajectory_mean")
+    given = new, None, torch.zeros_like(new), torch.ones_like(new), *[None] * 4
+    args = (*given, mask.reshape(-1), length, config.kernel, True, False)
+    check(policy_loss.policy_loss_masked(cuda, *args), _REFERENCE_MASKED(*args), 1e-11)
+
+
+def test_a_mask_may_have_any_byte_but_0(cuda):
+    mask = torch.tensor([0, 1, 2, 0, 255, 0], dtype=torch.uint8).view(torch.bool)
+    new = torch.full((6,), 0.1, dtype=torch.float64)
+    given = new, None, torch.zeros_like(new), torch.ones_like(new), *[None] * 4
+    tail = 6, StepPOConfig().kernel, True, False
+    found = policy_loss.policy_loss_masked(cuda, *given, mask, *tail)
+    check(found, _REFERENCE_MASKED(*given, mask.view(torch.uint8) != 0, *tail), 1e-11)
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(cuda):
     batch = random_batch(3, 16, 300)
     config = StepPOConfig(ratio="centered", kl_coef=0.1, entropy_coef=0.1)
     args = arguments(1, batch, batch.layout, config, torch.float32)
+    masked = of_mask((*args[:2], batch.old_log_probs.reshape(-1), *args[3:]), batch.mask)
     found = []
     for seed in range(4):
         cuda.kernels.order(seed, 1 + seed)
-        found.append(policy_loss.policy_loss(cuda, *args))
+        one = policy_loss.policy_loss(cuda, *args)
+        found.append((*one, *policy_loss.policy_loss_masked(cuda, *masked)))
     for other in found[1:]:
         for one, same in zip(found[0], other, strict=True):
             assert torch.equal(one.nan_to_num(), same.nan_to_num())
