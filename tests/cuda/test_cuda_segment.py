@@ -62,3 +62,61 @@ def test_csr_of_ids(cuda, size, jump, offset):
 def test_csr_of_no_action(cuda):
     same(cuda, "compact", torch.full((5000,), -1, dtype=torch.int32), 3000, 0)
     same(cuda, "compact", torch.full((7,), -1, dtype=torch.int32), 0, 0)
+
+
+def rows_of(size, generator):
+    """Row offsets with short, long and empty rows."""
+    ends = torch.tensor([0, 0, size, size])
+    cuts = torch.randint(size + 1, (min(size, 900),), generator=generator)
+    return torch.cat((ends, cuts, cuts[:5])).sort().values
+
+
+def runs_of(size, has_boundaries, kind="drawn"):
+    """Return a mask, boundaries or None, and rows."""
+    generator = draw(size)
+    cuts = torch.rand(size, generator=generator) < 0.05
+    mask = cuts.cumsum(0) % 2 == 1
+    if kind != "drawn":
+        mask = torch.full_like(mask, kind == "ones")
+    bounds = torch.rand(size, generator=generator) < 0.1 if has_boundaries else None
+    return mask, bounds, rows_of(size, generator)
+
+
+_RUNS = pytest.mark.parametrize("has_boundaries", [False, True], ids=["runs", "boundaries"])
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not-aligned"])
+@pytest.mark.parametrize("size", _SIZES)
+@_RUNS
+def test_runs_of_a_mask(cuda, size, has_boundaries, offset):
+    runs = runs_of(size, has_boundaries)
+    same(cuda, "segment_mask", *runs, offset=offset)
+    row_steps, counts = same(cuda, "count_steps", *runs, offset=offset)
+    sizes = int(counts[2]), int(counts[0])
+    found = same(cuda, "lay_out_runs", *runs, row_steps, *sizes, offset=offset)
+    same(cuda, "row_trajectories", row_steps, *found[1:3], offset=offset)
+
+
+@pytest.mark.parametrize("kind", ["ones", "zeros"])
+@pytest.mark.parametrize("size", [1, 4096, 9000])
+@_RUNS
+def test_runs_that_are_all_or_none(cuda, size, kind, has_boundaries):
+    mask, bounds, rows = runs_of(size, has_boundaries, kind)
+    for given in (rows, torch.tensor([0, size])):
+        row_steps, counts = same(cuda, "count_steps", mask, bounds, given)
+        sizes = int(counts[2]), int(counts[0])
+        same(cuda, "lay_out_runs", mask, bounds, given, row_steps, *sizes)
+
+
+def test_bytes_of_a_mask_that_are_not_0_are_ones(cuda):
+    mask = torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=draw(1))
+    mask[torch.rand(5000, generator=draw(2)) < 0.5] = 0
+    rows = torch.tensor([0, 17, 5000])
+    found = segment.segment_mask(cuda, mask.view(torch.bool), None, rows)
+    expected = operators.launcher("reference", "segment_mask")(mask != 0, None, rows)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_no_rows(cuda):
+    none = torch.zeros(0, dtype=torch.bool)
+    same(cuda, "count_steps", none, None, torch.zeros(1, dtype=torch.int64))
