@@ -37,38 +37,43 @@ STEPPO_DEVICE int before_token(const MaskTile& tile, const Before& before, int w
   return before.at[word] + both(tile.step_begins[word] & below, tile.actions[word] & below);
 }
 
-// Writes what is wanted of the kIds tokens of a tile from `place` on, which lie in one word. `step`
-// and `rank` are the numbers of the first step and action token of the tile.
-STEPPO_DEVICE void write_tokens(const MaskTile& tile, const Before& before, int place,
-                                std::int64_t begin, std::int64_t num_tokens, std::int64_t step,
-                                std::int64_t rank, bool wide, const RunOutputs& out) {
+// Writes the ids of kIds tokens of a tile from `place` on, which lie in one word. `step` is the
+// number of the first step that begins in the tile, and `left` the number of tokens from there on.
+STEPPO_DEVICE void write_ids(const MaskTile& tile, const Before& before, int place,
+                             std::int64_t step, std::int32_t* step_ids, std::int64_t left,
+                             bool wide) {
   const int word = place / kTileBits, bit = place % kTileBits;
-  const int here = before_token(tile, before, word, bit);
-  step += steps_in(here);
-  rank += actions_in(here);
-  Pack<std::int32_t, kIds> ids;
+  const unsigned actions = tile.actions[word], begins = tile.step_begins[word];
+  const auto first = static_cast<std::int32_t>(step + steps_in(before.at[word]));
+  // Without a branch: masks may be anything.
+  const auto id_at = [&](int k) {
+    const int number = first + __popc(begins & ((2u << (bit + k)) - 1));
+    return number * static_cast<int>(actions >> (bit + k) & 1) - 1;
+  };
+  if (wide && place + kIds <= left) {
+    Pack<std::int32_t, kIds> ids;
 #pragma unroll
-  for (int k = 0; k < kIds; ++k) {
-    const bool is_action = tile.actions[word] >> (bit + k) & 1;
-    const bool is_first = tile.step_begins[word] >> (bit + k) & 1;
-    if (is_first && out.step_offsets != nullptr) {
-      out.step_offsets[step] = rank;
-      out.step_starts[step] = begin + place + k;
-    }
-    if (is_action && out.token_index != nullptr) out.token_index[rank] = begin + place + k;
-    step += is_first;
-    rank += is_action;
-    ids.at[k] = is_action ? static_cast<std::int32_t>(step - 1) : -1;
-  }
-  const std::int64_t first = begin + place;
-  if (wide && first + kIds <= num_tokens) {
-    *reinterpret_cast<Pack<std::int32_t, kIds>*>(out.step_ids + first) = ids;
+    for (int k = 0; k < kIds; ++k) ids.at[k] = id_at(k);
+    store_16_bytes(step_ids + place, ids);
     return;
   }
-#pragma unroll
-  for (int k = 0; k < kIds; ++k) {
-    if (first + k < num_tokens) out.step_ids[first + k] = ids.at[k];
-  }
+#pragma unroll 1
+  for (int k = 0; k < kIds && place + k < left; ++k) step_ids[place + k] = id_at(k);
+}
+
+// Writes an action token of a tile, and where its step begins if that is here.
+STEPPO_DEVICE void write_action(const MaskTile& tile, const Before& before, int place,
+                                std::int64_t begin, std::int64_t step, std::int64_t rank,
+                                const RunOutputs& out) {
+  const int word = place / kTileBits, bit = place % kTileBits;
+  if ((tile.actions[word] >> bit & 1) == 0) return;
+  const int here = before_token(tile, before, word, bit);
+  rank += actions_in(here);
+  out.token_index[rank] = begin + place;
+  if ((tile.step_begins[word] >> bit & 1) == 0) return;
+  step += steps_in(here);
+  out.step_offsets[step] = rank;
+  out.step_starts[step] = begin + place;
 }
 
 // The first launch counts: the number of a step depends on all tokens before it.
@@ -110,9 +115,14 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       const int here = before_token(tile, before, place / kTileBits, place % kTileBits);
       out.row_steps[row] = step + steps_in(here);
     }
+    const std::int64_t left = rows.num_tokens - at;
     for (int place = threadIdx.x * kIds; out.step_ids != nullptr && place < kTile;
          place += kTileThreads * kIds) {
-      write_tokens(tile, before, place, at, rows.num_tokens, step, rank, wide_ids, out);
+      write_ids(tile, before, place, step, out.step_ids + at, left, wide_ids);
+    }
+    for (int place = threadIdx.x; out.token_index != nullptr && place < kTile;
+         place += kTileThreads) {
+      write_action(tile, before, place, at, step, rank, out);
     }
     row = next_row;
     step += steps_in(found.all);

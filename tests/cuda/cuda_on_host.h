@@ -263,6 +263,10 @@ inline T __ldcs(const T* from) {
   return *from;
 }
 template <class T>
+inline void __stcg(T* to, T value) {
+  *to = value;
+}
+template <class T>
 inline void __stcs(T* to, T value) {
   *to = value;
 }

@@ -24,6 +24,10 @@ WIDE = {
     "segment_rows_kernel": (0, 1),
     "count_ids_kernel": (1, 0),
     "place_ids_kernel": (1, 0),
+    "count_runs_kernel": (2, 0),
+    "number_runs_kernel": (2, 1),
+    "count_new_ids_kernel": (2, 0),
+    "number_ids_kernel": (2, 1),
 }
 # No local memory, and no atomics on floating-point numbers, whose order is anybody's.
 FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")

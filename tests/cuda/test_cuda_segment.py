@@ -12,6 +12,10 @@ from steppo_kernels.backends.compiled import segment
 _SIZES = [0, 1, 3, 255, 1024, 4095, 4097, 20011]
 
 
+# What takes long on the host runs in one order of threads.
+_ONCE = pytest.mark.parametrize("cuda", [5], ids=["drawn"], indirect=True)
+
+
 def draw(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -64,10 +68,10 @@ def test_csr_of_no_action(cuda):
     same(cuda, "compact", torch.full((7,), -1, dtype=torch.int32), 0, 0)
 
 
-def rows_of(size, generator):
+def rows_of(size, generator, most=900):
     """Row offsets with short, long and empty rows."""
     ends = torch.tensor([0, 0, size, size])
-    cuts = torch.randint(size + 1, (min(size, 900),), generator=generator)
+    cuts = torch.randint(size + 1, (min(size, most),), generator=generator)
     return torch.cat((ends, cuts, cuts[:5])).sort().values
 
 
@@ -117,6 +121,75 @@ def test_bytes_of_a_mask_that_are_not_0_are_ones(cuda):
     assert all(map(torch.equal, found, expected))
 
 
+@_ONCE
+@pytest.mark.parametrize("name", ["count_steps", "compact", "segment_rows"])
+def test_more_tiles_than_blocks(cuda, name):
+    """Blocks take several tiles, and the last one less than the others."""
+    size = (1025 << (12 if name == "count_steps" else 10)) + 5
+    mask = torch.rand(size, generator=draw(1)) < 0.5
+    given = {
+        "count_steps": (mask, None, torch.tensor([0, 5, 5, 4096, 70000, size - 1, size, size])),
+        "segment_rows": (mask.view(1, -1), None),
+    }
+    ids = torch.where(mask, torch.arange(size) // 1000, -1).to(torch.int32)
+    given["compact"] = ids, int(ids.max()) + 2, int(mask.sum())
+    same(cuda, name, *given[name])
+
+
 def test_no_rows(cuda):
     none = torch.zeros(0, dtype=torch.bool)
     same(cuda, "count_steps", none, None, torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not-aligned"])
+@pytest.mark.parametrize("size", [0, 1, 3, 255, 1025, 10007])
+@pytest.mark.parametrize("ascending", [True, False], ids=["ascending", "any"])
+def test_ids(cuda, size, ascending, offset):
+    generator = draw(size)
+    rows = rows_of(size, generator, most=20)
+    if ascending:
+        ids = (torch.rand(size, generator=generator) < 0.1).cumsum(0) << 33
+        ids[torch.rand(size, generator=generator) < 0.3] = -7
+    else:
+        ids = torch.randint(-3, 40, (size,), generator=generator)
+    for given in (rows, torch.tensor([0, size])):
+        same(cuda, "segment_ids", ids, given, offset=offset)
+
+
+@_ONCE
+def test_ids_of_many_rows(cuda):
+    """More rows than blocks, and some of the largest numbers there are."""
+    rows = torch.arange(1501) * 2
+    ids = torch.randint(2**63 - 1, (3000,), generator=draw(1))
+    ids[::7] = -(2**63)
+    same(cuda, "segment_ids", ids, rows)
+    same(cuda, "segment_ids", ids[:0], rows[:1])
+
+
+def sequences(*parts):
+    """Return sequences end to end, and their offsets."""
+    ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
+    return torch.tensor([token for part in parts for token in part], dtype=torch.int64), ends
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 255, 257, 3001])
+@pytest.mark.parametrize("number", range(3))
+def test_markers(cuda, size, number):
+    """Of few tokens, so that sequences overlap, begin together and end at rows."""
+    starts = [([1],), ([1, 2], [1], [2, 1, 1]), ([0, 0, 1], [0, 0], [3, 0], [0])][number]
+    stops = [(), ([2, 2],), ([1, 0], [1], [2, 3, 2])][number]
+    ends = torch.tensor([[], [3], [2, 3]][number], dtype=torch.int64)
+    generator = draw(size + number)
+    tokens = torch.randint(4, (size,), generator=generator)
+    for rows in (rows_of(size, generator, most=20), torch.tensor([0, size])):
+        markers = (*sequences(*starts), ends, *sequences(*stops))
+        same(cuda, "mark_actions", tokens, rows, *markers)
+
+
+def test_an_action_may_span_blocks(cuda):
+    """Nothing but one opening token, one closing one and long silence."""
+    tokens = torch.zeros(4000, dtype=torch.int64)
+    tokens[5], tokens[3000] = 1, 2
+    markers = (*sequences([1]), torch.tensor([2]), *sequences())
+    mask = same(cuda, "mark_actions", tokens, torch.tensor([0, 4000]), *markers)
+    assert int(mask.sum()) == 2995
