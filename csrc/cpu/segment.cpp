@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "runs.h"
+#include "steppo/markers.h"
 
 namespace steppo::cpu::STEPPO_ISA {
 namespace {
@@ -101,49 +102,6 @@ void steps_before_rows(const int32_t* step_ids, const int64_t* row_offsets, int6
   for (int64_t row = num_rows; row-- > 0;) {
     if (row_steps[row] < 0) row_steps[row] = row_steps[row + 1];
   }
-}
-
-// Sequences of token ids, end to end: number k is [offsets[k], offsets[k + 1]).
-struct Sequences {
-  const int64_t* ids;
-  const int64_t* offsets;
-  int64_t count;
-
-  int64_t length(int64_t k) const { return offsets[k + 1] - offsets[k]; }
-  const int64_t* begin(int64_t k) const { return ids + offsets[k]; }
-};
-
-bool contains(const int64_t* values, int64_t count, int64_t wanted) {
-  for (int64_t k = 0; k < count; ++k) {
-    if (values[k] == wanted) return true;
-  }
-  return false;
-}
-
-// The length of the longest sequence whose tokens are those from `at` on, before `last`; 0 for
-// none.
-int64_t longest_at(const int64_t* token_ids, int64_t at, int64_t last, const Sequences& sequences) {
-  int64_t longest = 0;
-  for (int64_t k = 0; k < sequences.count; ++k) {
-    const int64_t length = sequences.length(k);
-    if (length <= longest || at + length > last) continue;
-    if (std::equal(sequences.begin(k), sequences.begin(k) + length, token_ids + at)) {
-      longest = length;
-    }
-  }
-  return longest;
-}
-
-// Whether the token before `at` completes a sequence that is the longest of those that begin where
-// it does.
-bool starts_behind(const int64_t* token_ids, int64_t first, int64_t last, int64_t at,
-                   const Sequences& sequences) {
-  for (int64_t k = 0; k < sequences.count; ++k) {
-    const int64_t length = sequences.length(k);
-    if (at - length < first || token_ids[at - 1] != sequences.begin(k)[length - 1]) continue;
-    if (longest_at(token_ids, at - length, last, sequences) == length) return true;
-  }
-  return false;
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(STEPPO_CUDA_ON_HOST)
 #include "cuda_on_host.h"
@@ -27,6 +28,16 @@ template <class T, int count>
 struct alignas(sizeof(T) * count) Pack {
   T at[count];
 };
+
+// Stores a pack of 16 bytes at once. A compiler may take the store of a pack apart; this one it
+// leaves whole.
+template <class T, int count>
+STEPPO_DEVICE void store_16_bytes(T* to, const Pack<T, count>& pack) {
+  static_assert(sizeof pack == sizeof(uint4), "a pack of 16 bytes");
+  uint4 words;
+  std::memcpy(&words, &pack, sizeof words);
+  __stcg(reinterpret_cast<uint4*>(to), words);
+}
 
 // The sum over `lanes` neighbouring lanes, a power of 2; each of them gets it. The order of the
 // additions is fixed.

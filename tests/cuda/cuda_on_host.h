@@ -257,12 +257,19 @@ inline unsigned atomicAdd(unsigned* at, unsigned more) {
 inline unsigned atomicInc(unsigned* at, unsigned top) {
   return cuda_on_host::atomic(at, [=](unsigned before) { return before >= top ? 0u : before + 1; });
 }
+inline unsigned atomicOr(unsigned* at, unsigned bits) {
+  return cuda_on_host::atomic(at, [=](unsigned before) { return before | bits; });
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 template <class T>
 inline T __ldcs(const T* from) {
   return *from;
+}
+template <class T>
+inline void __stcg(T* to, T value) {
+  *to = value;
 }
 template <class T>
 inline void __stcs(T* to, T value) {

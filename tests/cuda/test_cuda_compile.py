@@ -18,7 +18,17 @@ SOURCES = sorted((on_host.ROOT / "csrc/cuda").glob("*.cu"))
 # What a kernel may need: an SM holds two blocks of 256 threads with so many registers.
 MOST_REGISTERS, MOST_SHARED = 128, 48 << 10
 # The kernels that move 16 bytes at once, at the least, and how often.
-WIDE = {"broadcast_kernel<float, true>": (1, 1), "broadcast_kernel<double, true>": (1, 2)}
+WIDE = {
+    "broadcast_kernel<float, true>": (1, 1),
+    "broadcast_kernel<double, true>": (1, 2),
+    "segment_rows_kernel": (0, 1),
+    "count_ids_kernel": (1, 0),
+    "place_ids_kernel": (1, 0),
+    "count_runs_kernel": (2, 0),
+    "number_runs_kernel": (2, 1),
+    "count_new_ids_kernel": (2, 0),
+    "number_ids_kernel": (2, 1),
+}
 # No local memory, and no atomics on floating-point numbers, whose order is anybody's.
 FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")
 
