@@ -18,7 +18,12 @@ SOURCES = sorted((on_host.ROOT / "csrc/cuda").glob("*.cu"))
 # What a kernel may need. Two blocks of 256 threads with 64 registers are half of what an SM holds.
 MOST_REGISTERS, MOST_SHARED = 64, 48 << 10
 # The kernels that move 16 bytes at once, at the least, and how often.
-WIDE = {"broadcast_kernel<float, true>": (1, 1), "broadcast_kernel<double, true>": (1, 2)}
+WIDE = {
+    "broadcast_kernel<float, true>": (1, 1),
+    "broadcast_kernel<double, true>": (1, 2),
+    "fill_kernel<float, true>": (0, 1),
+    "fill_kernel<double, true>": (0, 1),
+}
 # No local memory, and no atomics on floating-point numbers, whose order is anybody's.
 FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")
 
