@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "outline.h"
+#include "steppo/spread.h"
 
 namespace steppo::cpu::STEPPO_ISA {
 namespace {
@@ -178,19 +179,6 @@ void sum_rewards(const T* rewards, const T* values, const Timeline& line, T* tot
   });
 }
 
-// Count, mean and sum of squared deviations of some advantages.
-struct Spread {
-  double count = 0, mean = 0, squares = 0;
-
-  void merge(const Spread& other) {
-    if (other.count == 0) return;
-    const double apart = other.mean - mean, all = count + other.count;
-    squares += other.squares + apart * apart * (count * other.count / all);
-    mean += apart * (other.count / all);
-    count = all;
-  }
-};
-
 // The backward recursion over one trajectory; returns the spread of its advantages, taken from the
 // first of them, so that equal ones have none. `rewards` may be `returns` itself: an entry is read
 // before it is written.
@@ -242,12 +230,11 @@ void for_members(const int64_t* steps, int64_t count, int64_t num_steps, int thr
 template <class T>
 void whiten_members(T* advantages, const Spread& spread, const int64_t* steps, int64_t count,
                     int64_t num_steps, int threads) {
-  const double squares = spread.squares < 0 ? 0 : spread.squares, mean = spread.mean;
-  const double scale = count > 1 ? 1 / (std::sqrt(squares / (spread.count - 1)) + 1e-8) : 1;
+  const Whitening by = whitening(spread);
   for_members(steps, count, num_steps, threads, [&](int64_t, int64_t begin, int64_t end, auto at) {
     for (int64_t k = begin; k < end; ++k) {
       T& a = advantages[at(k)];
-      a = static_cast<T>((static_cast<double>(a) - mean) * scale);
+      a = static_cast<T>(whitened(static_cast<double>(a), by));
     }
   });
 }
@@ -277,13 +264,14 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
     Buffer<Spread> spreads(tasks);
     parallel_blocks(
         line.num_trajectories, group, threads, [&](int64_t b, int64_t begin, int64_t end) {
-          Spread spread;
+          Spread spread{};
           for (int64_t g = begin; g < end; ++g) {
-            spread.merge(scan(
-                step_rewards, values, tensors.values_per_token ? line.state_index : nullptr,
-                line.trajectory_steps, line.trajectory_offsets[g], line.trajectory_offsets[g + 1],
-                bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), config.gamma,
-                config.lam, a, r));
+            merge(spread,
+                  scan(step_rewards, values, tensors.values_per_token ? line.state_index : nullptr,
+                       line.trajectory_steps, line.trajectory_offsets[g],
+                       line.trajectory_offsets[g + 1],
+                       bootstrap == nullptr ? 0.0 : static_cast<double>(bootstrap[g]), config.gamma,
+                       config.lam, a, r));
           }
           spreads[b] = spread;
         });
@@ -295,8 +283,8 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
       for (int64_t s = 0; s < num_steps; ++s) r[s] = member[s] ? r[s] : zero;
     }
     if (config.whiten && num_members > 0) {
-      Spread all;
-      for (int64_t b = 0; b < tasks; ++b) all.merge(spreads[b]);
+      Spread all{};
+      for (int64_t b = 0; b < tasks; ++b) merge(all, spreads[b]);
       whiten_members(a, all, line.trajectory_steps, num_members, num_steps, threads);
     }
   });
