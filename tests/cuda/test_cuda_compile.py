@@ -17,8 +17,19 @@ ARCHITECTURES = ("80", "90", "100")
 SOURCES = sorted((on_host.ROOT / "csrc/cuda").glob("*.cu"))
 # What a kernel may need. Two blocks of 256 threads with 64 registers are half of what an SM holds.
 MOST_REGISTERS, MOST_SHARED = 64, 48 << 10
+# Loads that a thread has under way in rows of logits.
+_LOADS = {"float": 4, "double": 1, "steppo::Half": 4, "steppo::BFloat16": 4}
 # The kernels that move 16 bytes at once, at the least, and how often.
-WIDE = {"broadcast_kernel<float, true>": (1, 1), "broadcast_kernel<double, true>": (1, 2)}
+WIDE = {
+    "broadcast_kernel<float, true>": (1, 1),
+    "broadcast_kernel<double, true>": (1, 2),
+    **{
+        f"token_log_probs_kernel<{logits}, {capped}, {entropy}>": (loads, 0)
+        for logits, loads in _LOADS.items()
+        for capped in ("false", "true")
+        for entropy in ("false", "true")
+    },
+}
 # No local memory, and no atomics on floating-point numbers, whose order is anybody's.
 FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")
 
