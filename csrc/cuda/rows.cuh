@@ -45,10 +45,15 @@ STEPPO_DEVICE double larger(double x, double low) { return x < low ? low : x; }
 STEPPO_DEVICE float power(float exponent) { return fast_exp2(exponent); }
 STEPPO_DEVICE double power(double exponent) { return std::exp(exponent); }
 
+STEPPO_DEVICE double log_of_power_base(float) { return 0.6931471805599453; }
+STEPPO_DEVICE double log_of_power_base(double) { return 1; }
+
+// Rows have a block each, so that their number has 32 bits.
 template <class T>
-STEPPO_DEVICE T* row_of(const LogitRows& rows, std::int64_t row) {
-  return static_cast<T*>(rows.logits) + row / rows.length * rows.outer_stride +
-         row % rows.length * rows.inner_stride;
+STEPPO_DEVICE T* row_of(const LogitRows& rows, unsigned row) {
+  const auto length = static_cast<unsigned>(rows.length);
+  return static_cast<T*>(rows.logits) + row / length * rows.outer_stride +
+         row % length * rows.inner_stride;
 }
 
 STEPPO_DEVICE bool is_masked(const Targets& targets, std::int64_t row) {
@@ -101,7 +106,37 @@ struct Division {
     const std::int64_t pack = at < head ? -1 : (at - head) / count;
     return pack < packs ? static_cast<int>(pack) : -1;
   }
+  // The thread that takes a number; any one for what is no number of the row.
+  __device__ __forceinline__ unsigned owner_of(std::int64_t at) const {
+    if (at < 0 || at >= length) return 0;
+    const int pack = pack_of(at);
+    if (pack >= 0) return static_cast<unsigned>(pack) % kRowThreads;
+    return static_cast<unsigned>(at < head ? at : at - std::int64_t{packs} * count);
+  }
 };
+
+// Numbers side by side in the type of a gradient.
+template <class Out, class Value, int count>
+STEPPO_DEVICE Pack<Out, count> packed(const Value (&x)[count]) {
+  Pack<Out, count> pack;
+  if constexpr (sizeof(Out) == 2) {
+#pragma unroll
+    for (int k = 0; k < count; k += 2) {
+      const std::uint32_t both =
+          two_numbers(Out{}, static_cast<float>(x[k]), static_cast<float>(x[k + 1]));
+      memcpy(&pack.at[k], &both, sizeof both);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < count; ++k) pack.at[k] = static_cast<Out>(x[k]);
+  }
+  return pack;
+}
+template <class Out, class Value>
+STEPPO_DEVICE void store_number(Out* to, Value x) {
+  const Value both[2] = {x, x};
+  *to = packed<Out>(both).at[0];
+}
 
 // Divides a row where packs of T can be moved.
 template <class T>
@@ -113,12 +148,12 @@ STEPPO_DEVICE Division<kPack<T>> divided(const T* row, std::int64_t length) {
 }
 
 // Loads numbers one by one, or 16 bytes at once.
-template <int count, class In>
-STEPPO_DEVICE Pack<In, count> load_numbers(const In* from, bool is_wide) {
+template <int count, bool is_wide, class In>
+STEPPO_DEVICE Pack<In, count> load_numbers(const In* from) {
   constexpr int kAtOnce = kPack<In>;
   static_assert(count % kAtOnce == 0, "numbers are loaded 16 bytes at once");
   Pack<In, count> numbers;
-  if (is_wide) {
+  if constexpr (is_wide) {
 #pragma unroll
     for (int part = 0; part < count; part += kAtOnce) {
       const auto pack = load_once(reinterpret_cast<const Pack<In, kAtOnce>*>(from + part));
@@ -135,15 +170,15 @@ STEPPO_DEVICE Pack<In, count> load_numbers(const In* from, bool is_wide) {
 // Calls take(index, numbers) for each pack that this thread takes; `from` is where the first one
 // begins. Several are loaded before the first is taken. With `all_load_first`, all threads of the
 // block have then loaded theirs.
-template <int at_once, bool all_load_first, int count, class In, class F>
-STEPPO_DEVICE void for_packs(const In* from, int packs, bool is_wide, F&& take) {
+template <int count, bool is_wide, int at_once, bool all_load_first, class In, class F>
+STEPPO_DEVICE void for_packs(const In* from, int packs, F&& take) {
   for (int begin = 0; begin < packs; begin += at_once * kRowThreads) {
     const int first = begin + static_cast<int>(threadIdx.x);
     Pack<In, count> loaded[at_once] = {};
 #pragma unroll
     for (int k = 0; k < at_once; ++k) {
       const int at = first + k * kRowThreads;
-      if (at < packs) loaded[k] = load_numbers<count>(from + std::int64_t{at} * count, is_wide);
+      if (at < packs) loaded[k] = load_numbers<count, is_wide>(from + std::int64_t{at} * count);
     }
     if constexpr (all_load_first) __syncthreads();
 #pragma unroll

@@ -106,7 +106,7 @@ STEPPO_DEVICE RowSums sum_row(const In* row, std::int64_t length, std::int64_t i
     }
     add<need_moment>(x, scale, sums);
   };
-  for_packs<kLoads<In>, false, kCount>(row + parts.head, parts.packs, true, take);
+  for_packs<kCount, true, kLoads<In>, false>(row + parts.head, parts.packs, take);
   if (const std::int64_t at = parts.single(); at >= 0 && at != id) {
     const Value x[1] = {capped_logit<is_capped>(row[at], cap).value};
     add<need_moment>(x, scale, sums);
@@ -116,7 +116,7 @@ STEPPO_DEVICE RowSums sum_row(const In* row, std::int64_t length, std::int64_t i
 
 // The same at a temperature that does not fit.
 template <bool is_capped, class In>
-STEPPO_DEVICE RowSums sum_wide_row(const In* row, std::int64_t length, std::int64_t id,
+STEPPO_DEVICE RowSums sum_fp64_row(const In* row, std::int64_t length, std::int64_t id,
                                    double target, double temperature,
                                    const Cap<RowValue<In>>& cap) {
   const ExpScale<double> scale = exp_scale<double>(temperature);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_log_probs_kernel(const LogitRows logits, const Targets targets, const LogProbs out) {
   using Value = RowValue<In>;
   if (out.bad_row != nullptr && *out.bad_row >= 0) return;
-  const std::int64_t row = blockIdx.x;
+  const unsigned row = blockIdx.x;
   RowResult result{};
   if (!is_masked(targets, row)) {
     const double temperature = temperature_of(targets, row);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     const RowSums sums =
         fits<In>(temperature)
             ? sum_row<is_capped, need_moment>(x, logits.vocabulary, id, target, temperature, cap)
-            : sum_wide_row<is_capped>(x, logits.vocabulary, id, target, temperature, cap);
+            : sum_fp64_row<is_capped>(x, logits.vocabulary, id, target, temperature, cap);
     if (threadIdx.x == 0) result = row_result(target, sums, temperature);
   }
   if (threadIdx.x != 0) return;
@@ -154,6 +154,161 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   if (need_moment) static_cast<Value*>(out.entropy)[row] = static_cast<Value>(result.entropy);
   out.top[row] = result.log_sum_exp.top;
   out.log_sum[row] = result.log_sum_exp.log_sum;
+}
+
+// The gradient of a logit by itself and the top of its row: RowGradient in the type of the
+// computation, with a rise by the exponent of a power.
+template <bool is_capped, bool has_rise, class Value>
+struct Slope {
+  ExpScale<Value> scale;
+  Value top, base, rise;
+
+  __device__ __forceinline__ Slope(double temperature, double row_top, const RowGradient& row)
+      : scale(exp_scale<Value>(temperature)),
+        top(static_cast<Value>(row_top)),
+        base(static_cast<Value>(row.base)),
+        rise(static_cast<Value>(row.rise * log_of_power_base(Value{}))) {}
+
+  // Whether words of probability 0 have a gradient of 0, as the other factor is finite.
+  __device__ __forceinline__ bool is_finite() const {
+    const Value most = 128 * rise;
+    return base - base == 0 && most - most == 0;
+  }
+
+  template <class In>
+  __device__ __forceinline__ Value operator()(In x, const Cap<RowValue<In>>& cap) const {
+    const Capped<RowValue<In>> z = capped_logit<is_capped>(x, cap);
+    Value d = static_cast<Value>(z.value) - top;
+    if constexpr (has_rise) d = larger(d, scale.lowest);
+    const Value exponent = d * scale.scale;
+    Value slope = power(exponent) * (has_rise ? exponent * rise + base : base);
+    if constexpr (is_capped) slope *= static_cast<Value>(z.slope);
+    return slope;
+  }
+};
+
+template <class Out>
+STEPPO_DEVICE void write_zeros(Out* row, const Division<kPack<Out>>& parts) {
+  auto* const packs = reinterpret_cast<Pack<Out, kPack<Out>>*>(row + parts.head);
+  for (int at = static_cast<int>(threadIdx.x); at < parts.packs; at += kRowThreads) {
+    store_once(packs + at, Pack<Out, kPack<Out>>{});
+  }
+  if (const std::int64_t at = parts.single(); at >= 0) row[at] = Out{};
+}
+
+// Writes gradients where, `is_halved`, those of half precision may lie in the first half of the
+// logits of their row: then what a thread overwrites, every thread has loaded before.
+template <bool is_halved, class In, class Out, class F>
+STEPPO_DEVICE void write_row(const In* row, Out* out, const Division<kPack<Out>>& parts,
+                             std::int64_t id, float target, F&& slope) {
+  constexpr int kCount = kPack<Out>;
+  constexpr int kAtOnce = (kLoads<In> * kPack<In> / kCount + 1) / 2;
+  const std::int64_t single = parts.single();
+  const In alone = single >= 0 ? row[single] : In{};
+  const int own_pack = parts.pack_of(id);
+  const int own = static_cast<int>((id - parts.head) % kCount);
+  auto* const packs = reinterpret_cast<Pack<Out, kCount>*>(out + parts.head);
+  const In* const from = row + parts.head;
+  const auto take = [&](int at, const Pack<In, kCount>& pack) {
+    float slopes[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) slopes[k] = slope(pack.at[k]);
+    if (at == own_pack) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) slopes[k] = k == own ? target : slopes[k];
+    }
+    store_once(packs + at, packed<Out>(slopes));
+  };
+  // Packs of gradients need not be packs of logits.
+  if (is_wide(from)) {
+    for_packs<kCount, true, kAtOnce, is_halved>(from, parts.packs, take);
+  } else {
+    for_packs<kCount, false, 1, is_halved>(from, parts.packs, take);
+  }
+  if constexpr (is_halved) __syncthreads();
+  if (single >= 0) store_number(out + single, single == id ? target : slope(alone));
+}
+
+// The same number by number, for what is computed in fp64.
+template <bool is_halved, class In, class Out, class F>
+STEPPO_DEVICE void write_fp64_row(const In* row, Out* out, std::int64_t length, std::int64_t id,
+                                  double target, F&& slope) {
+  for (std::int64_t begin = 0; begin < length; begin += kRowThreads) {
+    const std::int64_t at = begin + threadIdx.x;
+    const In x = at < length ? row[at] : In{};
+    if constexpr (is_halved) __syncthreads();
+    if (at < length) store_number(out + at, at == id ? target : slope(x));
+  }
+}
+
+// What the threads of a block need of their row. One of them works it out, and they read it anew
+// where they begin to write: registers hold nothing of it in between.
+struct RowHead {
+  RowGradient gradient;
+  double temperature, top;
+  std::int64_t id;
+  unsigned row;
+};
+
+template <bool is_capped, bool has_rise, class In>
+STEPPO_DEVICE RowHead head_of(const LogitRows& logits, const Targets& targets,
+                              const LogProbGradients& grads, unsigned row, std::int64_t id,
+                              double grad, double grad_entropy) {
+  using Value = RowValue<In>;
+  constexpr Value kNone = std::numeric_limits<Value>::quiet_NaN();
+  const bool is_good = is_word(id, logits.vocabulary);
+  Capped<Value> target{kNone, kNone};
+  if (is_good) {
+    target = capped_logit<is_capped>(row_of<In>(logits, row)[id], Cap<Value>(targets.softcap));
+  }
+  const double entropy = has_rise ? static_cast<const Value*>(grads.entropy)[row] : Value(0);
+  const double top = grads.top[row], temperature = temperature_of(targets, row);
+  RowGradient gradient = row_gradient(target.value, {top, grads.log_sum[row]}, entropy,
+                                      is_good ? grad : double{kNone}, grad_entropy, temperature);
+  gradient.target *= target.slope;
+  return {gradient, temperature, top, id, row};
+}
+
+template <class In, class Out, bool is_capped, bool has_rise>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    token_log_probs_backward_kernel(const LogitRows grad_logits, const LogitRows logits,
+                                    const Targets targets, const LogProbGradients grads) {
+  using Value = RowValue<In>;
+  constexpr bool kIsHalved = sizeof(In) != sizeof(Out);
+  STEPPO_SHARED(RowHead, head);
+  if (grads.bad_row != nullptr && *grads.bad_row >= 0) return;
+  Out* const out = row_of<Out>(grad_logits, blockIdx.x);
+  const auto parts = divided(out, logits.vocabulary);
+  {
+    const unsigned row =
+        grads.source != nullptr ? static_cast<unsigned>(grads.source[blockIdx.x]) : blockIdx.x;
+    const double grad = static_cast<const Value*>(grads.grad_log_probs)[row];
+    const double grad_entropy =
+        has_rise ? static_cast<const Value*>(grads.grad_entropy)[row] : Value(0);
+    if (is_masked(targets, row) || (grad == 0 && grad_entropy == 0)) {
+      write_zeros(out, parts);
+      return;
+    }
+    const std::int64_t id = targets.token_ids[row];
+    // The thread that writes over the target is the one that reads it.
+    if (threadIdx.x == parts.owner_of(id)) {
+      head = head_of<is_capped, has_rise, In>(logits, targets, grads, row, id, grad, grad_entropy);
+    }
+  }
+  __syncthreads();
+  const In* const x = row_of<In>(logits, head.row);
+  const Cap<Value> cap(targets.softcap);
+  if constexpr (sizeof(Value) == sizeof(float)) {
+    const Slope<is_capped, has_rise, float> slope(head.temperature, head.top, head.gradient);
+    if (fits_fp32(head.temperature) && slope.is_finite()) {
+      write_row<kIsHalved>(x, out, parts, head.id, static_cast<float>(head.gradient.target),
+                           [&](In logit) { return slope(logit, cap); });
+      return;
+    }
+  }
+  const Slope<is_capped, has_rise, double> slope(head.temperature, head.top, head.gradient);
+  write_fp64_row<kIsHalved>(x, out, logits.vocabulary, head.id, head.gradient.target,
+                            [&](In logit) { return slope(logit, cap); });
 }
 
 // Looks for the first of `count` rows whose id is not in the vocabulary. One block.
@@ -203,6 +358,25 @@ void token_log_probs(const LogitRows& logits, const Targets& targets, const LogP
                             : (need_moment ? token_log_probs_kernel<In, false, true>
                                            : token_log_probs_kernel<In, false, false>);
     launch(kernel, logits.num_rows, kRowThreads, logits, targets, out);
+  });
+}
+
+void token_log_probs_backward(const LogitRows& grad_logits, const LogitRows& logits,
+                              const Targets& targets, const LogProbGradients& grads,
+                              const Place& place) {
+  const Launcher launch("token_log_probs_backward", place);
+  find_bad_row(launch, targets, grads.source, grad_logits.num_rows, logits.vocabulary,
+               grads.bad_row);
+  with_gradient(logits.dtype, grad_logits.dtype, [&](auto zero, auto grad_zero) {
+    using In = decltype(zero);
+    using Out = decltype(grad_zero);
+    const bool has_rise = grads.grad_entropy != nullptr;
+    const auto kernel = targets.softcap > 0
+                            ? (has_rise ? token_log_probs_backward_kernel<In, Out, true, true>
+                                        : token_log_probs_backward_kernel<In, Out, true, false>)
+                            : (has_rise ? token_log_probs_backward_kernel<In, Out, false, true>
+                                        : token_log_probs_backward_kernel<In, Out, false, false>);
+    launch(kernel, grad_logits.num_rows, kRowThreads, grad_logits, logits, targets, grads);
   });
 }
 
