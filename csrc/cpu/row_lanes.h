@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "lanes.h"
+#include "steppo/halves.h"
 #include "steppo/token_math.h"
 
 #if defined(__AVX__)
@@ -38,13 +39,6 @@ struct Arithmetic<cpu::STEPPO_ISA::RowLanes>
 #endif
 
 namespace cpu::STEPPO_ISA {
-
-struct Half {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
 
 // What the logits of a dtype are computed in: one number, and as many as the machine takes at once.
 template <class In>
@@ -97,51 +91,6 @@ static inline double largest_of(RowLanes x) {
   return largest;
 }
 static inline double largest_of(double x) { return x; }
-
-// fp16, in the low half of a word, to fp32 and back (to nearest, ties to even), without branches.
-template <class T, class Bits>
-STEPPO_FN T half_to_float(Bits half) {
-  const Bits size = (half & 0x7FFFu) << 13;
-  T value;
-  std::memcpy(&value, &size, sizeof value);
-  value *= 5.192296858534828e33f;  // 2^112 moves the exponent to its place.
-  Bits bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const Bits is_special = (size + 0x00800000u) >> 28;  // inf or NaN
-  bits = bits | ((0u - is_special) & 0x7F800000u) | ((half & 0x8000u) << 16);
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-template <class Bits, class T>
-STEPPO_FN Bits half_bits(T x) {
-  Bits bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const Bits size = bits & 0x7FFFFFFFu;
-  // All ones where the left number is less than the right one.
-  const auto less = [](Bits left, Bits right) { return 0u - ((left - right) >> 31); };
-  const Bits normal = (size - 0x38000000u + 0xFFFu + ((size >> 13) & 1u)) >> 13;
-  T above;
-  std::memcpy(&above, &size, sizeof above);
-  above += 0.5f;  // Its last bit is that of a subnormal.
-  Bits small;
-  std::memcpy(&small, &above, sizeof small);
-  small = small - 0x3F000000u;
-  const Bits is_small = less(size, Bits{} + 0x38800000u);
-  const Bits is_inf = less(Bits{} + 0x477FEFFFu, size), is_nan = less(Bits{} + 0x7F800000u, size);
-  Bits half = (small & is_small) | (normal & ~is_small);
-  half = (half & ~is_inf) | (0x7C00u & is_inf) | (0x0200u & is_nan);
-  return half | ((bits >> 16) & 0x8000u);
-}
-
-// To the upper half of a word, to nearest. Its lower half is arbitrary, and of a NaN the upper half
-// may only be that of a bf16.
-template <class Bits, class T>
-STEPPO_FN Bits bfloat_bits(T x) {
-  Bits bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits + 0x8000u;
-}
 
 static inline float to_float(const float& x) { return x; }
 static inline double to_float(const double& x) { return x; }

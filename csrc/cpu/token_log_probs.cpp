@@ -249,31 +249,6 @@ int64_t first_bad_row(const Targets& targets, const int64_t* source, int64_t cou
   return -1;
 }
 
-// Calls body(In{}) with the type of logits that `dtype` names.
-template <class F>
-void with_logits(int dtype, F&& body) {
-  if (dtype == kFloat16) {
-    body(Half{});
-  } else if (dtype == kBFloat16) {
-    body(BFloat16{});
-  } else {
-    with_dtype(dtype, body);
-  }
-}
-
-// Calls body(In{}, Out{}) with the types of logits and of their gradient: the same, or of fp32
-// logits a half precision.
-template <class F>
-void with_gradient(int dtype, int grad_dtype, F&& body) {
-  with_logits(dtype, [&](auto in) {
-    if constexpr (sizeof in == sizeof(float)) {
-      if (grad_dtype == kFloat16) return body(in, Half{});
-      if (grad_dtype == kBFloat16) return body(in, BFloat16{});
-    }
-    body(in, in);
-  });
-}
-
 // Tasks of about a block of logits each.
 template <class F>
 void for_token_rows(int64_t count, int64_t vocabulary, int threads, F&& body) {

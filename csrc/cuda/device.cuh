@@ -2,8 +2,11 @@
 // tests, for the host (tests/cuda/cuda_on_host.h).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "steppo/halves.h"
 
 #if defined(STEPPO_CUDA_ON_HOST)
 #include "cuda_on_host.h"
@@ -38,6 +41,82 @@ STEPPO_DEVICE void store_16_bytes(T* to, const Pack<T, count>& pack) {
   std::memcpy(&words, &pack, sizeof words);
   __stcg(reinterpret_cast<uint4*>(to), words);
 }
+// A pack of 16 bytes, of memory that is read or written once: the caches need not keep it.
+#if defined(STEPPO_CUDA_ON_HOST)
+template <class P>
+STEPPO_DEVICE P load_once(const P* from) {
+  return *from;
+}
+template <class P>
+STEPPO_DEVICE void store_once(P* to, const P& pack) {
+  *to = pack;
+}
+#else
+template <class P>
+STEPPO_DEVICE P load_once(const P* from) {
+  static_assert(sizeof(P) == 16, "one load is of 16 bytes");
+  const uint4 words = __ldcs(reinterpret_cast<const uint4*>(from));
+  P pack;
+  memcpy(&pack, &words, sizeof pack);
+  return pack;
+}
+template <class P>
+STEPPO_DEVICE void store_once(P* to, const P& pack) {
+  static_assert(sizeof(P) == 16, "one store is of 16 bytes");
+  uint4 words;
+  memcpy(&words, &pack, sizeof pack);
+  __stcs(reinterpret_cast<uint4*>(to), words);
+}
+#endif
+
+// Single instructions. On the host, they are rounded exactly.
+#if defined(STEPPO_CUDA_ON_HOST)
+STEPPO_DEVICE float larger(float x, float low) { return x < low ? low : x; }
+STEPPO_DEVICE float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+STEPPO_DEVICE float to_number(Half x) {
+  return half_to_float<float>(static_cast<std::uint32_t>(x.bits));
+}
+STEPPO_DEVICE std::uint32_t two_numbers(Half, float low, float high) {
+  return half_bits<std::uint32_t>(low) | half_bits<std::uint32_t>(high) << 16;
+}
+STEPPO_DEVICE std::uint32_t two_numbers(BFloat16, float low, float high) {
+  const auto rounded = [](float x) -> std::uint32_t {
+    std::uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+#else
+// The larger one; x if that is NaN.
+STEPPO_DEVICE float larger(float x, float low) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(low));
+  return larger;
+}
+// 2^x, wrong by 2 units of the last place at most; 0 below the normal range.
+STEPPO_DEVICE float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+STEPPO_DEVICE float to_number(Half x) {
+  float number;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(x.bits));
+  return number;
+}
+// Two numbers of the type of the first argument, to nearest, ties to even.
+STEPPO_DEVICE std::uint32_t two_numbers(Half, float low, float high) {
+  std::uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+STEPPO_DEVICE std::uint32_t two_numbers(BFloat16, float low, float high) {
+  std::uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+#endif
 
 // The sum over `lanes` neighbouring lanes, a power of 2; each of them gets it. The order of the
 // additions is fixed.

@@ -12,13 +12,6 @@
 
 namespace steppo::cuda {
 
-// A sum, where that is all.
-struct Sum {
-  double value = 0;
-};
-
-STEPPO_DEVICE void merge(Sum& total, const Sum& other) { total.value += other.value; }
-
 // The numbers of S. A struct that begins with values cannot lie in shared memory.
 template <class S>
 struct Numbers {
@@ -86,11 +79,12 @@ template <int threads, class S>
 STEPPO_DEVICE const S* merge_grid(const S& own, int blocks, Workspace* workspace) {
   if (static_cast<int>(blockIdx.x) < blocks) {
     const S& whole = merge_block<threads>(own);
-    if (threadIdx.x == 0) put(workspace->parts[blockIdx.x], whole);
+    if (threadIdx.x == 0) put(workspace->partials + blockIdx.x * Workspace::kFields, whole);
   }
   if (!is_last_block(&workspace->counters[0])) return nullptr;
   S some;
-  for (int b = threadIdx.x; b < blocks; b += threads) merge(some, get<S>(workspace->parts[b]));
+  for (int b = threadIdx.x; b < blocks; b += threads)
+    merge(some, get<S>(workspace->partials + b * Workspace::kFields));
   return &merge_block<threads>(some);
 }
 

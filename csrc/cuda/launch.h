@@ -29,7 +29,7 @@ void with_dtype(int dtype, F&& body) {
 }
 
 // Whether an address is a multiple of 16 bytes, which a thread moves at once.
-inline bool is_wide(const void* address) {
+STEPPO_FN bool is_wide(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 

@@ -17,6 +17,18 @@ ARCHITECTURES = ("80", "90", "100")
 SOURCES = sorted((on_host.ROOT / "csrc/cuda").glob("*.cu"))
 # What a kernel may need: an SM holds two blocks of 256 threads with so many registers.
 MOST_REGISTERS, MOST_SHARED = 128, 48 << 10
+# Loads that a thread has under way in rows of logits, forward; then loads and stores backward, by
+# the types of logits and of their gradient. Gradients in fp64 are written number by number.
+_HALF, _BFLOAT = "steppo::Half", "steppo::BFloat16"
+_LOADS = {"float": 4, "double": 1, _HALF: 4, _BFLOAT: 4}
+_MOVES = {
+    ("float", "float"): (2, 2),
+    ("float", _HALF): (2, 1),
+    ("float", _BFLOAT): (2, 1),
+    (_HALF, _HALF): (2, 2),
+    (_BFLOAT, _BFLOAT): (2, 2),
+}
+_SWITCHES = ("false, false", "false, true", "true, false", "true, true")
 # The kernels that move 16 bytes at once, at the least, and how often.
 WIDE = {
     "broadcast_kernel<float, true>": (1, 1),
@@ -30,6 +42,16 @@ WIDE = {
     "number_ids_kernel": (2, 1),
     "fill_kernel<float, true>": (0, 1),
     "fill_kernel<double, true>": (0, 1),
+    **{
+        f"token_log_probs_kernel<{logits}, {switches}>": (loads, 0)
+        for logits, loads in _LOADS.items()
+        for switches in _SWITCHES
+    },
+    **{
+        f"token_log_probs_backward_kernel<{', '.join(types)}, {switches}>": moves
+        for types, moves in _MOVES.items()
+        for switches in _SWITCHES
+    },
 }
 # No local memory, and no atomics on floating-point numbers, whose order is anybody's.
 FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")

@@ -1,0 +1,192 @@
+// Rows of logits: a block takes one, and moves all of it but its ends 16 bytes at once.
+//
+// A row begins anywhere and has any length. It is divided at the addresses that are multiples of 16
+// bytes: in between lie packs, which threads take in turn, and the numbers at the ends are taken by
+// a thread each.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "device.cuh"
+#include "steppo/arguments.h"
+#include "steppo/token_math.h"
+
+namespace steppo::cuda {
+
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
+// Blocks that share a processor.
+constexpr int kRowBlocks = 4;
+
+// What logits of a type are computed in.
+template <class In>
+using RowValue = std::conditional_t<sizeof(In) == sizeof(double), double, float>;
+
+template <class In>
+constexpr int kPack = 16 / static_cast<int>(sizeof(In));
+
+// Loads of 16 bytes that a thread has under way at once. 64 bytes a thread hide how long a load
+// takes; fp64 has no registers for them.
+template <class In>
+constexpr int kLoads = sizeof(In) == sizeof(double) ? 1 : 4;
+
+STEPPO_DEVICE float to_number(float x) { return x; }
+STEPPO_DEVICE double to_number(double x) { return x; }
+STEPPO_DEVICE float to_number(BFloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float number;
+  memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+STEPPO_DEVICE double larger(double x, double low) { return x < low ? low : x; }
+
+// What exp_scale makes exponents for.
+STEPPO_DEVICE float power(float exponent) { return fast_exp2(exponent); }
+STEPPO_DEVICE double power(double exponent) { return std::exp(exponent); }
+
+STEPPO_DEVICE double log_of_power_base(float) { return 0.6931471805599453; }
+STEPPO_DEVICE double log_of_power_base(double) { return 1; }
+
+// Rows have a block each, so that their number has 32 bits.
+template <class T>
+STEPPO_DEVICE T* row_of(const LogitRows& rows, unsigned row) {
+  const auto length = static_cast<unsigned>(rows.length);
+  return static_cast<T*>(rows.logits) + row / length * rows.outer_stride +
+         row % length * rows.inner_stride;
+}
+
+STEPPO_DEVICE bool is_masked(const Targets& targets, std::int64_t row) {
+  return targets.mask != nullptr && !targets.mask[row];
+}
+STEPPO_DEVICE double temperature_of(const Targets& targets, std::int64_t row) {
+  return targets.temperatures != nullptr ? targets.temperatures[row] : targets.temperature;
+}
+
+STEPPO_DEVICE bool is_word(std::int64_t id, std::int64_t vocabulary) {
+  return id >= 0 && id < vocabulary;
+}
+
+// The softcap of rows.
+template <class Value>
+struct Cap {
+  Value cap, inverse;
+  __device__ __forceinline__ explicit Cap(double softcap)
+      : cap(static_cast<Value>(softcap)), inverse(static_cast<Value>(1 / softcap)) {}
+};
+
+// One capped logit, and the derivative of the cap.
+template <bool is_capped, class In>
+STEPPO_DEVICE Capped<RowValue<In>> capped_logit(In x, const Cap<RowValue<In>>& cap) {
+  if constexpr (is_capped) return soft_cap(to_number(x), cap.cap, cap.inverse);
+  return {to_number(x), 1};
+}
+
+// Whether rows of this type of logits can be computed in their own type at a temperature.
+template <class In>
+STEPPO_DEVICE bool fits(double temperature) {
+  return sizeof(In) == sizeof(double) || fits_fp32(temperature);
+}
+
+// A row in `packs` packs of `count` numbers, after `head` numbers that lie before them.
+template <int count>
+struct Division {
+  int head, packs;
+  std::int64_t length;
+
+  // The number that this thread takes of those that lie in no pack, or -1.
+  __device__ __forceinline__ std::int64_t single() const {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < head) return thread;
+    const std::int64_t at = std::int64_t{packs} * count + thread;
+    return at < length ? at : -1;
+  }
+  // The pack of a number, or -1.
+  __device__ __forceinline__ int pack_of(std::int64_t at) const {
+    const std::int64_t pack = at < head ? -1 : (at - head) / count;
+    return pack < packs ? static_cast<int>(pack) : -1;
+  }
+  // The thread that takes a number; any one for what is no number of the row.
+  __device__ __forceinline__ unsigned owner_of(std::int64_t at) const {
+    if (at < 0 || at >= length) return 0;
+    const int pack = pack_of(at);
+    if (pack >= 0) return static_cast<unsigned>(pack) % kRowThreads;
+    return static_cast<unsigned>(at < head ? at : at - std::int64_t{packs} * count);
+  }
+};
+
+// Numbers side by side in the type of a gradient.
+template <class Out, class Value, int count>
+STEPPO_DEVICE Pack<Out, count> packed(const Value (&x)[count]) {
+  Pack<Out, count> pack;
+  if constexpr (sizeof(Out) == 2) {
+#pragma unroll
+    for (int k = 0; k < count; k += 2) {
+      const std::uint32_t both =
+          two_numbers(Out{}, static_cast<float>(x[k]), static_cast<float>(x[k + 1]));
+      memcpy(&pack.at[k], &both, sizeof both);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < count; ++k) pack.at[k] = static_cast<Out>(x[k]);
+  }
+  return pack;
+}
+template <class Out, class Value>
+STEPPO_DEVICE void store_number(Out* to, Value x) {
+  const Value both[2] = {x, x};
+  *to = packed<Out>(both).at[0];
+}
+
+// Divides a row where packs of T can be moved.
+template <class T>
+STEPPO_DEVICE Division<kPack<T>> divided(const T* row, std::int64_t length) {
+  const auto beyond = reinterpret_cast<std::uintptr_t>(row) % 16;
+  const int before = static_cast<int>((16 - beyond) % 16 / sizeof(T));
+  const int head = before < length ? before : static_cast<int>(length);
+  return {head, static_cast<int>((length - head) / kPack<T>), length};
+}
+
+// Loads numbers one by one, or 16 bytes at once.
+template <int count, bool is_wide, class In>
+STEPPO_DEVICE Pack<In, count> load_numbers(const In* from) {
+  constexpr int kAtOnce = kPack<In>;
+  static_assert(count % kAtOnce == 0, "numbers are loaded 16 bytes at once");
+  Pack<In, count> numbers;
+  if constexpr (is_wide) {
+#pragma unroll
+    for (int part = 0; part < count; part += kAtOnce) {
+      const auto pack = load_once(reinterpret_cast<const Pack<In, kAtOnce>*>(from + part));
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) numbers.at[part + k] = pack.at[k];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < count; ++k) numbers.at[k] = from[k];
+  }
+  return numbers;
+}
+
+// Calls take(index, numbers) for each pack that this thread takes; `from` is where the first one
+// begins. Several are loaded before the first is taken. With `all_load_first`, all threads of the
+// block have then loaded theirs.
+template <int count, bool is_wide, int at_once, bool all_load_first, class In, class F>
+STEPPO_DEVICE void for_packs(const In* from, int packs, F&& take) {
+  for (int begin = 0; begin < packs; begin += at_once * kRowThreads) {
+    const int first = begin + static_cast<int>(threadIdx.x);
+    Pack<In, count> loaded[at_once] = {};
+#pragma unroll
+    for (int k = 0; k < at_once; ++k) {
+      const int at = first + k * kRowThreads;
+      if (at < packs) loaded[k] = load_numbers<count, is_wide>(from + std::int64_t{at} * count);
+    }
+    if constexpr (all_load_first) __syncthreads();
+#pragma unroll
+    for (int k = 0; k < at_once; ++k) {
+      const int at = first + k * kRowThreads;
+      if (at < packs) take(at, loaded[k]);
+    }
+  }
+}
+
+}  // namespace steppo::cuda

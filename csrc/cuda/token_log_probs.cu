@@ -1,0 +1,383 @@
+// Log-probs and entropies of tokens from their logits: see
+// steppo_kernels/log_probs/token_log_probs.py. A block takes a row.
+#include "launch.h"
+#include "rows.cuh"
+#include "steppo/cuda.h"
+
+namespace steppo::cuda {
+namespace {
+
+// What a thread has seen of a row: RowSums in the type of the computation.
+template <class Value>
+struct Sums {
+  Value top, sum, moment;
+};
+
+// The first top is a number, so that differences to it are. That of the row is at least the target,
+// as thread 0 begins there.
+template <class Value>
+STEPPO_DEVICE Sums<Value> first_sums(Value target) {
+  constexpr Value kLowest = std::numeric_limits<Value>::lowest();
+  return {threadIdx.x == 0 && target > kLowest ? target : kLowest, 0, 0};
+}
+
+// Moves sums to a larger top. What they were around may be the lowest number.
+template <bool need_moment, class Value>
+STEPPO_DEVICE void move_to(Value top, const ExpScale<Value>& scale, Sums<Value>& sums) {
+  const Value d = larger(sums.top - top, scale.lowest), e = power(d * scale.scale);
+  if constexpr (need_moment) sums.moment = e * (sums.moment + d * sums.sum);
+  sums.sum *= e;
+  sums.top = top;
+}
+
+// Adds numbers to sums, which move at most once.
+template <bool need_moment, int count, class Value>
+STEPPO_DEVICE void add(const Value (&x)[count], const ExpScale<Value>& scale, Sums<Value>& sums) {
+  Value high = x[0];
+#pragma unroll
+  for (int k = 1; k < count; ++k) high = x[k] > high ? x[k] : high;
+  if (high > sums.top) move_to<need_moment>(high, scale, sums);
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    Value d = x[k] - sums.top;
+    // The product of an infinite d and the 0 that is its power would be NaN.
+    if constexpr (need_moment) d = larger(d, scale.lowest);
+    const Value e = power(d * scale.scale);
+    sums.sum += e;
+    if constexpr (need_moment) sums.moment += e * d;
+  }
+}
+
+// Adds up what the threads of a block have seen. Thread 0 gets the result.
+template <bool need_moment, class Value>
+STEPPO_DEVICE RowSums merge(Sums<Value> mine, const ExpScale<Value>& scale) {
+  struct Room {
+    Value tops[kRowWarps];
+    double sums[kRowWarps], moments[kRowWarps];
+  };
+  STEPPO_SHARED(Room, room);
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  Value top = mine.top;
+#pragma unroll
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+    const Value other = __shfl_xor_sync(kAllLanes, top, apart);
+    top = other > top ? other : top;
+  }
+  if (lane == 0) room.tops[warp] = top;
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kRowWarps; ++k) top = room.tops[k] > top ? room.tops[k] : top;
+  move_to<need_moment>(top, scale, mine);
+  const double sum = sum_of_lanes<kWarp>(static_cast<double>(mine.sum));
+  const double moment = need_moment ? sum_of_lanes<kWarp>(static_cast<double>(mine.moment)) : 0.0;
+  if (lane == 0) {
+    room.sums[warp] = sum;
+    room.moments[warp] = moment;
+  }
+  __syncthreads();
+  RowSums all{top, 0, 0};
+  for (int k = 0; k < kRowWarps; ++k) {
+    all.sum += room.sums[k];
+    all.moment += room.moments[k];
+  }
+  return all;
+}
+
+// The sums over a row but its token, whose logit is `target`. Thread 0 gets them.
+template <bool is_capped, bool need_moment, class In>
+STEPPO_DEVICE RowSums sum_row(const In* row, std::int64_t length, std::int64_t id,
+                              RowValue<In> target, double temperature,
+                              const Cap<RowValue<In>>& cap) {
+  using Value = RowValue<In>;
+  constexpr int kCount = kPack<In>;
+  constexpr Value kLeftOut = -std::numeric_limits<Value>::infinity();
+  const auto parts = divided(row, length);
+  const ExpScale<Value> scale = exp_scale<Value>(temperature);
+  Sums<Value> sums = first_sums(target);
+  const int own_pack = parts.pack_of(id);
+  const int own = static_cast<int>((id - parts.head) % kCount);
+  const auto take = [&](int at, const Pack<In, kCount>& pack) {
+    Value x[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = capped_logit<is_capped>(pack.at[k], cap).value;
+    if (at == own_pack) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) x[k] = k == own ? kLeftOut : x[k];
+    }
+    add<need_moment>(x, scale, sums);
+  };
+  for_packs<kCount, true, kLoads<In>, false>(row + parts.head, parts.packs, take);
+  if (const std::int64_t at = parts.single(); at >= 0 && at != id) {
+    const Value x[1] = {capped_logit<is_capped>(row[at], cap).value};
+    add<need_moment>(x, scale, sums);
+  }
+  return merge<need_moment>(sums, scale);
+}
+
+// The same at a temperature that does not fit.
+template <bool is_capped, class In>
+STEPPO_DEVICE RowSums sum_fp64_row(const In* row, std::int64_t length, std::int64_t id,
+                                   double target, double temperature,
+                                   const Cap<RowValue<In>>& cap) {
+  const ExpScale<double> scale = exp_scale<double>(temperature);
+  Sums<double> sums = first_sums(target);
+  for (std::int64_t at = threadIdx.x; at < length; at += kRowThreads) {
+    const double x[1] = {capped_logit<is_capped>(row[at], cap).value};
+    if (at != id) add<true>(x, scale, sums);
+  }
+  return merge<true>(sums, scale);
+}
+
+template <class In, bool is_capped, bool need_moment>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    token_log_probs_kernel(const LogitRows logits, const Targets targets, const LogProbs out) {
+  using Value = RowValue<In>;
+  if (out.bad_row != nullptr && *out.bad_row >= 0) return;
+  const unsigned row = blockIdx.x;
+  RowResult result{};
+  if (!is_masked(targets, row)) {
+    const double temperature = temperature_of(targets, row);
+    const Cap<Value> cap(targets.softcap);
+    const In* const x = row_of<In>(logits, row);
+    const std::int64_t id = targets.token_ids[row];
+    Value target = std::numeric_limits<Value>::quiet_NaN();
+    if (threadIdx.x == 0 && is_word(id, logits.vocabulary))
+      target = capped_logit<is_capped>(x[id], cap).value;
+    const RowSums sums =
+        fits<In>(temperature)
+            ? sum_row<is_capped, need_moment>(x, logits.vocabulary, id, target, temperature, cap)
+            : sum_fp64_row<is_capped>(x, logits.vocabulary, id, target, temperature, cap);
+    if (threadIdx.x == 0) result = row_result(target, sums, temperature);
+  }
+  if (threadIdx.x != 0) return;
+  static_cast<Value*>(out.log_probs)[row] = static_cast<Value>(result.log_prob);
+  if (need_moment) static_cast<Value*>(out.entropy)[row] = static_cast<Value>(result.entropy);
+  out.top[row] = result.log_sum_exp.top;
+  out.log_sum[row] = result.log_sum_exp.log_sum;
+}
+
+// The gradient of a logit by itself and the top of its row: RowGradient in the type of the
+// computation, with a rise by the exponent of a power.
+template <bool is_capped, bool has_rise, class Value>
+struct Slope {
+  ExpScale<Value> scale;
+  Value top, base, rise;
+
+  __device__ __forceinline__ Slope(double temperature, double row_top, const RowGradient& row)
+      : scale(exp_scale<Value>(temperature)),
+        top(static_cast<Value>(row_top)),
+        base(static_cast<Value>(row.base)),
+        rise(static_cast<Value>(row.rise * log_of_power_base(Value{}))) {}
+
+  // Whether words of probability 0 have a gradient of 0, as the other factor is finite.
+  __device__ __forceinline__ bool is_finite() const {
+    const Value most = 128 * rise;
+    return base - base == 0 && most - most == 0;
+  }
+
+  template <class In>
+  __device__ __forceinline__ Value operator()(In x, const Cap<RowValue<In>>& cap) const {
+    const Capped<RowValue<In>> z = capped_logit<is_capped>(x, cap);
+    Value d = static_cast<Value>(z.value) - top;
+    if constexpr (has_rise) d = larger(d, scale.lowest);
+    const Value exponent = d * scale.scale;
+    Value slope = power(exponent) * (has_rise ? exponent * rise + base : base);
+    if constexpr (is_capped) slope *= static_cast<Value>(z.slope);
+    return slope;
+  }
+};
+
+template <class Out>
+STEPPO_DEVICE void write_zeros(Out* row, const Division<kPack<Out>>& parts) {
+  auto* const packs = reinterpret_cast<Pack<Out, kPack<Out>>*>(row + parts.head);
+  for (int at = static_cast<int>(threadIdx.x); at < parts.packs; at += kRowThreads) {
+    store_once(packs + at, Pack<Out, kPack<Out>>{});
+  }
+  if (const std::int64_t at = parts.single(); at >= 0) row[at] = Out{};
+}
+
+// Writes gradients where, `is_halved`, those of half precision may lie in the first half of the
+// logits of their row: then what a thread overwrites, every thread has loaded before.
+template <bool is_halved, class In, class Out, class F>
+STEPPO_DEVICE void write_row(const In* row, Out* out, const Division<kPack<Out>>& parts,
+                             std::int64_t id, float target, F&& slope) {
+  constexpr int kCount = kPack<Out>;
+  constexpr int kAtOnce = (kLoads<In> * kPack<In> / kCount + 1) / 2;
+  const std::int64_t single = parts.single();
+  const In alone = single >= 0 ? row[single] : In{};
+  const int own_pack = parts.pack_of(id);
+  const int own = static_cast<int>((id - parts.head) % kCount);
+  auto* const packs = reinterpret_cast<Pack<Out, kCount>*>(out + parts.head);
+  const In* const from = row + parts.head;
+  const auto take = [&](int at, const Pack<In, kCount>& pack) {
+    float slopes[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) slopes[k] = slope(pack.at[k]);
+    if (at == own_pack) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) slopes[k] = k == own ? target : slopes[k];
+    }
+    store_once(packs + at, packed<Out>(slopes));
+  };
+  // Packs of gradients need not be packs of logits.
+  if (is_wide(from)) {
+    for_packs<kCount, true, kAtOnce, is_halved>(from, parts.packs, take);
+  } else {
+    for_packs<kCount, false, 1, is_halved>(from, parts.packs, take);
+  }
+  if constexpr (is_halved) __syncthreads();
+  if (single >= 0) store_number(out + single, single == id ? target : slope(alone));
+}
+
+// The same number by number, for what is computed in fp64.
+template <bool is_halved, class In, class Out, class F>
+STEPPO_DEVICE void write_fp64_row(const In* row, Out* out, std::int64_t length, std::int64_t id,
+                                  double target, F&& slope) {
+  for (std::int64_t begin = 0; begin < length; begin += kRowThreads) {
+    const std::int64_t at = begin + threadIdx.x;
+    const In x = at < length ? row[at] : In{};
+    if constexpr (is_halved) __syncthreads();
+    if (at < length) store_number(out + at, at == id ? target : slope(x));
+  }
+}
+
+// What the threads of a block need of their row. One of them works it out, and they read it anew
+// where they begin to write: registers hold nothing of it in between.
+struct RowHead {
+  RowGradient gradient;
+  double temperature, top;
+  std::int64_t id;
+  unsigned row;
+};
+
+template <bool is_capped, bool has_rise, class In>
+STEPPO_DEVICE RowHead head_of(const LogitRows& logits, const Targets& targets,
+                              const LogProbGradients& grads, unsigned row, std::int64_t id,
+                              double grad, double grad_entropy) {
+  using Value = RowValue<In>;
+  constexpr Value kNone = std::numeric_limits<Value>::quiet_NaN();
+  const bool is_good = is_word(id, logits.vocabulary);
+  Capped<Value> target{kNone, kNone};
+  if (is_good) {
+    target = capped_logit<is_capped>(row_of<In>(logits, row)[id], Cap<Value>(targets.softcap));
+  }
+  const double entropy = has_rise ? static_cast<const Value*>(grads.entropy)[row] : Value(0);
+  const double top = grads.top[row], temperature = temperature_of(targets, row);
+  RowGradient gradient = row_gradient(target.value, {top, grads.log_sum[row]}, entropy,
+                                      is_good ? grad : double{kNone}, grad_entropy, temperature);
+  gradient.target *= target.slope;
+  return {gradient, temperature, top, id, row};
+}
+
+template <class In, class Out, bool is_capped, bool has_rise>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    token_log_probs_backward_kernel(const LogitRows grad_logits, const LogitRows logits,
+                                    const Targets targets, const LogProbGradients grads) {
+  using Value = RowValue<In>;
+  constexpr bool kIsHalved = sizeof(In) != sizeof(Out);
+  STEPPO_SHARED(RowHead, head);
+  if (grads.bad_row != nullptr && *grads.bad_row >= 0) return;
+  Out* const out = row_of<Out>(grad_logits, blockIdx.x);
+  const auto parts = divided(out, logits.vocabulary);
+  {
+    const unsigned row =
+        grads.source != nullptr ? static_cast<unsigned>(grads.source[blockIdx.x]) : blockIdx.x;
+    const double grad = static_cast<const Value*>(grads.grad_log_probs)[row];
+    const double grad_entropy =
+        has_rise ? static_cast<const Value*>(grads.grad_entropy)[row] : Value(0);
+    if (is_masked(targets, row) || (grad == 0 && grad_entropy == 0)) {
+      write_zeros(out, parts);
+      return;
+    }
+    const std::int64_t id = targets.token_ids[row];
+    // The thread that writes over the target is the one that reads it.
+    if (threadIdx.x == parts.owner_of(id)) {
+      head = head_of<is_capped, has_rise, In>(logits, targets, grads, row, id, grad, grad_entropy);
+    }
+  }
+  __syncthreads();
+  const In* const x = row_of<In>(logits, head.row);
+  const Cap<Value> cap(targets.softcap);
+  if constexpr (sizeof(Value) == sizeof(float)) {
+    const Slope<is_capped, has_rise, float> slope(head.temperature, head.top, head.gradient);
+    if (fits_fp32(head.temperature) && slope.is_finite()) {
+      write_row<kIsHalved>(x, out, parts, head.id, static_cast<float>(head.gradient.target),
+                           [&](In logit) { return slope(logit, cap); });
+      return;
+    }
+  }
+  const Slope<is_capped, has_rise, double> slope(head.temperature, head.top, head.gradient);
+  write_fp64_row<kIsHalved>(x, out, logits.vocabulary, head.id, head.gradient.target,
+                            [&](In logit) { return slope(logit, cap); });
+}
+
+// Looks for the first of `count` rows whose id is not in the vocabulary. One block.
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    bad_row_kernel(const Targets targets, const std::int64_t* source, std::int64_t count,
+                   std::int64_t vocabulary, std::int64_t* bad_row) {
+  struct Room {
+    std::int64_t firsts[kRowWarps];
+  };
+  STEPPO_SHARED(Room, room);
+  const auto row_at = [&](std::int64_t i) { return source != nullptr ? source[i] : i; };
+  std::int64_t first = count;
+  for (std::int64_t i = threadIdx.x; i < count && first == count; i += kRowThreads) {
+    const std::int64_t row = row_at(i);
+    if (!is_masked(targets, row) && !is_word(targets.token_ids[row], vocabulary)) first = i;
+  }
+#pragma unroll
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+    const std::int64_t other = __shfl_xor_sync(kAllLanes, first, apart);
+    first = other < first ? other : first;
+  }
+  if (threadIdx.x % kWarp == 0) room.firsts[threadIdx.x / kWarp] = first;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int k = 0; k < kRowWarps; ++k) first = room.firsts[k] < first ? room.firsts[k] : first;
+  *bad_row = first < count ? row_at(first) : -1;
+}
+
+void find_bad_row(const Launcher& launch, const Targets& targets, const std::int64_t* source,
+                  std::int64_t count, std::int64_t vocabulary, std::int64_t* bad_row) {
+  if (bad_row == nullptr) return;
+  launch(bad_row_kernel, 1, kRowThreads, targets, source, count, vocabulary, bad_row);
+}
+
+}  // namespace
+
+void token_log_probs(const LogitRows& logits, const Targets& targets, const LogProbs& out,
+                     const Place& place) {
+  const Launcher launch("token_log_probs", place);
+  find_bad_row(launch, targets, nullptr, logits.num_rows, logits.vocabulary, out.bad_row);
+  with_logits(logits.dtype, [&](auto zero) {
+    using In = decltype(zero);
+    const bool need_moment = out.entropy != nullptr;
+    const auto kernel = targets.softcap > 0
+                            ? (need_moment ? token_log_probs_kernel<In, true, true>
+                                           : token_log_probs_kernel<In, true, false>)
+                            : (need_moment ? token_log_probs_kernel<In, false, true>
+                                           : token_log_probs_kernel<In, false, false>);
+    launch(kernel, logits.num_rows, kRowThreads, logits, targets, out);
+  });
+}
+
+void token_log_probs_backward(const LogitRows& grad_logits, const LogitRows& logits,
+                              const Targets& targets, const LogProbGradients& grads,
+                              const Place& place) {
+  const Launcher launch("token_log_probs_backward", place);
+  find_bad_row(launch, targets, grads.source, grad_logits.num_rows, logits.vocabulary,
+               grads.bad_row);
+  with_gradient(logits.dtype, grad_logits.dtype, [&](auto zero, auto grad_zero) {
+    using In = decltype(zero);
+    using Out = decltype(grad_zero);
+    const bool has_rise = grads.grad_entropy != nullptr;
+    const auto kernel = targets.softcap > 0
+                            ? (has_rise ? token_log_probs_backward_kernel<In, Out, true, true>
+                                        : token_log_probs_backward_kernel<In, Out, true, false>)
+                            : (has_rise ? token_log_probs_backward_kernel<In, Out, false, true>
+                                        : token_log_probs_backward_kernel<In, Out, false, false>);
+    launch(kernel, grad_logits.num_rows, kRowThreads, grad_logits, logits, targets, grads);
+  });
+}
+
+}  // namespace steppo::cuda
