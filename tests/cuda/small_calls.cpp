@@ -1,4 +1,4 @@
-// Runs every operator on a small batch, for the thread sanitizer. The arguments are a seed for the
+// Runs operators on a small batch, for the thread sanitizer. The arguments are a seed for the
 // order of threads and, if one is to be left out, the place of a barrier or a fence ("file:line").
 #include <cmath>
 #include <cstdio>

@@ -52,6 +52,10 @@ WIDE = {
         for types, moves in _MOVES.items()
         for switches in _SWITCHES
     },
+    "rewards_kernel<float, 1, true>": (2, 0),
+    "rewards_kernel<float, 8, true>": (2, 0),
+    "rewards_kernel<double, 1, true>": (3, 0),
+    "rewards_kernel<double, 8, true>": (3, 0),
 }
 # No local memory, and no atomics on floating-point numbers, whose order is anybody's.
 FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")

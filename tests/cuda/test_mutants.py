@@ -1,4 +1,4 @@
-"""Every barrier and fence is needed, and its absence is noticed by the thread sanitizer."""
+"""Barriers and fences are needed, and the absence of one is noticed by the thread sanitizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import on_host
 import pytest
 
 _ORDERS = r"__(?:syncthreads|syncthreads_count|threadfence|syncwarp)\("
-# "file:line" of every barrier and fence.
+# The files whose kernels small_calls.cpp runs.
+_COVERED = ("broadcast.cu", "last_block.cuh", "policy_loss.cu", "policy_loss_masked.cu")
+# "file:line" of every barrier and fence in them.
 SITES = [
     f"{path.name}:{number}"
-    for path in sorted((on_host.ROOT / "csrc/cuda").glob("*.cu*"))
+    for path in (on_host.ROOT / "csrc/cuda" / name for name in _COVERED)
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if re.search(_ORDERS, line)
 ]

@@ -1,0 +1,213 @@
+// Step-level GAE: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1},
+// R_t = A_t + V_t over the steps of each trajectory (StepPO, arXiv 2604.18401, section 3).
+#include <algorithm>
+#include <limits>
+
+#include "block_merge.cuh"
+#include "fill.cuh"
+#include "last_block.cuh"
+#include "launch.h"
+#include "step_rewards.cuh"
+#include "steppo/cuda.h"
+#include "steppo/spread.h"
+
+namespace steppo::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+// In the end a thread takes what a block has left.
+constexpr int kBlocks = kThreads;
+// Advantages that the last block whitens by itself; more of them are worth a launch.
+constexpr std::int64_t kWhitenedAtOnce = 16384;
+
+// What blocks leave to the last one, and it to the launch behind it.
+struct Left {
+  Spread of_blocks[kBlocks], of_all;
+};
+static_assert(sizeof(Left) <= sizeof(Workspace::partials));
+
+// A product of powers of a factor. That of a factor which is not 0 is not 0 either: an infinite
+// advantage is infinite at all steps before it.
+STEPPO_DEVICE double times(double a, double b) {
+  const double product = a * b;
+  return product > 0 || a == 0 || b == 0 ? product : std::numeric_limits<double>::denorm_min();
+}
+
+STEPPO_DEVICE double power(double factor, int exponent) {
+  double product = 1;
+  for (int k = 0; k < exponent; ++k) product = times(product, factor);
+  return product;
+}
+
+// Marks what is a step of a trajectory.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4)
+    mark_kernel(const std::int64_t* trajectory_steps, std::int64_t num_members, T* marks) {
+  const std::int64_t k = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (k < num_members) marks[trajectory_steps[k]] = T(1);
+}
+
+// Whitens the members first, first + stride, ...
+template <class T>
+STEPPO_DEVICE void whiten_members(T* advantages, const Timeline& line, const Spread& spread,
+                                  std::int64_t first, std::int64_t stride) {
+  const Whitening by = whitening(spread);
+  // If every step is a member, the order does not matter.
+  const bool is_every = line.num_members == line.num_steps;
+  for (std::int64_t k = first; k < line.num_members; k += stride) {
+    T& advantage = advantages[is_every ? k : line.trajectory_steps[k]];
+    advantage = static_cast<T>(whitened(static_cast<double>(advantage), by));
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4)
+    whiten_kernel(T* advantages, const Timeline line, const Workspace* workspace) {
+  whiten_members(advantages, line, reinterpret_cast<const Left*>(workspace->partials)->of_all,
+                 std::int64_t{blockIdx.x} * kThreads + threadIdx.x,
+                 std::int64_t{gridDim.x} * kThreads);
+}
+
+// `warps` warps take a trajectory from its end, `steps` steps a thread at once: a thread has the
+// steps before, in time, those of the thread before it. `rewards` may be the returns themselves: an
+// entry is read before it is written.
+template <class T, int warps, int steps>
+__global__ void __launch_bounds__(kThreads, 4)
+    gae_kernel(const GaeTensors tensors, const Timeline line, const GaeConfig config,
+               const T* rewards, Workspace* workspace) {
+  struct Room {
+    double of_warp[warps];
+  };
+  STEPPO_SHARED(Room, room);
+  constexpr int kLanes = warps * kWarp, kGroups = kThreads / kLanes;
+  const T* const values = static_cast<const T*>(tensors.values);
+  const T* const bootstrap = static_cast<const T*>(tensors.bootstrap_values);
+  T* const advantages = static_cast<T*>(tensors.advantages);
+  T* const returns = static_cast<T*>(tensors.returns);
+  const int thread = threadIdx.x % kLanes, lane = thread % kWarp, warp = thread / kWarp;
+  const double decay = config.gamma * config.lam;
+  const double over_thread = power(decay, steps);
+  const double to_lane = power(over_thread, lane);
+  const auto value_of = [&](std::int64_t step) {
+    return static_cast<double>(values[tensors.values_per_token ? line.state_index[step] : step]);
+  };
+  Spread spread{};
+  for (std::int64_t g = std::int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
+       g < line.num_trajectories; g += std::int64_t{gridDim.x} * kGroups) {
+    const std::int64_t* const members = line.trajectory_steps + line.trajectory_offsets[g];
+    // Steps have 32-bit ids, so that there are no more of them.
+    const int length =
+        static_cast<int>(line.trajectory_offsets[g + 1] - line.trajectory_offsets[g]);
+    double carry = 0;
+    for (int left = length; left > 0; left -= kLanes * steps) {
+      const int latest = left - 1 - thread * steps;
+      double delta[steps], value[steps];
+      double next_value = 0;
+      if (latest >= 0 && latest + 1 < length) {
+        next_value = value_of(members[latest + 1]);
+      } else if (latest + 1 == length && bootstrap != nullptr) {
+        next_value = bootstrap[g];
+      }
+      double sum = 0;
+#pragma unroll
+      for (int k = 0; k < steps; ++k) {
+        delta[k] = value[k] = 0;
+        if (latest - k >= 0) {
+          const std::int64_t step = members[latest - k];
+          value[k] = value_of(step);
+          delta[k] = static_cast<double>(rewards[step]) + config.gamma * next_value - value[k];
+        }
+        next_value = value[k];
+        sum = delta[k] + decay * sum;
+      }
+      // The advantage of the thread's earliest step, as far as the steps of the warp tell.
+      double over_lanes = over_thread;
+#pragma unroll
+      for (int apart = 1; apart < kWarp; apart *= 2) {
+        const double other = __shfl_up_sync(kAllLanes, sum, apart);
+        if (lane >= apart) sum += over_lanes * other;
+        over_lanes = times(over_lanes, over_lanes);
+      }
+      double advantage = __shfl_up_sync(kAllLanes, sum, 1);
+      const double of_warp = __shfl_sync(kAllLanes, sum, kWarp - 1);
+      double before_warp = carry;
+      if constexpr (warps > 1) {
+        if (lane == 0) room.of_warp[warp] = of_warp;
+        __syncthreads();
+        for (int w = 0; w < warps; ++w) {
+          if (w == warp) before_warp = carry;
+          carry = room.of_warp[w] + over_lanes * carry;
+        }
+        // The next tile writes to what has been read here.
+        __syncthreads();
+      } else {
+        carry = of_warp + over_lanes * carry;
+      }
+      advantage = lane == 0 ? before_warp : advantage + to_lane * before_warp;
+#pragma unroll
+      for (int k = 0; k < steps; ++k) {
+        if (latest - k < 0) break;
+        const std::int64_t step = members[latest - k];
+        advantage = delta[k] + decay * advantage;
+        const T rounded = static_cast<T>(advantage);
+        advantages[step] = rounded;
+        returns[step] = static_cast<T>(advantage + value[k]);
+        // What is whitened later is the rounded one: less its own mean it must come out as 0.
+        merge(spread, {1, static_cast<double>(rounded), 0});
+      }
+    }
+  }
+  if (!config.whiten) return;
+  Left* const left = reinterpret_cast<Left*>(workspace->partials);
+  spread = merged_over_block<kThreads>(spread);
+  if (threadIdx.x == 0) left->of_blocks[blockIdx.x] = spread;
+  if (!is_last_block(&workspace->counters[0])) return;
+  spread = threadIdx.x < gridDim.x ? left->of_blocks[threadIdx.x] : Spread{};
+  spread = merged_over_block<kThreads>(spread);
+  if (line.num_members <= kWhitenedAtOnce) {
+    whiten_members(advantages, line, spread, threadIdx.x, kThreads);
+  } else if (threadIdx.x == 0) {
+    left->of_all = spread;
+  }
+}
+
+}  // namespace
+
+void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& config,
+              const Place& place) {
+  const Launcher launch("step_gae", place);
+  Workspace* const workspace = static_cast<Workspace*>(place.workspace);
+  const std::int64_t num_steps = line.num_steps, num_members = line.num_members;
+  with_dtype(tensors.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* const advantages = static_cast<T*>(tensors.advantages);
+    T* const returns = static_cast<T*>(tensors.returns);
+    const T* rewards = static_cast<const T*>(tensors.rewards);
+    // Launches of their own come before: steps lie anywhere, so that no block knows which of them
+    // others write to.
+    const bool is_every = num_members == num_steps;
+    if (!is_every) fill_with_zeros(launch, advantages, num_steps);
+    if (!is_every || tensors.rewards_per_token) fill_with_zeros(launch, returns, num_steps);
+    if (tensors.rewards_per_token) {
+      // A step of no trajectory keeps its 0. Advantages are where there is room for marks.
+      if (!is_every) {
+        launch(mark_kernel<T>, ceil_div(num_members, kThreads), kThreads, line.trajectory_steps,
+               num_members, advantages);
+      }
+      sum_rewards(launch, rewards, line, returns, is_every ? nullptr : advantages, workspace);
+      rewards = returns;
+    }
+    // Few steps a trajectory are one tile of a warp or some.
+    const bool is_short = num_members <= 256 * line.num_trajectories;
+    const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kWarps : 1);
+    launch(is_short ? gae_kernel<T, 1, 1> : gae_kernel<T, kWarps, 2>,
+           std::min<std::int64_t>(blocks, kBlocks), kThreads, tensors, line, config, rewards,
+           workspace);
+    if (config.whiten && num_members > kWhitenedAtOnce) {
+      launch(whiten_kernel<T>, ceil_div(num_members, kThreads), kThreads, advantages, line,
+             workspace);
+    }
+  });
+}
+
+}  // namespace steppo::cuda

@@ -1,0 +1,225 @@
+"""The CUDA kernels of step_gae, on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steppo_kernels import StepLayout
+from steppo_kernels.backends import operators
+from steppo_kernels.backends.compiled import gae
+from steppo_kernels.layout.step_layout import require_layout
+
+# Rows of warps and of blocks; the last but one ends within a tile of each.
+_SHAPES = [(0, 5), (1, 1), (1, 7), (3, 0), (5, 33), (40, 61), (300, 3), (3, 2500), (2, 4099)]
+_FORMS = ["mask", "rows", "tokens", "trajectories", "kept", "strangers", "numbered"]
+
+
+def layout_of(form, shape, seed=0):
+    """Return steps of many kinds: see the comments."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) < 0.6
+    rows = shape[0]
+    if form in ("rows", "trajectories"):
+        valid = torch.rand(rows, generator=generator) < 0.8
+        order = torch.randperm(rows, generator=generator).tolist()
+        groups = [k % 3 for k in order]
+        made = StepLayout.from_rows(mask, groups, order, valid=valid, backend="reference")
+    elif form == "numbered":
+        # Tokens of a step have others of no step between them.
+        ids = torch.randint(0, 2, shape, generator=generator).cumsum(-1)
+        made = StepLayout.from_step_ids(torch.where(mask, ids, -1), backend="reference")
+    else:
+        made = StepLayout.from_mask(mask, backend="reference")
+    if form == "tokens":
+        made = made.per_token()
+    if form == "trajectories":
+        # Steps of several rows, which take turns.
+        made = made.per_trajectory()
+    if form == "kept":
+        # Steps that are empty.
+        made = made.keep(torch.rand(shape, generator=generator) < 0.3)
+    steps = require_layout(made)
+    if form == "strangers":
+        # Steps with tokens that are in no trajectory.
+        is_kept = torch.rand(steps.num_steps, generator=generator) < 0.7
+        members = steps.trajectory_steps
+        before = torch.cat((torch.zeros(1, dtype=torch.int64), is_kept[members].cumsum(0)))
+        steps = steps._replace(
+            trajectory_steps=members[is_kept[members]],
+            trajectory_offsets=before[steps.trajectory_offsets],
+        )
+    return steps
+
+
+class Case:
+    """Random inputs; what no step may take is NaN or infinite."""
+
+    def __init__(self, steps, dtype, *, per_token=(True, True), truncated=True, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.steps, self.dtype, self.per_token = steps, dtype, per_token
+        num_tokens = steps.step_ids.numel()
+
+        def normal(count):
+            return torch.randn(count, dtype=torch.float64, generator=generator).to(dtype)
+
+        self.rewards = normal(num_tokens if per_token[0] else steps.num_steps)
+        if per_token[0]:
+            stray = (steps.step_ids.view(-1) < 0).nonzero().squeeze(1)
+            self.rewards[stray[::3]] = torch.nan
+            self.rewards[stray[1::5]] = torch.inf
+        per_step = torch.full((steps.num_steps,), torch.nan, dtype=dtype)
+        per_step[steps.trajectory_steps] = normal(len(steps.trajectory_steps))
+        self.values = per_step
+        if per_token[1]:
+            self.values = torch.full((num_tokens,), torch.nan, dtype=dtype)
+            if num_tokens:
+                self.values[steps.state_index] = per_step
+        self.bootstrap = normal(steps.num_trajectories) if truncated else None
+
+    def given(self, config, dtype=None):
+        """Return the arguments of the operator."""
+        tensors = (
+            None if tensor is None else tensor.to(dtype or self.dtype)
+            for tensor in (self.rewards, self.values, self.bootstrap)
+        )
+        return (*tensors, self.steps.timeline, config, *self.per_token)
+
+    def on(self, cuda, config):
+        """Return advantages and returns."""
+        return gae.step_gae(cuda, *self.given(config))
+
+    def exact(self, config):
+        """Return the same in fp64, from the reference."""
+        return operators.launcher("reference", "step_gae")(*self.given(config, torch.float64))
+
+    def check(self, cuda, config):
+        """Compare the two; differences are weighed against the largest of all numbers."""
+        for found, exact in zip(self.on(cuda, config), self.exact(config), strict=True):
+            assert found.dtype == self.dtype
+            finite = exact[exact.isfinite()].abs()
+            size = max(float(finite.max()), 1.0) if len(finite) else 1.0
+            near = 16 * torch.finfo(torch.float32).eps if found.dtype == torch.float32 else 1e-11
+            torch.testing.assert_close(
+                found.double(), exact, rtol=0, atol=near * size, equal_nan=True
+            )
+            assert not found[~_members(self.steps)].any()
+
+
+def _members(steps):
+    found = torch.zeros(steps.num_steps, dtype=torch.bool)
+    found[steps.trajectory_steps] = True
+    return found
+
+
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize("form", _FORMS)
+def test_agrees_with_the_reference(cuda, form, shape):
+    steps = layout_of(form, shape)
+    has_tokens = steps.step_ids.numel() > 0
+    for seed, (per_token, truncated, config) in enumerate(
+        [
+            ((True, has_tokens), True, (0.99, 0.95, 0.0)),
+            ((True, False), False, (1.0, 1.0, 1.0)),
+            ((False, has_tokens), True, (0.9, 0.0, 1.0)),
+            ((False, False), True, (0.0, 1.0, 0.0)),
+        ]
+    ):
+        dtype = torch.float64 if seed % 2 else torch.float32
+        Case(steps, dtype, per_token=per_token, truncated=truncated, seed=seed).check(cuda, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("per_token", [(False, False), (True, True)], ids=str)
+def test_many_steps(cuda, dtype, per_token):
+    """More than one block whitens."""
+    Case(layout_of("tokens", (7, 9001)), dtype, per_token=per_token).check(cuda, (1.0, 0.97, 1.0))
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [31, 32, 33, 0, 1], [4097], [511, 512, 513, 1025]], ids=str
+)
+def test_trajectories_end_anywhere_in_a_tile(cuda, lengths):
+    total = sum(lengths)
+    rows = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    ones = torch.ones(total, dtype=torch.bool)
+    steps = require_layout(
+        StepLayout.from_mask(ones, cu_seqlens=rows, boundaries=ones, backend="reference")
+    )
+    for whiten in (0.0, 1.0):
+        Case(steps, torch.float64).check(cuda, (1.0, 0.99, whiten))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_tensors_may_begin_anywhere(cuda, offset):
+    for shape in [(5, 33), (2, 2051)]:
+        for dtype in (torch.float32, torch.float64):
+            case = Case(layout_of("mask", shape), dtype)
+            for name in ("rewards", "values"):
+                tensor = getattr(case, name)
+                setattr(case, name, torch.cat((tensor.new_zeros(offset), tensor))[offset:])
+            case.check(cuda, (0.99, 0.95, 1.0))
+            ids = case.steps.step_ids.view(-1)
+            moved = torch.cat((ids.new_zeros(offset), ids))[offset:]
+            case.steps = case.steps._replace(step_ids=moved)
+            case.check(cuda, (0.99, 0.95, 1.0))
+
+
+@pytest.mark.parametrize("form", ["mask", "trajectories", "strangers"])
+def test_bits_do_not_depend_on_the_order_of_threads(cuda, form):
+    case = Case(layout_of(form, (90, 25)), torch.float32)
+    found = []
+    for seed in range(5):
+        cuda.kernels.order(seed, 1 + seed % 3)
+        found.append(case.on(cuda, (0.99, 0.95, 1.0)))
+    for one in found:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+def test_rewards_outside_of_actions(cuda):
+    """They go to the latest step before them, at the head of a row to its first step."""
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 1]])
+    steps = require_layout(StepLayout.from_mask(mask, backend="reference"))
+    case = Case(steps, torch.float64, per_token=(True, False), truncated=False)
+    case.values.zero_()
+    case.rewards = 10.0 ** torch.arange(21, dtype=torch.float64)
+    case.rewards[4], case.rewards[17] = torch.nan, torch.inf
+    advantages, _ = case.on(cuda, (0.0, 1.0, 0.0))
+    expected = [1111.0, 1.1e6, 1e14 + 1e15 + 1e16 + 1e18 + 1e19, 1e20]
+    torch.testing.assert_close(
+        advantages, torch.tensor(expected, dtype=torch.float64), rtol=1e-15, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["rewards", "values", "bootstrap"])
+@pytest.mark.parametrize("config", [(1.0, 1.0), (0.9, 1e-30), (0.9, 0.0), (0.0, 1.0)], ids=str)
+def test_what_is_not_finite_spreads_as_in_the_recursion(cuda, bad, name, config):
+    for shape in [(3, 60), (2, 1500)]:
+        steps = layout_of("tokens", shape)
+        case = Case(steps, torch.float64, per_token=(False, False))
+        tensor = getattr(case, name)
+        tensor[len(tensor) // 2] = bad
+        for whiten in (0.0, 1.0):
+            case.check(cuda, (*config, whiten))
+
+
+def test_a_bad_reward_of_a_token_stays_in_its_step(cuda):
+    steps = layout_of("mask", (3, 2500))
+    case = Case(steps, torch.float32)
+    case.rewards[steps.token_index[2000]] = torch.nan
+    case.rewards[steps.token_index[3000]] = torch.inf
+    case.check(cuda, (0.0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 700, 20000])
+def test_equal_advantages_have_no_spread(cuda, rows, dtype):
+    mask = torch.ones(rows, 1)
+    steps = require_layout(StepLayout.from_mask(mask, backend="reference"))
+    case = Case(steps, dtype, per_token=(False, False), truncated=False)
+    case.rewards.fill_(0.1)
+    case.values.fill_(0.7)
+    advantages, returns = case.on(cuda, (0.99, 1.0, 1.0))
+    assert not advantages.any()
+    assert (returns == returns[0]).all()
