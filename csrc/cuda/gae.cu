@@ -18,7 +18,10 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 // In the end a thread takes what a block has left.
 constexpr int kBlocks = kThreads;
 // Advantages that the last block whitens by itself; more of them are worth a launch.
-constexpr std::int64_t kWhitenedAtOnce = 16384;
+constexpr std::int64_t kWhitenedAtOnce = 8192;
+
+// Advantages that a thread loads before it stores the first of them.
+constexpr int kWhitenedTogether = 8;
 
 // What blocks leave to the last one, and it to the launch behind it.
 struct Left {
@@ -54,9 +57,21 @@ STEPPO_DEVICE void whiten_members(T* advantages, const Timeline& line, const Spr
   const Whitening by = whitening(spread);
   // If every step is a member, the order does not matter.
   const bool is_every = line.num_members == line.num_steps;
-  for (std::int64_t k = first; k < line.num_members; k += stride) {
-    T& advantage = advantages[is_every ? k : line.trajectory_steps[k]];
-    advantage = static_cast<T>(whitened(static_cast<double>(advantage), by));
+  for (std::int64_t k = first; k < line.num_members; k += kWhitenedTogether * stride) {
+    T* places[kWhitenedTogether];
+    double raw[kWhitenedTogether];
+#pragma unroll
+    for (int i = 0; i < kWhitenedTogether; ++i) {
+      const std::int64_t member = k + i * stride;
+      places[i] = nullptr;
+      if (member >= line.num_members) continue;
+      places[i] = advantages + (is_every ? member : line.trajectory_steps[member]);
+      raw[i] = static_cast<double>(*places[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kWhitenedTogether; ++i) {
+      if (places[i] != nullptr) *places[i] = static_cast<T>(whitened(raw[i], by));
+    }
   }
 }
 
@@ -204,8 +219,8 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
            std::min<std::int64_t>(blocks, kBlocks), kThreads, tensors, line, config, rewards,
            workspace);
     if (config.whiten && num_members > kWhitenedAtOnce) {
-      launch(whiten_kernel<T>, ceil_div(num_members, kThreads), kThreads, advantages, line,
-             workspace);
+      launch(whiten_kernel<T>, ceil_div(num_members, kWhitenedTogether * kThreads), kThreads,
+             advantages, line, workspace);
     }
   });
 }

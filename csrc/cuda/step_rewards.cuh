@@ -223,11 +223,8 @@ __global__ void __launch_bounds__(kRewardThreads, 4)
   if (group > 0) return;
   for (std::int64_t each = 0; each < line.num_rows; ++each) {
     add_row<warps, is_wide, true>(rewards, line, out, each);
-    if constexpr (warps > 1) {
-      __syncthreads();
-    } else {
-      __syncwarp();
-    }
+    // A row of a block begins with a barrier anyway, before anything of it is added.
+    if constexpr (warps == 1) __syncwarp();
   }
 }
 
