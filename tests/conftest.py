@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NamedTuple
 
 import torch
 
@@ -16,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import third_party
+from targets import Target
 
 from steppo_kernels.backends import choice
 from steppo_kernels.log_probs import memory
@@ -28,23 +28,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("derandomized")
-
-
-class Target(NamedTuple):
-    """A backend and the device of the tensors it is given."""
-
-    backend: str
-    device: str
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether kernels run in Triton's interpreter, where large inputs take minutes."""
-        return self.backend == "triton" and self.device == "cpu"
-
-    @property
-    def name(self) -> str:
-        """The backend, and "-gpu" if that is where it runs."""
-        return self.backend if self.device == "cpu" else f"{self.backend}-gpu"
 
 
 def _kernels() -> list[Target]:

@@ -53,16 +53,6 @@ static inline int64_t first_not_below(int64_t count, int64_t wanted, Key&& key) 
   return low;
 }
 
-// Calls body(T{}) with the type that `dtype` names.
-template <class F>
-static inline void with_dtype(int dtype, F&& body) {
-  if (dtype == kFloat64) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
-
 template <class T>
 static inline void fill(T* data, int64_t begin, int64_t end, T value) {
   for (int64_t i = begin; i < end; ++i) data[i] = value;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "steppo/dispatch.h"
+
 // Templates and helpers are static for the reason given at STEPPO_FN in steppo/types.h.
 namespace steppo::cpu {
 
@@ -20,8 +22,6 @@ static inline void parallel_for(int64_t count, int threads, F&& body) {
       count, threads, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
-
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs body(block, begin, end) over blocks of `size` out of `count` items. Blocks are the same
 // for any number of threads, so that sums by block are too.

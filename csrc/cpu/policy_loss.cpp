@@ -17,7 +17,8 @@ double mean_log_ratio(const PolicyCall<T>& call, const Steps& steps, int threads
     double sum = 0;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = steps.token_index[i];
-      sum += pooled_log_ratio(call, t, call.advantages_per_token ? t : steps.step_ids[t]);
+      sum += pooled_log_ratio(call, call.config, call.clips_tokens, t,
+                              call.advantages_per_token ? t : steps.step_ids[t]);
     }
     partial[b] = sum;
   });

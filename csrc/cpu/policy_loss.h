@@ -111,7 +111,7 @@ static inline int64_t add_shared(const PolicyCall<T>& call, At at, const PolicyS
   // whatever the weights are.
   const double share = step.weight / call.total;
   double slope = unit.slope == 0 ? 0.0 : share * unit.slope * scale;
-  const bool weigh_tokens = call.is_weights != nullptr && call.is_weights_per_token && slope != 0;
+  const bool weigh_tokens = call.is_weights_per_token && slope != 0;
   if (!weigh_tokens && slope != 0) slope *= is_weight;
   const SharedSlope<T> policy{static_cast<T>(slope)};
   if (call.ref_log_probs == nullptr && !weigh_tokens) {
@@ -137,7 +137,7 @@ static inline int64_t add_own(const PolicyCall<T>& call, const Policy& policy, A
                               const PolicyStep& step, double scale, PolicySums& sums) {
   const double n = static_cast<double>(step.length);
   const double share = step.weight / call.total;
-  const bool by_token = call.is_weights != nullptr && call.is_weights_per_token;
+  const bool by_token = call.is_weights_per_token;
   const double is_weight =
       call.is_weights != nullptr && !by_token ? call.is_weights[step.index] : 1.0;
   const AnyPenalty penalty{call.config.kl_estimator};

@@ -47,7 +47,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
           double z_sum = 0, count = 0;
           const auto add = [&](Run run) {
             for (int64_t t = run.begin; t < run.end; ++t) {
-              z_sum += pooled_log_ratio(call, t, t);
+              z_sum += pooled_log_ratio(call, config, call.clips_tokens, t, t);
             }
             count += static_cast<double>(run.end - run.begin);
           };

@@ -6,47 +6,19 @@
 #pragma once
 
 #include "lanes.h"
-#include "steppo/policy_tokens.h"
+#include "steppo/policy_arrays.h"
 
 namespace steppo::cpu::STEPPO_ISA {
 
-// A call on pointers to numbers of type T; optional ones are null.
 template <class T>
-struct PolicyCall {
-  const T* log_probs;
-  const T* old_log_probs;
-  const T* advantages;
-  const T* ref_log_probs;
-  const T* entropy;
-  const T* is_weights;
-  const T* step_weights;
-  const T* clip_low;
-  const T* clip_high;
-  bool advantages_per_token;
-  bool is_weights_per_token;
-  T* grad_log_probs;
-  T* grad_entropy;
+struct PolicyCall : PolicyArrays<T> {
   PolicyConfig config;
   bool clips_tokens;
   double center = 0;  // mu of the centered ratio
   double total = 1;   // the normalizer
 
-  // On-policy, the old log-probs are the new ones: what is not finite gives NaN, as everywhere.
-  PolicyCall(const PolicyTensors& x, const PolicyConfig& numbers)
-      : log_probs(static_cast<const T*>(x.log_probs)),
-        old_log_probs(
-            static_cast<const T*>(x.old_log_probs != nullptr ? x.old_log_probs : x.log_probs)),
-        advantages(static_cast<const T*>(x.advantages)),
-        ref_log_probs(static_cast<const T*>(x.ref_log_probs)),
-        entropy(static_cast<const T*>(x.entropy)),
-        is_weights(static_cast<const T*>(x.is_weights)),
-        step_weights(static_cast<const T*>(x.step_weights)),
-        clip_low(static_cast<const T*>(x.clip_low)),
-        clip_high(static_cast<const T*>(x.clip_high)),
-        advantages_per_token(x.advantages_per_token),
-        is_weights_per_token(x.is_weights_per_token),
-        grad_log_probs(static_cast<T*>(x.grad_log_probs)),
-        grad_entropy(static_cast<T*>(x.grad_entropy)),
+  PolicyCall(const PolicyTensors& tensors, const PolicyConfig& numbers)
+      : PolicyArrays<T>(arrays_of<T>(tensors)),
         config(numbers),
         clips_tokens(steppo::clips_tokens(numbers)) {}
 };
@@ -70,16 +42,6 @@ struct Advantages {
     return own != nullptr ? load(own, at, i, length) : Lanes<T>{} + shared;
   }
 };
-
-// z of one token in fp64, as it is pooled: clamped if tokens are. `owner` is where its advantage
-// is.
-template <class T>
-static inline double pooled_log_ratio(const PolicyCall<T>& call, int64_t token, int64_t owner) {
-  const double z =
-      static_cast<double>(call.log_probs[token]) - static_cast<double>(call.old_log_probs[token]);
-  if (!call.clips_tokens) return z;
-  return held_log_ratio<double>(z, call.advantages[owner], call.config);
-}
 
 // The sum of the clamped z of a step.
 template <class T, class At>

@@ -1,7 +1,7 @@
 // Merges what the threads of a block have added up, in a fixed order.
 //
 // A sum is a struct S of doubles, with a function merge(S& all, const S& other), and S{} is that of
-// nothing.
+// nothing. The sums of the threads lie in shared memory, where a large one takes no registers.
 #pragma once
 
 #include <cstring>
@@ -10,49 +10,46 @@
 
 namespace steppo::cuda {
 
-// The sum that the lane `apart` behind has.
+// Room for an S. One that begins with values cannot lie in shared memory by itself.
 template <class S>
-STEPPO_DEVICE S sum_of_lane_behind(const S& mine, int apart) {
-  constexpr int kNumbers = sizeof(S) / sizeof(double);
-  double numbers[kNumbers];
-  std::memcpy(numbers, &mine, sizeof mine);
-#pragma unroll
-  for (int k = 0; k < kNumbers; ++k) {
-    numbers[k] = __shfl_down_sync(kAllLanes, numbers[k], apart);
-  }
-  S other;
-  std::memcpy(&other, numbers, sizeof other);
-  return other;
-}
+struct Slot {
+  static_assert(sizeof(S) % sizeof(double) == 0, "a sum is made of doubles");
 
-// Lane 0 gets the sum of its warp.
-template <class S>
-STEPPO_DEVICE S merged_over_warp(S mine) {
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) merge(mine, sum_of_lane_behind(mine, apart));
-  return mine;
-}
+  double numbers[sizeof(S) / sizeof(double)];
+};
 
-// The sum of a block. All of its threads call it, and each gets the sum.
 template <int threads, class S>
-STEPPO_DEVICE S merged_over_block(S mine) {
-  constexpr int kWarps = threads / kWarp;
-  struct Sums {
-    S of_warp[kWarps], of_block;
-  };
-  STEPPO_SHARED(Sums, sums);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  mine = merged_over_warp(mine);
-  if (lane == 0) sums.of_warp[warp] = mine;
-  __syncthreads();
-  if (warp == 0) {
-    mine = merged_over_warp(lane < kWarps ? sums.of_warp[lane] : S{});
-    if (lane == 0) sums.of_block = mine;
+STEPPO_DEVICE Slot<S>* slots_of_block() {
+  STEPPO_SHARED(Slot<S>[threads], slots);
+  return slots;
+}
+
+template <class S>
+STEPPO_DEVICE S& sum_in(Slot<S>& slot) {
+  return *reinterpret_cast<S*>(slot.numbers);
+}
+
+// The sum of this thread, from the beginning.
+template <int threads, class S>
+STEPPO_DEVICE S& sum_of_thread() {
+  S& sum = sum_in(slots_of_block<threads, S>()[threadIdx.x]);
+  sum = S{};
+  return sum;
+}
+
+// The sum of a block: merges those of its threads, each of which calls this and `sum_of_thread`
+// before. It lies where the sum of thread 0 was; a barrier has to come before that begins anew.
+template <int threads, class S>
+STEPPO_DEVICE const S& merged_over_block() {
+  static_assert((threads & (threads - 1)) == 0, "a tree halves the threads");
+  Slot<S>* const slots = slots_of_block<threads, S>();
+  const int thread = threadIdx.x;
+  for (int apart = threads / 2; apart > 0; apart /= 2) {
+    __syncthreads();
+    if (thread < apart) merge(sum_in(slots[thread]), sum_in(slots[thread + apart]));
   }
-  // The next call writes to no sum that is read here: this barrier, or one of its own, lies
-  // between.
   __syncthreads();
-  return sums.of_block;
+  return sum_in(slots[0]);
 }
 
 }  // namespace steppo::cuda

@@ -32,15 +32,6 @@ struct alignas(sizeof(T) * count) Pack {
   T at[count];
 };
 
-// Stores a pack of 16 bytes at once. A compiler may take the store of a pack apart; this one it
-// leaves whole.
-template <class T, int count>
-STEPPO_DEVICE void store_16_bytes(T* to, const Pack<T, count>& pack) {
-  static_assert(sizeof pack == sizeof(uint4), "a pack of 16 bytes");
-  uint4 words;
-  std::memcpy(&words, &pack, sizeof words);
-  __stcg(reinterpret_cast<uint4*>(to), words);
-}
 // A pack of 16 bytes, of memory that is read or written once: the caches need not keep it.
 #if defined(STEPPO_CUDA_ON_HOST)
 template <class P>

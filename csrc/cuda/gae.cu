@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "block_merge.cuh"
 #include "fill.cuh"
 #include "last_block.cuh"
 #include "launch.h"
@@ -22,12 +21,6 @@ constexpr std::int64_t kWhitenedAtOnce = 8192;
 
 // Advantages that a thread loads before it stores the first of them.
 constexpr int kWhitenedTogether = 8;
-
-// What blocks leave to the last one, and it to the launch behind it.
-struct Left {
-  Spread of_blocks[kBlocks], of_all;
-};
-static_assert(sizeof(Left) <= sizeof(Workspace::partials));
 
 // A product of powers of a factor. That of a factor which is not 0 is not 0 either: an infinite
 // advantage is infinite at all steps before it.
@@ -75,10 +68,15 @@ STEPPO_DEVICE void whiten_members(T* advantages, const Timeline& line, const Spr
   }
 }
 
+// Where the last block leaves the spread to the launch behind it.
+STEPPO_DEVICE Spread& spread_of(Workspace* workspace) {
+  return *reinterpret_cast<Spread*>(workspace->partials);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-    whiten_kernel(T* advantages, const Timeline line, const Workspace* workspace) {
-  whiten_members(advantages, line, reinterpret_cast<const Left*>(workspace->partials)->of_all,
+    whiten_kernel(T* advantages, const Timeline line, Workspace* workspace) {
+  whiten_members(advantages, line, spread_of(workspace),
                  std::int64_t{blockIdx.x} * kThreads + threadIdx.x,
                  std::int64_t{gridDim.x} * kThreads);
 }
@@ -173,16 +171,14 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
   }
   if (!config.whiten) return;
-  Left* const left = reinterpret_cast<Left*>(workspace->partials);
-  spread = merged_over_block<kThreads>(spread);
-  if (threadIdx.x == 0) left->of_blocks[blockIdx.x] = spread;
-  if (!is_last_block(&workspace->counters[0])) return;
-  spread = threadIdx.x < gridDim.x ? left->of_blocks[threadIdx.x] : Spread{};
-  spread = merged_over_block<kThreads>(spread);
+  sum_of_thread<kThreads, Spread>() = spread;
+  const Spread* const whole =
+      merged_over_grid<kThreads, Spread>(static_cast<int>(gridDim.x), workspace);
+  if (whole == nullptr) return;
   if (line.num_members <= kWhitenedAtOnce) {
-    whiten_members(advantages, line, spread, threadIdx.x, kThreads);
+    whiten_members(advantages, line, *whole, threadIdx.x, kThreads);
   } else if (threadIdx.x == 0) {
-    left->of_all = spread;
+    spread_of(workspace) = *whole;
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "device.cuh"
 #include "steppo/arguments.h"
+#include "steppo/dispatch.h"
 
 #if !defined(STEPPO_CUDA_ON_HOST)
 #include <cuda_runtime.h>
@@ -15,18 +16,6 @@
 #endif
 
 namespace steppo::cuda {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Calls body with a number of the dtype.
-template <class F>
-void with_dtype(int dtype, F&& body) {
-  if (dtype == kFloat64) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
 
 // Whether an address is a multiple of 16 bytes, which a thread moves at once.
 STEPPO_FN bool is_wide(const void* address) {
@@ -49,7 +38,7 @@ class Launcher {
     if (blocks == 0) return;
 #if defined(STEPPO_CUDA_ON_HOST)
     const uint3 grid{static_cast<unsigned>(blocks), 1, 1};
-    cuda_on_host::launch(kernel, grid, {static_cast<unsigned>(threads), 1, 1}, 0, arguments...);
+    cuda_on_host::launch(kernel, grid, {static_cast<unsigned>(threads), 1, 1}, arguments...);
 #else
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));

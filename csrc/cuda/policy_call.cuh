@@ -3,6 +3,7 @@
 #pragma once
 
 #include "last_block.cuh"
+#include "launch.h"
 #include "policy_step.cuh"
 
 namespace steppo::cuda {
@@ -22,26 +23,25 @@ STEPPO_DEVICE void merge(CallSums& total, const CallSums& other) {
   total.trajectories += other.trajectories;
 }
 
-// The sums of a thread, from the beginning. They lie in shared memory: their thirty registers are
-// wanted while a step is worked out.
-STEPPO_DEVICE CallSums& sums_of_thread() {
-  STEPPO_SHARED(Numbers<CallSums>[kThreads], sums);
-  put(sums[threadIdx.x].at, CallSums{});
-  return *reinterpret_cast<CallSums*>(sums[threadIdx.x].at);
-}
-
-// Makes loss and metrics of what the first `blocks` blocks have. All threads of all blocks call it.
+// Makes loss and metrics of the sums of the threads of the first `blocks` blocks. All threads of
+// all blocks call it.
 template <class T>
-STEPPO_DEVICE void finish_call(const CallSums& own, int blocks, const PolicyTensors& tensors,
-                               const PolicyConfig& config, Workspace* workspace) {
-  const CallSums* const whole = merge_grid<kThreads>(own, blocks, workspace);
-  // Another thread than the one that merged: it finds the sums in memory.
-  if (whole == nullptr || threadIdx.x != kThreads - 1) return;
+STEPPO_DEVICE void finish_call(int blocks, const PolicyTensors& tensors, const PolicyConfig& config,
+                               Workspace* workspace) {
+  const CallSums* const whole = merged_over_grid<kThreads, CallSums>(blocks, workspace);
+  if (whole == nullptr || threadIdx.x > 0) return;
   const double counted =
       reduction_count(config.reduction, whole->sums.steps, whole->trajectories, whole->sums.tokens);
   const bool is_given = tensors.normalizer != nullptr;
   const double total = is_given ? *tensors.normalizer : counted > 1.0 ? counted : 1.0;
   finish<T>(whole->sums, config, total, is_given ? total : counted, 1.0 / total, tensors);
+}
+
+// As many blocks as there is work for, so many threads.
+inline std::int64_t step_blocks_for(std::int64_t threads) {
+  const std::int64_t needed = ceil_div(threads, kThreads);
+  // One block at least, which finishes.
+  return needed < 1 ? 1 : needed < kStepBlocks ? needed : kStepBlocks;
 }
 
 // mu of the centered ratio is the mean of z over all action tokens. It is known before any step is,
@@ -62,14 +62,9 @@ struct Center {
 
   // Adds token t, whose advantage is that of `owner`.
   template <class T>
-  STEPPO_MEMBER void add(const PolicyCall<T>& call, const PolicyConfig& config, std::int64_t t,
+  STEPPO_MEMBER void add(const PolicyArrays<T>& call, const PolicyConfig& config, std::int64_t t,
                          std::int64_t owner) {
-    double one =
-        static_cast<double>(call.log_probs[t]) - static_cast<double>(call.old_log_probs[t]);
-    if (clips_tokens(config)) {
-      one = held_log_ratio<double>(one, static_cast<double>(call.advantages[owner]), config);
-    }
-    z += one;
+    z += pooled_log_ratio(call, config, clips_tokens(config), t, owner);
     tokens += 1;
   }
 };
@@ -79,10 +74,11 @@ STEPPO_DEVICE void merge(Center& total, const Center& other) {
   total.tokens += other.tokens;
 }
 
-// Leaves mu in the workspace. All threads of all blocks call it.
-STEPPO_DEVICE void leave_center(const Center& own, Workspace* workspace) {
-  const Center* const whole = merge_grid<kThreads>(own, static_cast<int>(gridDim.x), workspace);
-  if (whole == nullptr || threadIdx.x != kThreads - 1) return;
+// Leaves mu in the workspace, of the sums of the threads of all blocks, which call it.
+STEPPO_DEVICE void leave_center(Workspace* workspace) {
+  const Center* const whole =
+      merged_over_grid<kThreads, Center>(static_cast<int>(gridDim.x), workspace);
+  if (whole == nullptr || threadIdx.x > 0) return;
   workspace->center = whole->tokens > 0 ? whole->z / whole->tokens : 0.0;
 }
 

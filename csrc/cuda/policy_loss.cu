@@ -1,7 +1,6 @@
 // The policy loss on a StepLayout: see losses/policy_loss.py and backends/operators.py of the
 // package.
 #include "last_block.cuh"
-#include "launch.h"
 #include "policy_call.cuh"
 
 namespace steppo::cuda {
@@ -14,20 +13,20 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     center_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig config,
                   Workspace* workspace) {
-  const PolicyCall<T> call(tensors);
-  Center sum;
+  const PolicyArrays<T> call = arrays_of<T>(tensors);
+  Center& sum = sum_of_thread<kThreads, Center>();
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < steps.num_actions;
        i += stride) {
     const std::int64_t t = steps.token_index[i];
     sum.add(call, config, t, call.advantages_per_token ? t : steps.step_ids[t]);
   }
-  leave_center(sum, workspace);
+  leave_center(workspace);
 }
 
 // Zeroes the gradients of tokens that are no action's.
 template <class T>
-STEPPO_DEVICE void clear(const PolicyCall<T>& call, const Steps& steps, std::int64_t block,
+STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps, std::int64_t block,
                          std::int64_t blocks) {
   for (std::int64_t t = block * kThreads + threadIdx.x; t < steps.num_tokens;
        t += blocks * kThreads) {
@@ -42,8 +41,8 @@ template <class T, int lanes, bool by_token>
 __global__ void __launch_bounds__(kThreads, 2)
     policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig config,
                        Workspace* workspace, int step_blocks) {
-  const PolicyCall<T> call(tensors);
-  CallSums& own = sums_of_thread();
+  const PolicyArrays<T> call = arrays_of<T>(tensors);
+  CallSums& own = sum_of_thread<kThreads, CallSums>();
   if (static_cast<int>(blockIdx.x) >= step_blocks) {
     clear(call, steps, blockIdx.x - step_blocks, gridDim.x - step_blocks);
   } else {
@@ -77,15 +76,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  finish_call<T>(own, step_blocks, tensors, config, workspace);
+  finish_call<T>(step_blocks, tensors, config, workspace);
 }
 
 template <class T, int lanes>
 void launch_by(const Launcher& launch, const PolicyTensors& tensors, const Steps& steps,
                const PolicyConfig& config, Workspace* workspace) {
-  const std::int64_t needed = ceil_div(steps.num_steps * lanes, kThreads);
-  // One block at least, which finishes.
-  const std::int64_t step_blocks = needed < 1 ? 1 : needed < kStepBlocks ? needed : kStepBlocks;
+  const std::int64_t step_blocks = step_blocks_for(steps.num_steps * lanes);
   const bool clears = tensors.grad_log_probs != nullptr || tensors.grad_entropy != nullptr;
   const std::int64_t wanted = clears ? ceil_div(steps.num_tokens, kThreads * 4) : 0;
   const std::int64_t clear_blocks = wanted < kClearBlocks ? wanted : kClearBlocks;
@@ -105,9 +102,8 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
     using T = decltype(zero);
     // The mean is known before any step is, and so it takes a launch of its own.
     if (needs_center(tensors, config) && steps.num_actions > 0) {
-      const std::int64_t needed = ceil_div(steps.num_actions, kThreads);
-      launch(center_kernel<T>, needed < kStepBlocks ? needed : kStepBlocks, kThreads, tensors,
-             steps, config, workspace);
+      launch(center_kernel<T>, step_blocks_for(steps.num_actions), kThreads, tensors, steps, config,
+             workspace);
     }
     const std::int64_t length = steps.num_steps > 0 ? steps.num_actions / steps.num_steps : 0;
     if (length >= 16) {

@@ -1,6 +1,6 @@
 // The policy loss on a mask whose runs of ones are the steps. See losses/policy_loss.py and
 // backends/operators.py of the package.
-#include "launch.h"
+#include "masks.cuh"
 #include "policy_call.cuh"
 
 namespace steppo::cuda {
@@ -10,17 +10,12 @@ namespace {
 // far they reach.
 constexpr std::int64_t kChunk = 512;
 
-// A mask is read as bytes, and what is not 0 is one of the ones.
-STEPPO_DEVICE bool is_set(const Mask& masked, std::int64_t t) {
-  return reinterpret_cast<const unsigned char*>(masked.mask)[t] != 0;
-}
-
 // Where the run of ones that begins at `begin` ends. The lanes of a warp look together.
 STEPPO_DEVICE std::int64_t end_of_run(const Mask& masked, std::int64_t begin, std::int64_t row_end,
                                       int lane) {
   for (std::int64_t at = begin;; at += kWarp) {
     const std::int64_t t = at + lane;
-    const unsigned ends = __ballot_sync(kAllLanes, t >= row_end || !is_set(masked, t));
+    const unsigned ends = __ballot_sync(kAllLanes, t >= row_end || !is_set(masked.mask, t));
     if (ends != 0) return at + __ffs(static_cast<int>(ends)) - 1;
   }
 }
@@ -28,8 +23,8 @@ STEPPO_DEVICE std::int64_t end_of_run(const Mask& masked, std::int64_t begin, st
 // The tokens of [at, at + 32) where runs begin, as bits; `is_one` is of the lane's own token.
 STEPPO_DEVICE unsigned begins_of_runs(const Mask& masked, std::int64_t t, std::int64_t row_begin,
                                       std::int64_t end, bool& is_one) {
-  is_one = t < end && is_set(masked, t);
-  return __ballot_sync(kAllLanes, is_one && (t == row_begin || !is_set(masked, t - 1)));
+  is_one = t < end && is_set(masked.mask, t);
+  return __ballot_sync(kAllLanes, is_one && (t == row_begin || !is_set(masked.mask, t - 1)));
 }
 
 // The number of runs of a row. Each warp counts for itself: the mask is the smallest of the inputs,
@@ -48,14 +43,14 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     masked_center_kernel(const PolicyTensors tensors, const Mask masked, const PolicyConfig config,
                          Workspace* workspace) {
-  const PolicyCall<T> call(tensors);
-  Center sum;
+  const PolicyArrays<T> call = arrays_of<T>(tensors);
+  Center& sum = sum_of_thread<kThreads, Center>();
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t t = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; t < masked.num_tokens;
        t += stride) {
-    if (is_set(masked, t)) sum.add(call, config, t, t);
+    if (is_set(masked.mask, t)) sum.add(call, config, t, t);
   }
-  leave_center(sum, workspace);
+  leave_center(workspace);
 }
 
 // A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
@@ -65,11 +60,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
                               const PolicyConfig config, Workspace* workspace,
                               std::int64_t chunks_of_row, std::int64_t chunks) {
-  const PolicyCall<T> call(tensors);
+  const PolicyArrays<T> call = arrays_of<T>(tensors);
   const double center = center_of(tensors, config, workspace);
   constexpr int kWarps = kThreads / kWarp;
   const int lane = threadIdx.x % kWarp;
-  CallSums& own = sums_of_thread();
+  CallSums& own = sum_of_thread<kThreads, CallSums>();
   for (std::int64_t chunk = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; chunk < chunks;
        chunk += std::int64_t{gridDim.x} * kWarps) {
     const std::int64_t row_begin = chunk / chunks_of_row * masked.row_length;
@@ -96,13 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  finish_call<T>(own, static_cast<int>(gridDim.x), tensors, config, workspace);
-}
-
-std::int64_t blocks_for(std::int64_t threads) {
-  const std::int64_t needed = ceil_div(threads, kThreads);
-  // One block at least, which finishes.
-  return needed < 1 ? 1 : needed < kStepBlocks ? needed : kStepBlocks;
+  finish_call<T>(static_cast<int>(gridDim.x), tensors, config, workspace);
 }
 
 }  // namespace
@@ -114,7 +103,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (needs_center(tensors, config)) {
-      launch(masked_center_kernel<T>, blocks_for(masked.num_tokens), kThreads, tensors, masked,
+      launch(masked_center_kernel<T>, step_blocks_for(masked.num_tokens), kThreads, tensors, masked,
              config, workspace);
     }
     const std::int64_t rows = masked.row_length > 0 ? masked.num_tokens / masked.row_length : 0;
@@ -122,8 +111,8 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     const std::int64_t chunks = rows * chunks_of_row;
     launch(config.ratio == kToken ? policy_loss_masked_kernel<T, true>
                                   : policy_loss_masked_kernel<T, false>,
-           blocks_for(chunks * kWarp), kThreads, tensors, masked, config, workspace, chunks_of_row,
-           chunks);
+           step_blocks_for(chunks * kWarp), kThreads, tensors, masked, config, workspace,
+           chunks_of_row, chunks);
   });
 }
 

@@ -3,36 +3,10 @@
 #pragma once
 
 #include "device.cuh"
+#include "steppo/policy_arrays.h"
 #include "steppo/policy_sums.h"
-#include "steppo/policy_tokens.h"
 
 namespace steppo::cuda {
-
-// The tensors of a call with numbers of type T; optional ones are null.
-template <class T>
-struct PolicyCall {
-  const T *log_probs, *old_log_probs, *advantages, *ref_log_probs, *entropy, *is_weights;
-  const T *step_weights, *clip_low, *clip_high;
-  bool advantages_per_token, is_weights_per_token;
-  T *grad_log_probs, *grad_entropy;
-
-  // On-policy, the old log-probs are the new ones: what is not finite gives NaN, as everywhere.
-  STEPPO_MEMBER explicit PolicyCall(const PolicyTensors& x)
-      : log_probs(static_cast<const T*>(x.log_probs)),
-        old_log_probs(
-            static_cast<const T*>(x.old_log_probs != nullptr ? x.old_log_probs : x.log_probs)),
-        advantages(static_cast<const T*>(x.advantages)),
-        ref_log_probs(static_cast<const T*>(x.ref_log_probs)),
-        entropy(static_cast<const T*>(x.entropy)),
-        is_weights(static_cast<const T*>(x.is_weights)),
-        step_weights(static_cast<const T*>(x.step_weights)),
-        clip_low(static_cast<const T*>(x.clip_low)),
-        clip_high(static_cast<const T*>(x.clip_high)),
-        advantages_per_token(x.advantages_per_token),
-        is_weights_per_token(x.is_weights != nullptr && x.is_weights_per_token),
-        grad_log_probs(static_cast<T*>(x.grad_log_probs)),
-        grad_entropy(static_cast<T*>(x.grad_entropy)) {}
-};
 
 // A step, and the lane of those that share it. Positions are in one piece from `start`, or listed.
 struct PolicyStep {
@@ -51,7 +25,7 @@ struct TokenTotals {
 };
 
 template <int lanes, class T>
-STEPPO_DEVICE TokenTotals look_at(const PolicyCall<T>& call, const PolicyStep& step,
+STEPPO_DEVICE TokenTotals look_at(const PolicyArrays<T>& call, const PolicyStep& step,
                                   const PolicyConfig& config, PolicySums& sums) {
   TokenTotals totals;
   const bool holds = clips_tokens(config);
@@ -82,7 +56,7 @@ struct StepFactors {
 // The KL penalty of a token: adds to `sums`, and returns what the gradient gets. A penalty that is
 // only reported has none, whatever its slope is.
 template <class T>
-STEPPO_DEVICE T penalty_at(const PolicyCall<T>& call, std::int64_t t, const PolicyConfig& config,
+STEPPO_DEVICE T penalty_at(const PolicyArrays<T>& call, std::int64_t t, const PolicyConfig& config,
                            double share, PolicySums& sums) {
   if (call.ref_log_probs == nullptr) return T(0);
   const KL<T> found = penalty_of(config.kl_estimator, call.ref_log_probs[t] - call.log_probs[t]);
@@ -93,7 +67,7 @@ STEPPO_DEVICE T penalty_at(const PolicyCall<T>& call, std::int64_t t, const Poli
 
 // Tokens that share the slope of their step.
 template <int lanes, class T>
-STEPPO_DEVICE void take_together(const PolicyCall<T>& call, const PolicyStep& step,
+STEPPO_DEVICE void take_together(const PolicyArrays<T>& call, const PolicyStep& step,
                                  const PolicyConfig& config, const Point<double>& point,
                                  const TokenTotals& totals, const StepFactors& factors,
                                  bool is_alive, PolicySums& sums) {
@@ -127,7 +101,7 @@ STEPPO_DEVICE void take_together(const PolicyCall<T>& call, const PolicyStep& st
 
 // Tokens with advantages, ratios or clips of their own. `unit_at(t)` is what the policy part gives.
 template <int lanes, class T, class UnitAt>
-STEPPO_DEVICE void take_apart(const PolicyCall<T>& call, const PolicyStep& step,
+STEPPO_DEVICE void take_apart(const PolicyArrays<T>& call, const PolicyStep& step,
                               const PolicyConfig& config, const StepFactors& factors,
                               bool has_ratios, bool is_alive, PolicySums& sums, UnitAt&& unit_at) {
   const double n = static_cast<double>(step.length), share = factors.weight / n;
@@ -165,7 +139,7 @@ STEPPO_DEVICE void take_apart(const PolicyCall<T>& call, const PolicyStep& step,
 // call it together, with a step or an empty one. Returns log rho. `by_token` is the ratio of single
 // tokens.
 template <int lanes, bool by_token, class T>
-STEPPO_DEVICE double add_step(const PolicyCall<T>& call, const PolicyStep& step,
+STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const PolicyStep& step,
                               const PolicyConfig& config, double weight, double center,
                               PolicySums& sums) {
   const TokenTotals totals = look_at<lanes>(call, step, config, sums);

@@ -54,7 +54,7 @@ STEPPO_DEVICE void write_ids(const MaskTile& tile, const Before& before, int pla
     Pack<std::int32_t, kIds> ids;
 #pragma unroll
     for (int k = 0; k < kIds; ++k) ids.at[k] = id_at(k);
-    store_16_bytes(step_ids + place, ids);
+    store_once(reinterpret_cast<decltype(ids)*>(step_ids + place), ids);
     return;
   }
 #pragma unroll 1

@@ -1,7 +1,6 @@
 // The clipped value loss on steps: see steppo_kernels/losses/value_loss.py.
 #include <algorithm>
 
-#include "block_merge.cuh"
 #include "fill.cuh"
 #include "last_block.cuh"
 #include "launch.h"
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const auto place_of = [&](std::int64_t step, bool per_token) {
     return per_token ? states.state_index[step] : step;
   };
-  Sums sums{};
+  Sums& sums = sum_of_thread<kThreads, Sums>();
   for_steps(states, [&](std::int64_t step, std::int32_t length) {
     if (length == 0) {
       if (grad != nullptr && !tensors.values_per_token) grad[step] = T(0);
@@ -71,28 +70,29 @@ __global__ void __launch_bounds__(kThreads, 4)
     add_step(sums.counts, length, trajectory_count);
     add_step(sums.values, found, weight, value, target);
   });
-  sums = merged_over_block<kThreads>(sums);
-  ValueMeans means = value_means(sums.counts, sums.values);
-  ValueSquares squares{};
+  const Sums own = merged_over_block<kThreads, Sums>();
+  const ValueMeans means = value_means(own.counts, own.values);
+  ValueSquares& squares = sum_of_thread<kThreads, ValueSquares>();
   for_steps(states, [&](std::int64_t step, std::int32_t length) {
     if (length == 0) return;
     add_step(squares, means, values[place_of(step, tensors.values_per_token)], returns[step]);
   });
-  squares = merged_over_block<kThreads>(squares);
+  const ValueSquares own_squares = merged_over_block<kThreads, ValueSquares>();
 
   Left* const left = reinterpret_cast<Left*>(workspace->partials);
-  if (threadIdx.x == 0) left[blockIdx.x] = {sums, squares};
+  if (threadIdx.x == 0) left[blockIdx.x] = {own, own_squares};
   if (!is_last_block(&workspace->counters[0])) return;
   const Left mine = threadIdx.x < gridDim.x ? left[threadIdx.x] : Left{};
-  sums = merged_over_block<kThreads>(mine.sums);
-  means = value_means(sums.counts, sums.values);
-  squares = merged_over_block<kThreads>(
-      squares_from(means, mine.squares, value_means(mine.sums.counts, mine.sums.values),
-                   mine.sums.counts.steps));
+  sum_of_thread<kThreads, Sums>() = mine.sums;
+  const Sums all = merged_over_block<kThreads, Sums>();
+  sum_of_thread<kThreads, ValueSquares>() =
+      squares_from(value_means(all.counts, all.values), mine.squares,
+                   value_means(mine.sums.counts, mine.sums.values), mine.sums.counts.steps);
+  const ValueSquares all_squares = merged_over_block<kThreads, ValueSquares>();
   if (threadIdx.x > 0) return;
-  const double total = value_total(config.reduction, sums.counts, tensors.normalizer);
-  *static_cast<T*>(tensors.loss) = static_cast<T>(sums.values.loss / total);
-  write_value_metrics(config.reduction, sums.counts, sums.values, squares, tensors.normalizer,
+  const double total = value_total(config.reduction, all.counts, tensors.normalizer);
+  *static_cast<T*>(tensors.loss) = static_cast<T>(all.values.loss / total);
+  write_value_metrics(config.reduction, all.counts, all.values, all_squares, tensors.normalizer,
                       1 / total, tensors.metrics);
 }
 

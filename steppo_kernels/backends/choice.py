@@ -70,7 +70,7 @@ def _why_no_kernels() -> str | None:
 
 def why_not_cuda() -> str | None:
     """Return why the CUDA C++ backend cannot run here, or None if it can."""
-    return "this version has no CUDA C++ kernels; use 'triton' on GPUs"
+    return "the CUDA C++ kernels are not built into this version; use 'triton' on GPUs"
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:

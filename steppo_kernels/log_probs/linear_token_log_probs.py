@@ -91,26 +91,18 @@ def linear_token_log_probs(
     else:
         given_temperature = temperature if isinstance(temperature, Tensor) else None
         log_probs, entropy = _in_chunks(
-            tokens, head, given_temperature, ids, index, chunk, return_entropy
+            tokens,
+            head.weight,
+            head.bias,
+            head,
+            given_temperature,
+            ids,
+            index,
+            chunk,
+            return_entropy,
         )
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
-
-
-@untraced
-def _in_chunks(
-    hidden: Tensor,
-    head: Head,
-    temperature: Tensor | None,
-    token_ids: Tensor,
-    index: Tensor,
-    chunk: int,
-    need_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _LinearTokenLogProbs.apply(
-        hidden, head.weight, head.bias, head, temperature, token_ids, index, chunk, need_entropy
-    )
-    return found
 
 
 class _LinearTokenLogProbs(torch.autograd.Function):
@@ -179,3 +171,6 @@ class _LinearTokenLogProbs(torch.autograd.Function):
                 grad_logits = head.differentiate(rows, of_log_probs, of_entropy)
                 gradients.add(grad_logits, rows.hidden, at, units)
         return *gradients.finish(), None, None, None, None, None, None
+
+
+_in_chunks = untraced(_LinearTokenLogProbs.apply)

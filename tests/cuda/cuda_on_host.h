@@ -49,12 +49,6 @@ CUDA_ON_HOST_FN T& shared(Place) {
   return *reinterpret_cast<T*>(shared_memory(&tag, sizeof(T)));
 }
 
-// The `extern __shared__` array.
-template <class T>
-CUDA_ON_HOST_FN T* dynamic_shared() {
-  return reinterpret_cast<T*>(shared_memory(self().block, self().block->dynamic_bytes));
-}
-
 // Meeting points.
 
 CUDA_ON_HOST_FN void block_barrier(Site site) {
@@ -263,15 +257,3 @@ inline unsigned atomicOr(unsigned* at, unsigned bits) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
-template <class T>
-inline T __ldcs(const T* from) {
-  return *from;
-}
-template <class T>
-inline void __stcg(T* to, T value) {
-  *to = value;
-}
-template <class T>
-inline void __stcs(T* to, T value) {
-  *to = value;
-}

@@ -100,7 +100,7 @@ __global__ void votes(double* out) {
 
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
-  cuda_on_host::launch(kernel, {blocks, 1, 1}, {threads, 1, 1}, 0, arguments...);
+  cuda_on_host::launch(kernel, {blocks, 1, 1}, {threads, 1, 1}, arguments...);
 }
 
 int run_all(const std::string& name) {

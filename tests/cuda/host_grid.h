@@ -109,8 +109,7 @@ CUDA_ON_HOST_FN void run_blocks(const std::vector<std::unique_ptr<Block>>& block
   }
 }
 
-CUDA_ON_HOST_FN void run(uint3 grid, uint3 threads, std::size_t dynamic_bytes,
-                         const std::function<void()>& body) {
+CUDA_ON_HOST_FN void run(uint3 grid, uint3 threads, const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> guard(one_at_a_time);
   runner.grid = grid;
@@ -130,10 +129,7 @@ CUDA_ON_HOST_FN void run(uint3 grid, uint3 threads, std::size_t dynamic_bytes,
       std::swap(order[i - 1], order[runner.random() % i]);
     }
     std::vector<std::unique_ptr<Block>> blocks;
-    for (int i = 0; i < options.resident; ++i) {
-      blocks.emplace_back(new Block);
-      blocks.back()->dynamic_bytes = dynamic_bytes;
-    }
+    for (int i = 0; i < options.resident; ++i) blocks.emplace_back(new Block);
     run_blocks(blocks, order);
     for (const auto& block : blocks) drop(*block);
     runner.ready.clear();
@@ -154,12 +150,9 @@ CUDA_ON_HOST_FN void run(uint3 grid, uint3 threads, std::size_t dynamic_bytes,
 
 // Launching.
 
-// Kernels that may have more dynamic shared memory than any may.
-inline std::map<const void*, std::size_t> raised_limits;
-
 template <class... Parameters, class... Arguments>
 inline void launch(void (*kernel)(Parameters...), uint3 grid, uint3 threads,
-                   std::size_t dynamic_bytes, Arguments... arguments) {
+                   Arguments... arguments) {
   const auto refuse = [](const std::string& what) {
     throw std::invalid_argument("CUDA on the host: " + what);
   };
@@ -170,11 +163,7 @@ inline void launch(void (*kernel)(Parameters...), uint3 grid, uint3 threads,
     refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
            std::to_string(grid.z));
   }
-  const auto raised = raised_limits.find(reinterpret_cast<const void*>(kernel));
-  if (dynamic_bytes > (raised == raised_limits.end() ? kMostSharedUnasked : raised->second)) {
-    refuse(std::to_string(dynamic_bytes) + " bytes of dynamic shared memory");
-  }
-  run(grid, threads, dynamic_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
+  run(grid, threads, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 }  // namespace cuda_on_host

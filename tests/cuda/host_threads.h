@@ -41,15 +41,11 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 struct uint3 {
   unsigned x, y, z;
 };
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 
 namespace cuda_on_host {
 
 // What a device allows.
 constexpr unsigned kMostThreads = 1024;
-constexpr std::size_t kMostShared = 227 << 10, kMostSharedUnasked = 48 << 10;
 constexpr std::size_t kStack = 64 << 10, kPage = 4096, kLine = 64;
 constexpr int kLanes = 32;
 
@@ -124,7 +120,6 @@ struct Block {
   // thread that runs ahead would look ordered with those that have yet to leave the barrier.
   char* phases = nullptr;
   std::map<const void*, std::unique_ptr<char[]>> shared;
-  std::size_t dynamic_bytes = 0;
 };
 
 enum class Wait : char { kNone, kBlock, kWarp, kDone };

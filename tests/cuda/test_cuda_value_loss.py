@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cuda_layouts import layout_of
 
 from steppo_kernels import StepLayout
 from steppo_kernels.backends.compiled import value_loss
@@ -15,27 +16,6 @@ from steppo_kernels.layout.step_layout import require_layout
 
 _SHAPES = [(0, 5), (1, 1), (1, 7), (3, 0), (5, 33), (40, 61), (7, 2049)]
 _FORMS = ["mask", "rows", "tokens", "trajectories", "kept"]
-
-
-def layout_of(form, shape, seed=0):
-    """Return steps that are runs, or rows in no order, some of them empty or of no trajectory."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(shape, generator=generator) < 0.6
-    rows = shape[0]
-    if form == "rows":
-        valid = torch.rand(rows, generator=generator) < 0.8
-        order = torch.randperm(rows, generator=generator).tolist()
-        groups = [k % 3 for k in order]
-        made = StepLayout.from_rows(mask, groups, order, valid=valid, backend="reference")
-    else:
-        made = StepLayout.from_mask(mask, backend="reference")
-    if form == "tokens":
-        made = made.per_token()
-    if form == "trajectories":
-        made = made.per_trajectory()
-    if form == "kept":
-        made = made.keep(torch.rand(shape, generator=generator) < 0.5)
-    return require_layout(made)
 
 
 class Case:

@@ -7,7 +7,7 @@ seed are tried, and the message names the smallest that fails too.
 from __future__ import annotations
 
 import pytest
-from conftest import Target
+from targets import Target
 
 from fuzz.calls import (
     check_broadcast,

@@ -8,11 +8,11 @@ import oracles
 import pytest
 import torch
 from batches import Error
-from conftest import Target
 from grids import grid
 from head_cases import HeadCase, head_case, plain_log_probs, products
 from methods import DIFFERENTIABLE, FEW, METHODS, Method
 from oracle import OracleLayout
+from targets import Target
 from torch import Tensor
 
 from steppo_kernels import (

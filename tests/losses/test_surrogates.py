@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import Target
 from grids import grid
 from methods import DIFFERENTIABLE, FEW, METHODS
 from oracle import LossConfig, OracleLayout, policy_loss
 from oracle.surrogates import Unit
 from oracle.surrogates import surrogate as unit_in_loops
+from targets import Target
 
 from steppo_kernels import StepLayout, StepPOConfig, step_value_loss, steppo_loss
 from steppo_kernels.backends.reference.surrogates import surrogate
