@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
+import cuda_on_host
 import torch
 
 if not torch.cuda.is_available():
     # Read once, when triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Read once, when a backend is first asked for. "0" leaves these kernels out.
+    if os.environ.get("STEPPO_CUDA_ON_HOST", "1") == "1":
+        with contextlib.suppress(cuda_on_host.CannotBuild):
+            os.environ["STEPPO_CUDA_ON_HOST"] = str(cuda_on_host.module())
 
 import hypothesis
 import numpy as np
@@ -41,7 +47,7 @@ def _kernels() -> list[Target]:
         if not choice.why_not_cuda():
             found.append(Target("cuda", "cuda"))
     else:
-        found.append(Target("triton", "cpu"))
+        found += [Target("triton", "cpu"), Target("cuda", "cpu")]
     return found
 
 
@@ -61,11 +67,11 @@ def pytest_report_header() -> list[str]:
     runs, lacks = [], []
     for target in TARGETS:
         why = choice.unavailable(target.backend, torch.device(target.device))
-        where = "in its interpreter" if target.interpreted else f"on {target.device}"
+        where = "as a GPU's, on the CPU" if target.interpreted else f"on {target.device}"
         runs += [] if why else [f"{target.backend} {where}"]
         lacks += [f"{target.backend}: {why}; its tests are skipped"] if why else []
     if not torch.cuda.is_available():
-        lacks.append("no GPU: triton-gpu is not collected")
+        lacks.append("no GPU: triton-gpu and cuda-gpu are not collected")
     return [third_party.versions(), f"backends: {', '.join(runs)}", *lacks]
 
 

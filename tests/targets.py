@@ -13,8 +13,8 @@ class Target(NamedTuple):
 
     @property
     def interpreted(self) -> bool:
-        """Whether kernels run in Triton's interpreter, where large inputs take minutes."""
-        return self.backend == "triton" and self.device == "cpu"
+        """Whether kernels of a GPU run on the CPU, where large inputs take minutes."""
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
 
     @property
     def name(self) -> str:

@@ -64,9 +64,9 @@ void broadcast_to_tokens(const Broadcast& args, const Place& place) {
   const bool wide = is_wide(args.step_ids) && is_wide(args.per_token);
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(wide ? broadcast_kernel<T, true> : broadcast_kernel<T, false>, blocks, kThreads,
-           static_cast<const T*>(args.per_step), args.step_ids, static_cast<T*>(args.per_token),
-           args.num_tokens);
+    launch(wide ? listed<broadcast_kernel<T, true>>() : listed<broadcast_kernel<T, false>>(),
+           blocks, kThreads, static_cast<const T*>(args.per_step), args.step_ids,
+           static_cast<T*>(args.per_token), args.num_tokens);
   });
 }
 
@@ -74,7 +74,7 @@ void sum_over_steps(const StepSums& args, const Place& place) {
   const Launcher launch("sum_over_steps", place);
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(sum_kernel<T>, ceil_div(args.num_steps * kWarp, kThreads), kThreads,
+    launch(listed<sum_kernel<T>>(), ceil_div(args.num_steps * kWarp, kThreads), kThreads,
            static_cast<const T*>(args.per_token), args.token_index, args.step_offsets,
            static_cast<T*>(args.per_step), args.num_steps);
   });

@@ -103,9 +103,9 @@ void compact(const Compaction& args, const Place& place) {
   const Spans spans = spans_of(args.num_tokens, kTile);
   const bool wide = is_wide(args.step_ids);
   auto* const workspace = static_cast<Workspace*>(place.workspace);
-  launch(count_ids_kernel, spans.blocks, kThreads, args, spans.tokens, wide, workspace);
-  launch(place_ids_kernel, spans.blocks, kThreads, args, spans.tokens, wide, workspace);
-  launch(measure_kernel, ceil_div(args.num_steps, kThreads), kThreads, args);
+  launch(listed<count_ids_kernel>(), spans.blocks, kThreads, args, spans.tokens, wide, workspace);
+  launch(listed<place_ids_kernel>(), spans.blocks, kThreads, args, spans.tokens, wide, workspace);
+  launch(listed<measure_kernel>(), ceil_div(args.num_steps, kThreads), kThreads, args);
 }
 
 }  // namespace steppo::cuda

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kFillThreads, 4) fill_kernel(T* data, std::int
 template <class T>
 void fill_with_zeros(const Launcher& launch, T* data, std::int64_t count) {
   constexpr int kNumbers = 16 / sizeof(T);
-  launch(is_wide(data) ? fill_kernel<T, true> : fill_kernel<T, false>,
+  launch(is_wide(data) ? listed<fill_kernel<T, true>>() : listed<fill_kernel<T, false>>(),
          ceil_div(count, kFillThreads * kNumbers), kFillThreads, data, count);
 }
 

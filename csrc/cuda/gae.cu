@@ -202,8 +202,8 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
     if (tensors.rewards_per_token) {
       // A step of no trajectory keeps its 0. Advantages are where there is room for marks.
       if (!is_every) {
-        launch(mark_kernel<T>, ceil_div(num_members, kThreads), kThreads, line.trajectory_steps,
-               num_members, advantages);
+        launch(listed<mark_kernel<T>>(), ceil_div(num_members, kThreads), kThreads,
+               line.trajectory_steps, num_members, advantages);
       }
       sum_rewards(launch, rewards, line, returns, is_every ? nullptr : advantages, workspace);
       rewards = returns;
@@ -211,12 +211,12 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
     // Few steps a trajectory are one tile of a warp or some.
     const bool is_short = num_members <= 256 * line.num_trajectories;
     const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kWarps : 1);
-    launch(is_short ? gae_kernel<T, 1, 1> : gae_kernel<T, kWarps, 2>,
+    launch(is_short ? listed<gae_kernel<T, 1, 1>>() : listed<gae_kernel<T, kWarps, 2>>(),
            std::min<std::int64_t>(blocks, kBlocks), kThreads, tensors, line, config, rewards,
            workspace);
     if (config.whiten && num_members > kWhitenedAtOnce) {
-      launch(whiten_kernel<T>, ceil_div(num_members, kWhitenedTogether * kThreads), kThreads,
-             advantages, line, workspace);
+      launch(listed<whiten_kernel<T>>(), ceil_div(num_members, kWhitenedTogether * kThreads),
+             kThreads, advantages, line, workspace);
     }
   });
 }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "device.cuh"
 #include "steppo/arguments.h"
@@ -22,6 +23,37 @@ STEPPO_FN bool is_wide(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
+// Every kernel that an operator can launch. A driver loads the code of a kernel when it is first
+// asked for, and that is not the time of a capture: see `load` in steppo/cuda.h.
+inline std::vector<const void*>& all_kernels() {
+  static std::vector<const void*> kernels;
+  return kernels;
+}
+
+// A kernel that stands in the list.
+template <class... Parameters>
+struct Kernel {
+  void (*run)(Parameters...);
+};
+
+template <auto kernel>
+struct Listing {
+  static inline const bool is_done = [] {
+    all_kernels().push_back(reinterpret_cast<const void*>(kernel));
+    return true;
+  }();
+};
+
+template <class... Parameters>
+Kernel<Parameters...> kernel_of(void (*run)(Parameters...), bool) {
+  return {run};
+}
+
+template <auto kernel>
+auto listed() {
+  return kernel_of(kernel, Listing<kernel>::is_done);
+}
+
 // Makes the device of a place the current one for as long as it lives. What fails is thrown as
 // std::runtime_error with the name of the operator.
 class Launcher {
@@ -33,28 +65,31 @@ class Launcher {
 
   // Launches `blocks` blocks of `threads` threads; nothing if there are none.
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads,
+  void operator()(Kernel<Parameters...> kernel, int64_t blocks, int threads,
                   Arguments... arguments) const {
     if (blocks == 0) return;
 #if defined(STEPPO_CUDA_ON_HOST)
     const uint3 grid{static_cast<unsigned>(blocks), 1, 1};
-    cuda_on_host::launch(kernel, grid, {static_cast<unsigned>(threads), 1, 1}, arguments...);
+    cuda_on_host::launch(kernel.run, grid, {static_cast<unsigned>(threads), 1, 1}, arguments...);
 #else
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.stream = static_cast<cudaStream_t>(place_.stream);
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+    check(cudaLaunchKernelEx(&config, kernel.run, static_cast<Parameters>(arguments)...));
 #endif
   }
 
- private:
 #if !defined(STEPPO_CUDA_ON_HOST)
   void check(cudaError_t error) const;
-  int before_ = -1;
 #endif
+
+ private:
   const char* name_;
   Place place_;
+#if !defined(STEPPO_CUDA_ON_HOST)
+  int before_ = -1;
+#endif
 };
 
 #if defined(STEPPO_CUDA_ON_HOST)

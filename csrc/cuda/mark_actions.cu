@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 4) mark_actions_kernel(Markers marke
 
 void mark_actions(const Markers& args, const Place& place) {
   const Launcher launch("mark_actions", place);
-  launch(mark_actions_kernel, args.num_rows, kThreads, args);
+  launch(listed<mark_actions_kernel>(), args.num_rows, kThreads, args);
 }
 
 }  // namespace steppo::cuda

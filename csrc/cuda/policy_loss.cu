@@ -86,8 +86,8 @@ void launch_by(const Launcher& launch, const PolicyTensors& tensors, const Steps
   const bool clears = tensors.grad_log_probs != nullptr || tensors.grad_entropy != nullptr;
   const std::int64_t wanted = clears ? ceil_div(steps.num_tokens, kThreads * 4) : 0;
   const std::int64_t clear_blocks = wanted < kClearBlocks ? wanted : kClearBlocks;
-  launch(config.ratio == kToken ? policy_loss_kernel<T, lanes, true>
-                                : policy_loss_kernel<T, lanes, false>,
+  launch(config.ratio == kToken ? listed<policy_loss_kernel<T, lanes, true>>()
+                                : listed<policy_loss_kernel<T, lanes, false>>(),
          step_blocks + clear_blocks, kThreads, tensors, steps, config, workspace,
          static_cast<int>(step_blocks));
 }
@@ -102,8 +102,8 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
     using T = decltype(zero);
     // The mean is known before any step is, and so it takes a launch of its own.
     if (needs_center(tensors, config) && steps.num_actions > 0) {
-      launch(center_kernel<T>, step_blocks_for(steps.num_actions), kThreads, tensors, steps, config,
-             workspace);
+      launch(listed<center_kernel<T>>(), step_blocks_for(steps.num_actions), kThreads, tensors,
+             steps, config, workspace);
     }
     const std::int64_t length = steps.num_steps > 0 ? steps.num_actions / steps.num_steps : 0;
     if (length >= 16) {

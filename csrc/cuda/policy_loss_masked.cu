@@ -103,14 +103,14 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (needs_center(tensors, config)) {
-      launch(masked_center_kernel<T>, step_blocks_for(masked.num_tokens), kThreads, tensors, masked,
-             config, workspace);
+      launch(listed<masked_center_kernel<T>>(), step_blocks_for(masked.num_tokens), kThreads,
+             tensors, masked, config, workspace);
     }
     const std::int64_t rows = masked.row_length > 0 ? masked.num_tokens / masked.row_length : 0;
     const std::int64_t chunks_of_row = ceil_div(masked.row_length, kChunk);
     const std::int64_t chunks = rows * chunks_of_row;
-    launch(config.ratio == kToken ? policy_loss_masked_kernel<T, true>
-                                  : policy_loss_masked_kernel<T, false>,
+    launch(config.ratio == kToken ? listed<policy_loss_masked_kernel<T, true>>()
+                                  : listed<policy_loss_masked_kernel<T, false>>(),
            step_blocks_for(chunks * kWarp), kThreads, tensors, masked, config, workspace,
            chunks_of_row, chunks);
   });

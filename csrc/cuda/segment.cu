@@ -146,9 +146,10 @@ void number_runs(const Launcher& launch, const MaskedRows& rows, const RunOutput
   const Spans spans = spans_of(rows.num_tokens, kTile);
   const bool wide_masks = is_wide(rows.mask) && is_wide(rows.boundaries);
   auto* const workspace = static_cast<Workspace*>(place.workspace);
-  launch(count_runs_kernel, spans.blocks, kTileThreads, rows, spans.tokens, wide_masks, workspace);
-  launch(number_runs_kernel, spans.blocks, kTileThreads, rows, out, spans.tokens, wide_masks,
-         is_wide(out.step_ids), workspace);
+  launch(listed<count_runs_kernel>(), spans.blocks, kTileThreads, rows, spans.tokens, wide_masks,
+         workspace);
+  launch(listed<number_runs_kernel>(), spans.blocks, kTileThreads, rows, out, spans.tokens,
+         wide_masks, is_wide(out.step_ids), workspace);
 }
 
 }  // namespace

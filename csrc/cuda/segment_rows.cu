@@ -69,7 +69,7 @@ void segment_rows(const StepRows& args, const Segments& out, const Place& place)
   const Launcher launch("segment_rows", place);
   const Spans spans = spans_of(args.num_rows * args.row_length, kTile);
   const bool wide = is_wide(args.mask) && is_wide(out.step_ids);
-  launch(segment_rows_kernel, spans.blocks, kThreads, args, out, spans.tokens, wide,
+  launch(listed<segment_rows_kernel>(), spans.blocks, kThreads, args, out, spans.tokens, wide,
          static_cast<Workspace*>(place.workspace));
 }
 

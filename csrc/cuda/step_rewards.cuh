@@ -234,15 +234,15 @@ void sum_rewards(const Launcher& launch, const T* rewards, const Timeline& line,
   constexpr int kWarps = kRewardThreads / kWarp;
   // A tile of a warp, or of a block, is a good part of a row.
   const bool is_short = line.num_tokens <= 512 * line.num_rows;
-  const auto run = [&](auto* narrow, auto* wide) {
+  const auto run = [&](auto narrow, auto wide) {
     launch(is_wide(rewards) && is_wide(line.step_ids) ? wide : narrow,
            ceil_div(line.num_rows, is_short ? kWarps : 1), kRewardThreads, rewards, line, totals,
            marks, workspace);
   };
   if (is_short) {
-    run(rewards_kernel<T, 1, false>, rewards_kernel<T, 1, true>);
+    run(listed<rewards_kernel<T, 1, false>>(), listed<rewards_kernel<T, 1, true>>());
   } else {
-    run(rewards_kernel<T, kWarps, false>, rewards_kernel<T, kWarps, true>);
+    run(listed<rewards_kernel<T, kWarps, false>>(), listed<rewards_kernel<T, kWarps, true>>());
   }
 }
 

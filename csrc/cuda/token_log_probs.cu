@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 void find_bad_row(const Launcher& launch, const Targets& targets, const std::int64_t* source,
                   std::int64_t count, std::int64_t vocabulary, std::int64_t* bad_row) {
   if (bad_row == nullptr) return;
-  launch(bad_row_kernel, 1, kRowThreads, targets, source, count, vocabulary, bad_row);
+  launch(listed<bad_row_kernel>(), 1, kRowThreads, targets, source, count, vocabulary, bad_row);
 }
 
 }  // namespace
@@ -353,10 +353,10 @@ void token_log_probs(const LogitRows& logits, const Targets& targets, const LogP
     using In = decltype(zero);
     const bool need_moment = out.entropy != nullptr;
     const auto kernel = targets.softcap > 0
-                            ? (need_moment ? token_log_probs_kernel<In, true, true>
-                                           : token_log_probs_kernel<In, true, false>)
-                            : (need_moment ? token_log_probs_kernel<In, false, true>
-                                           : token_log_probs_kernel<In, false, false>);
+                            ? (need_moment ? listed<token_log_probs_kernel<In, true, true>>()
+                                           : listed<token_log_probs_kernel<In, true, false>>())
+                            : (need_moment ? listed<token_log_probs_kernel<In, false, true>>()
+                                           : listed<token_log_probs_kernel<In, false, false>>());
     launch(kernel, logits.num_rows, kRowThreads, logits, targets, out);
   });
 }
@@ -371,11 +371,12 @@ void token_log_probs_backward(const LogitRows& grad_logits, const LogitRows& log
     using In = decltype(zero);
     using Out = decltype(grad_zero);
     const bool has_rise = grads.grad_entropy != nullptr;
-    const auto kernel = targets.softcap > 0
-                            ? (has_rise ? token_log_probs_backward_kernel<In, Out, true, true>
-                                        : token_log_probs_backward_kernel<In, Out, true, false>)
-                            : (has_rise ? token_log_probs_backward_kernel<In, Out, false, true>
-                                        : token_log_probs_backward_kernel<In, Out, false, false>);
+    const auto kernel =
+        targets.softcap > 0
+            ? (has_rise ? listed<token_log_probs_backward_kernel<In, Out, true, true>>()
+                        : listed<token_log_probs_backward_kernel<In, Out, true, false>>())
+            : (has_rise ? listed<token_log_probs_backward_kernel<In, Out, false, true>>()
+                        : listed<token_log_probs_backward_kernel<In, Out, false, false>>());
     launch(kernel, grad_logits.num_rows, kRowThreads, grad_logits, logits, targets, grads);
   });
 }

@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 void launch_trajectories(const Launcher& launch, const std::int64_t* row_steps,
                          std::int64_t num_rows, const std::int64_t* token_index,
                          const std::int64_t* step_offsets, const TrajectoryOutputs& out) {
-  launch(trajectories_kernel, kBlocks, kThreads, row_steps, num_rows, token_index, step_offsets,
-         out);
+  launch(listed<trajectories_kernel>(), kBlocks, kThreads, row_steps, num_rows, token_index,
+         step_offsets, out);
 }
 
 void row_trajectories(const RowTrajectories& args, const Place& place) {

@@ -6,19 +6,22 @@ import functools
 import importlib
 import importlib.util
 import logging
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from ..config import one_of
+from .modules import module_of
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 OLDEST_TRITON = (3, 6)
 
+# What `auto` tries on the tensors of a device, the fastest first. No GPU has told yet where the
+# kernels of `cuda` are faster than those of Triton.
+_FASTEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
 _log = logging.getLogger("steppo_kernels")
-_PACKAGE = Path(__file__).parents[1]
 
 
 @functools.cache
@@ -29,10 +32,9 @@ def why_not_cpu() -> str | None:
         ValueError: the environment variable STEPPO_ISA asks for what this CPU does not run.
     """
     try:
-        module: Any = importlib.import_module("steppo_kernels._C_cpu")
+        module = module_of("cpu")
     except ImportError as error:
-        note = _PACKAGE / "_C_cpu.missing"
-        return note.read_text().strip() if note.exists() else f"not built: {error}"
+        return str(error)
     module.isa()
     return None
 
@@ -68,9 +70,49 @@ def _why_no_kernels() -> str | None:
     return None
 
 
+@functools.cache
 def why_not_cuda() -> str | None:
-    """Return why the CUDA C++ backend cannot run here, or None if it can."""
-    return "the CUDA C++ kernels are not built into this version; use 'triton' on GPUs"
+    """Return why the CUDA C++ backend cannot run here at all, or None if it can."""
+    try:
+        module = module_of("cuda")
+    except ImportError as error:
+        return str(error)
+    if module.on_host:
+        return None
+    if torch.version.hip is not None:
+        return "torch is built for AMD GPUs, and these kernels are for those of NVIDIA"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    driver, runtime = (version // 1000 for version in module.versions())
+    if driver < runtime:
+        return (
+            f"the driver runs CUDA {driver}, and the kernels were built with CUDA {runtime}: "
+            f"update the driver, or install with the nvcc of CUDA {driver}"
+        )
+    compiled = module.architectures.split()
+    for index in range(torch.cuda.device_count()):
+        if not _runs(torch.cuda.get_device_capability(index), compiled):
+            return (
+                f"{torch.cuda.get_device_name(index)} is none of the GPUs that the kernels were "
+                f"built for ({', '.join(compiled)}): install with STEPPO_CUDA_ARCHS set"
+            )
+    return None
+
+
+def _runs(capability: tuple[int, int], compiled: list[str]) -> bool:
+    """Whether a GPU runs code that was compiled for some, such as "90" or "100+PTX"."""
+    for name in compiled:
+        number, _, kind = name.partition("+")
+        built_for = divmod(int(number), 10)
+        is_alike = capability[0] == built_for[0] or kind == "PTX"
+        if is_alike and capability >= built_for:
+            return True
+    return False
+
+
+def cuda_on_host() -> bool:
+    """Return whether the CUDA C++ kernels are those that tests build for the host."""
+    return why_not_cuda() is None and bool(module_of("cuda").on_host)
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
@@ -84,7 +126,10 @@ def unavailable(backend: str, device: torch.device) -> str | None:
             return why
         runs = device.type == "cuda" or (device.type == "cpu" and triton_interprets())
         return None if runs else "it takes GPU tensors (or CPU tensors under TRITON_INTERPRET=1)"
-    return why_not_cuda()
+    if why := why_not_cuda():
+        return why
+    taken = "cpu" if cuda_on_host() else "cuda"
+    return None if device.type == taken else f"it takes tensors on {taken}"
 
 
 def resolve(backend: str, device: torch.device) -> str:
@@ -115,9 +160,11 @@ def _resolved(backend: str, device_type: str) -> str:
                 f"backend: {backend!r} cannot run on {device_type} tensors here: {why}"
             )
         return backend
-    wanted = "cpu" if device_type == "cpu" else "triton"
-    why = unavailable(wanted, device)
-    if why is None:
-        return wanted
-    _log.info("backend 'auto' is 'reference' on %s tensors: no %r: %s", device_type, wanted, why)
+    reasons = []
+    for wanted in _FASTEST.get(device_type, ()):
+        why = unavailable(wanted, device)
+        if why is None:
+            return wanted
+        reasons.append(f"no {wanted!r}: {why}")
+    _log.info("backend 'auto' is 'reference' on %s tensors: %s", device_type, "; ".join(reasons))
     return "reference"

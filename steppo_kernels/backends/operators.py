@@ -31,7 +31,7 @@ from .records import States, Steps, Timeline
 
 _library = torch.library.Library("steppo", "DEF")
 # The backends that share the launchers in `compiled/`.
-_COMPILED = ("cpu",)
+_COMPILED = ("cpu", "cuda")
 _RECORDS = (Steps, Timeline, States)
 _stems: dict[str, str] = {}
 _handles: dict[str, Any] = {}
@@ -57,10 +57,13 @@ def runner(name: str, backend: str) -> Callable[..., Any]:
 @functools.cache
 def launcher(backend: str, name: str) -> Callable[..., Any]:
     """Return the function that runs the operator `name` on `backend`."""
+    stem = _stems[name]
     folder = "compiled" if backend in _COMPILED else backend
-    module = importlib.import_module(f"{__package__}.{folder}.{_stems[name]}")
+    if stem == "lm_head" and backend != "cpu":
+        folder = "gpu"
+    module = importlib.import_module(f"{__package__}.{folder}.{stem}")
     run: Callable[..., Any] = getattr(module, name)
-    if backend in _COMPILED:
+    if folder == "compiled":
         launch = importlib.import_module(f"{__package__}.{folder}.launch")
         return functools.partial(run, launch.native_of(backend))
     return run

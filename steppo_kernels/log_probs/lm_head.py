@@ -272,7 +272,7 @@ def logits_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
     Products of half precisions are kept in the fp32 that they are summed in: rounded, they move
     log-probs by more than a step ratio is clipped at.
     """
-    is_kept = backend == "cpu" or (backend == "triton" and _GPU_KEEPS_FP32)
+    is_kept = backend == "cpu" or (backend in ("triton", "cuda") and _GPU_KEEPS_FP32)
     return torch.promote_types(dtype, torch.float32) if is_kept else dtype
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 
-import on_host
+import cuda_on_host
 import pytest
 import torch
 
@@ -14,7 +15,17 @@ from steppo_kernels.backends.compiled.launch import Native
 
 @pytest.fixture(scope="session")
 def host_module() -> ModuleType:
-    return on_host.module()
+    try:
+        path = cuda_on_host.module()
+    except cuda_on_host.CannotBuild as error:
+        pytest.skip(str(error))
+    spec = importlib.util.spec_from_file_location("_C_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    found.order = cuda_on_host.order_of(path)
+    return found
 
 
 @pytest.fixture(params=[0, 1, 5], ids=["in-order", "backwards", "drawn"])
@@ -25,5 +36,6 @@ def cuda(host_module: ModuleType, request: pytest.FixtureRequest) -> Iterator[Na
     counters, size = host_module.workspace
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8)
     workspace[:counters] = 0
-    yield Native(host_module, lambda _: (0, workspace.data_ptr(), 0, 0))
+    yield Native(host_module, lambda _: (0, workspace.data_ptr(), 0, 0), is_done=True)
+    host_module.order(0, 1)
     assert not workspace[:counters].any(), "a launch left a counter that is not 0"

@@ -10,11 +10,11 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import on_host
+import cuda_on_host
 import pytest
 
 ARCHITECTURES = ("80", "90", "100")
-SOURCES = sorted((on_host.ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((cuda_on_host.ROOT / "csrc/cuda").glob("*.cu"))
 # What a kernel may need, of which two blocks of 256 threads are half of what an SM holds; and the
 # kernels that work out a step in fp64, two blocks of which fill it.
 MOST_REGISTERS = {"policy_loss_kernel": 128, "policy_loss_masked_kernel": 128}
@@ -119,8 +119,8 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "--expt-relaxed-constexpr",
             "-Werror",
             "all-warnings",
-            f"-I{on_host.ROOT / 'csrc/include'}",
-            f"-I{on_host.ROOT / 'csrc'}",
+            f"-I{cuda_on_host.ROOT / 'csrc/include'}",
+            f"-I{cuda_on_host.ROOT / 'csrc'}",
             "-cubin",
             "-gencode",
             f"arch=compute_{arch},code=sm_{arch}",
@@ -128,7 +128,8 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             cubin,
             str(source),
         )
-        found += _read(cubin)
+        # One source has no kernel.
+        found += [] if source.stem == "runtime" else _read(cubin)
     assert found
     return found
 

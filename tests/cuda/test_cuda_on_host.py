@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-import on_host
+import cuda_on_host
 import pytest
 
 # In order, backwards, and drawn.
@@ -21,7 +21,7 @@ _RIGHT = {"exchange": "63 0", "sum of blocks": "0 0", "votes": "48 48"}
 
 @pytest.fixture(scope="module")
 def faults() -> Path:
-    return on_host.program("faults", "-O1")
+    return cuda_on_host.program("faults", "-O1")
 
 
 def run(program: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +64,7 @@ def test_shared_memory_that_was_not_written_is_nan(faults):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", [*_RIGHT, *_RACES])
 def test_the_thread_sanitizer_sees_races_in_any_order(name, seed):
-    done = run(on_host.program("faults", "-O1", "-fsanitize=thread"), name, seed)
+    done = run(cuda_on_host.program("faults", "-O1", "-fsanitize=thread"), name, seed)
     has_race = "data race" in done.stderr and "faults.cpp" in done.stderr
     assert has_race == (name in _RACES), done.stderr
     assert done.returncode == (66 if has_race else 0)
@@ -72,5 +72,5 @@ def test_the_thread_sanitizer_sees_races_in_any_order(name, seed):
 
 @pytest.mark.parametrize("name", ["overrun", *_RIGHT, "stuck"])
 def test_the_address_sanitizer_sees_the_end_of_shared_memory(name):
-    done = run(on_host.program("faults", "-O1", "-fsanitize=address,undefined"), name)
+    done = run(cuda_on_host.program("faults", "-O1", "-fsanitize=address,undefined"), name)
     assert ("AddressSanitizer" in done.stderr) == (name == "overrun"), done.stderr

@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-import on_host
+import cuda_on_host
 import pytest
 
 _ORDERS = r"__(?:syncthreads|syncthreads_count|threadfence|syncwarp)\("
@@ -15,7 +15,7 @@ _COVERED = ("broadcast.cu", "last_block.cuh", "policy_loss.cu", "policy_loss_mas
 # "file:line" of every barrier and fence in them.
 SITES = [
     f"{path.name}:{number}"
-    for path in (on_host.ROOT / "csrc/cuda" / name for name in _COVERED)
+    for path in (cuda_on_host.ROOT / "csrc/cuda" / name for name in _COVERED)
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if re.search(_ORDERS, line)
 ]
@@ -23,7 +23,7 @@ SITES = [
 
 @pytest.fixture(scope="module")
 def small_calls() -> Path:
-    return on_host.whole_program("small_calls", "-O1", "-fsanitize=thread")
+    return cuda_on_host.whole_program("small_calls", "-O1", "-fsanitize=thread")
 
 
 def run(program: Path, *words: str) -> subprocess.CompletedProcess[str]:

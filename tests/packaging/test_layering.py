@@ -87,8 +87,8 @@ def test_the_reference_imports_only_torch():
 
 # The wings from the ground up, each a floor: a module imports from its own floor or one below.
 _FLOORS = (
-    ("config", "outputs", "checks", "_version", "_C_cpu", "backends.records"),
-    ("backends.reference", "backends.compiled", "backends.triton"),
+    ("config", "outputs", "checks", "_version", "_C_cpu", "backends.records", "backends.modules"),
+    ("backends.reference", "backends.compiled", "backends.triton", "backends.gpu"),
     ("backends.operators", "backends.derivatives"),
     ("backends.choice",),
     ("layout", "log_probs", "memory"),
@@ -99,7 +99,7 @@ _FLOORS = (
 )
 # Wings on one floor that know nothing of each other.
 _APART = (
-    ("backends.reference", "backends.compiled", "backends.triton"),
+    ("backends.reference", "backends.compiled", "backends.triton", "backends.gpu"),
     ("layout", "log_probs"),
 )
 
@@ -191,7 +191,8 @@ def test_one_stem_an_operation_in_every_layer():
     stems = {path.stem for path in (backends / "reference").glob("[!_]*.py")} - parts
     assert {"gae", "policy_loss", "value_loss", "segment", "broadcast"} <= stems
     for folder in ("compiled", "triton"):
-        present = {path.stem for path in (backends / folder).glob("*.py")}
+        folders = ("triton", "gpu") if folder == "triton" else (folder,)
+        present = {path.stem for name in folders for path in (backends / name).glob("*.py")}
         assert stems <= present, f"{folder}/ lacks {sorted(stems - present)}"
     for name in (f"csrc/cpu/{stem}.cpp" for stem in stems):
         assert not (_ROOT / "csrc").is_dir() or (_ROOT / name).exists(), name

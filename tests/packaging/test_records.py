@@ -22,7 +22,7 @@ _PACKAGE = Path(steppo_kernels.__file__).parent
 _LAUNCHERS = [
     path.stem
     for path in sorted((_PACKAGE / "backends/compiled").glob("[!_]*.py"))
-    if path.stem != "launch"
+    if path.stem not in ("launch", "place")
 ]
 
 _WHY_NOT = choice.why_not_cpu()

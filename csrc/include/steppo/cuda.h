@@ -22,6 +22,23 @@ struct Workspace {
   double center;
 };
 
+// Whether the kernels were built for the host, by tests.
+extern const bool kOnHost;
+
+// The newest CUDA of the driver and that of the kernels, as 1000 * major + 10 * minor; the first is
+// 0 without a driver.
+struct Versions {
+  int driver, runtime;
+};
+Versions versions();
+
+// Loads the code of every kernel onto a device, where a launch would do it for its own. It waits for
+// the device, which no stream that is captured may do.
+void load(int device);
+
+// Whether launches on a stream are recorded for a graph.
+bool is_capturing(void* stream);
+
 #define STEPPO_OPERATOR(name, ...) Operator<__VA_ARGS__> name;
 #include "steppo/operators.inc"
 #undef STEPPO_OPERATOR

@@ -7,14 +7,15 @@ names that launchers write: addresses of tensors, 0 where there is none, and num
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..modules import module_of
 from ..records import template
+from .place import Streams, on_threads
 
 # The numbers of dtypes in csrc/include/steppo/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -69,19 +70,17 @@ class Native(NamedTuple):
     Attributes:
         kernels: the module of the bindings.
         place: returns the record ``Place`` of a call on a tensor.
+        is_done: whether the outputs of a call are there when it returns.
     """
 
     kernels: Any
     place: Callable[[Tensor], tuple[int, ...]]
+    is_done: bool
 
 
 def native_of(backend: str) -> Native:
     """Return what the launchers of a compiled backend take first."""
-    return Native(importlib.import_module(f"steppo_kernels._C_{backend}"), _PLACES[backend])
-
-
-def _on_threads(_: Tensor) -> tuple[int, ...]:
-    return (torch.get_num_threads(), 0, 0, 0)
-
-
-_PLACES = {"cpu": _on_threads}
+    kernels = module_of(backend)
+    if backend == "cpu":
+        return Native(kernels, on_threads, is_done=True)
+    return Native(kernels, Streams(kernels), is_done=False)

@@ -24,7 +24,7 @@ def token_log_probs(
     log_probs = empty(logits, num_rows, dtype)
     entropy = empty(logits, num_rows if need_entropy else 0, dtype)
     top, log_sum = empty(logits, num_rows, torch.float64), empty(logits, num_rows, torch.float64)
-    bad_row = empty(logits, (), torch.int64)
+    bad_row = _bad_row(native, logits)
     native.kernels.token_log_probs(
         _rows(logits, num_rows),
         (*addresses(token_ids, mask, temperatures), temperature, softcap),
@@ -52,7 +52,7 @@ def token_log_probs_backward(
     rows: Tensor | None,
 ) -> None:
     """Run the operator `token_log_probs_backward` of `steppo_kernels.backends.operators`."""
-    source, bad_row = rows, empty(grad_logits, (), torch.int64)
+    source, bad_row = rows, _bad_row(native, grad_logits)
     num_rows = token_ids.numel() if source is None else source.numel()
     native.kernels.token_log_probs_backward(
         _rows(grad_logits, num_rows),
@@ -79,9 +79,16 @@ def _rows(logits: Tensor, num_rows: int) -> tuple[int, ...]:
     )
 
 
-def _raise_for(bad_row: Tensor, token_ids: Tensor, logits: Tensor) -> None:
-    row = int(bad_row)
-    if row >= 0:
+def _bad_row(native: Native, like: Tensor) -> Tensor | None:
+    """Return where a kernel writes the first row whose id is out of range, or -1.
+
+    None if the answer would have to be waited for: such a row is NaN, whoever asks.
+    """
+    return empty(like, (), torch.int64) if native.is_done else None
+
+
+def _raise_for(bad_row: Tensor | None, token_ids: Tensor, logits: Tensor) -> None:
+    if bad_row is not None and (row := int(bad_row)) >= 0:
         raise ValueError(
             f"token_ids: got {int(token_ids[row])}, expected ids from 0 to {logits.shape[2] - 1}"
         )

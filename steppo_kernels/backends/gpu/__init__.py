@@ -1,0 +1,1 @@
+"""What every backend of a GPU leaves to torch: the matrix products of the output head."""

@@ -1,0 +1,18 @@
+// Linked into what tests make of the kernels: the order in which threads run, and what
+// csrc/cuda/runtime.cu asks of CUDA.
+#include "host_grid.h"
+#include "steppo/cuda.h"
+
+extern "C" __attribute__((visibility("default"))) void order_of_threads(std::uint64_t seed,
+                                                                        int resident) {
+  cuda_on_host::options = {seed, resident, ""};
+}
+
+namespace steppo::cuda {
+
+const bool kOnHost = true;
+Versions versions() { return {0, 0}; }
+void load(int) {}
+bool is_capturing(void*) { return false; }
+
+}  // namespace steppo::cuda

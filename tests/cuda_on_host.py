@@ -1,0 +1,128 @@
+"""Builds CUDA sources for the host: see cuda/cuda_on_host.h.
+
+As a program it prints the module of all kernels, which backend "cuda" then takes on CPU tensors:
+STEPPO_CUDA_ON_HOST=$(python tests/cuda_on_host.py) steppo-kernels validate --backend cuda
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_HERE = Path(__file__).parent / "cuda"
+_MADE = ROOT / "build" / "cuda_on_host"
+_FLAGS = [
+    "-std=c++17",
+    "-g",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-DSTEPPO_CUDA_ON_HOST",
+    f"-I{ROOT / 'csrc/include'}",
+    f"-I{ROOT / 'csrc/cuda'}",
+    f"-I{_HERE}",
+]
+
+
+class CannotBuild(Exception):
+    """The sources, a compiler or pybind11 are not there."""
+
+
+def program(name: str, *flags: str) -> Path:
+    """Return the program that tests/cuda/<name>.cpp is, built with further flags."""
+    return _built(name, [_HERE / f"{name}.cpp"], flags)
+
+
+def whole_program(name: str, *flags: str) -> Path:
+    """Return such a program that calls operators: all kernels are built with it."""
+    return _built(name, [_HERE / f"{name}.cpp", *_kernels()], flags)
+
+
+def module() -> Path:
+    """Return the module of all kernels."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotBuild(str(error)) from error
+    includes = (pybind11.get_include(), sysconfig.get_path("include"))
+    sources = [*_kernels(), ROOT / "python/bindings_cuda.cpp"]
+    flags = ["-O2", "-shared", "-fvisibility=hidden"]
+    flags += ['-DSTEPPO_COMPILER="of the host"', '-DSTEPPO_ARCHITECTURES=""']
+    if sanitizers := os.environ.get("STEPPO_SANITIZE"):
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=undefined"]
+    return _built("_C_cuda.so", sources, [*flags, *(f"-isystem{path}" for path in includes)])
+
+
+def order_of(module: Path) -> Callable[[int, int], None]:
+    """Return what sets a seed and the number of blocks whose threads take turns, in a module."""
+    order = ctypes.CDLL(str(module)).order_of_threads
+    order.argtypes = ctypes.c_uint64, ctypes.c_int
+    return order
+
+
+def _kernels() -> list[Path]:
+    found = [path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.stem != "runtime"]
+    return [*sorted(found), _HERE / "host_runtime.cpp"]
+
+
+def _built(name: str, sources: list[Path], flags: Iterable[str]) -> Path:
+    """Return what a compiler makes of sources; what was made of the same before is used again."""
+    compiler = _compiler()
+    words = [*compiler, *_FLAGS, *flags]
+    version = subprocess.check_output([*compiler, "--version"], text=True)
+    digest = hashlib.sha256(repr((words, sources, version)).encode())
+    for folder in ("csrc", "python", "tests/cuda"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".inc"):
+                digest.update(path.read_bytes())
+    target = _MADE / digest.hexdigest()[:16] / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes of pytest want the same.
+    with (target.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            objects = [target.with_name(f"{source.stem}.o") for source in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(
+                    lambda source, made: _run(
+                        *words, "-x", "c++", "-c", str(source), "-o", str(made)
+                    ),
+                    sources,
+                    objects,
+                ):
+                    pass
+            made = target.with_suffix(".part")
+            _run(*words, *map(str, objects), "-o", str(made))
+            made.rename(target)
+    return target
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _compiler() -> list[str]:
+    if not (ROOT / "csrc").is_dir():
+        raise CannotBuild("no csrc/: the package is installed without its sources")
+    for words in map(shlex.split, (os.environ.get("CXX") or "c++", "g++", "clang++")):
+        if shutil.which(words[0]):
+            return words
+    raise CannotBuild("no C++ compiler")
+
+
+if __name__ == "__main__":
+    print(module())
