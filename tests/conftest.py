@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import zlib
+from pathlib import Path
 
 import cuda_on_host
 import torch
@@ -67,7 +69,7 @@ def pytest_report_header() -> list[str]:
     runs, lacks = [], []
     for target in TARGETS:
         why = choice.unavailable(target.backend, torch.device(target.device))
-        where = "as a GPU's, on the CPU" if target.interpreted else f"on {target.device}"
+        where = "as a GPU's, on the CPU" if target.emulated else f"on {target.device}"
         runs += [] if why else [f"{target.backend} {where}"]
         lacks += [f"{target.backend}: {why}; its tests are skipped"] if why else []
     if not torch.cuda.is_available():
@@ -142,6 +144,14 @@ _MASKED = {"layout": False, "mask": True}
 def masked(request: pytest.FixtureRequest) -> bool:
     """Whether the loss is given the mask (the fused kernel) or a layout."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def order_of_threads(request: pytest.FixtureRequest) -> None:
+    """Run the threads of CUDA kernels on the host in an order that the test's name draws."""
+    if choice.cuda_on_host():
+        drawn = zlib.crc32(request.node.nodeid.encode())
+        cuda_on_host.order_of(Path(os.environ["STEPPO_CUDA_ON_HOST"]))(drawn, 1 + drawn % 2)
 
 
 _GARBAGE = {torch.bool: 1, torch.uint8: 0x5A, torch.int8: 0x5A, torch.int16: 0x5A5A}

@@ -13,7 +13,12 @@ class Target(NamedTuple):
 
     @property
     def interpreted(self) -> bool:
-        """Whether kernels of a GPU run on the CPU, where large inputs take minutes."""
+        """Whether kernels run in Triton's interpreter, a thousand times slower than on a GPU."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def emulated(self) -> bool:
+        """Whether kernels of a GPU run on the CPU, where tens of thousands of blocks take long."""
         return self.backend in ("triton", "cuda") and self.device == "cpu"
 
     @property

@@ -323,6 +323,7 @@ _CALLS = [
 ]
 
 
+@pytest.mark.usefixtures("cuda_takes_gpus")
 @pytest.mark.parametrize(("exception", "text", "call"), _CALLS, ids=[text for _, text, _ in _CALLS])
 def test_wrong_call(exception, text, call):
     check(exception, text, call)

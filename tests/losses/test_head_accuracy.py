@@ -205,8 +205,8 @@ def test_error_is_bounded_by_that_of_plain_pytorch(kernel, name, dtype, chunk, w
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_rows(kernel, dtype):
     """More than a dimension of a grid; a step longer than a chunk next to short ones."""
-    if kernel.interpreted:
-        pytest.skip("a program a row takes the interpreter minutes")
+    if kernel.emulated:
+        pytest.skip("a block a row takes the CPU minutes")
     regime = Regime(vocabulary=5, rows=2, length=37_000, size=2)
     case = draw(regime, 1, dtype)
     mask = torch.ones_like(case.mask)

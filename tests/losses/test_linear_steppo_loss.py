@@ -384,9 +384,9 @@ def test_autocast(kernel):
 
 
 def test_more_rows_than_a_grid_dimension(kernel):
-    if kernel.interpreted:
+    if kernel.emulated:
         pytest.skip(
-            "a program a row takes the interpreter minutes; test_known_bugs reads its grids"
+            "a block a row takes the CPU minutes; test_known_bugs reads the grids of Triton"
         )
     case = head_case(17, rows=2, length=70_001, size=2, vocabulary=3, mean_step=90.0)
     case = case.to(torch.float64, kernel.device)
