@@ -19,6 +19,9 @@ constexpr int kBlocks = kThreads;
 // Advantages that the last block whitens by itself; more of them are worth a launch.
 constexpr std::int64_t kWhitenedAtOnce = 8192;
 
+// Steps of a long trajectory that a thread takes at once.
+constexpr int kStepsOfThread = 8;
+
 // Advantages that a thread loads before it stores the first of them.
 constexpr int kWhitenedTogether = 8;
 
@@ -85,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // steps before, in time, those of the thread before it. `rewards` may be the returns themselves: an
 // entry is read before it is written.
 template <class T, int warps, int steps>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, warps > 1 ? 2 : 4)
     gae_kernel(const GaeTensors tensors, const Timeline line, const GaeConfig config,
                const T* rewards, Workspace* workspace) {
   struct Room {
@@ -101,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const double decay = config.gamma * config.lam;
   const double over_thread = power(decay, steps);
   const double to_lane = power(over_thread, lane);
-  const auto value_of = [&](std::int64_t step) {
-    return static_cast<double>(values[tensors.values_per_token ? line.state_index[step] : step]);
+  const auto state_of = [&](std::int64_t step) {
+    return tensors.values_per_token ? line.state_index[step] : step;
   };
   Spread spread{};
   for (std::int64_t g = std::int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
@@ -114,23 +117,30 @@ __global__ void __launch_bounds__(kThreads, 4)
     double carry = 0;
     for (int left = length; left > 0; left -= kLanes * steps) {
       const int latest = left - 1 - thread * steps;
-      double delta[steps], value[steps];
-      double next_value = 0;
-      if (latest >= 0 && latest + 1 < length) {
-        next_value = value_of(members[latest + 1]);
-      } else if (latest + 1 == length && bootstrap != nullptr) {
-        next_value = bootstrap[g];
+      // Where a load says what another one reads, those of all steps are under way together.
+      std::int64_t step[steps + 1], state[steps + 1];
+#pragma unroll
+      for (int k = 0; k <= steps; ++k) {
+        const int at = latest + 1 - k;
+        step[k] = at >= 0 && at < length ? members[at] : -1;
       }
+#pragma unroll
+      for (int k = 0; k <= steps; ++k) state[k] = step[k] >= 0 ? state_of(step[k]) : -1;
+      T reward[steps], value[steps + 1];
+#pragma unroll
+      for (int k = 0; k <= steps; ++k) value[k] = state[k] >= 0 ? values[state[k]] : T(0);
+#pragma unroll
+      for (int k = 0; k < steps; ++k) reward[k] = step[k + 1] >= 0 ? rewards[step[k + 1]] : T(0);
+      if (latest + 1 == length && bootstrap != nullptr) value[0] = bootstrap[g];
+      double delta[steps];
       double sum = 0;
 #pragma unroll
       for (int k = 0; k < steps; ++k) {
-        delta[k] = value[k] = 0;
-        if (latest - k >= 0) {
-          const std::int64_t step = members[latest - k];
-          value[k] = value_of(step);
-          delta[k] = static_cast<double>(rewards[step]) + config.gamma * next_value - value[k];
+        delta[k] = 0;
+        if (step[k + 1] >= 0) {
+          delta[k] = static_cast<double>(reward[k]) + config.gamma * static_cast<double>(value[k]) -
+                     static_cast<double>(value[k + 1]);
         }
-        next_value = value[k];
         sum = delta[k] + decay * sum;
       }
       // The advantage of the thread's earliest step, as far as the steps of the warp tell.
@@ -159,12 +169,11 @@ __global__ void __launch_bounds__(kThreads, 4)
       advantage = lane == 0 ? before_warp : advantage + to_lane * before_warp;
 #pragma unroll
       for (int k = 0; k < steps; ++k) {
-        if (latest - k < 0) break;
-        const std::int64_t step = members[latest - k];
+        if (step[k + 1] < 0) break;
         advantage = delta[k] + decay * advantage;
         const T rounded = static_cast<T>(advantage);
-        advantages[step] = rounded;
-        returns[step] = static_cast<T>(advantage + value[k]);
+        advantages[step[k + 1]] = rounded;
+        returns[step[k + 1]] = static_cast<T>(advantage + static_cast<double>(value[k + 1]));
         // What is whitened later is the rounded one: less its own mean it must come out as 0.
         merge(spread, {1, static_cast<double>(rounded), 0});
       }
@@ -211,9 +220,10 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
     // Few steps a trajectory are one tile of a warp or some.
     const bool is_short = num_members <= 256 * line.num_trajectories;
     const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kWarps : 1);
-    launch(is_short ? listed<gae_kernel<T, 1, 1>>() : listed<gae_kernel<T, kWarps, 2>>(),
-           std::min<std::int64_t>(blocks, kBlocks), kThreads, tensors, line, config, rewards,
-           workspace);
+    launch(
+        is_short ? listed<gae_kernel<T, 1, 1>>() : listed<gae_kernel<T, kWarps, kStepsOfThread>>(),
+        std::min<std::int64_t>(blocks, kBlocks), kThreads, tensors, line, config, rewards,
+        workspace);
     if (config.whiten && num_members > kWhitenedAtOnce) {
       launch(listed<whiten_kernel<T>>(), ceil_div(num_members, kWhitenedTogether * kThreads),
              kThreads, advantages, line, workspace);

@@ -163,6 +163,7 @@ inline void launch(void (*kernel)(Parameters...), uint3 grid, uint3 threads,
     refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
            std::to_string(grid.z));
   }
+  if (options.resident == 0) return;
   run(grid, threads, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 

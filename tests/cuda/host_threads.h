@@ -53,7 +53,7 @@ constexpr int kLanes = 32;
 struct Options {
   // The order of threads and blocks: 0 is theirs, 1 backwards, any other a drawn one.
   std::uint64_t seed = 0;
-  // Blocks whose threads take turns.
+  // Blocks whose threads take turns. With 0, launches do nothing: what they cost is left.
   int resident = 1;
   // A barrier or a fence that is not there, "file:line": what misses it?
   std::string removed;
