@@ -34,7 +34,7 @@ STEPPO_DEVICE void finish_call(int blocks, const PolicyTensors& tensors, const P
       reduction_count(config.reduction, whole->sums.steps, whole->trajectories, whole->sums.tokens);
   const bool is_given = tensors.normalizer != nullptr;
   const double total = is_given ? *tensors.normalizer : counted > 1.0 ? counted : 1.0;
-  finish<T>(whole->sums, config, total, is_given ? total : counted, 1.0 / total, tensors);
+  finish<T>(whole->sums, config, total, is_given ? total : counted, tensors);
 }
 
 // As many blocks as there is work for, so many threads.

@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const double total = value_total(config.reduction, all.counts, tensors.normalizer);
   *static_cast<T*>(tensors.loss) = static_cast<T>(all.values.loss / total);
   write_value_metrics(config.reduction, all.counts, all.values, all_squares, tensors.normalizer,
-                      1 / total, tensors.metrics);
+                      tensors.metrics);
+  if (tensors.gradient_scale != nullptr) *tensors.gradient_scale = 1 / total;
 }
 
 }  // namespace

@@ -255,7 +255,7 @@ def step_gae(
     "value_loss",
     "(Tensor values, Tensor returns, Tensor? old_values, Tensor? normalizer, Tensor[] states, "
     "float[] config, bool values_per_token, bool old_values_per_token, bool need_grad, "
-    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values)",
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values, Tensor gradient_scale)",
 )
 def value_loss(
     values: Tensor,
@@ -271,12 +271,13 @@ def value_loss(
 ) -> Any:
     """Fake: see `steppo_kernels.step_value_loss`. `config` is clip and reduction.
 
-    The gradient is `grad_values` (of the shape of `values`) times `gradient_scale`.
+    The gradient is `grad_values` (of the shape of `values`) times `gradient_scale`, if it is given.
     """
     return (
         values.new_empty(()),
         values.new_empty((NUM_VALUE_METRICS,), dtype=torch.float64),
         torch.empty_like(values) if need_grad else values.new_empty((0,)),
+        _scale(values, backend),
     )
 
 
@@ -287,7 +288,7 @@ def value_loss(
     "Tensor? clip_high, Tensor? ratio_center, Tensor? normalizer, Tensor[] steps, float[] config, "
     "bool advantages_per_token, bool is_weights_per_token, bool need_grad, "
     "bool need_entropy_grad, str backend) -> (Tensor loss, Tensor metrics, Tensor step_log_ratio, "
-    "Tensor grad_log_probs, Tensor grad_entropy)",
+    "Tensor grad_log_probs, Tensor grad_entropy, Tensor gradient_scale)",
 )
 def policy_loss(
     log_probs: Tensor,
@@ -313,10 +314,11 @@ def policy_loss(
 
     What is given per token has N entries in the order of `log_probs`, contiguous and of any shape.
     The gradients of the loss are `grad_log_probs` and `grad_entropy` (of the shape of `log_probs`,
-    0 at masked tokens) times `gradient_scale`: so the normalizer may be known last.
+    0 at masked tokens) times `gradient_scale` (fp64), if it is given: the normalizer is then known
+    last.
     """
     step_log_ratio = log_probs.new_empty((Steps(*steps).step_offsets.shape[0] - 1,))
-    loss, metrics, *grads = _loss_outputs(log_probs, need_grad, need_entropy_grad)
+    loss, metrics, *grads = _loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
     return loss, metrics, step_log_ratio, *grads
 
 
@@ -325,7 +327,8 @@ def policy_loss(
     "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
     "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, "
     "Tensor mask, SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, "
-    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy, "
+    "Tensor gradient_scale)",
 )
 def policy_loss_masked(
     log_probs: Tensor,
@@ -347,16 +350,21 @@ def policy_loss_masked(
 
     Everything else is per token, rows are `row_length` long.
     """
-    return _loss_outputs(log_probs, need_grad, need_entropy_grad)
+    return _loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
 
 
-def gradient_scale(backend: str, metrics: Tensor) -> Tensor | None:
-    """Return what the gradients of a loss are to be multiplied by, 0-dim; None is 1.
+@_operator(
+    "scale_gradient",
+    "(Tensor(a!) out, Tensor grad, Tensor upstream, Tensor? scale, str backend) -> ()",
+)
+def scale_gradient(
+    out: Tensor, grad: Tensor, upstream: Tensor, scale: Tensor | None, backend: str
+) -> Any:
+    """Fake: write `grad` times `upstream` (0-dim) and `scale` (fp64, 0-dim; None is 1) into `out`.
 
-    Compiled code knows the normalizer before it writes gradients. A GPU adds it up last, and leaves
-    its reciprocal in the last entry of the metrics. The caller owns these, and may write to them.
+    What is 0 stays 0. `out` may be `grad`; it has the dtype of `grad` or, of fp32, a half
+    precision. It is the operator of a GPU's launchers: elsewhere torch's products do it.
     """
-    return None if backend == "cpu" else metrics[-1].clone()
 
 
 _HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"
@@ -470,11 +478,19 @@ def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _loss_outputs(
-    log_probs: Tensor, need_grad: bool, need_entropy_grad: bool
+    log_probs: Tensor, need_grad: bool, need_entropy_grad: bool, backend: str
 ) -> tuple[Tensor, ...]:
     return (
         log_probs.new_empty(()),
         log_probs.new_empty((NUM_POLICY_METRICS,), dtype=torch.float64),
         torch.empty_like(log_probs) if need_grad else log_probs.new_empty((0,)),
         torch.empty_like(log_probs) if need_entropy_grad else log_probs.new_empty((0,)),
+        _scale(log_probs, backend),
     )
+
+
+def _scale(like: Tensor, backend: str) -> Tensor:
+    """Fake: what gradients of a loss lack; a CPU writes them whole."""
+    if backend == "cpu":
+        return like.new_empty((0,))
+    return like.new_empty((), dtype=torch.float64)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import operators
 from ..backends.choice import Backend
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.records import Steps
@@ -30,7 +29,8 @@ from ..log_probs.saved import save, saved
 from ..log_probs.untraced import untraced
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_loss_inputs
-from .policy_loss import loss_of, run_operator, scaled_gradient
+from .policy_loss import loss_of, run_operator
+from .scaled_gradient import scaled_gradient
 
 
 def linear_steppo_loss(
@@ -366,14 +366,13 @@ class _Pass:
         first, last = self.steps.borders[begin], self.steps.borders[end]
         has_bonus = self.steps.has_bonus
         inputs = self.steps.objective(begin, end)
-        _, metrics, _, grad, grad_entropy = run_operator(
+        _, _, _, grad, grad_entropy, scale = run_operator(
             inputs,
             self.log_probs[first:last],
             self.entropy[first:last] if has_bonus else None,
             True,
             has_bonus,
         )
-        scale = operators.gradient_scale(inputs.backend, metrics)
         if not has_bonus:
             grad_entropy = None
         if not self.gradients.takes_units:
@@ -411,7 +410,7 @@ class _LinearStepPO(torch.autograd.Function):
             keep_inputs(
                 ctx, *(None if x is None else x[:0].clone() for x in (hidden, weight, bias))
             )
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.backend = weight.dtype, head.backend
         ctx.mark_non_differentiable(metrics, step_log_ratio)
         return loss, metrics, step_log_ratio
 
@@ -419,7 +418,9 @@ class _LinearStepPO(torch.autograd.Function):
     @first_only("linear_steppo_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         gradients = (
-            None if grad is None else scaled_gradient(grad, grad_loss, None, grad.shape, ctx.dtype)
+            grad
+            if grad is None
+            else scaled_gradient(ctx.backend, grad, grad_loss, None, grad.shape, ctx.dtype)
             for grad in saved(ctx, grad_loss)
         )
         return *gradients, None, None, None, None, None, None

@@ -36,6 +36,6 @@ def cuda(host_module: ModuleType, request: pytest.FixtureRequest) -> Iterator[Na
     counters, size = host_module.workspace
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8)
     workspace[:counters] = 0
-    yield Native(host_module, lambda _: (0, workspace.data_ptr(), 0, 0), is_done=True)
+    yield Native(host_module, lambda _: (0, workspace.data_ptr(), 0, 0), is_done=False)
     host_module.order(0, 1)
     assert not workspace[:counters].any(), "a launch left a counter that is not 0"
