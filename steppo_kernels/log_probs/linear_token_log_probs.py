@@ -153,7 +153,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
         c = zeros if grad is None else grad[index]
         e = None if grad_entropy is None else grad_entropy[index]
-        live = live_rows(c, e)
+        live = live_rows(c, e, head.backend, ascending=True)
         gradients = HeadGradients(
             head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk)
         )

@@ -80,8 +80,9 @@ class Head(NamedTuple):
     ) -> Tensor:
         """Overwrite logits with their gradients: of all rows, or the first n with those of `order`.
 
-        `order` ``[n]`` is as `packed` returns it. The gradients have the dtype of the weight; where
-        that is narrower, they take the first half of each row's memory.
+        `order` ``[n]`` is as `live_rows` returns it where it need not ascend. The gradients have
+        the dtype of the weight; where that is narrower, they take the first half of each row's
+        memory.
         """
         logits = grad_logits = rows.logits
         if logits.dtype != self.weight.dtype:
@@ -343,25 +344,19 @@ def rows_within(budget: int, head: Head) -> int:
     return max(_MIN_ROWS, rows - rows % 64)
 
 
-def live_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """Return the positions of rows with a gradient. Their number is copied to the host."""
-    live = grad_log_probs != 0
-    if grad_entropy is not None:
-        live |= grad_entropy != 0
-    return live.nonzero().squeeze(1)
+def live_rows(
+    grad_log_probs: Tensor, grad_entropy: Tensor | None, backend: str, *, ascending: bool
+) -> Tensor:
+    """Return the positions of the rows with a gradient, in an order of `order_live_rows`.
 
-
-def packed(live: Tensor, num_rows: int) -> Tensor:
-    """Return the n ascending positions `live`, ordered so that entry j is j or at least n.
-
-    The gradient of row ``order[j]`` can then be written to row j while others are read: the rows
-    that make room are dead.
+    With `ascending` they ascend. Without, entry j of n is j or at least n: the gradient of row
+    ``order[j]`` can then be written to row j while others are read, as the rows that make room are
+    dead.
     """
-    count = len(live)
-    if count in (0, num_rows):
-        return live
-    order = torch.arange(count, device=live.device)
-    is_dead = torch.ones(num_rows, dtype=torch.bool, device=live.device)
-    is_dead[live] = False
-    order[is_dead[:count]] = live[live >= count]
-    return order
+    order: Tensor
+    order, count = operators.call(
+        "order_live_rows", backend, grad_log_probs, grad_entropy, ascending
+    )
+    # The one number that a chunk copies to the host. An asynchronous copy would gain nothing: what
+    # is launched next has so many rows.
+    return order[: int(count)]

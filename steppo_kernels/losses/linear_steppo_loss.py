@@ -24,7 +24,6 @@ from ..log_probs.lm_head import (
     check_chunk,
     check_head,
     live_rows,
-    packed,
 )
 from ..log_probs.saved import save, saved
 from ..log_probs.untraced import untraced
@@ -316,10 +315,9 @@ class _Pass:
         if not self.gradients.any:
             return
         grad, grad_entropy, units = self._coefficients(begin, end)
-        live = live_rows(grad, grad_entropy)
-        if len(live) == 0:
+        order = live_rows(grad, grad_entropy, self.head.backend, ascending=False)
+        if len(order) == 0:
             return
-        order = packed(live, last - first)
         grad_logits = self.head.differentiate(rows, grad, grad_entropy, order)
         if units is not None:
             units = units[order]
@@ -333,7 +331,8 @@ class _Pass:
         if not self.gradients.any:
             return
         grad, grad_entropy, units = self._coefficients(begin, end)
-        for live in live_rows(grad, grad_entropy).split(self.chunk):
+        every = live_rows(grad, grad_entropy, self.head.backend, ascending=True)
+        for live in every.split(self.chunk):
             if len(live) == 0:
                 continue
             rows = self._evaluate(self.steps.index[first + live], buffer)
