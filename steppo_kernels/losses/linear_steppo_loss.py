@@ -82,9 +82,11 @@ def linear_steppo_loss(
             on a CPU or of a sixteenth of a GPU's memory, and at least 128. With more than one chunk
             the products of the weight's gradient, each rounded to its dtype, are summed in fp32: in
             memory of its own, besides the gradient, that is read and written once per chunk, which
-            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). On a
-            CPU, up to 256 MiB stay allocated for the next call, and so does a gradient of the
-            weight of up to 2 GiB after it was dropped (`steppo_kernels.memory.release`).
+            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). A
+            GPU does not round the products where torch adds them in fp32, and if at most d rows
+            have a gradient it forms one product of these in the end. On a CPU, up to 256 MiB stay
+            allocated for the next call, and so does a gradient of the weight of up to 2 GiB after
+            it was dropped (`steppo_kernels.memory.release`).
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.
