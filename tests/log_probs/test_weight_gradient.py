@@ -29,7 +29,10 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def add_in_fp32(part, columns, hidden, is_first):
-    """What torch does on a GPU, and not on a CPU."""
+    """What torch does on a GPU, where it does it rightly, and not on a CPU."""
+    if part.is_cuda and weight_gradient.adds_in_fp32(part.device, columns.dtype):
+        weight_gradient._add_in_fp32(part, columns, hidden, is_first)
+        return
     product = columns.float() @ hidden.float()
     part.copy_(product if is_first else part + product)
 
@@ -45,7 +48,7 @@ def chunks_of(dtype, rows, vocabulary, size):
         yield grad_logits, torch.randn((count, size), generator=generator).to(dtype)
 
 
-def ways(weight):
+def ways(weight, backend):
     """Every way to add up several chunks: the last begins to keep rows and has too many."""
 
     def in_fp32():
@@ -54,7 +57,7 @@ def ways(weight):
     if weight.dtype not in _HALVES:
         return {"alike": Sum(weight, add_alike, 50)}
     return {
-        "rounded": Sum(weight, functools.partial(add_rounded, "cpu"), 50),
+        "rounded": Sum(weight, functools.partial(add_rounded, backend), 50),
         "in fp32": in_fp32(),
         "kept": KeptRows(weight, 60, in_fp32),
         "kept, then in fp32": KeptRows(weight, 30, in_fp32),
@@ -76,7 +79,7 @@ def test_chunks_add_up(monkeypatch, name, rows, dtype):
     """The error is that of plain PyTorch's one product, or that of rounding the sum once."""
     monkeypatch.setattr(weight_gradient, "GPU_SLICE", 50)
     weight = torch.empty((131, 24), dtype=dtype)
-    found = ways(weight)[name]
+    found = ways(weight, "cpu")[name]
     given = []
     for grad_logits, hidden in chunks_of(dtype, rows, *weight.shape):
         found.add(grad_logits, hidden)
@@ -239,21 +242,20 @@ _CONFIG = StepPOConfig(clip_low=0.9, clip_high=9.0)
 @grid(cover=1, name=_NAMES, dtype=[torch.bfloat16, torch.float16])
 def test_gradients_of_the_head_in_every_way(monkeypatch, kernel, name, dtype):
     """Chunks of a loss and of log-probs; the error is at most that of plain PyTorch."""
-    if kernel.device != "cpu":
-        pytest.skip("a GPU takes its own way")
     monkeypatch.setattr(weight_gradient, "GPU_SLICE", 50)
     asked = []
 
     def given(weight, backend, num_chunks, num_rows, *, takes_units):
         asked.append(num_chunks)
         # Units take another way: products are formed in fp32 then.
-        return Sum(weight, add_alike, 50) if takes_units else ways(weight)[name]
+        return Sum(weight, add_alike, 50) if takes_units else ways(weight, backend)[name]
 
     monkeypatch.setattr(lm_head, "weight_gradient", given)
     exact = head_case(8, 2, 20, 64, 131, sharp=4.0)
     # Some steps are dead.
     exact.advantages[::3] = 0.0
     upstream = torch.linspace(1.0, -1.0, exact.mask.numel()).view(exact.mask.shape)
+    upstream = upstream.to(kernel.device)
 
     def gradient(case, run):
         return case.gradients(run(case), "weight")["grad_weight"]
@@ -289,9 +291,9 @@ def test_gradients_of_the_head_in_every_way(monkeypatch, kernel, name, dtype):
         (fused_loss, lambda case: plain_loss(case, {}, config=_CONFIG).loss),
         (fused_log_probs, plain_upstream),
     ):
-        expected = gradient(exact.to(torch.float64), plain)
-        unfused = gradient(exact.to(dtype), plain)
-        found = gradient(exact.to(dtype), fused)
+        expected = gradient(exact.to(torch.float64, kernel.device), plain)
+        unfused = gradient(exact.to(dtype, kernel.device), plain)
+        found = gradient(exact.to(dtype, kernel.device), fused)
         assert Error.between(found, expected).rms <= Error.between(unfused, expected).rms, (
             fused.__name__
         )
