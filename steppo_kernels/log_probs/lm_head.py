@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import operators
+from ..backends.gpu.products import KEEPS_FP32
 from .memory import KEPT_BYTES, scratch
 from .token_log_probs import Targets
-from .weight_gradient import CPU_SLICE, GPU_KEEPS_FP32, slice_rows, weight_gradient
+from .weight_gradient import CPU_SLICE, slice_rows, weight_gradient
 
 # Logits of a chunk: few enough to leave memory to the model, and so many that the sum of the
 # weight's gradient, which is read and written for each chunk, costs little next to the products.
@@ -224,7 +225,7 @@ class HeadGradients:
 
     def _hidden_product(self, grad_logits: Tensor) -> Tensor:
         weight = self.head.weight
-        if not self.takes_units or (grad_logits.is_cuda and not GPU_KEEPS_FP32):
+        if not self.takes_units or (grad_logits.is_cuda and not KEEPS_FP32):
             return torch.mm(grad_logits, weight)
         if grad_logits.is_cuda:
             return torch.mm(grad_logits, weight, out_dtype=torch.float32)
@@ -254,7 +255,7 @@ def logits_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
     Products of half precisions are kept in the fp32 that they are summed in: rounded, they move
     log-probs by more than a step ratio is clipped at.
     """
-    is_kept = backend == "cpu" or (backend in ("triton", "cuda") and GPU_KEEPS_FP32)
+    is_kept = backend == "cpu" or (backend in ("triton", "cuda") and KEEPS_FP32)
     return torch.promote_types(dtype, torch.float32) if is_kept else dtype
 
 

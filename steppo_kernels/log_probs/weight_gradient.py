@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import operators
+from ..backends.gpu import products
 from .memory import gradient
 
 # Adds the product of ``[v, n]`` and ``[n, d]`` to a sum ``[v, d]``, or writes it to that if it is
@@ -26,8 +27,6 @@ Add = Callable[[Tensor, Tensor, Tensor, bool], None]
 # small next to the logits of a chunk, and its product is large enough for every processor.
 CPU_SLICE, GPU_SLICE = 4096, 2**14
 _HALVES = (torch.float16, torch.bfloat16)
-# Whether torch multiplies halves into fp32 on a GPU: since 2.8, though not in every build for ROCm.
-GPU_KEEPS_FP32 = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 class WeightGradient(Protocol):
@@ -143,8 +142,8 @@ def weight_gradient(
         return Sum(weight, add_alike, whole)
 
     def make_sum() -> Sum:
-        if weight.is_cuda and adds_in_fp32(weight.device, weight.dtype):
-            return Sum(weight, _add_in_fp32, whole)
+        if weight.is_cuda and products.adds_products(weight.device, weight.dtype):
+            return Sum(weight, add_in_fp32, whole)
         return Sum(weight, functools.partial(add_rounded, backend), part)
 
     # As many rows as this take half of the memory of a sum. They are copied twice, which moves
@@ -177,43 +176,6 @@ def add_rounded(
     operators.call("accumulate", backend, part, torch.mm(columns, hidden), is_first)
 
 
-def _add_in_fp32(part: Tensor, columns: Tensor, hidden: Tensor, is_first: bool) -> None:
-    """Add a product of halves that is not rounded, which takes `adds_in_fp32`."""
-    if is_first:
-        torch.mm(columns, hidden, out_dtype=part.dtype, out=part)
-    else:
-        torch.addmm(part, columns, hidden, out_dtype=part.dtype, out=part)
-
-
-@functools.cache
-def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a GPU adds products of halves to a sum in fp32 (`_add_in_fp32`).
-
-    torch offers it since 2.8. It refused a sum in fp32 at first, and was wrong for a while.
-    """
-    return GPU_KEEPS_FP32 and is_exact(_add_in_fp32, device, dtype)
-
-
-def is_exact(add: Add, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether `add` gives the sums of two products whose every number is an integer.
-
-    They are exact in fp32, whatever the order of additions, and halves do not hold them.
-    """
-    rows, vocabulary, size = 24, 48, 40
-
-    def numbers(count: int, step: int) -> Tensor:
-        return (torch.arange(count, device=device) * step % 127 - 63).to(dtype)
-
-    # Rows of gradients lie apart, as in memory of fp32 logits.
-    grad_logits = numbers(2 * rows * 2 * vocabulary, 37).view(2, rows, -1)[..., :vocabulary]
-    hidden = numbers(2 * rows * size, 53).view(2, rows, size)
-    found = torch.full((vocabulary, size), torch.nan, device=device)
-    try:
-        for at in range(2):
-            add(found, grad_logits[at].t(), hidden[at], at == 0)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):
-        return False
-    expected = (grad_logits.double().transpose(1, 2) @ hidden.double()).sum(0)
-    return torch.equal(found.double(), expected)
+def add_in_fp32(part: Tensor, columns: Tensor, hidden: Tensor, is_first: bool) -> None:
+    """Add a product of halves that is not rounded, on a GPU that does this rightly."""
+    (products.multiply if is_first else products.add)(part, columns, hidden)

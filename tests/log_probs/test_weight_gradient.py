@@ -11,6 +11,7 @@ import torch
 from batches import Error
 from grids import grid
 from head_cases import head_case, new_tensors, plain_log_probs, plain_loss, products
+from products_in_fp32 import HALVES, emulate
 
 from steppo_kernels import StepPOConfig, linear_steppo_loss, linear_token_log_probs
 from steppo_kernels.log_probs import lm_head, weight_gradient
@@ -21,20 +22,9 @@ from steppo_kernels.log_probs.weight_gradient import (
     OneProduct,
     Sum,
     add_alike,
+    add_in_fp32,
     add_rounded,
-    is_exact,
 )
-
-_HALVES = (torch.bfloat16, torch.float16)
-
-
-def add_in_fp32(part, columns, hidden, is_first):
-    """What torch does on a GPU, where it does it rightly, and not on a CPU."""
-    if part.is_cuda and weight_gradient.adds_in_fp32(part.device, columns.dtype):
-        weight_gradient._add_in_fp32(part, columns, hidden, is_first)
-        return
-    product = columns.float() @ hidden.float()
-    part.copy_(product if is_first else part + product)
 
 
 def chunks_of(dtype, rows, vocabulary, size):
@@ -49,15 +39,19 @@ def chunks_of(dtype, rows, vocabulary, size):
 
 
 def ways(weight, backend):
-    """Every way to add up several chunks: the last begins to keep rows and has too many."""
+    """Every way to add up several chunks: the last two have too many rows to keep."""
+    if weight.dtype not in HALVES:
+        return {"alike": Sum(weight, add_alike, 50)}
+
+    def rounded():
+        return Sum(weight, functools.partial(add_rounded, backend), 50)
 
     def in_fp32():
-        return Sum(weight, add_in_fp32, 50)
+        is_there = weight_gradient.products.adds_products(weight.device, weight.dtype)
+        return Sum(weight, add_in_fp32, 50) if is_there else rounded()
 
-    if weight.dtype not in _HALVES:
-        return {"alike": Sum(weight, add_alike, 50)}
     return {
-        "rounded": Sum(weight, functools.partial(add_rounded, backend), 50),
+        "rounded": rounded(),
         "in fp32": in_fp32(),
         "kept": KeptRows(weight, 60, in_fp32),
         "kept, then in fp32": KeptRows(weight, 30, in_fp32),
@@ -69,7 +63,7 @@ _NAMES = ("rounded", "in fp32", "kept", "kept, then in fp32", "too many at once"
 _WAYS = [
     ("alike", torch.float32),
     ("alike", torch.float64),
-    *itertools.product(_NAMES, _HALVES),
+    *itertools.product(_NAMES, HALVES),
 ]
 
 
@@ -78,6 +72,7 @@ _WAYS = [
 def test_chunks_add_up(monkeypatch, name, rows, dtype):
     """The error is that of plain PyTorch's one product, or that of rounding the sum once."""
     monkeypatch.setattr(weight_gradient, "GPU_SLICE", 50)
+    emulate(monkeypatch)
     weight = torch.empty((131, 24), dtype=dtype)
     found = ways(weight, "cpu")[name]
     given = []
@@ -121,84 +116,13 @@ def test_kept_rows_are_multiplied_once_without_a_sum():
     assert max(sizes) == 60 * 131
 
 
-def rounded(part, columns, hidden, is_first):
-    product = (columns.float() @ hidden.float()).to(columns.dtype)
-    part.copy_(product if is_first else part + product)
-
-
-def forgetful(part, columns, hidden, is_first):
-    part.copy_(columns.float() @ hidden.float())
-
-
-def rounded_sum(part, columns, hidden, is_first):
-    add_in_fp32(part, columns, hidden, is_first)
-    part.copy_(part.to(columns.dtype))
-
-
-def twice(part, columns, hidden, is_first):
-    add_in_fp32(part, columns, hidden, is_first)
-    if not is_first:
-        part.mul_(2)
-
-
-def not_strided(part, columns, hidden, is_first):
-    add_in_fp32(part, columns.as_strided(columns.shape, (1, len(columns))), hidden, is_first)
-
-
-def idle(part, columns, hidden, is_first):
-    pass
-
-
-def refusing(error):
-    def add(part, columns, hidden, is_first):
-        if not is_first:
-            raise error
-
-    return add
-
-
-_FAULTS = {
-    "rounds the product": rounded,
-    "forgets the sum": forgetful,
-    "rounds the sum": rounded_sum,
-    "adds the sum twice": twice,
-    "takes rows for contiguous": not_strided,
-    "does nothing": idle,
-    "is not there": refusing(NotImplementedError("no kernel")),
-    "does not know the option": refusing(TypeError("unexpected keyword argument")),
-}
-
-
-@pytest.mark.parametrize("dtype", _HALVES, ids=str)
-def test_the_probe_lets_pass_what_is_right_alone(dtype):
-    device = torch.device("cpu")
-    assert is_exact(add_in_fp32, device, dtype)
-    for name, fault in _FAULTS.items():
-        assert not is_exact(fault, device, dtype), name
-    with pytest.raises(torch.OutOfMemoryError):
-        is_exact(refusing(torch.OutOfMemoryError("full")), device, dtype)
-
-
-def test_the_probe_of_a_device_runs_once(monkeypatch):
-    """On a CPU torch does not have it."""
-    assert not weight_gradient.adds_in_fp32(torch.device("cpu"), torch.bfloat16)
-    weight_gradient.adds_in_fp32.cache_clear()
-    runs = []
-    monkeypatch.setattr(weight_gradient, "is_exact", lambda *given: runs.append(given) or True)
-    monkeypatch.setattr(weight_gradient, "GPU_KEEPS_FP32", True)
-    for _ in range(2):
-        assert weight_gradient.adds_in_fp32(torch.device("cpu"), torch.bfloat16)
-    assert len(runs) == 1
-    weight_gradient.adds_in_fp32.cache_clear()
-
-
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_way_is_chosen_by_device_dtype_and_number_of_rows(monkeypatch, device, adds):
     """A stand-in for a weight, as there need be no GPU."""
     is_gpu, vocabulary, size = device == "cuda", 100_000, 64
     monkeypatch.setattr(weight_gradient, "gradient", lambda *_: None)
-    monkeypatch.setattr(weight_gradient, "adds_in_fp32", lambda *_: adds)
+    monkeypatch.setattr(weight_gradient.products, "adds_products", lambda *_: adds)
     whole, part = (vocabulary, GPU_SLICE) if is_gpu else (CPU_SLICE, CPU_SLICE)
 
     def chosen(dtype, num_chunks, num_rows=None, takes_units=False):
@@ -223,8 +147,8 @@ def test_a_way_is_chosen_by_device_dtype_and_number_of_rows(monkeypatch, device,
     is_sum(chosen(torch.float16, 1, takes_units=True), add_alike, part)
     adder, rows = (add_rounded, part)
     if is_gpu and adds:
-        adder, rows = (weight_gradient._add_in_fp32, whole)
-    for dtype in _HALVES:
+        adder, rows = (add_in_fp32, whole)
+    for dtype in HALVES:
         is_sum(chosen(dtype, 2, size + 1), adder, rows)
         for num_rows in (None, size):
             found = chosen(dtype, 2, num_rows)
@@ -243,6 +167,7 @@ _CONFIG = StepPOConfig(clip_low=0.9, clip_high=9.0)
 def test_gradients_of_the_head_in_every_way(monkeypatch, kernel, name, dtype):
     """Chunks of a loss and of log-probs; the error is at most that of plain PyTorch."""
     monkeypatch.setattr(weight_gradient, "GPU_SLICE", 50)
+    emulate(monkeypatch)
     asked = []
 
     def given(weight, backend, num_chunks, num_rows, *, takes_units):
