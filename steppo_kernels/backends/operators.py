@@ -443,6 +443,23 @@ def token_log_probs_backward(
 
 
 @_operator(
+    "live_rows",
+    "(Tensor grad_log_probs, Tensor? grad_entropy, bool ascending, str backend) "
+    "-> (Tensor order, Tensor count)",
+)
+def order_live_rows(
+    grad_log_probs: Tensor, grad_entropy: Tensor | None, ascending: bool, backend: str
+) -> Any:
+    """Fake: order all rows, the `count` that have a gradient (one that is not 0) before the others.
+
+    The others ascend, and so do the first with `ascending`. Without, entry j of these is j where
+    row j is among them; the rows from `count` on take the places that are left, ascending.
+    """
+    order = grad_log_probs.new_empty(grad_log_probs.shape, dtype=torch.int64)
+    return order, order.new_empty(())
+
+
+@_operator(
     "lm_head",
     "(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, str backend) -> ()",
 )

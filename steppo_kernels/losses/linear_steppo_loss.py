@@ -23,7 +23,6 @@ from ..log_probs.lm_head import (
     check_chunk,
     check_head,
     live_rows,
-    packed,
 )
 from ..log_probs.saved import save, saved
 from ..log_probs.untraced import untraced
@@ -83,9 +82,11 @@ def linear_steppo_loss(
             on a CPU or of a sixteenth of a GPU's memory, and at least 128. With more than one chunk
             the products of the weight's gradient, each rounded to its dtype, are summed in fp32: in
             memory of its own, besides the gradient, that is read and written once per chunk, which
-            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). On a
-            CPU, up to 256 MiB stay allocated for the next call, and so does a gradient of the
-            weight of up to 2 GiB after it was dropped (`steppo_kernels.memory.release`).
+            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). A
+            GPU does not round the products where torch adds them in fp32, and if at most d rows
+            have a gradient it forms one product of these in the end. On a CPU, up to 256 MiB stay
+            allocated for the next call, and so does a gradient of the weight of up to 2 GiB after
+            it was dropped (`steppo_kernels.memory.release`).
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.
@@ -316,10 +317,9 @@ class _Pass:
         if not self.gradients.any:
             return
         grad, grad_entropy, units = self._coefficients(begin, end)
-        live = live_rows(grad, grad_entropy)
-        if len(live) == 0:
+        order = live_rows(grad, grad_entropy, self.head.backend, ascending=False)
+        if len(order) == 0:
             return
-        order = packed(live, last - first)
         grad_logits = self.head.differentiate(rows, grad, grad_entropy, order)
         if units is not None:
             units = units[order]
@@ -333,7 +333,8 @@ class _Pass:
         if not self.gradients.any:
             return
         grad, grad_entropy, units = self._coefficients(begin, end)
-        for live in live_rows(grad, grad_entropy).split(self.chunk):
+        every = live_rows(grad, grad_entropy, self.head.backend, ascending=True)
+        for live in every.split(self.chunk):
             if len(live) == 0:
                 continue
             rows = self._evaluate(self.steps.index[first + live], buffer)

@@ -227,7 +227,9 @@ def head_samples(batch: Batch) -> dict[str, list[tuple]]:
     products = torch.zeros((length + 1, 5), device=device, dtype=dtype)
     total = torch.ones((3, 37), device=device)
     half = torch.linspace(-1.0, 1.0, 3 * 37, device=device).view(3, 37)
+    dead = grads[0] * (ids % 3 == 0)
     return {
+        "order_live_rows": [(dead, None, False), (dead, grads[1], True), (dead, dead, True)],
         "accumulate": [
             (total, half.bfloat16(), False),
             (total.clone(), half.half(), False),

@@ -110,6 +110,22 @@ double policy_loss(Batch& batch, Ratio ratio) {
   return of_layout + loss;
 }
 
+// More rows than a block takes at once, the later of which take the places of the earlier.
+std::int64_t live_rows(Batch& batch) {
+  constexpr std::int64_t kRows = 5000;
+  auto grad = batch.numbers(kRows);
+  for (std::int64_t i = 0; i < kRows; ++i)
+    grad[i] *= static_cast<float>(i > 3 * kRows / 4 || i % 5 == 0);
+  std::vector<std::int64_t> order(kRows);
+  std::int64_t count = 0, sum = 0;
+  for (const bool ascending : {false, true}) {
+    cuda::order_live_rows({kFloat32, grad.data(), nullptr, ascending, kRows, order.data(), &count},
+                          batch.place());
+    for (std::int64_t j = 0; j < count; ++j) sum += j * order[j];
+  }
+  return sum;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -120,5 +136,6 @@ int main(int argc, char** argv) {
   for (const Ratio ratio : {kGeometric, kCentered, kToken}) {
     std::printf("%.9g\n", policy_loss(batch, ratio));
   }
+  std::printf("%lld\n", static_cast<long long>(live_rows(batch)));
   return 0;
 }
