@@ -33,6 +33,7 @@ _MODULES = [] if _WHY_NOT else [module_of("cuda"), module_of("cpu")]
 
 
 kernels = SimpleNamespace(
+    **{name: getattr(module, name) for module in _MODULES for name in module.operators},
     operators={name: value for module in _MODULES for name, value in module.operators.items()},
     records={name: value for module in _MODULES for name, value in module.records.items()},
 )
