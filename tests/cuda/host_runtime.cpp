@@ -4,8 +4,9 @@
 #include "steppo/cuda.h"
 
 extern "C" __attribute__((visibility("default"))) void order_of_threads(std::uint64_t seed,
-                                                                        int resident) {
-  cuda_on_host::options = {seed, resident, ""};
+                                                                        int resident,
+                                                                        std::int64_t most_blocks) {
+  cuda_on_host::options = {seed, resident, most_blocks, ""};
 }
 
 namespace steppo::cuda {
