@@ -78,11 +78,13 @@ class Order(Protocol):
 
 def order_of(module: Path) -> Order:
     """Return what sets the order in which the threads of a module's kernels run."""
-    set_order = ctypes.CDLL(str(module)).order_of_threads
-    set_order.argtypes = ctypes.c_uint64, ctypes.c_int, ctypes.c_int64
+    library = ctypes.CDLL(str(module))
+    library.order_of_threads.argtypes = ctypes.c_uint64, ctypes.c_int
+    library.limit_blocks.argtypes = (ctypes.c_int64,)
 
     def order(seed: int, resident: int, most_blocks: int = 0) -> None:
-        set_order(seed, resident, most_blocks)
+        library.order_of_threads(seed, resident)
+        library.limit_blocks(most_blocks)
 
     return order
 

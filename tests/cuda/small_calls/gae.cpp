@@ -56,7 +56,7 @@ const Listed short_ones("gae_of_short_trajectories", [](Run& run) {
 });
 // More of them than blocks, of several tiles of a block.
 const Listed long_ones("gae_of_long_trajectories",
-                       [](Run& run) { gae(run, {1100, 513, 800, 1030}); });
+                       [](Run& run) { gae(run, {4200, 513, 2100, 800}); });
 // More steps than the last block whitens by itself.
 const Listed many("gae_of_many_steps",
                   [](Run& run) { gae(run, {1100, 1100, 1100, 1100, 1100, 1100, 1100, 1100}); });
