@@ -9,7 +9,8 @@ UV := uv==0.13.9
 BIN := .venv/bin
 ENVIRONMENTS := .venv .venv-bench .venv-newest .venv-oldest
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
-FORMATTED = $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(wildcard csrc/cuda/* tests/native/* tests/cuda/*))
+FORMATTED = $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(wildcard csrc/cuda/* tests/native/* tests/cuda/* \
+	tests/cuda/*/*))
 TEST := pytest -n 2 --dist worksteal
 
 .PHONY: install demo compare example test test-newest test-oldest lint format bench sanitize

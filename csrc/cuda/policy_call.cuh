@@ -2,6 +2,8 @@
 // ratio, and the end of a call.
 #pragma once
 
+#include <algorithm>
+
 #include "last_block.cuh"
 #include "launch.h"
 #include "policy_step.cuh"
@@ -41,7 +43,7 @@ STEPPO_DEVICE void finish_call(int blocks, const PolicyTensors& tensors, const P
 inline std::int64_t step_blocks_for(std::int64_t threads) {
   const std::int64_t needed = ceil_div(threads, kThreads);
   // One block at least, which finishes.
-  return needed < 1 ? 1 : needed < kStepBlocks ? needed : kStepBlocks;
+  return std::clamp<std::int64_t>(needed, 1, most_blocks(kStepBlocks));
 }
 
 // mu of the centered ratio is the mean of z over all action tokens. It is known before any step is,

@@ -111,8 +111,9 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
     if (tensors.grad_values != nullptr && tensors.values_per_token) {
       fill_with_zeros(launch, static_cast<T*>(tensors.grad_values), tensors.num_values);
     }
-    launch(listed<value_loss_kernel<T>>(), std::clamp<std::int64_t>(blocks, 1, kBlocks), kThreads,
-           tensors, states, config, static_cast<Workspace*>(place.workspace));
+    launch(listed<value_loss_kernel<T>>(),
+           std::clamp<std::int64_t>(blocks, 1, most_blocks(kBlocks)), kThreads, tensors, states,
+           config, static_cast<Workspace*>(place.workspace));
   });
 }
 

@@ -3,10 +3,13 @@
 #include "host_grid.h"
 #include "steppo/cuda.h"
 
-extern "C" __attribute__((visibility("default"))) void order_of_threads(std::uint64_t seed,
-                                                                        int resident) {
-  cuda_on_host::options = {seed, resident, ""};
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void order_of_threads(std::uint64_t seed, int resident) {
+  cuda_on_host::options = {seed, resident, 0, ""};
 }
+
+EXPORTED void limit_blocks(std::int64_t most) { cuda_on_host::options.most_blocks = most; }
 
 namespace steppo::cuda {
 
