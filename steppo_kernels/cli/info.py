@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -37,9 +38,8 @@ def collect() -> dict[str, Any]:
 
 def show(facts: dict[str, Any], console: Console) -> None:
     """Print what `collect` returns."""
-    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v is not None)
-    console.print(versions, highlight=False)
-    console.print(f"{facts['platform']}, {facts['threads']} threads", highlight=False)
+    for line in headline(facts):
+        console.print(line, highlight=False)
 
     table = Table(title="backends", title_justify="left")
     for name in ("backend", "runs", "on", "about"):
@@ -59,6 +59,17 @@ def show(facts: dict[str, Any], console: Console) -> None:
     for device in facts["devices"]:
         table.add_row(device["device"], device["name"], device["about"], device["auto"])
     console.print(table)
+
+
+def headline(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return the versions and the platform of what `collect` returns, a line each."""
+    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v is not None)
+    return versions, f"{facts['platform']}, {facts['threads']} threads"
+
+
+def load() -> float | None:
+    """Return how many processes wanted a core over the last minute; None if nobody counts them."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _version(package: str) -> str | None:

@@ -32,15 +32,16 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(main, list(words))
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("validate",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("info",), ("validate",), ("bench",), ("demo",)])
 def test_help_says_what_a_command_is_for(command):
     found = run(*command, "--help")
     assert found.exit_code == 0
     text = " ".join(found.output.split())
     expected = {
-        (): "info validate demo",
+        (): "info validate bench demo",
         ("info",): "or why not",
         ("validate",): "against the fp64 reference",
+        ("bench",): "next to plain PyTorch and torch.compile",
         ("demo",): "Train a small agent",
     }[command]
     assert all(word in text for word in expected.split())
@@ -196,6 +197,10 @@ def test_validate_says_that_no_native_backend_was_checked(monkeypatch):
         (("validate", "--operation", "abacus"), "expected part of one of"),
         (("validate", "--dtype", "int8"), "expected one of float64"),
         (("validate", "--batches", "0"), "Invalid value for '--batches'"),
+        (("bench", "--backend", "abacus"), "expected one of auto, reference, cpu"),
+        (("bench", "--device", "toaster"), "expected one of cpu"),
+        (("bench", "--operation", "abacus"), "expected part of one of"),
+        (("bench", "--seconds", "0"), "Invalid value for '--seconds'"),
         (("demo", "--backend", "abacus"), "expected one of auto, reference, cpu"),
         (("abacus",), "No such command"),
     ],
