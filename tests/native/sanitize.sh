@@ -16,7 +16,7 @@ for program in threads pool; do
 done
 
 echo "== AddressSanitizer and UBSan"
-STEPPO_SANITIZE=address,undefined "$bin/python" setup.py --quiet build \
+STEPPO_SANITIZE=address,undefined STEPPO_BUILD_CUDA=0 "$bin/python" setup.py --quiet build \
   --build-base "$out/build" --build-lib "$out/lib"
 # The interpreter is not instrumented: the runtime is loaded first, and its own leaks are not ours.
 # Memory that no machine has is refused as it is without a sanitizer: with an exception.

@@ -32,9 +32,12 @@ struct Versions {
 };
 Versions versions();
 
-// Loads the code of every kernel onto a device, where a launch would do it for its own. It waits for
-// the device, which no stream that is captured may do.
+// Loads the code of every kernel onto a device, where a launch would do it for its own. It waits
+// for the device, which no stream that is captured may do.
 void load(int device);
+
+// How many kernels that are.
+std::size_t num_kernels();
 
 // Whether launches on a stream are recorded for a graph.
 bool is_capturing(void* stream);
