@@ -24,6 +24,13 @@ MODES = ("0", "1", "auto")
 # What is compiled for unless STEPPO_CUDA_ARCHS says otherwise. A GPU of the same generation runs
 # code of an older one: 86 and 89 that of 80, and 103 that of 100.
 ARCHITECTURES = ("80", "90", "100")
+KERNEL_FLAGS = (
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xfatbin=-compress-all",
+)
+BINDING_FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # Where toolkits of the system lie.
 USUAL = "/usr/local/cuda/bin"
 RUNTIME = "libcudart_static.a"
@@ -80,16 +87,11 @@ def ninja_file(root: Path, includes: list[str], module: str) -> NinjaFile:
         *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in machine_code),
         f"-gencode=arch=compute_{newest},code=compute_{newest}",
     ]
-    kernels = [
-        "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden",
-        "-Xfatbin=-compress-all", f"-I{root / 'csrc/include'}", *code,
-    ]  # fmt: skip
+    common = ["-std=c++17", f"-I{root / 'csrc/include'}"]
+    kernels = [*common, *KERNEL_FLAGS, *code]
     told = " ".join([*machine_code[:-1], f"{newest}+PTX"])
-    glue = [
-        "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-        f"-I{root / 'csrc/include'}", f'-DSTEPPO_ARCHITECTURES="{told}"',
-        *binding_flags(includes, f"nvcc {toolkit.version}"),
-    ]  # fmt: skip
+    names = binding_flags(includes, f"nvcc {toolkit.version}")
+    glue = [*common, *BINDING_FLAGS, *names, f'-DSTEPPO_ARCHITECTURES="{told}"']
 
     file = NinjaFile(module)
     file.rule("compile", compiler, "-MMD -MF $out.d $flags -c $in -o $out")
@@ -143,8 +145,9 @@ def wheels() -> list[str]:
     spec = importlib.util.find_spec("nvidia")
     seen = list(spec.submodule_search_locations or []) if spec else []
     beside = os.path.join(sysconfig.get_path("platlib"), "nvidia")
-    found = {n.parent for folder in (*seen, beside) for n in Path(folder).glob("cu*/bin/nvcc")}
-    return [str(path) for path in sorted(found, key=lambda path: path.parent.name, reverse=True)]
+    found = [nvcc for folder in (*seen, beside) for nvcc in Path(folder).glob("cu*/bin/nvcc")]
+    newest_first = sorted(found, key=lambda nvcc: nvcc.parts[-3], reverse=True)
+    return [str(nvcc.parent) for nvcc in dict.fromkeys(newest_first)]
 
 
 def find_toolkit() -> Toolkit:
