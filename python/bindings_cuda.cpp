@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C_cuda, m) {
     return pybind11::make_tuple(found.driver, found.runtime);
   });
   m.def("load", &steppo::cuda::load);
+  m.def("num_kernels", &steppo::cuda::num_kernels);
   m.def("is_capturing", [](std::size_t stream) {
     return steppo::cuda::is_capturing(reinterpret_cast<void*>(stream));
   });

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
-from ..backends import choice
+from ..backends import choice, modules
 
 
 def collect() -> dict[str, Any]:
@@ -50,7 +50,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
             for key, value in backend["details"].items()
         )
         runs = "[green]yes[/]" if backend["available"] else "[red]no[/]"
-        table.add_row(name, runs, ", ".join(backend["devices"]), about)
+        # What a compiler complained of may have brackets.
+        table.add_row(name, runs, ", ".join(backend["devices"]), escape(about))
     console.print(table)
 
     table = Table(title="devices", title_justify="left")
@@ -87,12 +88,14 @@ def _backend(name: str) -> dict[str, Any]:
     why_not = None if runs_on else next(iter(reasons.values()))
     details: dict[str, Any] = {}
     if runs_on and name == "cpu":
-        module: Any = importlib.import_module("steppo_kernels._C_cpu")
+        module = modules.module_of("cpu")
         details = {
             "instruction_set": module.isa(),
             "compiled_for": module.isas().split(", "),
             "compiler": module.compiler(),
         }
+    elif runs_on and name == "cuda":
+        details = _about_cuda()
     elif runs_on and name == "triton":
         details = {"interpreter": "on, on CPU tensors" if choice.triton_interprets() else "off"}
     return {
@@ -100,6 +103,19 @@ def _backend(name: str) -> dict[str, Any]:
         "why_not": why_not,
         "devices": runs_on,
         "details": details,
+    }
+
+
+def _about_cuda() -> dict[str, Any]:
+    module = modules.module_of("cuda")
+    if module.on_host:
+        return {"on_the_host": "by tests"}
+    driver, runtime = (f"{found // 1000}.{found % 1000 // 10}" for found in module.versions())
+    return {
+        "compiled_for": module.architectures.split(),
+        "compiler": module.compiler,
+        "built_with_cuda": runtime,
+        "driver_runs_cuda": driver,
     }
 
 

@@ -37,7 +37,7 @@ done
 
 echo "== AddressSanitizer and UBSan"
 export STEPPO_SANITIZE=address,undefined
-"$bin/python" setup.py --quiet build --build-base "$out/build" --build-lib "$out/lib"
+STEPPO_BUILD_CUDA=0 "$bin/python" setup.py --quiet build --build-base "$out/build" --build-lib "$out/lib"
 STEPPO_CUDA_ON_HOST=0 instrumented \
   -n 2 -k "cpu and not compile and not opcheck" --ignore tests/rules/test_memory.py \
   tests/backends tests/fuzz tests/ground tests/layout tests/log_probs tests/losses tests/peers tests/rules

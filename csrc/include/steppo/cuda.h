@@ -36,6 +36,9 @@ Versions versions();
 // for the device, which no stream that is captured may do.
 void load(int device);
 
+// How many kernels that are.
+std::size_t num_kernels();
+
 // Whether launches on a stream are recorded for a graph.
 bool is_capturing(void* stream);
 
