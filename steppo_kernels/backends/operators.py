@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
+from ..outputs import NUM_VALUE_METRICS
+from .fakes import loss_outputs, scale, segments
 from .records import States, Steps, Timeline
 
 _library = torch.library.Library("steppo", "DEF")
@@ -101,7 +102,7 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
 )
 def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
-    return _segments(mask.numel(), row_offsets)
+    return segments(mask.numel(), row_offsets)
 
 
 @_operator(
@@ -111,7 +112,7 @@ def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, b
 )
 def count_steps(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
-    return _segments(mask.numel(), row_offsets)[1:]
+    return segments(mask.numel(), row_offsets)[1:]
 
 
 @_operator(
@@ -131,7 +132,7 @@ def lay_out_runs(
     backend: str,
 ) -> Any:
     """Fake: see `steppo_kernels.layout.segment`. `mask` and `step_ids` are of the token shape."""
-    step_ids = _segments(mask.numel(), row_offsets)[0]
+    step_ids = segments(mask.numel(), row_offsets)[0]
     csr = compact(step_ids, num_steps, num_actions, backend)
     steps, counts, _, rows = row_trajectories(row_steps, csr[0], csr[1], backend)
     return step_ids.view(mask.shape), *csr, steps, counts, rows
@@ -144,7 +145,7 @@ def lay_out_runs(
 )
 def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
-    return _segments(ids.numel(), row_offsets)
+    return segments(ids.numel(), row_offsets)
 
 
 @_operator(
@@ -155,7 +156,7 @@ def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
 def segment_rows(mask: Tensor, valid: Tensor | None, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
     row_offsets = mask.new_empty((mask.shape[0] + 1,), dtype=torch.int64)
-    return _segments(mask.numel(), row_offsets)
+    return segments(mask.numel(), row_offsets)
 
 
 @_operator(
@@ -277,7 +278,7 @@ def value_loss(
         values.new_empty(()),
         values.new_empty((NUM_VALUE_METRICS,), dtype=torch.float64),
         torch.empty_like(values) if need_grad else values.new_empty((0,)),
-        _scale(values, backend),
+        scale(values, backend),
     )
 
 
@@ -318,7 +319,7 @@ def policy_loss(
     last.
     """
     step_log_ratio = log_probs.new_empty((Steps(*steps).step_offsets.shape[0] - 1,))
-    loss, metrics, *grads = _loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
+    loss, metrics, *grads = loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
     return loss, metrics, step_log_ratio, *grads
 
 
@@ -350,7 +351,7 @@ def policy_loss_masked(
 
     Everything else is per token, rows are `row_length` long.
     """
-    return _loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
+    return loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
 
 
 @_operator(
@@ -484,30 +485,3 @@ def accumulate(total: Tensor, product: Tensor, is_first: bool, backend: str) -> 
 
     Both are contiguous and of one shape. With `is_first`, `total` is written instead.
     """
-
-
-def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        row_offsets.new_empty((num_tokens,), dtype=torch.int32),
-        row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
-        row_offsets.new_empty((3,), dtype=torch.int64),
-    )
-
-
-def _loss_outputs(
-    log_probs: Tensor, need_grad: bool, need_entropy_grad: bool, backend: str
-) -> tuple[Tensor, ...]:
-    return (
-        log_probs.new_empty(()),
-        log_probs.new_empty((NUM_POLICY_METRICS,), dtype=torch.float64),
-        torch.empty_like(log_probs) if need_grad else log_probs.new_empty((0,)),
-        torch.empty_like(log_probs) if need_entropy_grad else log_probs.new_empty((0,)),
-        _scale(log_probs, backend),
-    )
-
-
-def _scale(like: Tensor, backend: str) -> Tensor:
-    """Fake: what gradients of a loss lack; a CPU writes them whole."""
-    if backend == "cpu":
-        return like.new_empty((0,))
-    return like.new_empty((), dtype=torch.float64)
