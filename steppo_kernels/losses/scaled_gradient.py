@@ -35,7 +35,8 @@ def scaled_gradient(
     is_last = not is_compiling() and not _keeps_graph()
     # A compiled graph has an empty tensor for None.
     scale = scale if scale is not None and scale.numel() else None
-    if backend == "cuda":
+    # The kernel takes what is contiguous: a head may have strided hidden states.
+    if backend == "cuda" and grad.is_contiguous():
         is_given_away = is_last and grad.dtype is dtype
         out = grad if is_given_away else torch.empty_like(grad, dtype=dtype)
         operators.call("scale_gradient", backend, out, grad, upstream, scale)

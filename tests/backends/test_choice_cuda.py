@@ -157,6 +157,8 @@ def test_tensors_that_the_kernels_take(monkeypatch, on_host, taken):
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a package that has no compiled module, nor a note."""
     monkeypatch.setattr(steppo_kernels, "__path__", [str(tmp_path)])
+    # The finder of an editable install looks elsewhere.
+    monkeypatch.setattr(sys, "meta_path", [importlib.machinery.PathFinder])
     monkeypatch.setattr(modules, "_PACKAGE", tmp_path)
     monkeypatch.delitem(sys.modules, "steppo_kernels._C_cuda", raising=False)
     monkeypatch.delenv("STEPPO_CUDA_ON_HOST", raising=False)

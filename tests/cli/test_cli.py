@@ -233,7 +233,6 @@ def test_validate_says_that_no_native_backend_was_checked(monkeypatch):
     [
         (("validate", "--backend", "abacus"), "expected one of auto, reference, cpu"),
         (("validate", "--backend", "auto"), "it picks one"),
-        (("validate", "--backend", "cuda"), "does not run here"),
         (("validate", "--device", "toaster"), "expected one of cpu"),
         (("validate", "--device", "cuda:99"), "expected one of cpu"),
         (("validate", "--operation", "abacus"), "expected part of one of"),
@@ -253,6 +252,13 @@ def test_what_is_unknown_is_refused(words, expected):
     # The message stands in a frame that may break its lines.
     text = " ".join(found.output.replace("│", " ").split())
     assert expected in text
+
+
+def test_a_backend_that_does_not_run_here_is_refused(monkeypatch):
+    monkeypatch.setattr(choice, "why_not_cuda", lambda: "torch sees no GPU")
+    found = run("validate", "--backend", "cuda")
+    assert found.exit_code == 2
+    assert "does not run here" in " ".join(found.output.replace("│", " ").split())
 
 
 def _fake_demo(monkeypatch, run_demo) -> None:
