@@ -159,7 +159,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=1.0, help="How long it may take, for all devices together.")
-    ] = 45.0,
+    ] = 48.0,
     as_json: _AsJson = False,
 ) -> None:
     """Time every function and backend next to plain PyTorch and torch.compile.

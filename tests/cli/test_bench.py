@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import json
-import signal
+import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +20,9 @@ from steppo_kernels import StepLayout
 from steppo_kernels.backends import choice, operators
 from steppo_kernels.cli import bench as benchmark
 from steppo_kernels.cli import main
+from steppo_kernels.cli.bench import run as runs
 from steppo_kernels.cli.bench import timing
 from steppo_kernels.cli.bench.case import Case, Problem, Size, first_as
-from steppo_kernels.cli.bench.stop import OutOfTime, stopped_at
 from steppo_kernels.cli.bench.trial import Trial, Wrong, exact_answer
 
 CPU = torch.device("cpu")
@@ -89,10 +87,11 @@ def native(monkeypatch) -> Callable[..., None]:
 
 @pytest.fixture
 def compiles(monkeypatch) -> Callable[[Callable[..., Any]], None]:
-    """Let `torch.compile` be another function."""
+    """Let `torch.compile` be another function, and have time."""
 
     def set_compiler(compiler: Callable[..., Any]) -> None:
         monkeypatch.setattr(torch, "compile", compiler)
+        monkeypatch.setattr(runs, "_ONE_COMPILE", 0.0)
 
     return set_compiler
 
@@ -289,30 +288,16 @@ def test_a_wrong_compiler_is_a_fault_and_one_that_raises_is_none(compiles):
     assert not row.is_fault
 
 
-def test_a_compiler_is_stopped_when_time_is_up(compiles):
-    def slow(*args: Any) -> None:
-        # Compilers catch what they can.
-        with contextlib.suppress(Exception):
-            time.sleep(60.0)
-
-    compiles(lambda call, **options: slow)
-    start = time.monotonic()
-    rows = value_rows(5.0)
-    assert time.monotonic() - start < 30.0
-    assert rows["eager"].status == "ok"
-    assert (rows["torch.compile"].status, rows["torch.compile"].is_fault) == ("no time", False)
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+def test_nothing_is_compiled_shortly_before_the_end(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    row = value_rows(0.9 * runs._ONE_COMPILE)["torch.compile"]
+    assert (row.status, row.is_fault) == ("no time", False)
 
 
-def test_only_the_main_thread_is_stopped():
-    def late() -> str:
-        with stopped_at(time.monotonic() - 1.0):
-            return "done"
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(late).result() == "done"
-    with pytest.raises(OutOfTime), stopped_at(time.monotonic() - 1.0):
-        time.sleep(60.0)
+def test_nothing_is_compiled_where_others_have_the_cores(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    monkeypatch.setattr(runs, "load", lambda: 10.0 * os.cpu_count())
+    assert value_rows(9.0 * runs._ONE_COMPILE)["torch.compile"].status == "no time"
 
 
 def test_what_has_no_time_says_so(monkeypatch):

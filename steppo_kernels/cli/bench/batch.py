@@ -23,11 +23,11 @@ ON_TOKENS = {
     "cuda": (Size(64, 8192), Size(256, 16384)),
 }
 ON_LOGITS = {
-    "cpu": (Size(4, 16, 32768), Size(4, 16, 151936)),
+    "cpu": (Size(2, 16, 32768), Size(2, 16, 151936)),
     "cuda": (Size(8, 128, 32768), Size(8, 128, 151936)),
 }
 ON_HIDDEN = {
-    "cpu": (Size(4, 16, 32768, 256), Size(4, 32, 32768, 512)),
+    "cpu": (Size(2, 16, 32768, 256), Size(4, 16, 32768, 512)),
     "cuda": (Size(8, 128, 32768, 1024), Size(8, 128, 151936, 2048)),
 }
 
@@ -37,7 +37,7 @@ CONFIG = StepPOConfig(clip_low=0.2, clip_high=0.2)
 _NEAR, _BEYOND = 0.01, 0.5
 _CLIPPED_SHARE = 0.125
 # Mean lengths of steps, and of the gaps between them.
-_MEAN_STEP, _SHORT_STEP = 47.0, 12.0
+_MEAN_STEP, _SHORT_STEP = 47.0, 6.0
 
 
 @dataclass(frozen=True, eq=False)
