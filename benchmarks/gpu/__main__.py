@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder; default: benchmarks/results/<GPU>")
     parser.add_argument("--work", type=Path, default=_WORK, help="folder for the output of stages")
     parser.add_argument("--stages", default=",".join(STAGES), help="only these, with commas")
+    parser.add_argument("--only", default="", help="part of the names of the cases to measure")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies every time limit")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.work.mkdir(parents=True)
     # What stops the check by a signal also ends what it has started.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    options = Options(device, given.work.resolve(), given.patience, wanted)
+    options = Options(device, given.work.resolve(), given.patience, wanted, given.only)
     return run(options, given.out)
 
 

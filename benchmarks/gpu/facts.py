@@ -102,7 +102,7 @@ def toolkit_program(name: str) -> str | None:
 def _driver(device: torch.device) -> str | None:
     if shutil.which(_SMI[0]) is None:
         return None
-    words = [*_SMI, f"--id={torch.cuda.get_device_properties(device).uuid}"]
+    words = [*_SMI, f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"]
     for asked in (words, _SMI):
         done = subprocess.run(asked, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():

@@ -20,6 +20,7 @@ import pytest
 
 _END = "STEPPO_TESTS_UNTIL"
 _NO_TIME = "no time was left"
+_KINDS = ("passed", "failed", "skipped", "no_time")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,9 +71,7 @@ class _Counts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._counts: dict[str, Any] = {
-            "passed": 0, "failed": 0, "skipped": 0, "no_time": 0, "failures": []
-        }  # fmt: skip
+        self._counts: dict[str, Any] = dict.fromkeys(_KINDS, 0) | {"failures": []}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test once: where it is called, or where it fails or is skipped before."""
@@ -81,7 +80,15 @@ class _Counts:
         kind = str(report.outcome)
         if kind == "skipped" and _NO_TIME in str(report.longrepr):
             kind = "no_time"
+        self._count(kind, report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Count a file that cannot be imported, once for all processes."""
+        if report.failed and report.nodeid not in self._counts["failures"]:
+            self._count("failed", report.nodeid)
+
+    def _count(self, kind: str, nodeid: str) -> None:
         self._counts[kind] += 1
         if kind == "failed":
-            self._counts["failures"].append(report.nodeid)
+            self._counts["failures"].append(nodeid)
         self._path.write_text(json.dumps(self._counts))

@@ -12,15 +12,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cases import SIZES, cases
 from .problem import Name
 from .variants import OURS
 
-# A process begins no case when the time is up. It is stopped this much later, and before that if
-# it has written nothing for so long: then a call hangs.
-_GRACE, _SILENCE, _LOOK = 20.0, 75.0, 0.2
+# A process begins no case when the time is up, and is stopped this much later.
+GRACE = 10.0
+# It is stopped before that if it has written nothing for so long: then a call hangs.
+_SILENCE, _LOOK = 75.0, 0.2
 # The most processes: what ends many of them is not one variant.
 _MOST_PROCESSES = 12
 
@@ -71,8 +72,8 @@ def measure(
             plan = {"rates": not found.rates, "cases": list(todo.items())}
             words = [sys.executable, "-m", worker, "--device", device, "--size", size]
             words += ["--seconds", f"{left:.1f}", "--lines", str(path), "--plan", json.dumps(plan)]
-            why = _run(words, path, left + _GRACE)
-            _read(path, why, names, todo, found)
+            ended = _run(words, path, left + GRACE)
+            _read(path, ended, names, todo, found)
     for number in todo:
         found.left_out.append(
             names[number]._asdict() | {"variant": None, "why": "no time was left"}
@@ -80,8 +81,15 @@ def measure(
     return found
 
 
-def _run(words: list[str], path: Path, seconds: float) -> str:
-    """Run a process that writes lines; return how it ended, or nothing where it did its work."""
+class Ended(NamedTuple):
+    """How a process ended: why it did before its work was done, or that its time was up."""
+
+    why: str = ""
+    is_time_up: bool = False
+
+
+def _run(words: list[str], path: Path, seconds: float) -> Ended:
+    """Run a process that writes lines to a file."""
     end = time.monotonic() + seconds
     with subprocess.Popen(words) as process:
         while process.poll() is None:
@@ -89,21 +97,23 @@ def _run(words: list[str], path: Path, seconds: float) -> str:
             silence = time.time() - path.stat().st_mtime
             if silence > _SILENCE or time.monotonic() > end:
                 process.kill()
-                return f"it had not returned after {silence:.0f} s"
+                is_time_up = time.monotonic() > end
+                return Ended(f"it had not returned after {silence:.0f} s", is_time_up)
     code = process.returncode
     if code < 0:
-        return f"the process ended by signal {-code}"
-    return f"the process ended with {code}" if code else ""
+        return Ended(f"the process ended by signal {-code}")
+    return Ended(f"the process ended with {code}" if code else "")
 
 
 def _read(
-    path: Path, why: str, names: list[Name], todo: dict[int, dict[str, str]], found: Measured
+    path: Path, ended: Ended, names: list[Name], todo: dict[int, dict[str, str]], found: Measured
 ) -> None:
     """Take the lines of a process, strike what is done, and say what ended it."""
     current: int | None = None
     variant: str | None = None
-    is_written = False
-    for text in path.read_text().splitlines():
+    why, is_written = ended.why, False
+    # A process that is killed leaves half a line.
+    for text in path.read_text().split("\n")[:-1]:
         line = json.loads(text)
         kind = line.pop("kind")
         if kind == "rates":
@@ -128,6 +138,9 @@ def _read(
         begun = names[current]._asdict()
         # The case is begun again, and what is left out of it is written again.
         found.left_out = [line for line in found.left_out if not begun.items() <= line.items()]
+    if ended.is_time_up:
+        return
+    if current is not None:
         if _is_ours(variant) and not is_written:
             found.failures.append(begun | {"variant": variant, "why": why})
         if variant is None:

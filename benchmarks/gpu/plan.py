@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +14,19 @@ import torch
 
 from . import sanitizer
 from .facts import architecture, is_there, toolkit_program
+from .measure import GRACE
 from .running import FAILED, PASSED, Finished, Task, Verdict, last_line
 
 STAGES = ("build", "info", "graphs", "tests", "validate", "sanitizers", "benchmarks")
 
-# Seconds. What runs at a time is limited alike; together this is less than eight minutes.
-_BUILD, _INFO, _CHECKS, _MEASURE = 140.0, 20.0, 150.0, 150.0
+# Seconds, of the whole and of its parts. What runs at a time is limited alike, and what the others
+# leave of the whole is for the measurement.
+_WHOLE = 475.0
+_BUILD, _INFO, _CHECKS = 140.0, 20.0, 150.0
 # After this time no test is begun, so that the last may end.
 _TESTS_BEGIN = 110.0
-# What the measurement may take beyond its time, for the case that it is at.
-_LAST_CASE = 15.0
+# What the measurement may take beyond its time: for the case that it is at, and to begin and end.
+_LAST_CASE = GRACE + 10.0
 
 _SEED, _BATCHES = "20261126", "2"
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -41,12 +46,14 @@ class Options:
         work: a folder for outputs and results.
         patience: what every limit is multiplied by.
         stages: those that are wanted.
+        only: part of the names of the cases that are measured.
     """
 
     device: torch.device
     work: Path
-    patience: float
-    stages: tuple[str, ...]
+    patience: float = 1.0
+    stages: tuple[str, ...] = STAGES
+    only: str = ""
 
     @property
     def is_dry(self) -> bool:
@@ -64,11 +71,20 @@ class Options:
         return "cpu" if self.is_dry else "cuda"
 
 
-def phases(options: Options) -> list[list[Task]]:
-    """Return the tasks; those of a list run at the same time, and nothing beside what is timed."""
-    checks = [*_graphs(options), *_tests(options), *_validate(options), *_sanitizers(options)]
-    every = [[_build(options)], [_info(options)], checks, [_benchmarks(options)]]
-    return [[task for task in tasks if task.stage in options.stages] for tasks in every]
+def phases(options: Options, now: Callable[[], float] = time.monotonic) -> Iterator[list[Task]]:
+    """Yield the tasks; those of a list run at the same time, and nothing beside what is timed.
+
+    A list is made when it is asked for: the measurement takes the time that is left then.
+    """
+    end = now() + _WHOLE * options.patience
+
+    def wanted(*tasks: Task) -> list[Task]:
+        return [task for task in tasks if task.stage in options.stages]
+
+    yield wanted(_build(options))
+    yield wanted(_info(options))
+    yield wanted(*_graphs(options), *_tests(options), *_validate(options), *_sanitizers(options))
+    yield wanted(_benchmarks(options, end - now()))
 
 
 def _python(*words: str) -> list[str]:
@@ -129,6 +145,8 @@ def _tests(options: Options) -> list[Task]:
     counts.unlink(missing_ok=True)
     seconds = _TESTS_BEGIN * options.patience
     words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--counts={counts}"]
+    # A file that cannot be imported is a failure, and the others run all the same.
+    words.append("--continue-on-collection-errors")
     lacks = []
     if is_there("xdist"):
         processes = max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2))
@@ -198,11 +216,9 @@ def _sanitizers(options: Options) -> list[Task]:
     return [plain, *tools]
 
 
-def _benchmarks(options: Options) -> Task:
+def _benchmarks(options: Options, limit: float) -> Task:
     options.rows.unlink(missing_ok=True)
-    seconds, more = _MEASURE * options.patience, _LAST_CASE * options.patience
+    seconds = limit - _LAST_CASE
     words = ["--device", str(options.device), "--size", "tiny" if options.is_dry else "full"]
-    words += ["--seconds", f"{seconds:.0f}", "--out", str(options.rows)]
-    return Task(
-        "benchmarks", "benchmarks", _python("benchmarks.gpu.measure", *words), seconds + more
-    )
+    words += ["--seconds", f"{seconds:.0f}", "--out", str(options.rows), "--only", options.only]
+    return Task("benchmarks", "benchmarks", _python("benchmarks.gpu.measure", *words), limit)

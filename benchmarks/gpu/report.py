@@ -16,6 +16,8 @@ from .running import Outcome
 from .targets import GPU, is_for, targets
 
 NAME = "gpu_check"
+# So many cases are named that were left out for one reason.
+_NAMED = 2
 NOTE = """\
 Medians over turns that the variants of a case take one after the other; a ratio is the median of
 those taken within a turn. Device: between two CUDA events around a call, before which the GPU reads
@@ -75,8 +77,7 @@ def _blocks(
     blocks += [_table(results, str(name), rows) for name, rows in results.of_cases()]
     for title, lines in (("Failures", results.failures), ("Left out", results.left_out)):
         if lines:
-            rows = [(_case(line), line["variant"] or "", _cell(line["why"])) for line in lines]
-            blocks.append(Table(title, ("case", "variant", "why"), rows))
+            blocks.append(Table(title, ("variant", "case", "why"), _by_reason(lines)))
     smaller = dict.fromkeys((_case(row), row["smaller"]) for row in results.rows if row["smaller"])
     if smaller:
         blocks.append(Table("Smaller than their names say", ("case", "what it is"), list(smaller)))
@@ -94,6 +95,17 @@ def _rates(results: Results) -> str:
         return ""
     copied, product = results.rates["copy"] / 1e9, results.rates["product"] / 1e12
     return f"A copy moves {number(copied)} GB/s, and a bf16 product does {number(product)} TFLOP/s."
+
+
+def _by_reason(lines: list[Row]) -> list[tuple[str, ...]]:
+    """Return a row for each variant and reason; many cases are a number."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        cases.setdefault((line["variant"] or "", _cell(line["why"])), []).append(_case(line))
+    return [
+        (variant, "; ".join(names) if len(names) <= _NAMED else f"{len(names)} cases", why)
+        for (variant, why), names in cases.items()
+    ]
 
 
 def _case(line: Row) -> str:

@@ -92,7 +92,7 @@ class Worker:
                 # What went wrong with one of ours is written down as a failure already.
                 if variant not in OURS:
                     self._leave_out(case, variant, why)
-            elif variant in SLOW_TO_PREPARE and time.monotonic() > self._last_slow:
+            elif variant not in OURS and time.monotonic() > self._end_of(variant):
                 self._leave_out(case, variant, "no time was left to prepare it")
             else:
                 found = self._tried(case, variant, lambda v=variant: self._prepared(problem, v))
@@ -124,6 +124,10 @@ class Worker:
                 smaller=problem.smaller,
                 **row,
             )
+
+    def _end_of(self, variant: Variant) -> float:
+        """Return the time after which a variant is not prepared any more."""
+        return self._last_slow if variant in SLOW_TO_PREPARE else self._end
 
     def _prepared(self, problem: Problem, variant: Variant) -> dict[str, Any]:
         """Check a variant, call it once more, and return what is not a time of a turn."""
@@ -170,6 +174,9 @@ class Worker:
 
     def _give_back(self) -> None:
         """Give memory that is not in use back to the GPU."""
+        if "torch._dynamo" in sys.modules:
+            # What was compiled holds on to what it was compiled for.
+            torch.compiler.reset()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
