@@ -10,8 +10,11 @@ UV := uv==0.13.9
 BIN := .venv/bin
 ENVIRONMENTS := .venv .venv-bench .venv-newest .venv-oldest
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
-FORMATTED = $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(wildcard csrc/cuda/* tests/native/* tests/cuda/*))
+FORMATTED = $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(wildcard csrc/cuda/* tests/native/* tests/cuda/* \
+	tests/cuda/*/*))
 TEST := pytest -n 2 --dist worksteal
+# Where the lock has one: on Linux and x86-64.
+PINNED = $(shell ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc 2> /dev/null)
 
 .PHONY: install demo compare example test test-newest test-oldest lint format bench sanitize
 .PHONY: gpu-check lock clean always
@@ -29,7 +32,12 @@ compare: install
 example: install .venv/weights
 	$(BIN)/python examples/train_smollm2.py
 
+# The CUDA kernels are built here, so that the other targets do not wait for nvcc. Ninja sees what
+# has changed. The nvcc of the lock has to build them.
 test: install .venv/nvcc
+	STEPPO_NVCC=$(or $(STEPPO_NVCC),$(PINNED)) \
+		STEPPO_BUILD_CUDA=$(or $(STEPPO_BUILD_CUDA),$(if $(PINNED),1,auto)) \
+		$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/$(TEST)
 
 # The tests that touch other people's packages, with the newest of these or with the oldest that
@@ -67,7 +75,7 @@ lock: .venv/tools
 	$(BIN)/uv lock --upgrade
 
 clean:
-	rm -rf build $(ENVIRONMENTS) *.egg-info steppo_kernels/*.so steppo_kernels/_C_cpu.missing
+	rm -rf build $(ENVIRONMENTS) *.egg-info steppo_kernels/*.so steppo_kernels/*.missing
 
 # An environment is a folder with tools, a list of exact versions, what it lists, and the package.
 $(ENVIRONMENTS:%=%/tools): %/tools: Makefile
@@ -80,10 +88,13 @@ $(ENVIRONMENTS:%=%/packages): %/packages: %/requirements.txt
 	$*/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
-$(ENVIRONMENTS:%=%/built): %/built: %/packages setup.py pyproject.toml $(NATIVE)
+$(ENVIRONMENTS:%=%/built): %/built: %/packages setup.py $(wildcard building/*.py) pyproject.toml $(NATIVE)
 	rm -rf build/lib*
 	$*/bin/python -m pip install --quiet --no-build-isolation --no-deps $(HOW)
 	touch $@
+
+# With an nvcc of the system, only the benchmarks ask for its kernels.
+.venv/built .venv-newest/built .venv-oldest/built: export STEPPO_BUILD_CUDA ?= 0
 
 .venv/built .venv-bench/built: HOW = --editable .
 # A copy: the module that these environments build is not that of the others.

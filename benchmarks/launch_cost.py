@@ -48,7 +48,7 @@ def table() -> list[str]:
         f"{here['cpu']}, torch {here['torch']}, {here['date']}, load {here['load']}; a batch of "
         f"{BATCH}, medians of {_ROUNDS} turns",
         "",
-        "| forward call | us | bare `autograd.Function` (`step_gae`: two allocations) | beyond it |",
+        "| forward call | us | a bare `autograd.Function` (`step_gae`: two tensors) | beyond |",
         "|---|---|---|---|",
     ]
     for function in FUNCTIONS:

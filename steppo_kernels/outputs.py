@@ -42,10 +42,9 @@ ROLLOUT_METRICS: tuple[str, ...] = ("mean", "min", "max", "ess", "outside_fracti
 
 # Entries behind those, which are not shown: `Metrics.merge` needs them. `denominator` is what the
 # sums of a loss were divided by. The squares of a value loss are of deviations from the mean.
-# `gradient_scale` is the factor of the gradients (`backends/operators.py`).
 _HIDDEN: dict[tuple[str, ...], tuple[str, ...]] = {
-    POLICY_METRICS: ("denominator", "gradient_scale"),
-    VALUE_METRICS: ("denominator", "return_squares", "residual_squares", "gradient_scale"),
+    POLICY_METRICS: ("denominator",),
+    VALUE_METRICS: ("denominator", "return_squares", "residual_squares"),
     ROLLOUT_METRICS: ("num_weights", "sum", "sum_of_squares"),
 }
 NUM_POLICY_METRICS = len(POLICY_METRICS) + len(_HIDDEN[POLICY_METRICS])
@@ -261,7 +260,6 @@ def _check_part(name: str, part: object, first: Metrics) -> None:
 
 
 def _policy(parts: _Parts) -> dict[str, Tensor]:
-    one = torch.ones_like(parts.columns["num_steps"][0])
     losses = {name: parts.loss(name) for name in ("policy_loss", "kl_loss", "entropy")}
     over_steps = ("clip_fraction", "clip_fraction_low", "clip_fraction_high")
     over_tokens = ("token_clip_fraction", "approx_kl", "approx_kl_k3", "dead_token_fraction")
@@ -275,7 +273,6 @@ def _policy(parts: _Parts) -> dict[str, Tensor]:
         "num_steps": parts.sum("num_steps"),
         "num_tokens": parts.sum("num_tokens"),
         "denominator": parts.denominator(),
-        "gradient_scale": one,
     }
 
 
@@ -291,7 +288,6 @@ def _value(parts: _Parts) -> dict[str, Tensor]:
         "denominator": parts.denominator(),
         "return_squares": spread,
         "residual_squares": unexplained,
-        "gradient_scale": torch.ones_like(spread),
     }
 
 

@@ -166,7 +166,7 @@ def policy_results(
     )
     output.loss.backward(torch.full_like(output.loss, upstream))
     # The last entry is the scale of the gradients, which is a backend's own.
-    found = {"loss": output.loss.detach(), "metrics": output.metrics.values[:-1]}
+    found = {"loss": output.loss.detach(), "metrics": output.metrics.values}
     for name, value in (("grad_log_probs", log_probs), ("grad_entropy", entropy)):
         if value is not None and value.grad is not None:
             found[name] = value.grad

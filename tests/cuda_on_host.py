@@ -2,6 +2,8 @@
 
 As a program it prints the module of all kernels, which backend "cuda" then takes on CPU tensors:
 STEPPO_CUDA_ON_HOST=$(python tests/cuda_on_host.py) steppo-kernels validate --backend cuda
+
+With the arguments of ``whole_program`` it prints that program.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 ROOT = Path(__file__).parents[1]
 _HERE = Path(__file__).parent / "cuda"
@@ -47,8 +51,8 @@ def program(name: str, *flags: str) -> Path:
 
 
 def whole_program(name: str, *flags: str) -> Path:
-    """Return such a program that calls operators: all kernels are built with it."""
-    return _built(name, [_HERE / f"{name}.cpp", *_kernels()], flags)
+    """Return the program that tests/cuda/<name>/ is, which calls operators: with all kernels."""
+    return _built(name, [*sorted((_HERE / name).glob("*.cpp")), *_kernels()], flags)
 
 
 def module() -> Path:
@@ -66,10 +70,22 @@ def module() -> Path:
     return _built("_C_cuda.so", sources, [*flags, *(f"-isystem{path}" for path in includes)])
 
 
-def order_of(module: Path) -> Callable[[int, int], None]:
-    """Return what sets a seed and the number of blocks whose threads take turns, in a module."""
-    order = ctypes.CDLL(str(module)).order_of_threads
-    order.argtypes = ctypes.c_uint64, ctypes.c_int
+class Order(Protocol):
+    """Sets how the next launches run: see ``Options`` in cuda/host_threads.h."""
+
+    def __call__(self, seed: int, resident: int, most_blocks: int = 0) -> None: ...
+
+
+def order_of(module: Path) -> Order:
+    """Return what sets the order in which the threads of a module's kernels run."""
+    library = ctypes.CDLL(str(module))
+    library.order_of_threads.argtypes = ctypes.c_uint64, ctypes.c_int
+    library.limit_blocks.argtypes = (ctypes.c_int64,)
+
+    def order(seed: int, resident: int, most_blocks: int = 0) -> None:
+        library.order_of_threads(seed, resident)
+        library.limit_blocks(most_blocks)
+
     return order
 
 
@@ -94,7 +110,7 @@ def _built(name: str, sources: list[Path], flags: Iterable[str]) -> Path:
     with (target.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            objects = [target.with_name(f"{source.stem}.o") for source in sources]
+            objects = [target.with_name(f"{source.name}.o") for source in sources]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for _ in pool.map(
                     lambda source, made: _run(
@@ -125,4 +141,5 @@ def _compiler() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(module())
+    words = sys.argv[1:]
+    print(whole_program(*words) if words else module())

@@ -54,7 +54,7 @@ def everything(batch: Batch, backend: str, config: StepPOConfig = CONFIG) -> dic
     found |= {
         "value loss": result.loss.detach(),
         # The last entry is the scale of the gradients, which is a backend's own.
-        "value metrics": result.metrics.values[:-1],
+        "value metrics": result.metrics.values,
         "grad_values": values.grad,
     }
     per_step = batch.advantages.detach().clone().requires_grad_()

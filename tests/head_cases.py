@@ -169,6 +169,34 @@ def new_tensors() -> Iterator[list[int]]:
         yield mode.seen
 
 
+class _Waits(TorchDispatchMode):
+    """Counts operations whose result, or its size, the host reads from the device."""
+
+    _READ = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            # A mask is turned into positions first, of which there is some number.
+            self.count += sum(mask is not None and mask.dtype == torch.bool for mask in args[1])
+        elif name == "repeat_interleave":
+            self.count += (kwargs or {}).get("output_size") is None
+        else:
+            self.count += name in self._READ
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits() -> Iterator[_Waits]:
+    """Count the operations inside for which the host would wait for a GPU."""
+    with _Waits() as counter:
+        yield counter
+
+
 class _Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def _policy_loss(
         )
         grad = torch.autograd.grad(loss, new, retain_graph=True)[0] if need_grad else None
         other = torch.autograd.grad(loss, bonus)[0] if need_entropy else None
-    return loss.detach(), metrics, log_ratio, grad, other
+    return loss.detach(), metrics, log_ratio, grad, other, None
 
 
 def _config(numbers: tuple[float, ...]) -> StepPOConfig:
@@ -100,7 +100,7 @@ def _value_loss(values: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
             leaf, *given, clip, REDUCTIONS[int(reduction)], values_per_token, old_per_token
         )
         grad = torch.autograd.grad(loss, leaf)[0] if need_grad else None
-    return loss.detach(), metrics, grad
+    return loss.detach(), metrics, grad, None
 
 
 def _token_log_probs(

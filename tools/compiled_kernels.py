@@ -261,6 +261,8 @@ def launches(length: int = LENGTHS[0], *, whole: bool = True) -> list[Launch]:
         run("triton", "row_trajectories")(offsets, held.token_index, held.step_offsets)
         run("triton", "broadcast_to_tokens")(steps, flat_ids)
         run("triton", "sum_over_steps")(tokens, layout.token_index, layout.step_offsets)
+        run("triton", "order_live_rows")(tokens, tokens, False)
+        run("triton", "order_live_rows")(tokens.double(), None, True)
         run("triton", "step_gae")(
             tokens, tokens, torch.zeros(4), held.timeline, (0.99, 0.95, 1.0), True, True
         )

@@ -55,7 +55,9 @@ class Kernel(NamedTuple):
         for place, (address, instruction) in enumerate(lines):
             jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
             if jump and int(jump[1], 16) <= int(address, 16):
-                inside = [text for at, text in lines[: place + 1] if int(at, 16) >= int(jump[1], 16)]
+                inside = [
+                    text for at, text in lines[: place + 1] if int(at, 16) >= int(jump[1], 16)
+                ]
                 found.append("\n".join(inside))
         return found
 

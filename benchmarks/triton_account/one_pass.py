@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from steppo_kernels.log_probs import lm_head
+from steppo_kernels.log_probs.weight_gradient import GPU_SLICE
 
 from .assumptions import (
     BANDWIDTH,
@@ -68,13 +69,16 @@ def _amount(work: str, sizes: dict[str, float]) -> float:
 
 def sizes_of(live: float, chunk: int) -> dict[str, float]:
     """Return what the letters of formulas stand for."""
+    rows = live * min(chunk, ROWS)
     return {
         "M": ROWS,
         "d": HIDDEN,
         "V": VOCABULARY,
         "f": live,
         "n": math.ceil(ROWS / chunk),
-        "s": math.ceil(VOCABULARY / lm_head._SLICE),
+        "s": math.ceil(VOCABULARY / GPU_SLICE),
+        # The rows that are kept before there are too many: those of whole chunks.
+        "k": HIDDEN // rows * rows,
     }
 
 
@@ -92,24 +96,28 @@ def parts(live: float, chunk: int, changed: int = 0) -> list[Part]:
         Part("gradient rows", "", "6 f M V", live * vector["backward + halved"]),
         Part("dH = dZ W", "2 f M d V", "2 f M V + 2 n V d + 2 f M d"),
     ]
-    read = "2 f M V + 2 s f M d"
     if chunks == 1:
         return [
             *found,
-            Part("dW = dZ' H", "2 f M d V", f"{read} + 2 V d"),
+            Part("dW = dZ' H", "2 f M d V", "2 f M V + 2 f M d + 2 V d"),
+            Part("dW scaled", "", "4 V d"),
+        ]
+    # A copy reads and writes a row in bf16, and the rows of a slice are put together in another.
+    copies = 1 if changed > 1 else 2
+    if live * ROWS <= HIDDEN:
+        return [
+            *found,
+            Part("rows kept", "", f"{4 * copies} f M V"),
+            Part("dW = dZ' H", "2 f M d V", "2 f M V + 2 s f M d + 2 V d"),
             Part("dW scaled", "", "4 V d"),
         ]
     # The first product is written, the others are added to what is read.
-    summed = f"{8 * chunks - 4} V d"
-    if changed:
-        found.append(Part("dW += dZ' H", "2 f M d V", f"{read} + {summed}"))
-    else:
-        found += [
-            Part("dW = dZ' H", "2 f M d V", read),
-            Part("... its product in bf16", "", "4 n V d"),
-            Part("... added in fp32", "", summed),
-        ]
-    return [*found, Part("dW rounded, scaled", "", "6 V d" if changed > 1 else "10 V d")]
+    return [
+        *found,
+        Part("rows kept before they are too many", "", f"{4 * copies - 4} k V"),
+        Part("dW += dZ' H", "2 f M d V", f"2 f M V + 2 f M d + {8 * chunks - 4} V d"),
+        Part("dW rounded, scaled", "", "6 V d" if changed else "10 V d"),
+    ]
 
 
 def _times(chunk: int, changed: int = 0) -> list[list[float]]:
@@ -193,8 +201,8 @@ def changes() -> list[str]:
     for changed, name in enumerate(
         (
             "as it is",
-            "dW's products add to it themselves, in fp32",
-            "rounding also scales it",
+            "rounding dW also scales it",
+            "gradients are written to where their rows are kept",
         )
     ):
         lines.append(cells(name, *milliseconds(_totals(SMALL_CHUNK, changed))))

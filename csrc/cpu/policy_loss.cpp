@@ -107,7 +107,7 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
     PolicySums sums;
     for (int64_t b = 0; b < tasks; ++b) merge(sums, partial[b]);
     // The gradients are final.
-    finish<T>(sums, config, call.total, count, 1.0, tensors);
+    finish<T>(sums, config, call.total, count, tensors);
   });
 }
 

@@ -120,7 +120,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     PolicySums sums;
     for (int64_t b = 0; b < blocks; ++b) merge(sums, partial[b]);
     // The gradients are final.
-    finish<T>(sums, config, call.total, total, 1.0, tensors);
+    finish<T>(sums, config, call.total, total, tensors);
   });
 }
 

@@ -81,7 +81,7 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
         });
     *static_cast<T*>(tensors.loss) = static_cast<T>(sums.loss / total);
     // The denominator was known before the gradient was written.
-    write_value_metrics(kind, counts, sums, squares, tensors.normalizer, 1.0, tensors.metrics);
+    write_value_metrics(kind, counts, sums, squares, tensors.normalizer, tensors.metrics);
   });
 }
 

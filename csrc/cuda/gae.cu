@@ -222,7 +222,7 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
     const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kWarps : 1);
     launch(
         is_short ? listed<gae_kernel<T, 1, 1>>() : listed<gae_kernel<T, kWarps, kStepsOfThread>>(),
-        std::min<std::int64_t>(blocks, kBlocks), kThreads, tensors, line, config, rewards,
+        std::min(blocks, most_blocks(kBlocks)), kThreads, tensors, line, config, rewards,
         workspace);
     if (config.whiten && num_members > kWhitenedAtOnce) {
       launch(listed<whiten_kernel<T>>(), ceil_div(num_members, kWhitenedTogether * kThreads),

@@ -23,6 +23,16 @@ STEPPO_FN bool is_wide(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
+// The most blocks of a launch whose blocks go through the work in turns: the same on every card. On
+// the host tests set fewer, so that a small batch takes several turns.
+inline std::int64_t most_blocks(std::int64_t usual) {
+#if defined(STEPPO_CUDA_ON_HOST)
+  return cuda_on_host::most_blocks(usual);
+#else
+  return usual;
+#endif
+}
+
 // Every kernel that an operator can launch. A driver loads the code of a kernel when it is first
 // asked for, and that is not the time of a capture: see `load` in steppo/cuda.h.
 inline std::vector<const void*>& all_kernels() {

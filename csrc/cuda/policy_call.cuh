@@ -2,6 +2,8 @@
 // ratio, and the end of a call.
 #pragma once
 
+#include <algorithm>
+
 #include "last_block.cuh"
 #include "launch.h"
 #include "policy_step.cuh"
@@ -34,14 +36,14 @@ STEPPO_DEVICE void finish_call(int blocks, const PolicyTensors& tensors, const P
       reduction_count(config.reduction, whole->sums.steps, whole->trajectories, whole->sums.tokens);
   const bool is_given = tensors.normalizer != nullptr;
   const double total = is_given ? *tensors.normalizer : counted > 1.0 ? counted : 1.0;
-  finish<T>(whole->sums, config, total, is_given ? total : counted, 1.0 / total, tensors);
+  finish<T>(whole->sums, config, total, is_given ? total : counted, tensors);
 }
 
 // As many blocks as there is work for, so many threads.
 inline std::int64_t step_blocks_for(std::int64_t threads) {
   const std::int64_t needed = ceil_div(threads, kThreads);
   // One block at least, which finishes.
-  return needed < 1 ? 1 : needed < kStepBlocks ? needed : kStepBlocks;
+  return std::clamp<std::int64_t>(needed, 1, most_blocks(kStepBlocks));
 }
 
 // mu of the centered ratio is the mean of z over all action tokens. It is known before any step is,

@@ -1,5 +1,7 @@
 // The policy loss on a StepLayout: see losses/policy_loss.py and backends/operators.py of the
 // package.
+#include <algorithm>
+
 #include "last_block.cuh"
 #include "policy_call.cuh"
 
@@ -85,7 +87,7 @@ void launch_by(const Launcher& launch, const PolicyTensors& tensors, const Steps
   const std::int64_t step_blocks = step_blocks_for(steps.num_steps * lanes);
   const bool clears = tensors.grad_log_probs != nullptr || tensors.grad_entropy != nullptr;
   const std::int64_t wanted = clears ? ceil_div(steps.num_tokens, kThreads * 4) : 0;
-  const std::int64_t clear_blocks = wanted < kClearBlocks ? wanted : kClearBlocks;
+  const std::int64_t clear_blocks = std::min(wanted, most_blocks(kClearBlocks));
   launch(config.ratio == kToken ? listed<policy_loss_kernel<T, lanes, true>>()
                                 : listed<policy_loss_kernel<T, lanes, false>>(),
          step_blocks + clear_blocks, kThreads, tensors, steps, config, workspace,

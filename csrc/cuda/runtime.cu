@@ -20,6 +20,8 @@ void load(int device) {
   for (const void* kernel : all_kernels()) on.check(cudaFuncGetAttributes(&unused, kernel));
 }
 
+std::size_t num_kernels() { return all_kernels().size(); }
+
 bool is_capturing(void* stream) {
   // The default stream cannot be captured, and asking it while another is would be an error.
   if (stream == nullptr) return false;

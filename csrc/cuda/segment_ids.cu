@@ -1,4 +1,6 @@
 // Ids as steps: see steppo_kernels/layout/segment.py.
+#include <algorithm>
+
 #include "last_block.cuh"
 #include "spans.cuh"
 
@@ -151,8 +153,8 @@ void segment_ids(const NumberedRows& args, const Segments& out, const Place& pla
   // There is a block even without rows, for the counts.
   const std::int64_t blocks = args.num_rows > 0 ? args.num_rows : 1;
   const bool wide = is_wide(args.ids);
-  launch(listed<count_new_ids_kernel>(), blocks < kMostBlocks ? blocks : kMostBlocks, kThreads,
-         args, out, wide, static_cast<Workspace*>(place.workspace));
+  launch(listed<count_new_ids_kernel>(), std::min(blocks, most_blocks(kMostBlocks)), kThreads, args,
+         out, wide, static_cast<Workspace*>(place.workspace));
   launch(listed<number_ids_kernel>(), args.num_rows, kThreads, args, out, wide,
          is_wide(out.step_ids));
 }

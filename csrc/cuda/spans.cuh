@@ -20,7 +20,7 @@ struct Spans {
 // There is a block even without tokens: an operator writes more than tokens.
 inline Spans spans_of(std::int64_t num_tokens, std::int64_t tile) {
   const std::int64_t tiles = num_tokens > 0 ? ceil_div(num_tokens, tile) : 1;
-  const std::int64_t each = ceil_div(tiles, kMostBlocks);
+  const std::int64_t each = ceil_div(tiles, most_blocks(kMostBlocks));
   return {ceil_div(tiles, each), each * tile};
 }
 

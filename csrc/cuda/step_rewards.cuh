@@ -217,6 +217,8 @@ __global__ void __launch_bounds__(kRewardThreads, 4)
   const int group = threadIdx.x / (warps * kWarp);
   const std::int64_t row = std::int64_t{blockIdx.x} * kRows + group;
   if (row < line.num_rows) add_row<warps, is_wide, false>(rewards, line, out, row);
+  // Any thread may have counted a run, and thread 0 tells others that the block has finished.
+  __syncthreads();
   if (!is_last_block(&workspace->counters[0])) return;
   // It also becomes 0 again.
   if (__syncthreads_count(threadIdx.x == 0 && atomicInc(out.spanning, 0) > 0) == 0) return;

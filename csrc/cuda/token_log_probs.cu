@@ -132,7 +132,6 @@ template <class In, bool is_capped, bool need_moment>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_log_probs_kernel(const LogitRows logits, const Targets targets, const LogProbs out) {
   using Value = RowValue<In>;
-  if (out.bad_row != nullptr && *out.bad_row >= 0) return;
   const unsigned row = blockIdx.x;
   RowResult result{};
   if (!is_masked(targets, row)) {
@@ -276,7 +275,6 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   using Value = RowValue<In>;
   constexpr bool kIsHalved = sizeof(In) != sizeof(Out);
   STEPPO_SHARED(RowHead, head);
-  if (grads.bad_row != nullptr && *grads.bad_row >= 0) return;
   Out* const out = row_of<Out>(grad_logits, blockIdx.x);
   const auto parts = divided(out, logits.vocabulary);
   {
@@ -311,44 +309,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
                             [&](In logit) { return slope(logit, cap); });
 }
 
-// Looks for the first of `count` rows whose id is not in the vocabulary. One block.
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    bad_row_kernel(const Targets targets, const std::int64_t* source, std::int64_t count,
-                   std::int64_t vocabulary, std::int64_t* bad_row) {
-  struct Room {
-    std::int64_t firsts[kRowWarps];
-  };
-  STEPPO_SHARED(Room, room);
-  const auto row_at = [&](std::int64_t i) { return source != nullptr ? source[i] : i; };
-  std::int64_t first = count;
-  for (std::int64_t i = threadIdx.x; i < count && first == count; i += kRowThreads) {
-    const std::int64_t row = row_at(i);
-    if (!is_masked(targets, row) && !is_word(targets.token_ids[row], vocabulary)) first = i;
-  }
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
-    const std::int64_t other = __shfl_xor_sync(kAllLanes, first, apart);
-    first = other < first ? other : first;
-  }
-  if (threadIdx.x % kWarp == 0) room.firsts[threadIdx.x / kWarp] = first;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int k = 0; k < kRowWarps; ++k) first = room.firsts[k] < first ? room.firsts[k] : first;
-  *bad_row = first < count ? row_at(first) : -1;
-}
-
-void find_bad_row(const Launcher& launch, const Targets& targets, const std::int64_t* source,
-                  std::int64_t count, std::int64_t vocabulary, std::int64_t* bad_row) {
-  if (bad_row == nullptr) return;
-  launch(listed<bad_row_kernel>(), 1, kRowThreads, targets, source, count, vocabulary, bad_row);
-}
-
 }  // namespace
 
 void token_log_probs(const LogitRows& logits, const Targets& targets, const LogProbs& out,
                      const Place& place) {
   const Launcher launch("token_log_probs", place);
-  find_bad_row(launch, targets, nullptr, logits.num_rows, logits.vocabulary, out.bad_row);
   with_logits(logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     const bool need_moment = out.entropy != nullptr;
@@ -365,8 +330,6 @@ void token_log_probs_backward(const LogitRows& grad_logits, const LogitRows& log
                               const Targets& targets, const LogProbGradients& grads,
                               const Place& place) {
   const Launcher launch("token_log_probs_backward", place);
-  find_bad_row(launch, targets, grads.source, grad_logits.num_rows, logits.vocabulary,
-               grads.bad_row);
   with_gradient(logits.dtype, grad_logits.dtype, [&](auto zero, auto grad_zero) {
     using In = decltype(zero);
     using Out = decltype(grad_zero);

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 4)
                         TrajectoryOutputs out) {
   const std::int64_t num_steps = row_steps[num_rows];
   for (std::int64_t s = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; s < num_steps;
-       s += kThreads * kBlocks) {
+       s += std::int64_t{gridDim.x} * kThreads) {
     const std::int64_t row = row_of(row_steps, num_rows, s);
     out.trajectory_steps[s] = s;
     out.trajectory_counts[s] = static_cast<std::int32_t>(row_steps[row + 1] - row_steps[row]);
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 void launch_trajectories(const Launcher& launch, const std::int64_t* row_steps,
                          std::int64_t num_rows, const std::int64_t* token_index,
                          const std::int64_t* step_offsets, const TrajectoryOutputs& out) {
-  launch(listed<trajectories_kernel>(), kBlocks, kThreads, row_steps, num_rows, token_index,
-         step_offsets, out);
+  launch(listed<trajectories_kernel>(), most_blocks(kBlocks), kThreads, row_steps, num_rows,
+         token_index, step_offsets, out);
 }
 
 void row_trajectories(const RowTrajectories& args, const Place& place) {

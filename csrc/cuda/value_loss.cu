@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const double total = value_total(config.reduction, all.counts, tensors.normalizer);
   *static_cast<T*>(tensors.loss) = static_cast<T>(all.values.loss / total);
   write_value_metrics(config.reduction, all.counts, all.values, all_squares, tensors.normalizer,
-                      1 / total, tensors.metrics);
+                      tensors.metrics);
+  if (tensors.gradient_scale != nullptr) *tensors.gradient_scale = 1 / total;
 }
 
 }  // namespace
@@ -110,8 +111,9 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
     if (tensors.grad_values != nullptr && tensors.values_per_token) {
       fill_with_zeros(launch, static_cast<T*>(tensors.grad_values), tensors.num_values);
     }
-    launch(listed<value_loss_kernel<T>>(), std::clamp<std::int64_t>(blocks, 1, kBlocks), kThreads,
-           tensors, states, config, static_cast<Workspace*>(place.workspace));
+    launch(listed<value_loss_kernel<T>>(),
+           std::clamp<std::int64_t>(blocks, 1, most_blocks(kBlocks)), kThreads, tensors, states,
+           config, static_cast<Workspace*>(place.workspace));
   });
 }
 

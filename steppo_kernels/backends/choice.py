@@ -16,6 +16,8 @@ from .modules import module_of
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 OLDEST_TRITON = (3, 6)
+# The kernels in csrc/cuda have instructions that older ones lack.
+OLDEST_GPU = 80
 
 # What `auto` tries on the tensors of a device, the fastest first. No GPU has told yet where the
 # kernels of `cuda` are faster than those of Triton.
@@ -83,28 +85,40 @@ def why_not_cuda() -> str | None:
         return "torch is built for AMD GPUs, and these kernels are for those of NVIDIA"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    driver, runtime = (version // 1000 for version in module.versions())
-    if driver < runtime:
+    driver, runtime = module.versions()
+    if driver // 1000 < runtime // 1000:
         return (
-            f"the driver runs CUDA {driver}, and the kernels were built with CUDA {runtime}: "
-            f"update the driver, or install with the nvcc of CUDA {driver}"
+            f"the driver runs CUDA {driver // 1000}, and the kernels were built with CUDA "
+            f"{runtime // 1000}: update the driver, or install with the nvcc of CUDA "
+            f"{driver // 1000}"
         )
     compiled = module.architectures.split()
+    # A driver translates what was compiled with its own CUDA or an older one.
+    translates = driver >= runtime
     for index in range(torch.cuda.device_count()):
-        if not _runs(torch.cuda.get_device_capability(index), compiled):
+        capability = torch.cuda.get_device_capability(index)
+        if not _runs(capability, compiled, translates=translates):
+            name = torch.cuda.get_device_name(index)
+            number = capability[0] * 10 + capability[1]
+            if number < OLDEST_GPU:
+                return f"{name} is of architecture {number}, and the kernels take {OLDEST_GPU} on"
             return (
-                f"{torch.cuda.get_device_name(index)} is none of the GPUs that the kernels were "
-                f"built for ({', '.join(compiled)}): install with STEPPO_CUDA_ARCHS set"
+                f"the kernels were built for {', '.join(compiled)}, and {name} is of architecture "
+                f"{number}: install with {number} in STEPPO_CUDA_ARCHS"
             )
     return None
 
 
-def _runs(capability: tuple[int, int], compiled: list[str]) -> bool:
-    """Whether a GPU runs code that was compiled for some, such as "90" or "100+PTX"."""
+def _runs(capability: tuple[int, int], compiled: list[str], *, translates: bool) -> bool:
+    """Whether a GPU runs code that was compiled for some, such as "90" or "100+PTX".
+
+    Machine code runs on later GPUs of its generation. With `translates`, the driver makes machine
+    code of PTX for every later GPU.
+    """
     for name in compiled:
         number, _, kind = name.partition("+")
         built_for = divmod(int(number), 10)
-        is_alike = capability[0] == built_for[0] or kind == "PTX"
+        is_alike = capability[0] == built_for[0] or (kind == "PTX" and translates)
         if is_alike and capability >= built_for:
             return True
     return False

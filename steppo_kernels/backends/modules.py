@@ -29,10 +29,12 @@ def module_of(backend: str) -> Any:
         return _loaded(name, on_host)
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         note = _PACKAGE / f"_C_{backend}.missing"
         why = note.read_text().strip() if note.exists() else f"not built: {error}"
         raise ImportError(why) from error
+    except ImportError as error:
+        raise ImportError(f"built, but it cannot be loaded: {error}") from error
 
 
 def _loaded(name: str, path: str) -> Any:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
+from ..outputs import NUM_VALUE_METRICS
+from .fakes import loss_outputs, scale, segments
 from .records import States, Steps, Timeline
 
 _library = torch.library.Library("steppo", "DEF")
@@ -101,7 +102,7 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
 )
 def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
-    return _segments(mask.numel(), row_offsets)
+    return segments(mask.numel(), row_offsets)
 
 
 @_operator(
@@ -111,7 +112,7 @@ def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, b
 )
 def count_steps(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
-    return _segments(mask.numel(), row_offsets)[1:]
+    return segments(mask.numel(), row_offsets)[1:]
 
 
 @_operator(
@@ -131,7 +132,7 @@ def lay_out_runs(
     backend: str,
 ) -> Any:
     """Fake: see `steppo_kernels.layout.segment`. `mask` and `step_ids` are of the token shape."""
-    step_ids = _segments(mask.numel(), row_offsets)[0]
+    step_ids = segments(mask.numel(), row_offsets)[0]
     csr = compact(step_ids, num_steps, num_actions, backend)
     steps, counts, _, rows = row_trajectories(row_steps, csr[0], csr[1], backend)
     return step_ids.view(mask.shape), *csr, steps, counts, rows
@@ -144,7 +145,7 @@ def lay_out_runs(
 )
 def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
-    return _segments(ids.numel(), row_offsets)
+    return segments(ids.numel(), row_offsets)
 
 
 @_operator(
@@ -155,7 +156,7 @@ def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
 def segment_rows(mask: Tensor, valid: Tensor | None, backend: str) -> Any:
     """Fake: see `steppo_kernels.layout.segment`."""
     row_offsets = mask.new_empty((mask.shape[0] + 1,), dtype=torch.int64)
-    return _segments(mask.numel(), row_offsets)
+    return segments(mask.numel(), row_offsets)
 
 
 @_operator(
@@ -255,7 +256,7 @@ def step_gae(
     "value_loss",
     "(Tensor values, Tensor returns, Tensor? old_values, Tensor? normalizer, Tensor[] states, "
     "float[] config, bool values_per_token, bool old_values_per_token, bool need_grad, "
-    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values)",
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values, Tensor gradient_scale)",
 )
 def value_loss(
     values: Tensor,
@@ -271,12 +272,13 @@ def value_loss(
 ) -> Any:
     """Fake: see `steppo_kernels.step_value_loss`. `config` is clip and reduction.
 
-    The gradient is `grad_values` (of the shape of `values`) times `gradient_scale`.
+    The gradient is `grad_values` (of the shape of `values`) times `gradient_scale`, if it is given.
     """
     return (
         values.new_empty(()),
         values.new_empty((NUM_VALUE_METRICS,), dtype=torch.float64),
         torch.empty_like(values) if need_grad else values.new_empty((0,)),
+        scale(values, backend),
     )
 
 
@@ -287,7 +289,7 @@ def value_loss(
     "Tensor? clip_high, Tensor? ratio_center, Tensor? normalizer, Tensor[] steps, float[] config, "
     "bool advantages_per_token, bool is_weights_per_token, bool need_grad, "
     "bool need_entropy_grad, str backend) -> (Tensor loss, Tensor metrics, Tensor step_log_ratio, "
-    "Tensor grad_log_probs, Tensor grad_entropy)",
+    "Tensor grad_log_probs, Tensor grad_entropy, Tensor gradient_scale)",
 )
 def policy_loss(
     log_probs: Tensor,
@@ -313,10 +315,11 @@ def policy_loss(
 
     What is given per token has N entries in the order of `log_probs`, contiguous and of any shape.
     The gradients of the loss are `grad_log_probs` and `grad_entropy` (of the shape of `log_probs`,
-    0 at masked tokens) times `gradient_scale`: so the normalizer may be known last.
+    0 at masked tokens) times `gradient_scale` (fp64), if it is given: the normalizer is then known
+    last.
     """
     step_log_ratio = log_probs.new_empty((Steps(*steps).step_offsets.shape[0] - 1,))
-    loss, metrics, *grads = _loss_outputs(log_probs, need_grad, need_entropy_grad)
+    loss, metrics, *grads = loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
     return loss, metrics, step_log_ratio, *grads
 
 
@@ -325,7 +328,8 @@ def policy_loss(
     "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
     "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, "
     "Tensor mask, SymInt row_length, float[] config, bool need_grad, bool need_entropy_grad, "
-    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy)",
+    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_log_probs, Tensor grad_entropy, "
+    "Tensor gradient_scale)",
 )
 def policy_loss_masked(
     log_probs: Tensor,
@@ -347,16 +351,21 @@ def policy_loss_masked(
 
     Everything else is per token, rows are `row_length` long.
     """
-    return _loss_outputs(log_probs, need_grad, need_entropy_grad)
+    return loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
 
 
-def gradient_scale(backend: str, metrics: Tensor) -> Tensor | None:
-    """Return what the gradients of a loss are to be multiplied by, 0-dim; None is 1.
+@_operator(
+    "scale_gradient",
+    "(Tensor(a!) out, Tensor grad, Tensor upstream, Tensor? scale, str backend) -> ()",
+)
+def scale_gradient(
+    out: Tensor, grad: Tensor, upstream: Tensor, scale: Tensor | None, backend: str
+) -> Any:
+    """Fake: write `grad` times `upstream` (0-dim) and `scale` (fp64, 0-dim; None is 1) into `out`.
 
-    Compiled code knows the normalizer before it writes gradients. A GPU adds it up last, and leaves
-    its reciprocal in the last entry of the metrics. The caller owns these, and may write to them.
+    What is 0 stays 0. `out` may be `grad`; it has the dtype of `grad` or, of fp32, a half
+    precision. It is the operator of a GPU's launchers: elsewhere torch's products do it.
     """
-    return None if backend == "cpu" else metrics[-1].clone()
 
 
 _HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"
@@ -435,6 +444,23 @@ def token_log_probs_backward(
 
 
 @_operator(
+    "live_rows",
+    "(Tensor grad_log_probs, Tensor? grad_entropy, bool ascending, str backend) "
+    "-> (Tensor order, Tensor count)",
+)
+def order_live_rows(
+    grad_log_probs: Tensor, grad_entropy: Tensor | None, ascending: bool, backend: str
+) -> Any:
+    """Fake: order all rows, the `count` that have a gradient (one that is not 0) before the others.
+
+    The others ascend, and so do the first with `ascending`. Without, entry j of these is j where
+    row j is among them; the rows from `count` on take the places that are left, ascending.
+    """
+    order = grad_log_probs.new_empty(grad_log_probs.shape, dtype=torch.int64)
+    return order, order.new_empty(())
+
+
+@_operator(
     "lm_head",
     "(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, str backend) -> ()",
 )
@@ -459,22 +485,3 @@ def accumulate(total: Tensor, product: Tensor, is_first: bool, backend: str) -> 
 
     Both are contiguous and of one shape. With `is_first`, `total` is written instead.
     """
-
-
-def _segments(num_tokens: int, row_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        row_offsets.new_empty((num_tokens,), dtype=torch.int32),
-        row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
-        row_offsets.new_empty((3,), dtype=torch.int64),
-    )
-
-
-def _loss_outputs(
-    log_probs: Tensor, need_grad: bool, need_entropy_grad: bool
-) -> tuple[Tensor, ...]:
-    return (
-        log_probs.new_empty(()),
-        log_probs.new_empty((NUM_POLICY_METRICS,), dtype=torch.float64),
-        torch.empty_like(log_probs) if need_grad else log_probs.new_empty((0,)),
-        torch.empty_like(log_probs) if need_entropy_grad else log_probs.new_empty((0,)),
-    )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import secrets
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, TypeVar
 
 import torch
 import typer
@@ -20,7 +23,7 @@ from . import report
 
 main = typer.Typer(
     name="steppo-kernels",
-    help="Step-level policy optimization (StepPO) kernels: what runs here, and is it right?",
+    help="Step-level policy optimization (StepPO) kernels: what runs here, is it right and fast?",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -111,17 +114,7 @@ def validate(
     from . import validate as validation
 
     seed = secrets.randbelow(2**31) if seed is None else seed
-    cases = [
-        case
-        for case in validation.CASES
-        if not operation or any(part in case.operation for part in operation)
-    ]
-    if not cases:
-        known = ", ".join(dict.fromkeys(case.operation for case in validation.CASES))
-        raise typer.BadParameter(
-            f"got {', '.join(operation or [])}, expected part of one of: {known}",
-            param_hint="--operation",
-        )
+    cases = _chosen(validation.CASES, operation)
     known_dtypes = {str(kind).removeprefix("torch."): kind for kind in validation.DTYPES}
     for name in dtype or []:
         if name not in known_dtypes:
@@ -147,6 +140,69 @@ def validate(
     else:
         report.show(shown, rows, seed, _console(), verbose=verbose)
     if not all(row.ok for row in rows):
+        raise typer.Exit(1)
+
+
+@main.command()
+def bench(
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Time this one; repeat for more. Every one that runs, by default."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Like cpu or cuda:0; repeat for more. CPU and first GPU, by default."),
+    ] = None,
+    operation: Annotated[
+        list[str] | None,
+        typer.Option(help="Only operations whose name contains this; repeat for more."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="How long it may take, for all devices together.")
+    ] = 45.0,
+    as_json: _AsJson = False,
+) -> None:
+    """Time every function and backend next to plain PyTorch and torch.compile.
+
+    The variants of a call take turns, and each has to give the right answer before. What has no
+    time in a short budget is left out and says so. Exits with 1 if a variant is wrong or fails.
+    """
+    from . import bench as benchmark
+
+    start, date = time.monotonic(), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    load = info_facts.load()
+    cases = _chosen(benchmark.CASES, operation)
+    chosen = {
+        where: names for where, names in _targets(backend or [], device or []).items() if names
+    }
+    left_out = {name: benchmark.without_meaning(name) for where in chosen for name in chosen[where]}
+    for name in backend or []:
+        if why := left_out.get(name):
+            raise typer.BadParameter(why, param_hint="--backend")
+    rows: list[benchmark.Row] = []
+    with _console(stderr=True).status("") as status:
+        for place, (where, names) in enumerate(chosen.items()):
+            left = seconds - (time.monotonic() - start)
+            rows += benchmark.bench(
+                cases,
+                [name for name in names if not left_out[name]],
+                where,
+                seconds=left / (len(chosen) - place),
+                on_case=lambda name: status.update(escape(name)),
+            )
+    found = benchmark.Report(
+        date=date,
+        load=load,
+        seconds=seconds,
+        took=time.monotonic() - start,
+        left_out=[why for why in left_out.values() if why],
+        rows=rows,
+    )
+    if as_json:
+        typer.echo(json.dumps(benchmark.as_json(found), indent=2, allow_nan=False))
+    else:
+        benchmark.show(found, _console())
+    if not found.ok:
         raise typer.Exit(1)
 
 
@@ -179,6 +235,30 @@ def demo(
         raise typer.Exit(1) from None
 
 
+class _Case(Protocol):
+    @property
+    def operation(self) -> str: ...
+
+
+_AnyCase = TypeVar("_AnyCase", bound=_Case)
+
+
+def _chosen(cases: Sequence[_AnyCase], parts: list[str] | None) -> list[_AnyCase]:
+    """Return the cases of operations whose name contains one of `parts`, or all without any.
+
+    Raises:
+        typer.BadParameter: there are none.
+    """
+    found = [case for case in cases if not parts or any(part in case.operation for part in parts)]
+    if not found:
+        known = ", ".join(dict.fromkeys(case.operation for case in cases))
+        raise typer.BadParameter(
+            f"got {', '.join(parts or [])}, expected part of one of: {known}",
+            param_hint="--operation",
+        )
+    return found
+
+
 def _known_backend(name: str) -> str:
     if name not in choice.BACKENDS:
         raise typer.BadParameter(
@@ -189,7 +269,7 @@ def _known_backend(name: str) -> str:
 
 
 def _targets(names: list[str], devices: list[str]) -> dict[torch.device, list[str]]:
-    """Return the backends to check on each device.
+    """Return the backends to run on each device.
 
     Raises:
         typer.BadParameter: something asked for is unknown or does not run here.

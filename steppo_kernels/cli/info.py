@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
-from ..backends import choice
+from ..backends import choice, modules
 
 
 def collect() -> dict[str, Any]:
@@ -37,9 +38,8 @@ def collect() -> dict[str, Any]:
 
 def show(facts: dict[str, Any], console: Console) -> None:
     """Print what `collect` returns."""
-    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v is not None)
-    console.print(versions, highlight=False)
-    console.print(f"{facts['platform']}, {facts['threads']} threads", highlight=False)
+    for line in headline(facts):
+        console.print(line, highlight=False)
 
     table = Table(title="backends", title_justify="left")
     for name in ("backend", "runs", "on", "about"):
@@ -50,7 +50,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
             for key, value in backend["details"].items()
         )
         runs = "[green]yes[/]" if backend["available"] else "[red]no[/]"
-        table.add_row(name, runs, ", ".join(backend["devices"]), about)
+        # What a compiler complained of may have brackets.
+        table.add_row(name, runs, ", ".join(backend["devices"]), escape(about))
     console.print(table)
 
     table = Table(title="devices", title_justify="left")
@@ -59,6 +60,17 @@ def show(facts: dict[str, Any], console: Console) -> None:
     for device in facts["devices"]:
         table.add_row(device["device"], device["name"], device["about"], device["auto"])
     console.print(table)
+
+
+def headline(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return the versions and the platform of what `collect` returns, a line each."""
+    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items() if v is not None)
+    return versions, f"{facts['platform']}, {facts['threads']} threads"
+
+
+def load() -> float | None:
+    """Return how many processes wanted a core over the last minute; None if nobody counts them."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _version(package: str) -> str | None:
@@ -76,12 +88,14 @@ def _backend(name: str) -> dict[str, Any]:
     why_not = None if runs_on else next(iter(reasons.values()))
     details: dict[str, Any] = {}
     if runs_on and name == "cpu":
-        module: Any = importlib.import_module("steppo_kernels._C_cpu")
+        module = modules.module_of("cpu")
         details = {
             "instruction_set": module.isa(),
             "compiled_for": module.isas().split(", "),
             "compiler": module.compiler(),
         }
+    elif runs_on and name == "cuda":
+        details = _about_cuda()
     elif runs_on and name == "triton":
         details = {"interpreter": "on, on CPU tensors" if choice.triton_interprets() else "off"}
     return {
@@ -89,6 +103,19 @@ def _backend(name: str) -> dict[str, Any]:
         "why_not": why_not,
         "devices": runs_on,
         "details": details,
+    }
+
+
+def _about_cuda() -> dict[str, Any]:
+    module = modules.module_of("cuda")
+    if module.on_host:
+        return {"on_the_host": "by tests"}
+    driver, runtime = (f"{found // 1000}.{found % 1000 // 10}" for found in module.versions())
+    return {
+        "compiled_for": module.architectures.split(),
+        "compiler": module.compiler,
+        "built_with_cuda": runtime,
+        "driver_runs_cuda": driver,
     }
 
 

@@ -153,9 +153,9 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
         c = zeros if grad is None else grad[index]
         e = None if grad_entropy is None else grad_entropy[index]
-        live = live_rows(c, e)
+        live = live_rows(c, e, head.backend, ascending=True)
         gradients = HeadGradients(
-            head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk)
+            head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk), len(live)
         )
         # Autocast would round what the forward did not. It may be on here where it was off there.
         is_off = torch.autocast(hidden.device.type, enabled=False)

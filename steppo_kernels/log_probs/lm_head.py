@@ -16,18 +16,15 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import operators
-from .memory import KEPT_BYTES, gradient, scratch
+from ..backends.gpu.products import KEEPS_FP32
+from .memory import KEPT_BYTES, scratch
 from .token_log_probs import Targets
+from .weight_gradient import CPU_SLICE, slice_rows, weight_gradient
 
 # Logits of a chunk: few enough to leave memory to the model, and so many that the sum of the
 # weight's gradient, which is read and written for each chunk, costs little next to the products.
 _CPU_BYTES, _GPU_SHARE = KEPT_BYTES, 16
 _MIN_ROWS = 128
-# Whether torch multiplies halves into fp32 on a GPU: since 2.8, though not in every build for ROCm.
-_GPU_KEEPS_FP32 = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
-# Rows of the weight whose gradient is formed at a time: their product stays in a cache until it is
-# added, and fresh memory is not needed for it.
-_SLICE = 4096
 # Gradients of logits are scaled to about 2 to this power where they are fp16.
 _UNIT_BITS = 4
 
@@ -80,8 +77,9 @@ class Head(NamedTuple):
     ) -> Tensor:
         """Overwrite logits with their gradients: of all rows, or the first n with those of `order`.
 
-        `order` ``[n]`` is as `packed` returns it. The gradients have the dtype of the weight; where
-        that is narrower, they take the first half of each row's memory.
+        `order` ``[n]`` is as `live_rows` returns it where it need not ascend. The gradients have
+        the dtype of the weight; where that is narrower, they take the first half of each row's
+        memory.
         """
         logits = grad_logits = rows.logits
         if logits.dtype != self.weight.dtype:
@@ -153,9 +151,6 @@ class Evaluated:
 class HeadGradients:
     """Gradients of a loss through the head, summed over chunks.
 
-    The gradient of the weight is summed in fp32 where there is more than one chunk; a product alone
-    is rounded once, to the dtype of the weight.
-
     Attributes:
         takes_units: whether gradients of logits are given in units (`Head.in_units`), because fp16
             may not hold them as they are. Products are then formed in fp32. On a CPU that costs
@@ -169,11 +164,13 @@ class HeadGradients:
         hidden: Tensor,
         needed: tuple[bool, bool, bool],
         num_chunks: int,
+        num_rows: int | None = None,
         *,
         scaled_later: bool = False,
     ) -> None:
         """Start with nothing; `needed` says which of hidden, weight and bias want a gradient.
 
+        There are at most `num_chunks` chunks, and `num_rows` rows in them if that is known yet.
         With `scaled_later` the upstream gradient is not known yet: then sums stay in fp32 where the
         dtype is fp16, whose range asks for that gradient first.
         """
@@ -184,14 +181,13 @@ class HeadGradients:
         self.keeps_fp32 = scaled_later and is_fp16
         self.takes_units = is_fp16 and (scaled_later or weight.device.type == "cpu")
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self._single, self._empty = num_chunks <= 1 and not self.takes_units, True
         self.hidden = self.weight = self.bias = None
         if need_hidden:
             self.hidden = torch.zeros_like(hidden, dtype=wide if self.keeps_fp32 else hidden.dtype)
         if need_weight:
-            # The first product is written, the others are added.
-            dtype = weight.dtype if self._single else wide
-            self.weight = gradient(weight.shape, dtype, weight.device)
+            self.weight = weight_gradient(
+                weight, head.backend, num_chunks, num_rows, takes_units=self.takes_units
+            )
         if need_bias:
             self.bias = torch.zeros(len(weight), dtype=wide, device=weight.device)
 
@@ -207,7 +203,6 @@ class HeadGradients:
 
         Row i of the gradients is given as a multiple of ``units[i]`` (fp32).
         """
-        is_first, self._empty = self._empty, False
 
         def in_full(rows: Tensor) -> Tensor:
             return rows if units is None else rows.to(torch.float32) * units.unsqueeze(1)
@@ -219,35 +214,24 @@ class HeadGradients:
             if units is None:
                 self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
             else:
+                part = slice_rows(grad_logits)
                 for entries, columns in zip(
-                    self.bias.split(_SLICE), grad_logits.split(_SLICE, dim=1), strict=True
+                    self.bias.split(part), grad_logits.split(part, dim=1), strict=True
                 ):
                     entries += units @ columns.to(units.dtype)
-        if self.weight is None:
-            return
-        # Units differ from row to row: a sum over rows takes them in, and is formed in fp32.
-        hidden = in_full(hidden)
-        for part, columns in zip(
-            self.weight.split(_SLICE), grad_logits.split(_SLICE, dim=1), strict=True
-        ):
-            columns = columns.t().to(hidden.dtype)
-            if self._single:
-                torch.mm(columns, hidden, out=part)
-            elif part.dtype == hidden.dtype:
-                torch.addmm(part, columns, hidden, beta=0.0 if is_first else 1.0, out=part)
-            else:
-                product = torch.mm(columns, hidden)
-                operators.call("accumulate", self.head.backend, part, product, is_first)
+        if self.weight is not None:
+            # Units differ from row to row: a sum over rows takes them in, and is formed in fp32.
+            self.weight.add(grad_logits, in_full(hidden))
 
     def _hidden_product(self, grad_logits: Tensor) -> Tensor:
         weight = self.head.weight
-        if not self.takes_units or (grad_logits.is_cuda and not _GPU_KEEPS_FP32):
+        if not self.takes_units or (grad_logits.is_cuda and not KEEPS_FP32):
             return torch.mm(grad_logits, weight)
         if grad_logits.is_cuda:
             return torch.mm(grad_logits, weight, out_dtype=torch.float32)
         sums = torch.zeros(len(grad_logits), weight.shape[1], device=weight.device)
         for columns, part in zip(
-            grad_logits.split(_SLICE, dim=1), weight.split(_SLICE), strict=True
+            grad_logits.split(CPU_SLICE, dim=1), weight.split(CPU_SLICE), strict=True
         ):
             sums.addmm_(columns.to(sums.dtype), part.to(sums.dtype))
         return sums
@@ -257,9 +241,8 @@ class HeadGradients:
 
         They have the dtypes of the inputs, or are fp32 (`keeps_fp32`).
         """
-        weight, bias = self.weight, self.bias
-        if weight is not None and self._empty:
-            weight.zero_()
+        weight = None if self.weight is None else self.weight.finish()
+        bias = self.bias
         if not self.keeps_fp32:
             weight = None if weight is None else weight.to(self.head.weight.dtype)
             bias = None if bias is None else bias.to(self.head.weight.dtype)
@@ -272,7 +255,7 @@ def logits_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
     Products of half precisions are kept in the fp32 that they are summed in: rounded, they move
     log-probs by more than a step ratio is clipped at.
     """
-    is_kept = backend == "cpu" or (backend in ("triton", "cuda") and _GPU_KEEPS_FP32)
+    is_kept = backend == "cpu" or (backend in ("triton", "cuda") and KEEPS_FP32)
     return torch.promote_types(dtype, torch.float32) if is_kept else dtype
 
 
@@ -343,25 +326,19 @@ def rows_within(budget: int, head: Head) -> int:
     return max(_MIN_ROWS, rows - rows % 64)
 
 
-def live_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """Return the positions of rows with a gradient. Their number is copied to the host."""
-    live = grad_log_probs != 0
-    if grad_entropy is not None:
-        live |= grad_entropy != 0
-    return live.nonzero().squeeze(1)
+def live_rows(
+    grad_log_probs: Tensor, grad_entropy: Tensor | None, backend: str, *, ascending: bool
+) -> Tensor:
+    """Return the positions of the rows with a gradient, in an order of `order_live_rows`.
 
-
-def packed(live: Tensor, num_rows: int) -> Tensor:
-    """Return the n ascending positions `live`, ordered so that entry j is j or at least n.
-
-    The gradient of row ``order[j]`` can then be written to row j while others are read: the rows
-    that make room are dead.
+    With `ascending` they ascend. Without, entry j of n is j or at least n: the gradient of row
+    ``order[j]`` can then be written to row j while others are read, as the rows that make room are
+    dead.
     """
-    count = len(live)
-    if count in (0, num_rows):
-        return live
-    order = torch.arange(count, device=live.device)
-    is_dead = torch.ones(num_rows, dtype=torch.bool, device=live.device)
-    is_dead[live] = False
-    order[is_dead[:count]] = live[live >= count]
-    return order
+    order: Tensor
+    order, count = operators.call(
+        "order_live_rows", backend, grad_log_probs, grad_entropy, ascending
+    )
+    # The one number that a chunk copies to the host. An asynchronous copy would gain nothing: what
+    # is launched next has so many rows.
+    return order[: int(count)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import operators
 from ..backends.choice import Backend
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.records import Steps
@@ -24,13 +23,13 @@ from ..log_probs.lm_head import (
     check_chunk,
     check_head,
     live_rows,
-    packed,
 )
 from ..log_probs.saved import save, saved
 from ..log_probs.untraced import untraced
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_loss_inputs
-from .policy_loss import loss_of, run_operator, scaled_gradient
+from .policy_loss import loss_of, run_operator
+from .scaled_gradient import scaled_gradient
 
 
 def linear_steppo_loss(
@@ -83,9 +82,11 @@ def linear_steppo_loss(
             on a CPU or of a sixteenth of a GPU's memory, and at least 128. With more than one chunk
             the products of the weight's gradient, each rounded to its dtype, are summed in fp32: in
             memory of its own, besides the gradient, that is read and written once per chunk, which
-            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). On a
-            CPU, up to 256 MiB stay allocated for the next call, and so does a gradient of the
-            weight of up to 2 GiB after it was dropped (`steppo_kernels.memory.release`).
+            makes small chunks dear (the benchmarks have two of 128 tokens next to one of 256). A
+            GPU does not round the products where torch adds them in fp32, and if at most d rows
+            have a gradient it forms one product of these in the end. On a CPU, up to 256 MiB stay
+            allocated for the next call, and so does a gradient of the weight of up to 2 GiB after
+            it was dropped (`steppo_kernels.memory.release`).
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.
@@ -316,10 +317,9 @@ class _Pass:
         if not self.gradients.any:
             return
         grad, grad_entropy, units = self._coefficients(begin, end)
-        live = live_rows(grad, grad_entropy)
-        if len(live) == 0:
+        order = live_rows(grad, grad_entropy, self.head.backend, ascending=False)
+        if len(order) == 0:
             return
-        order = packed(live, last - first)
         grad_logits = self.head.differentiate(rows, grad, grad_entropy, order)
         if units is not None:
             units = units[order]
@@ -333,7 +333,8 @@ class _Pass:
         if not self.gradients.any:
             return
         grad, grad_entropy, units = self._coefficients(begin, end)
-        for live in live_rows(grad, grad_entropy).split(self.chunk):
+        every = live_rows(grad, grad_entropy, self.head.backend, ascending=True)
+        for live in every.split(self.chunk):
             if len(live) == 0:
                 continue
             rows = self._evaluate(self.steps.index[first + live], buffer)
@@ -366,14 +367,13 @@ class _Pass:
         first, last = self.steps.borders[begin], self.steps.borders[end]
         has_bonus = self.steps.has_bonus
         inputs = self.steps.objective(begin, end)
-        _, metrics, _, grad, grad_entropy = run_operator(
+        _, _, _, grad, grad_entropy, scale = run_operator(
             inputs,
             self.log_probs[first:last],
             self.entropy[first:last] if has_bonus else None,
             True,
             has_bonus,
         )
-        scale = operators.gradient_scale(inputs.backend, metrics)
         if not has_bonus:
             grad_entropy = None
         if not self.gradients.takes_units:
@@ -411,7 +411,7 @@ class _LinearStepPO(torch.autograd.Function):
             keep_inputs(
                 ctx, *(None if x is None else x[:0].clone() for x in (hidden, weight, bias))
             )
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.backend = weight.dtype, head.backend
         ctx.mark_non_differentiable(metrics, step_log_ratio)
         return loss, metrics, step_log_ratio
 
@@ -419,7 +419,9 @@ class _LinearStepPO(torch.autograd.Function):
     @first_only("linear_steppo_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         gradients = (
-            None if grad is None else scaled_gradient(grad, grad_loss, None, grad.shape, ctx.dtype)
+            grad
+            if grad is None
+            else scaled_gradient(ctx.backend, grad, grad_loss, None, grad.shape, ctx.dtype)
             for grad in saved(ctx, grad_loss)
         )
         return *gradients, None, None, None, None, None, None

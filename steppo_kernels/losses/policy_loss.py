@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import checks
 from ..backends import operators
@@ -24,9 +22,7 @@ from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_entropy, check_loss_inputs
-
-# Whether the running backward was called with retain_graph; a torch without the answer says yes.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+from .scaled_gradient import scaled_gradient
 
 
 def steppo_loss(
@@ -211,7 +207,9 @@ def run_operator(
         run = operators.runner("policy_loss", inputs.backend)
         outputs: tuple[Any, ...] = run(log_probs, entropy, *constants, need_grad, need_entropy_grad)
         return outputs
-    loss, metrics, grad, grad_entropy = operators.runner("policy_loss_masked", inputs.backend)(
+    loss, metrics, grad, grad_entropy, scale = operators.runner(
+        "policy_loss_masked", inputs.backend
+    )(
         log_probs,
         entropy,
         constants.old_log_probs,
@@ -226,31 +224,7 @@ def run_operator(
         need_grad,
         need_entropy_grad,
     )
-    return loss, metrics, None, grad, grad_entropy
-
-
-def scaled_gradient(
-    grad: Tensor, upstream: Tensor, grad_scale: Tensor | None, shape: torch.Size, dtype: torch.dtype
-) -> Tensor:
-    """Return a saved gradient times one or two 0-dim factors, in the shape and dtype of its input.
-
-    What is exactly 0, as it is at masked tokens, stays so, whatever the factors are. If this is the
-    last use of the saved tensor, it is multiplied in place and given away. On the CPU the factors
-    can be looked at without waiting, and in a plain ``loss.backward()`` they are 1: then there is
-    nothing to do.
-    """
-    is_last = not is_compiling() and not _keeps_graph()
-    is_seen = not is_compiling() and grad.is_cpu
-    factor = upstream if grad_scale is None else upstream * grad_scale
-    seen = factor.item() if is_seen else math.nan
-    if not (is_last and seen == 1.0):
-        zeros = None if math.isfinite(seen) else grad == 0
-        grad = grad.mul_(factor) if is_last else grad * factor
-        if zeros is not None:
-            grad = grad.masked_fill_(zeros, 0.0)
-    if grad.shape != shape:
-        grad = grad.view(shape)
-    return grad if grad.dtype is dtype else grad.to(dtype)
+    return loss, metrics, None, grad, grad_entropy, scale
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -265,16 +239,16 @@ class _PolicyLoss(torch.autograd.Function):
         others: list[Any] | None,
     ) -> Any:
         need_grad, need_entropy_grad, *_ = ctx.needs_input_grad
-        loss, metrics, step_log_ratio, grad, grad_entropy = run_operator(
+        loss, metrics, step_log_ratio, grad, grad_entropy, scale = run_operator(
             inputs, log_probs, entropy, need_grad, need_entropy_grad
         )
-        scale = operators.gradient_scale(inputs.backend, metrics)
         ctx.save_for_backward(
             grad if need_grad else None, grad_entropy if need_entropy_grad else None, scale
         )
         keep_inputs(ctx, log_probs, entropy)
         ctx.log_probs = log_probs.shape, log_probs.dtype
-        ctx.entropy = None if entropy is None else (entropy.shape, entropy.dtype)
+        ctx.entropy = (None, None) if entropy is None else (entropy.shape, entropy.dtype)
+        ctx.backend = inputs.backend
         return with_others(ctx, loss, others, metrics, step_log_ratio)
 
     @staticmethod
@@ -282,10 +256,8 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, grad_entropy, scale = ctx.saved_tensors
         return (
-            None if grad is None else scaled_gradient(grad, grad_loss, scale, *ctx.log_probs),
-            None
-            if grad_entropy is None
-            else scaled_gradient(grad_entropy, grad_loss, scale, *ctx.entropy),
+            scaled_gradient(ctx.backend, grad, grad_loss, scale, *ctx.log_probs),
+            scaled_gradient(ctx.backend, grad_entropy, grad_loss, scale, *ctx.entropy),
             None,
             None,
         )

@@ -21,7 +21,7 @@ from ..backends.reference import value_loss as reference
 from ..config import REDUCTIONS, Reduction, one_of
 from ..layout.step_layout import StepLayout, require_layout
 from ..outputs import VALUE_METRICS, Metrics, StepPOOutput
-from .policy_loss import scaled_gradient
+from .scaled_gradient import scaled_gradient
 
 
 def step_value_loss(
@@ -111,7 +111,7 @@ def step_value_loss(
         if checks.wants_gradient(new):
             loss, metrics = around_autograd(_ValueLoss, values, chosen, constants)
         else:
-            loss, metrics, _ = operators.call("value_loss", chosen, new, *constants, False)
+            loss, metrics, *_ = operators.call("value_loss", chosen, new, *constants, False)
     adds_up = normalizer is not None or reduction == "sum"
     return StepPOOutput(loss, Metrics(metrics, VALUE_METRICS, adds_up))
 
@@ -126,16 +126,16 @@ class _ValueLoss(torch.autograd.Function):
         others: list[Any] | None,
     ) -> Any:
         dtype = checks.compute_dtype(values)
-        loss, metrics, grad = operators.call(
+        loss, metrics, grad, scale = operators.call(
             "value_loss", backend, checks.solid(values, dtype), *constants, True
         )
-        ctx.save_for_backward(grad, operators.gradient_scale(backend, metrics))
+        ctx.save_for_backward(grad, scale)
         keep_inputs(ctx, values)
-        ctx.values = values.shape, values.dtype
+        ctx.backend, ctx.values = backend, (values.shape, values.dtype)
         return with_others(ctx, loss, others, metrics)
 
     @staticmethod
     @first_only("step_value_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, scale = ctx.saved_tensors
-        return scaled_gradient(grad, grad_loss, scale, *ctx.values), None, None, None
+        return scaled_gradient(ctx.backend, grad, grad_loss, scale, *ctx.values), None, None, None

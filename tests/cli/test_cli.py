@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import steppo_kernels
-from steppo_kernels.backends import choice
+from steppo_kernels.backends import choice, modules
 from steppo_kernels.cli import main
 from steppo_kernels.cli import validate as validation
 
@@ -32,15 +32,16 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(main, list(words))
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("validate",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("info",), ("validate",), ("bench",), ("demo",)])
 def test_help_says_what_a_command_is_for(command):
     found = run(*command, "--help")
     assert found.exit_code == 0
     text = " ".join(found.output.split())
     expected = {
-        (): "info validate demo",
+        (): "info validate bench demo",
         ("info",): "or why not",
         ("validate",): "against the fp64 reference",
+        ("bench",): "next to plain PyTorch and torch.compile",
         ("demo",): "Train a small agent",
     }[command]
     assert all(word in text for word in expected.split())
@@ -95,15 +96,57 @@ def test_info_says_why_a_backend_is_missing(monkeypatch):
     assert "no compiler was found" in found.output
 
 
+def test_info_shows_the_words_of_a_compiler_as_they_are(monkeypatch):
+    said = "error: [/no] unused variable [-Werror]"
+    monkeypatch.setattr(
+        choice, "unavailable", lambda name, _: None if name == "reference" else said
+    )
+    assert said in run("info").output
+
+
 def test_info_names_the_instruction_set(monkeypatch):
     module = types.SimpleNamespace(
         isa=lambda: "abacus", isas=lambda: "baseline, abacus", compiler=lambda: "hand 1.0"
     )
-    monkeypatch.setitem(sys.modules, "steppo_kernels._C_cpu", module)
-    monkeypatch.setattr(choice, "unavailable", lambda name, device: None)
-    found = json.loads(run("info", "--json").output)["backends"]["cpu"]["details"]
+    found = json.loads(_info_of("cpu", module, monkeypatch, "--json"))["backends"]["cpu"]["details"]
     assert (found["instruction_set"], found["compiler"]) == ("abacus", "hand 1.0")
     assert "baseline" in found["compiled_for"]
+
+
+def test_info_names_what_the_cuda_kernels_were_built_for(monkeypatch):
+    module = types.SimpleNamespace(
+        on_host=False,
+        architectures="80 90+PTX",
+        compiler="nvcc 13.0.88",
+        versions=lambda: (13020, 12080),
+    )
+    found = json.loads(_info_of("cuda", module, monkeypatch, "--json"))["backends"]["cuda"]
+    assert found["details"] == {
+        "compiled_for": ["80", "90+PTX"],
+        "compiler": "nvcc 13.0.88",
+        "built_with_cuda": "12.8",
+        "driver_runs_cuda": "13.2",
+    }
+    shown = " ".join(_info_of("cuda", module, monkeypatch).replace("│", " ").split())
+    assert "driver runs cuda 13.2" in shown
+
+
+def test_info_says_that_the_cuda_kernels_are_those_of_tests(monkeypatch):
+    module = types.SimpleNamespace(on_host=True)
+    assert "on the host by tests" in _info_of("cuda", module, monkeypatch)
+
+
+def _info_of(backend: str, module: object, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What `info` prints where one backend runs, whose module is another."""
+    monkeypatch.setattr(
+        choice, "unavailable", lambda name, _: None if name == backend else "no compiler was found"
+    )
+    monkeypatch.setattr(modules, "module_of", {backend: module}.__getitem__)
+    # `auto` was resolved with the modules that are there.
+    monkeypatch.setattr(choice, "resolve", lambda name, device: backend)
+    found = run("info", *words)
+    assert found.exit_code == 0, found.output
+    return found.output
 
 
 def _only_the_reference(name: str, device: torch.device) -> str | None:
@@ -190,12 +233,15 @@ def test_validate_says_that_no_native_backend_was_checked(monkeypatch):
     [
         (("validate", "--backend", "abacus"), "expected one of auto, reference, cpu"),
         (("validate", "--backend", "auto"), "it picks one"),
-        (("validate", "--backend", "cuda"), "does not run here"),
         (("validate", "--device", "toaster"), "expected one of cpu"),
         (("validate", "--device", "cuda:99"), "expected one of cpu"),
         (("validate", "--operation", "abacus"), "expected part of one of"),
         (("validate", "--dtype", "int8"), "expected one of float64"),
         (("validate", "--batches", "0"), "Invalid value for '--batches'"),
+        (("bench", "--backend", "abacus"), "expected one of auto, reference, cpu"),
+        (("bench", "--device", "toaster"), "expected one of cpu"),
+        (("bench", "--operation", "abacus"), "expected part of one of"),
+        (("bench", "--seconds", "0"), "Invalid value for '--seconds'"),
         (("demo", "--backend", "abacus"), "expected one of auto, reference, cpu"),
         (("abacus",), "No such command"),
     ],
@@ -206,6 +252,13 @@ def test_what_is_unknown_is_refused(words, expected):
     # The message stands in a frame that may break its lines.
     text = " ".join(found.output.replace("│", " ").split())
     assert expected in text
+
+
+def test_a_backend_that_does_not_run_here_is_refused(monkeypatch):
+    monkeypatch.setattr(choice, "why_not_cuda", lambda: "torch sees no GPU")
+    found = run("validate", "--backend", "cuda")
+    assert found.exit_code == 2
+    assert "does not run here" in " ".join(found.output.replace("│", " ").split())
 
 
 def _fake_demo(monkeypatch, run_demo) -> None:

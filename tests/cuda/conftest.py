@@ -33,14 +33,18 @@ def host_module() -> ModuleType:
     return found
 
 
-@pytest.fixture(params=[0, 1, 5], ids=["in-order", "backwards", "drawn"])
+# Drawn, two blocks take turns, and three blocks do the work of all.
+_ORDERS = {"in-order": (0, 1), "backwards": (1, 1), "drawn": (5, 2, 3)}
+
+
+@pytest.fixture(params=list(_ORDERS.values()), ids=list(_ORDERS))
 def cuda(host_module: ModuleType, request: pytest.FixtureRequest) -> Iterator[Native]:
     """Kernels whose threads run in an order; what they keep between launches is looked at."""
-    host_module.order(request.param, 1)
+    host_module.order(*request.param)
     # Counters are 0, and the rest is what was never written.
     counters, size = host_module.workspace
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8)
     workspace[:counters] = 0
-    yield Native(host_module, lambda _: (0, workspace.data_ptr(), 0, 0), is_done=True)
+    yield Native(host_module, lambda _: (0, workspace.data_ptr(), 0, 0), is_done=False)
     host_module.order(0, 1)
     assert not workspace[:counters].any(), "a launch left a counter that is not 0"

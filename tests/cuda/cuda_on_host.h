@@ -6,10 +6,24 @@
 // starts as NaN, and with ThreadSanitizer each CUDA thread is a thread of its own, so that two
 // accesses of which neither comes first are reported with both lines, in any order of running.
 //
-// What it cannot model: approximate instructions and contraction to FMA (last bits differ from a
-// GPU's); occupancy, bank conflicts and coalescing; memory weaker than "an atomic publishes what a
-// fence before it covers"; ld.global.nc of what the same launch writes; blocks that wait for each
-// other, clusters, TMA and wgmma; streams, asynchronous errors and graphs; registers.
+// What it cannot model:
+// - Approximate instructions, which are exact here, and contraction to FMA: last bits differ from
+//   those of a GPU.
+// - Speed: occupancy, registers, bank conflicts, coalescing, caches and hints to them.
+// - Switches at any instruction. A thread runs until it meets others, comes to an atomic or ends. A
+//   race in between shows with ThreadSanitizer, and need not change a number.
+// - Memory that is weaker than "an atomic publishes what a fence before it covers". Atomics show in
+//   the order in which they ran, and a pack of 16 bytes is never seen in halves.
+// - ld.global.nc of what the same launch writes.
+// - Blocks that wait for each other: a block starts when one of those that take turns has ended.
+// - Clusters and their shared memory, TMA, wgmma, cooperative and programmatic dependent launches.
+// - Dynamic shared memory, and how much of either kind a block may have.
+// - Streams, errors that come late, and capture into graphs: a launch has ended when it returns.
+// - Devices with memory of their own: an address of the host is one of the device.
+// - The faults of addresses: UBSan sees misaligned packs, and ASan what lies outside of memory.
+// - What nvcc refuses, such as a call of host code: the names before functions mean nothing here.
+//
+// With ThreadSanitizer a launch has no more than 8128 threads.
 #pragma once
 
 #include "host_grid.h"
@@ -51,9 +65,9 @@ CUDA_ON_HOST_FN T& shared(Place) {
 
 // Meeting points.
 
-CUDA_ON_HOST_FN void block_barrier(Site site) {
+CUDA_ON_HOST_FN void block_barrier(Site& site) {
   Unseen unseen;
-  if (site.is_removed()) return;
+  if (is_removed(site)) return;
   const int line = site.line;
   Fiber& fiber = self();
   Block& block = *fiber.block;
@@ -77,11 +91,13 @@ CUDA_ON_HOST_FN void block_barrier(Site site) {
 #endif
 }
 
-// The number of threads of the block for which `vote` holds.
-CUDA_ON_HOST_FN int block_count(bool vote, Site site) {
+// The number of threads of the block for which `vote` holds. Without the barrier, each thread knows
+// its own vote alone.
+CUDA_ON_HOST_FN int block_count(bool vote, Site& site) {
   Block& block = *self().block;
   {
     Unseen unseen;
+    if (is_removed(site)) return vote;
     block.votes += vote;
   }
   block_barrier(site);
@@ -177,18 +193,18 @@ CUDA_ON_HOST_FN unsigned ballot(unsigned mask, bool vote, int line) {
   return static_cast<unsigned>(collective(kBallot, mask, vote, 0, kLanes, line));
 }
 
-CUDA_ON_HOST_FN void warp_barrier(Site site) {
-  if (!site.is_removed()) collective(kSync, 0xFFFFFFFFu, 0, 0, kLanes, site.line);
+CUDA_ON_HOST_FN void warp_barrier(Site& site) {
+  Unseen unseen;
+  if (!is_removed(site)) collective(kSync, 0xFFFFFFFFu, 0, 0, kLanes, site.line);
 }
 
 // Memory between blocks. An atomic publishes what a fence since the last one covers, and what it
 // shows is covered by the next fence.
 
-CUDA_ON_HOST_FN void fence(Site site) {
-  static_cast<void>(site);
-#if defined(__SANITIZE_THREAD__)
+CUDA_ON_HOST_FN void fence(Site& site) {
   Unseen unseen;
-  if (site.is_removed()) return;
+  if (is_removed(site)) return;
+#if defined(__SANITIZE_THREAD__)
   Fiber& fiber = self();
   fiber.has_fenced = true;
   for (void* at : fiber.seen) __tsan_acquire(at);
@@ -196,15 +212,28 @@ CUDA_ON_HOST_FN void fence(Site site) {
 #endif
 }
 
+// Atomics race with what is none, but not with each other, and order nothing by themselves.
+template <class T>
+inline void access_atomically(T* at) {
+  static_cast<void>(__atomic_fetch_add(at, T(0), __ATOMIC_RELAXED));
+}
+
+// Threads that have not met may come to an atomic in any order, and so they take turns there.
 template <class T, class F>
 CUDA_ON_HOST_FN T atomic(T* at, F&& change) {
-  Unseen unseen;
+  {
+    Unseen unseen;
+    Fiber& fiber = self();
+    wake(&fiber);
+    wait_for(Wait::kNone, fiber.line);
 #if defined(__SANITIZE_THREAD__)
-  Fiber& fiber = self();
-  if (fiber.has_fenced) __tsan_release(at);
-  fiber.has_fenced = false;
-  fiber.seen.push_back(at);
+    if (fiber.has_fenced) __tsan_release(at);
+    fiber.has_fenced = false;
+    fiber.seen.push_back(at);
 #endif
+  }
+  access_atomically(at);
+  Unseen unseen;
   const T before = *at;
   *at = change(before);
   return before;

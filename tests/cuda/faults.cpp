@@ -42,6 +42,14 @@ __global__ void sum_of_blocks(double* parts, unsigned* counter, double* total) {
   for (unsigned b = 0; b < gridDim.x; ++b) *total += parts[b];
 }
 
+// Threads count what another one sets to 0.
+template <bool has_barrier>
+__global__ void count(unsigned* counter) {
+  if (threadIdx.x == 1) *counter = 0;
+  if (has_barrier) __syncthreads();
+  atomicAdd(counter, 1u);
+}
+
 __global__ void apart(double* out) {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -114,6 +122,13 @@ int run_all(const std::string& name) {
   };
   if (name == "exchange") one(exchange<true>);
   if (name == "exchange without a barrier") one(exchange<false>);
+  if (name == "exchange without a barrier after a launch") {
+    one(exchange<true>);
+    one(exchange<false>);
+  }
+  if (name == "count") run(count<true>, 1, kThreads, &counter);
+  if (name == "count without a barrier") run(count<false>, 1, kThreads, &counter);
+  if (name.rfind("count", 0) == 0) std::printf("counter %u\n", counter);
   if (name == "sum of blocks") sum(sum_of_blocks<true, true>);
   if (name == "sum of blocks without the first fence") sum(sum_of_blocks<false, true>);
   if (name == "sum of blocks without the second fence") sum(sum_of_blocks<true, false>);

@@ -135,10 +135,8 @@ CUDA_ON_HOST_FN void run(uint3 grid, uint3 threads, const std::function<void()>&
     runner.ready.clear();
 #if defined(__SANITIZE_THREAD__)
     runner.kept.clear();
-    for (Fiber* fiber : runner.left) {
-      __tsan_destroy_fiber(fiber->tsan);
-      runner.idle.push_back(fiber);
-    }
+    // A launch comes after all that the threads of this one have done.
+    for (Fiber* fiber : runner.left) runner.idle.push_back(fiber);
     runner.left.clear();
 #endif
   }

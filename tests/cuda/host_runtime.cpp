@@ -1,18 +1,23 @@
 // Linked into what tests make of the kernels: the order in which threads run, and what
 // csrc/cuda/runtime.cu asks of CUDA.
 #include "host_grid.h"
+#include "launch.h"
 #include "steppo/cuda.h"
 
-extern "C" __attribute__((visibility("default"))) void order_of_threads(std::uint64_t seed,
-                                                                        int resident) {
-  cuda_on_host::options = {seed, resident, ""};
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void order_of_threads(std::uint64_t seed, int resident) {
+  cuda_on_host::options = {seed, resident, 0, ""};
 }
+
+EXPORTED void limit_blocks(std::int64_t most) { cuda_on_host::options.most_blocks = most; }
 
 namespace steppo::cuda {
 
 const bool kOnHost = true;
 Versions versions() { return {0, 0}; }
 void load(int) {}
+std::size_t num_kernels() { return all_kernels().size(); }
 bool is_capturing(void*) { return false; }
 
 }  // namespace steppo::cuda

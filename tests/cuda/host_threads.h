@@ -55,25 +55,35 @@ struct Options {
   std::uint64_t seed = 0;
   // Blocks whose threads take turns. With 0, launches do nothing: what they cost is left.
   int resident = 1;
+  // The most blocks of a launch whose blocks go through the work in turns, 0 for the kernel's own
+  // number. With few of them a small batch takes several turns.
+  std::int64_t most_blocks = 0;
   // A barrier or a fence that is not there, "file:line": what misses it?
   std::string removed;
 };
 inline Options options;
 
-// A place in the source, where threads meet or order memory.
+inline std::int64_t most_blocks(std::int64_t usual) {
+  return options.most_blocks > 0 ? std::min(usual, options.most_blocks) : usual;
+}
+
+// A place in the source, where threads meet or order memory. A template has one for each of its
+// instances. It is not made at run time: the guard of that would order the threads that come here.
 struct Site {
   const char* file;
   int line;
+  bool is_reached = false;
 
-  bool is_removed() const {
-    if (options.removed.empty()) return false;
-    const std::string whole = std::string(file) + ":" + std::to_string(line);
-    const std::string end = "/" + options.removed;
-    return whole.size() >= end.size() &&
-           whole.compare(whole.size() - end.size(), end.size(), end) == 0;
+  std::string name() const {
+    const std::string path = file;
+    return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
   }
 };
-#define CUDA_ON_HOST_SITE (cuda_on_host::Site{__FILE__, __LINE__})
+#define CUDA_ON_HOST_SITE                                      \
+  ([]() -> cuda_on_host::Site& {                               \
+    static cuda_on_host::Site site{__FILE__, __LINE__, false}; \
+    return site;                                               \
+  }())
 
 #if defined(__SANITIZE_THREAD__)
 // What this header itself reads and writes is not the kernel's.
@@ -160,6 +170,8 @@ struct Runner {
   std::uint64_t state = 1;
   // What ended the launch before its threads.
   std::exception_ptr error;
+  // Where launches have come.
+  std::vector<Site*> reached;
 #if defined(__SANITIZE_THREAD__)
   void* tsan = nullptr;
   // What would hide a race, or make one up, if it were used again within a launch.
@@ -184,6 +196,16 @@ struct Runner {
 inline Runner runner;
 
 inline Fiber& self() { return *runner.current; }
+
+// Remembers that a launch has come to a site, and tells whether it is to go on as if there were
+// none.
+CUDA_ON_HOST_FN bool is_removed(Site& site) {
+  if (!site.is_reached) {
+    site.is_reached = true;
+    runner.reached.push_back(&site);
+  }
+  return !options.removed.empty() && options.removed == site.name();
+}
 
 // Switching.
 
@@ -334,7 +356,7 @@ CUDA_ON_HOST_FN Fiber* new_fiber() {
   fiber->fake_stack = nullptr;
 #endif
 #if defined(__SANITIZE_THREAD__)
-  fiber->tsan = __tsan_create_fiber(0);
+  if (fiber->tsan == nullptr) fiber->tsan = __tsan_create_fiber(0);
   fiber->has_fenced = false;
   fiber->turn = fiber->warp_turn = 0;
   fiber->seen.clear();

@@ -83,6 +83,19 @@ def test_streams_move_16_bytes_at_once(kernels: list[Kernel]) -> None:
         assert by_name[name].wide_stores >= stores, name
 
 
+def test_the_account_has_them(kernels: list[Kernel], request: pytest.FixtureRequest) -> None:
+    """`python -m benchmarks.cuda_account --write` writes the page anew."""
+    page = (cuda_machine_code.ROOT / "benchmarks/cuda_account.md").read_text()
+    if f"nvcc {cuda_machine_code.nvcc_version()};" not in page:
+        pytest.skip("the account is of another compiler")
+    place = ARCHITECTURES.index(request.node.callspec.params["kernels"])
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", page, re.MULTILINE)
+    registers = {name: int(numbers.split(" / ")[place]) for name, numbers in rows}
+    assert registers == {
+        kernel.name.replace("steppo::", ""): kernel.registers for kernel in kernels
+    }
+
+
 def test_loops_over_logits_compute_in_fp32(kernels: list[Kernel]) -> None:
     """Few GPUs have as many units for fp64."""
     rows = [

@@ -13,10 +13,12 @@ import pytest
 SEEDS = ("0", "1", "5")
 _RACES = (
     "exchange without a barrier",
+    "exchange without a barrier after a launch",
+    "count without a barrier",
     "sum of blocks without the first fence",
     "sum of blocks without the second fence",
 )
-_RIGHT = {"exchange": "63 0", "sum of blocks": "0 0", "votes": "48 48"}
+_RIGHT = {"exchange": "63 0", "count": "0 0", "sum of blocks": "0 0", "votes": "48 48"}
 
 
 @pytest.fixture(scope="module")

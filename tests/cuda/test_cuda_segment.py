@@ -13,7 +13,7 @@ _SIZES = [0, 1, 3, 255, 1024, 4095, 4097, 20011]
 
 
 # What takes long on the host runs in one order of threads.
-_ONCE = pytest.mark.parametrize("cuda", [5], ids=["drawn"], indirect=True)
+_ONCE = pytest.mark.parametrize("cuda", [(5, 1)], ids=["drawn"], indirect=True)
 
 
 def draw(seed):

@@ -39,8 +39,8 @@ class Case:
         self.normalizer = None
 
     def on(self, native, reduction, clip=0.5, need_grad=True):
-        """Return loss, metrics and the gradient of the loss."""
-        loss, metrics, grad = value_loss.value_loss(
+        """Return loss, metrics, the gradient of the loss and what it lacks."""
+        found = value_loss.value_loss(
             native,
             self.values,
             self.returns,
@@ -52,8 +52,8 @@ class Case:
             self.old_per_token,
             need_grad,
         )
-        assert (grad is not None) == need_grad
-        return loss, metrics, grad
+        assert (found[2] is not None) == need_grad
+        return found
 
     def exact(self, reduction, clip=0.5):
         """Return the same in fp64, from the reference."""
@@ -74,15 +74,13 @@ class Case:
 
 
 def check(found, exact, dtype):
-    """The gradient is that of the loss but for a factor, which is the last metric."""
-    (loss, metrics, grad), (exact_loss, exact_metrics, exact_grad) = found, exact
+    """The gradient is that of the loss but for a factor, which comes last."""
+    (loss, metrics, grad, scale), (exact_loss, exact_metrics, exact_grad) = found, exact
     eps = torch.finfo(dtype).eps
     near = {"rtol": 4 * eps, "atol": 4 * eps}
     torch.testing.assert_close(loss.double(), exact_loss, equal_nan=True, **near)
-    torch.testing.assert_close(
-        metrics[:-1], exact_metrics[:-1], rtol=1e-11, atol=1e-12, equal_nan=True
-    )
-    scaled = torch.where(grad == 0, 0.0, grad.double() * metrics[-1])
+    torch.testing.assert_close(metrics, exact_metrics, rtol=1e-11, atol=1e-12, equal_nan=True)
+    scaled = torch.where(grad == 0, 0.0, grad.double() * scale)
     torch.testing.assert_close(scaled, exact_grad, equal_nan=True, **near)
     assert torch.equal(grad == 0, exact_grad == 0)
 
@@ -139,7 +137,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(cuda):
     for seed in range(5):
         cuda.kernels.order(seed, 1 + seed % 3)
         found.append(case.on(cuda, "trajectory_mean"))
-        found.append((*case.on(cuda, "trajectory_mean", need_grad=False)[:2], found[0][2]))
+        found.append((*case.on(cuda, "trajectory_mean", need_grad=False)[:2], *found[0][2:]))
     for one in found:
         for a, b in zip(one, found[0], strict=True):
             assert torch.equal(a, b)
@@ -150,8 +148,8 @@ def test_metrics_are_those_of_the_cpu(cuda):
     case = Case(layout_of("mask", (40, 61)), torch.float64)
     for reduction in REDUCTIONS:
         found, expected = case.on(cuda, reduction), case.on(native, reduction)
-        torch.testing.assert_close(found[1][:-1], expected[1][:-1], rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(found[2] * found[1][-1], expected[2], rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(found[2] * found[3], expected[2], rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -168,7 +166,7 @@ def test_returns_without_spread_explain_nothing(cuda):
     layout = require_layout(StepLayout.from_mask(torch.ones(700, 2), backend="reference"))
     case = Case(layout, torch.float32, per_token=False, old_per_token=False)
     case.returns.fill_(0.1)
-    _, metrics, _ = case.on(cuda, "step_mean")
+    _, metrics, *_ = case.on(cuda, "step_mean")
     assert (metrics[4], metrics[7]) == (0, 0)
 
 
@@ -179,7 +177,7 @@ def test_ties_and_borders_of_the_clip_range(cuda):
     case.values = torch.tensor([0.5, 1.0, 1.0, -1.0], dtype=torch.float64)
     case.old_values = torch.zeros(4, dtype=torch.float64)
     case.returns = torch.tensor([0.0, 0.75, 1.0, 1.0], dtype=torch.float64)
-    loss, metrics, grad = case.on(cuda, "sum")
+    loss, metrics, grad, _ = case.on(cuda, "sum")
     # Of the third step the clipped loss is larger.
     assert grad.tolist() == [0.5, 0.25, 0.0, -2.0]
     assert loss == math.fsum([0.125, 0.03125, 0.125, 2.0])

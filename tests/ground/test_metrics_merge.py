@@ -241,12 +241,12 @@ def test_a_merge_is_pickled_and_carries_no_gradient():
         (
             [Metrics(torch.zeros(15), POLICY_METRICS)],
             ValueError,
-            r"parts\[0\]: got values of shape \(15,\), expected \(17,\)",
+            r"parts\[0\]: got values of shape \(15,\), expected \(16,\)",
         ),
         (
             [Metrics(torch.zeros(6), VALUE_METRICS)],
             ValueError,
-            r"parts\[0\]: got values of shape \(6,\), expected \(10,\)",
+            r"parts\[0\]: got values of shape \(6,\), expected \(9,\)",
         ),
         (
             [Metrics(torch.zeros(5), ROLLOUT_METRICS)],

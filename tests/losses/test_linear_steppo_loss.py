@@ -42,7 +42,7 @@ def collect(case, output, head, upstream):
     names = [n for n in ("hidden", "weight", "bias") if n != "bias" or head.get("bias") is not None]
     names = [n for n in names if getattr(case, n).requires_grad]
     found = case.gradients(output.loss * upstream, *names)
-    found |= {"loss": output.loss.detach(), "metrics": output.metrics.values[:-1]}
+    found |= {"loss": output.loss.detach(), "metrics": output.metrics.values}
     if output.step_log_ratio is not None:
         found["step_log_ratio"] = output.step_log_ratio
     return found

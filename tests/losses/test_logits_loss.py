@@ -114,7 +114,7 @@ def run(case, backend, config=_CONFIG, *, masked=False, temperature=None, **opti
 def everything(output, logits):
     (grad,) = torch.autograd.grad(output.loss * 0.5, logits)
     # The last entry is the scale of the gradients, which a backend chooses.
-    metrics = output.metrics.values[:-1]
+    metrics = output.metrics.values
     found = {"loss": output.loss.detach(), "metrics": metrics, "grad": grad}
     if output.step_log_ratio is not None:
         found["step_log_ratio"] = output.step_log_ratio

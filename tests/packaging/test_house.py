@@ -12,7 +12,16 @@ import steppo_kernels
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = Path(steppo_kernels.__file__).parent
-_FOLDERS = ("steppo_kernels", "csrc", "python", "tests", "tools", "benchmarks", "examples")
+_FOLDERS = (
+    "building",
+    "steppo_kernels",
+    "csrc",
+    "python",
+    "tests",
+    "tools",
+    "benchmarks",
+    "examples",
+)
 _SUFFIXES = {".py", ".pyi", ".cpp", ".cu", ".h", ".cuh", ".inc"}
 _LINES = 500
 _UNFORMATTED = 40

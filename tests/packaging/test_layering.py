@@ -89,7 +89,7 @@ def test_the_reference_imports_only_torch():
 _FLOORS = (
     ("config", "outputs", "checks", "_version", "_C_cpu", "backends.records", "backends.modules"),
     ("backends.reference", "backends.compiled", "backends.triton", "backends.gpu"),
-    ("backends.operators", "backends.derivatives"),
+    ("backends.operators", "backends.derivatives", "backends.fakes"),
     ("backends.choice",),
     ("layout", "log_probs", "memory"),
     ("losses",),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import copy
-import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import torch
 import steppo_kernels
 from steppo_kernels import StepLayout, config, outputs
 from steppo_kernels.backends import choice, records
+from steppo_kernels.backends.modules import module_of
 from steppo_kernels.layout.step_layout import require_layout
 
 _CSRC = Path(__file__).parents[2] / "csrc/include/steppo"
@@ -25,9 +26,17 @@ _LAUNCHERS = [
     if path.stem not in ("launch", "place")
 ]
 
-_WHY_NOT = choice.why_not_cpu()
-pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"cpu: {_WHY_NOT}")
-kernels = None if _WHY_NOT else importlib.import_module("steppo_kernels._C_cpu")
+_WHY_NOT = choice.why_not_cpu() or choice.why_not_cuda()
+pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"not all modules: {_WHY_NOT}")
+# One launcher serves both modules, and what both have is of one source.
+_MODULES = [] if _WHY_NOT else [module_of("cuda"), module_of("cpu")]
+
+
+kernels = SimpleNamespace(
+    **{name: getattr(module, name) for module in _MODULES for name in module.operators},
+    operators={name: value for module in _MODULES for name, value in module.operators.items()},
+    records={name: value for module in _MODULES for name, value in module.records.items()},
+)
 
 # Records that a launcher hands on as they are. Tests below hold each to what it is made of.
 _WHOLE = {

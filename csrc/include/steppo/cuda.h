@@ -32,15 +32,18 @@ struct Versions {
 };
 Versions versions();
 
-// Loads the code of every kernel onto a device, where a launch would do it for its own. It waits for
-// the device, which no stream that is captured may do.
+// Loads the code of every kernel onto a device, where a launch would do it for its own. It waits
+// for the device, which no stream that is captured may do.
 void load(int device);
+
+// How many kernels that are.
+std::size_t num_kernels();
 
 // Whether launches on a stream are recorded for a graph.
 bool is_capturing(void* stream);
 
 #define STEPPO_OPERATOR(name, ...) Operator<__VA_ARGS__> name;
-#include "steppo/operators.inc"
+#include "steppo/cuda_operators.inc"
 #undef STEPPO_OPERATOR
 
 }  // namespace steppo::cuda

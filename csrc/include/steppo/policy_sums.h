@@ -43,10 +43,10 @@ STEPPO_FN void add_ratio(PolicySums& sums, double ratio) {
 }
 
 // Turns the sums of a call into its loss and metrics. `total` is the denominator, `count` what the
-// reduction counts unless a normalizer was given, and `gradient_scale` what gradients lack.
+// reduction counts unless a normalizer was given.
 template <class T>
 STEPPO_FN void finish(const PolicySums& sums, const PolicyConfig& config, double total,
-                      double count, double gradient_scale, const PolicyTensors& tensors) {
+                      double count, const PolicyTensors& tensors) {
   double* const metrics = tensors.metrics;
   const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
   const bool is_empty = sums.steps == 0;
@@ -66,7 +66,7 @@ STEPPO_FN void finish(const PolicySums& sums, const PolicyConfig& config, double
   metrics[kNumSteps] = sums.steps;
   metrics[kNumTokens] = sums.tokens;
   metrics[kPolicyDenominator] = count;
-  metrics[kPolicyGradientScale] = gradient_scale;
+  if (tensors.gradient_scale != nullptr) *tensors.gradient_scale = 1 / total;
   *static_cast<T*>(tensors.loss) =
       static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
                      config.entropy_coef * metrics[kEntropy]);

@@ -43,7 +43,6 @@ enum PolicyMetric : int {
   kNumSteps,
   kNumTokens,
   kPolicyDenominator,
-  kPolicyGradientScale,
   kNumPolicyMetrics,
 };
 
@@ -58,7 +57,6 @@ enum ValueMetric : int {
   kValueDenominator,
   kReturnSquares,
   kResidualSquares,
-  kValueGradientScale,
   kNumValueMetrics,
 };
 

@@ -91,8 +91,7 @@ STEPPO_FN ValueSquares squares_from(const ValueMeans& all, const ValueSquares& s
 
 STEPPO_FN void write_value_metrics(Reduction reduction, const ValueCounts& counts,
                                    const ValueSums& sums, const ValueSquares& squares,
-                                   const double* normalizer, double gradient_scale,
-                                   double* metrics) {
+                                   const double* normalizer, double* metrics) {
   metrics[kValueLoss] = sums.loss / value_total(reduction, counts, normalizer);
   metrics[kValueClipFraction] = value_mean(sums.clipped, counts);
   metrics[kValueMean] = value_mean(sums.value, counts);
@@ -105,7 +104,6 @@ STEPPO_FN void write_value_metrics(Reduction reduction, const ValueCounts& count
           : reduction_count(reduction, counts.steps, counts.trajectories, counts.tokens);
   metrics[kReturnSquares] = squares.target;
   metrics[kResidualSquares] = squares.residual;
-  metrics[kValueGradientScale] = gradient_scale;
 }
 
 }  // namespace steppo

@@ -61,6 +61,14 @@ def new_metrics(like: Tensor, count: int) -> Tensor:
     return torch.empty_like(_template((count,), torch.float64, like.device))
 
 
+def new_scale(native: Native, metrics: Tensor) -> Tensor | None:
+    """Return room for what gradients of a loss lack, None where kernels write them whole.
+
+    A CPU counts the steps before it writes gradients. The blocks of a GPU know them last.
+    """
+    return None if native.is_done else scalar_like(metrics)
+
+
 _template = functools.cache(template)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...outputs import NUM_POLICY_METRICS
 from ..records import Steps, record
-from .launch import DTYPES, Native, addresses, new_metrics, scalar_like
+from .launch import DTYPES, Native, addresses, new_metrics, new_scale, scalar_like
 
 
 def policy_loss(
@@ -35,6 +35,7 @@ def policy_loss(
     """Run the operator `policy_loss` of `steppo_kernels.backends.operators`."""
     held = record(Steps, steps)
     loss, metrics = scalar_like(log_probs), new_metrics(log_probs, NUM_POLICY_METRICS)
+    gradient_scale = new_scale(native, metrics)
     grad_log_probs = torch.empty_like(log_probs) if need_grad else None
     grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
     step_log_ratio = torch.empty_like(held.like_steps[log_probs.dtype])
@@ -55,10 +56,10 @@ def policy_loss(
         ),
         advantages_per_token,
         is_weights_per_token,
-        *addresses(loss, metrics, step_log_ratio, grad_log_probs, grad_entropy),
+        *addresses(loss, metrics, gradient_scale, step_log_ratio, grad_log_probs, grad_entropy),
     )
     native.kernels.policy_loss(tensors, held.fields, config, native.place(log_probs))
-    return loss, metrics, step_log_ratio, grad_log_probs, grad_entropy
+    return loss, metrics, step_log_ratio, grad_log_probs, grad_entropy, gradient_scale
 
 
 def policy_loss_masked(
@@ -81,6 +82,7 @@ def policy_loss_masked(
     step_weights = clip_low = clip_high = step_log_ratio = None
     advantages_per_token = is_weights_per_token = True
     loss, metrics = scalar_like(log_probs), new_metrics(log_probs, NUM_POLICY_METRICS)
+    gradient_scale = new_scale(native, metrics)
     grad_log_probs = torch.empty_like(log_probs) if need_grad else None
     grad_entropy = torch.empty_like(log_probs) if need_entropy_grad else None
     tensors = (
@@ -100,10 +102,10 @@ def policy_loss_masked(
         ),
         advantages_per_token,
         is_weights_per_token,
-        *addresses(loss, metrics, step_log_ratio, grad_log_probs, grad_entropy),
+        *addresses(loss, metrics, gradient_scale, step_log_ratio, grad_log_probs, grad_entropy),
     )
     num_tokens = log_probs.numel()
     native.kernels.policy_loss_masked(
         tensors, (*addresses(mask), num_tokens, row_length), config, native.place(log_probs)
     )
-    return loss, metrics, grad_log_probs, grad_entropy
+    return loss, metrics, grad_log_probs, grad_entropy, gradient_scale

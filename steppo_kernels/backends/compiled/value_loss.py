@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...outputs import NUM_VALUE_METRICS
 from ..records import States, record
-from .launch import DTYPES, Native, addresses, new_metrics, scalar_like
+from .launch import DTYPES, Native, addresses, new_metrics, new_scale, scalar_like
 
 
 def value_loss(
@@ -27,6 +27,7 @@ def value_loss(
     """Run the operator `value_loss` of `steppo_kernels.backends.operators`."""
     loss = scalar_like(values)
     metrics = new_metrics(values, NUM_VALUE_METRICS)
+    gradient_scale = new_scale(native, metrics)
     grad_values = torch.empty_like(values) if need_grad else None
     num_values = values.numel()
     tensors = (
@@ -35,7 +36,7 @@ def value_loss(
         values_per_token,
         old_values_per_token,
         num_values,
-        *addresses(loss, metrics, grad_values),
+        *addresses(loss, metrics, gradient_scale, grad_values),
     )
     native.kernels.value_loss(tensors, record(States, states).fields, config, native.place(values))
-    return loss, metrics, grad_values
+    return loss, metrics, grad_values, gradient_scale

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import products
+
 
 def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Run the operator `head_logits` of `steppo_kernels.backends.operators`."""
@@ -15,9 +17,9 @@ def head_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
             torch.addmm(bias, hidden, weight.t(), out=logits)
         return
     if hidden.is_cuda:
-        torch.mm(hidden, weight.t(), out_dtype=logits.dtype, out=logits)
-    else:
-        torch.mm(hidden.to(logits.dtype), weight.to(logits.dtype).t(), out=logits)
+        products.multiply(logits, hidden, weight.t(), bias)
+        return
+    torch.mm(hidden.to(logits.dtype), weight.to(logits.dtype).t(), out=logits)
     if bias is not None:
         logits += bias
 

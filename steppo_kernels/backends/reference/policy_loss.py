@@ -276,6 +276,5 @@ def _metrics(
         num_steps,
         one * num_tokens,
         divided_by,
-        one,
     )
     return torch.stack([value.to(torch.float64) for value in values])

@@ -78,7 +78,6 @@ def value_loss(
             denominator(lengths, count, reduction, normalizer),
             spread,
             unexplained,
-            torch.ones_like(spread),
         )
         metrics = torch.stack([value.to(torch.float64) for value in rows])
     return objective, metrics

@@ -6,7 +6,7 @@
 The log-ratios x, the surrogate l and its slope s = dl / dx are in `step_math.py`. In the kernel
 here a step has one x and one A, and so one l and one s; `policy_loss_by_token.py` has the other.
 The normalizer is known last: gradients are written without it, and the finishing kernel leaves
-1 / normalizer in the last of the metrics.
+1 / normalizer besides.
 """
 
 # ruff: noqa: N803
@@ -375,5 +375,5 @@ def policy_loss(
             **threads(STEP_THREADS, 1),
             **all_registers(),
         )
-        loss, metrics = finish(log_probs, partials, normalizer, c)
-    return loss, metrics, step_log_ratio, grad, grad_entropy
+        loss, metrics, scale = finish(log_probs, partials, normalizer, c)
+    return loss, metrics, step_log_ratio, grad, grad_entropy, scale

@@ -435,5 +435,5 @@ def policy_loss_masked(
             **threads(block, 2 if is_wide else 4),
             **all_registers(),
         )
-        loss, metrics = finish(log_probs, partials, normalizer, c)
-    return loss, metrics, grad, grad_entropy
+        loss, metrics, scale = finish(log_probs, partials, normalizer, c)
+    return loss, metrics, grad, grad_entropy, scale

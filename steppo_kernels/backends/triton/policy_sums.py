@@ -22,7 +22,6 @@ _RATIO_MIN = tl.constexpr(4)
 _RATIO_MAX = tl.constexpr(5)
 # Entries of the metrics behind those that are shown.
 _DENOMINATOR = tl.constexpr(len(POLICY_METRICS))
-_SCALE = tl.constexpr(len(POLICY_METRICS) + 1)
 
 # Programs of the kernel that computes mu: every program of the next one adds up all of them.
 _CENTER_PROGRAMS = 256
@@ -164,6 +163,7 @@ def finish_policy_loss_kernel(
     p_normalizer,
     p_loss,
     p_metrics,
+    p_scale,
     num_partials,
     normalizer: tl.float64,
     kl_coef: tl.float64,
@@ -172,7 +172,7 @@ def finish_policy_loss_kernel(
     REDUCTION: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Add up the partial sums in a fixed order: loss and metrics, 1 / normalizer last."""
+    """Add up the partial sums in a fixed order: loss, metrics and 1 / normalizer."""
     b_k = tl.arange(0, FIELDS)
     b_sums = tl.zeros([FIELDS], tl.float64)
     b_min = tl.full([FIELDS], float("inf"), tl.float64)
@@ -212,7 +212,7 @@ def finish_policy_loss_kernel(
     loss = _field(b_metrics, 0) + kl_coef * _field(b_metrics, 1)
     tl.store(p_loss, loss - entropy_coef * _field(b_metrics, 2))
     tl.store(p_metrics + _DENOMINATOR, count)
-    tl.store(p_metrics + _SCALE, 1.0 / total)
+    tl.store(p_scale, 1.0 / total)
 
 
 def needs_token_pass(*tensors: Tensor | None) -> bool:
@@ -284,16 +284,18 @@ def find_center(
 
 def finish(
     like: Tensor, partials: Tensor, normalizer: Tensor | None, config: KernelConfig
-) -> tuple[Tensor, Tensor]:
-    """Return loss and metrics of the partial sums."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss and metrics of the partial sums, and what gradients lack."""
     loss = like.new_empty(())
     metrics = like.new_empty((NUM_POLICY_METRICS,), dtype=torch.float64)
+    scale = metrics.new_empty(())
     p_normalizer, number = scalar(normalizer, like.device)
     finish_policy_loss_kernel[(1,)](
         partials,
         p_normalizer,
         loss,
         metrics,
+        scale,
         partials.shape[0],
         number,
         config.kl_coef,
@@ -303,4 +305,4 @@ def finish(
         BP=64,
         **threads(512),
     )
-    return loss, metrics
+    return loss, metrics, scale

@@ -165,13 +165,14 @@ def _finish(
     p_normalizer,
     p_loss,
     p_metrics,
+    p_scale,
     num_partials,
     normalizer,
     GIVEN: tl.constexpr,
     REDUCTION: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Add up the partial sums in a fixed order: loss and metrics, 1 / normalizer last."""
+    """Add up the partial sums in a fixed order: loss, metrics and 1 / normalizer."""
     b_p = tl.arange(0, BP)
     m_p = b_p < num_partials
     p_row = p_partials + b_p * _FIELDS
@@ -204,7 +205,7 @@ def _finish(
     tl.store(p_metrics + 6, count)
     tl.store(p_metrics + 7, spread)
     tl.store(p_metrics + 8, unexplained)
-    tl.store(p_metrics + 9, 1.0 / total)
+    tl.store(p_scale, 1.0 / total)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -220,6 +221,7 @@ def finish_value_loss_kernel(
     p_normalizer,
     p_loss,
     p_metrics,
+    p_scale,
     num_steps,
     num_partials,
     clip: tl.float64,
@@ -258,6 +260,7 @@ def finish_value_loss_kernel(
             p_normalizer,
             p_loss,
             p_metrics,
+            p_scale,
             num_partials,
             normalizer,
             GIVEN,
@@ -277,7 +280,7 @@ def value_loss(
     old_values_per_token: bool,
     need_grad: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return loss, metrics and gradient: see `operators.value_loss`."""
+    """Return loss, metrics, gradient and scale: see `operators.value_loss`."""
     state_index, step_lengths, trajectory_counts = record(States, states)
     clip, reduction = config
     num_steps, num_values = step_lengths.numel(), values.numel()
@@ -287,6 +290,7 @@ def value_loss(
     grad = torch.empty_like(values) if need_grad else None
     loss = values.new_empty(())
     metrics = values.new_empty((NUM_VALUE_METRICS,), dtype=torch.float64)
+    scale = metrics.new_empty(())
     partials = values.new_empty((num_programs, _FIELDS.value), dtype=torch.float64)
     p_normalizer, number = scalar(normalizer, values.device)
     inputs = (
@@ -318,6 +322,7 @@ def value_loss(
             p_normalizer,
             loss,
             metrics,
+            scale,
             num_steps,
             num_programs,
             clip,
@@ -330,4 +335,4 @@ def value_loss(
             BS=_BLOCK_STEPS,
             **threads(_BLOCK_STEPS),
         )
-    return loss, metrics, grad
+    return loss, metrics, grad, scale
