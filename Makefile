@@ -1,5 +1,6 @@
 # The two commands of the README are `make demo` and `make test`. Everything but `bench`,
-# `test-newest` and `test-oldest` runs in .venv; each environment is made when it is first needed.
+# `gpu-check`, `test-newest` and `test-oldest` runs in .venv; each environment is made when it is
+# first needed.
 PYTHON ?= python3
 # PyPI's Linux wheels of torch carry CUDA. For the CPU build elsewhere:
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -16,7 +17,7 @@ TEST := pytest -n 2 --dist worksteal
 PINNED = $(shell ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc 2> /dev/null)
 
 .PHONY: install demo compare example test test-newest test-oldest lint format bench sanitize
-.PHONY: lock clean always
+.PHONY: gpu-check lock clean always
 # A list may be written where what it lists is not installed.
 .DELETE_ON_ERROR:
 
@@ -61,6 +62,10 @@ format: install
 bench: .venv-bench/built
 	sh benchmarks/run.sh .venv-bench/bin steps
 	sh benchmarks/run.sh .venv-bench/bin vocabulary
+
+# On a machine with an NVIDIA GPU, with what is installed there: it may have no network.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK)
 
 sanitize: install
 	sh tests/native/sanitize.sh $(BIN)

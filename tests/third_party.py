@@ -54,6 +54,16 @@ def touches(path: Path) -> bool:
     return any(map(_TOUCHED.match, names)) or any(map(touches, helpers))
 
 
+@functools.cache
+def needs(path: Path, package: str) -> bool:
+    """Whether a file of the tests imports a package, itself or by a helper."""
+    names = imports(path)
+    helpers = {_HELPERS[name] for name in names if name in _HELPERS} - {path}
+    return any(name.partition(".")[0] == package for name in names) or any(
+        needs(helper, package) for helper in helpers
+    )
+
+
 def imports(path: Path) -> set[str]:
     """Return the modules that a file imports, by the names that stand there."""
     found = set()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ class Steps:
     index: Tensor
     packed: sk.StepLayout
 
+    def to(self, device: torch.device) -> Steps:
+        """Return the steps on a device."""
+        return Steps(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     def loss(self, log_probs: Tensor) -> Tensor:
         """Return the reference's loss of log-probs of all tokens, or of the action tokens."""
         if log_probs.numel() == len(self.index):
@@ -108,12 +112,12 @@ def head_case(shape: Shape) -> HeadCase:
     generator = torch.Generator().manual_seed(shape.rows)
     weight = _weight()[: shape.vocabulary]
     ids, rivals = torch.randint(shape.vocabulary, (2, shape.tokens), generator=generator)
-    height, below = _heights(shape.tokens, shape.vocabulary, generator)
+    height, below = heights(shape.tokens, shape.vocabulary, generator)
     # Rows of the weight have length 1: hidden states with entries of 2 spread the logits by 2.
     hidden = 2 * torch.randn((shape.tokens, HIDDEN), generator=generator)
     hidden += height[:, None] * weight[ids] + (height - below)[:, None] * weight[rivals]
     hidden = hidden.to(_DTYPE)
-    mask, index = _mask(shape, generator)
+    mask, index = step_mask(shape, generator)
     log_probs = torch.zeros(shape.tokens)
     with torch.no_grad():
         log_probs[index] = row_log_probs(hidden[index].float() @ weight.float().t(), ids[index])
@@ -121,7 +125,7 @@ def head_case(shape: Shape) -> HeadCase:
         shape,
         hidden.view(shape.rows, shape.length, -1).requires_grad_(),
         weight.detach().requires_grad_(),
-        _steps(shape, mask, ids, log_probs, generator),
+        steps_of(shape, mask, ids, log_probs, generator),
     )
 
 
@@ -147,19 +151,19 @@ def logits_case(shape: Shape) -> LogitsCase:
     """Return logits with the steps of `shape`."""
     generator = torch.Generator().manual_seed(shape.rows)
     ids, rivals = torch.randint(shape.vocabulary, (2, shape.tokens, 1), generator=generator)
-    height, below = _heights(shape.tokens, shape.vocabulary, generator)
+    height, below = heights(shape.tokens, shape.vocabulary, generator)
     logits = torch.empty((shape.tokens, shape.vocabulary), dtype=_DTYPE)
     for part in logits.split(64):
         part.copy_(2 * torch.randn(part.shape, generator=generator))
     logits.scatter_(1, rivals, (height - below)[:, None].to(_DTYPE))
     logits.scatter_(1, ids, height[:, None].to(_DTYPE))
-    mask, index = _mask(shape, generator)
+    mask, index = step_mask(shape, generator)
     log_probs = torch.zeros(shape.tokens)
     log_probs[index] = row_log_probs(logits[index].float(), ids[index, 0])
     return LogitsCase(
         shape,
         logits.view(shape.rows, shape.length, -1).requires_grad_(),
-        _steps(shape, mask, ids[:, 0], log_probs, generator),
+        steps_of(shape, mask, ids[:, 0], log_probs, generator),
     )
 
 
@@ -168,7 +172,7 @@ def row_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
-def _heights(count: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def heights(count: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the logits of the tokens, and how far their rivals are below."""
     # The log-sum-exp of logits that are spread by 2: log V + 2^2 / 2.
     middle = math.log(vocabulary) + 2
@@ -176,7 +180,7 @@ def _heights(count: int, vocabulary: int, generator: torch.Generator) -> tuple[T
     return middle - 3 + 10 * height, 6 * below
 
 
-def _mask(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def step_mask(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return where the steps stand in their rows, and the flat positions of their tokens."""
     room = shape.length - shape.actions + 1
     starts = torch.randint(room, (shape.rows, 1), generator=generator)
@@ -185,7 +189,7 @@ def _mask(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return mask, mask.view(-1).nonzero().squeeze(1)
 
 
-def _steps(
+def steps_of(
     shape: Shape, mask: Tensor, ids: Tensor, log_probs: Tensor, generator: torch.Generator
 ) -> Steps:
     """Return steps whose ratios are close to 1, but those of the clipped ones."""

@@ -155,7 +155,10 @@ def check(shape: Shape, variant: Variant, num_threads: int) -> dict[str, Any]:
     wanted_hidden, wanted_weight = expected(shape)
     assert hidden is not None
     assert weight is not None
-    errors = {"hidden": _error(hidden, wanted_hidden), "weight": _error(weight, wanted_weight)}
+    errors = {
+        "hidden": relative_error(hidden, wanted_hidden),
+        "weight": relative_error(weight, wanted_weight),
+    }
     for name, error in errors.items():
         if not error <= _TOLERANCE:
             raise AssertionError(
@@ -190,7 +193,7 @@ def expected(shape: Shape) -> tuple[Tensor, Tensor]:
     return grads[0], grads[1]
 
 
-def _error(got: Tensor, wanted: Tensor) -> float:
+def relative_error(got: Tensor, wanted: Tensor) -> float:
     """Return the root mean square error over that of what is wanted, if this is not 0."""
     pairs = zip(got.flatten(0, -2).split(2**14), wanted.flatten(0, -2).split(2**14), strict=True)
     squares = sum(float((g.float() - w).square().sum(dtype=torch.float64)) for g, w in pairs)

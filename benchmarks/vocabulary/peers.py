@@ -97,11 +97,11 @@ def liger_scaled(case: HeadCase) -> Tensor:
     return -found
 
 
-def cut_cross_entropy(case: HeadCase) -> Tensor:
-    """Return log-probs of all tokens, 0 where masked, by the implementation that runs on CPUs."""
+def cut_cross_entropy(case: HeadCase, implementation: str = "torch_compile") -> Tensor:
+    """Return log-probs of all tokens, 0 where masked; the default implementation runs on CPUs."""
     ids = case.steps.token_ids.masked_fill(~case.steps.mask, -100)
     found: Tensor = project("cut-cross-entropy").linear_cross_entropy(  # type: ignore[union-attr]
-        case.hidden, case.weight, ids, impl="torch_compile", reduction="none"
+        case.hidden, case.weight, ids, impl=implementation, reduction="none"
     )
     return -found
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import cuda_on_host
@@ -11,6 +13,9 @@ import pytest
 import torch
 
 from steppo_kernels.backends.compiled.launch import Native
+
+# The folder benchmarks/ is not installed. Whatever is installed comes first.
+sys.path.append(str(Path(__file__).parents[2]))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,88 @@
+"""The cases: at the sizes of the targets, or so small that a CPU runs all of them in seconds."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from ..vocabulary.cases import Shape
+from . import on_head, on_logits, on_tokens
+from .on_tokens import LAYOUT, MASK, OF_ROWS, PER_STEP
+from .problem import Case
+
+
+class Sizes(NamedTuple):
+    """The shapes of all cases.
+
+    Attributes:
+        policy: batches of log-probs.
+        rows: trajectories, steps of one, and tokens of a row.
+        tokens: a batch whose tokens are all actions.
+        logits: rows and vocabulary; the second has rows that are not aligned, the third few rows.
+        loss: steps on logits.
+        head: steps on hidden states, and the size of these.
+        live: shares of tokens with a gradient.
+    """
+
+    policy: tuple[str, ...]
+    rows: tuple[int, int, int]
+    tokens: str
+    logits: tuple[tuple[int, int], ...]
+    loss: Shape
+    head: tuple[Shape, int]
+    live: tuple[float, ...]
+
+
+SIZES = {
+    "full": Sizes(
+        policy=("turns 64x8192", "turns 256x16384"),
+        rows=(64, 42, 512),
+        tokens="64x8192",
+        logits=((8192, 151_936), (8192, 50_257), (32, 151_936)),
+        loss=Shape(16, 512, 512, 16),
+        head=(Shape(64, 128, 128, 64), 4096),
+        live=(1.0, 0.3),
+    ),
+    "tiny": Sizes(
+        policy=("turns 4x512", "turns 8x512"),
+        rows=(4, 6, 48),
+        tokens="4x96",
+        logits=((64, 1024), (64, 1003), (8, 1024)),
+        loss=Shape(4, 32, 32, 4, 1024),
+        head=(Shape(10, 16, 16, 10, 1024), 64),
+        live=(1.0, 0.3),
+    ),
+}
+
+
+def cases(size: str) -> list[Case]:
+    """Return the cases of a size. Those that targets name come first: time may run out."""
+    sizes = SIZES[size]
+    first, second = sizes.policy
+    aligned, unaligned, few = sizes.logits
+    return [
+        *_policy(first),
+        *_policy(second),
+        on_tokens.step_gae(*sizes.rows, PER_STEP),
+        on_tokens.token_gae(sizes.tokens),
+        *_log_probs(aligned),
+        on_logits.logits_loss(sizes.loss),
+        *(on_head.linear_loss(*sizes.head, live) for live in sizes.live),
+        *_log_probs(unaligned),
+        on_logits.log_probs(*few, backward=False),
+        *(on_head.linear_log_probs(*sizes.head, live) for live in sizes.live),
+        on_tokens.value_loss(first),
+        on_tokens.from_mask(first),
+        on_tokens.step_gae(*sizes.rows, OF_ROWS),
+    ]
+
+
+def _policy(shape: str) -> list[Case]:
+    return [
+        on_tokens.policy_loss(shape, kind, backward=backward)
+        for kind, backward in itertools.product((LAYOUT, MASK), (False, True))
+    ]
+
+
+def _log_probs(shape: tuple[int, int]) -> list[Case]:
+    return [on_logits.log_probs(*shape, backward=backward) for backward in (False, True)]

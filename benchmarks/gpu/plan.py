@@ -1,0 +1,224 @@
+"""The stages of the check: what is run, for how long, and what its output means."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import sanitizer
+from .facts import architecture, is_there, toolkit_program
+from .measure import GRACE
+from .running import FAILED, PASSED, Finished, Task, Verdict, last_line
+
+STAGES = ("build", "info", "graphs", "tests", "validate", "sanitizers", "benchmarks")
+
+# Seconds, of the whole and of its parts. What runs at a time is limited alike, and what the others
+# leave of the whole is for the measurement.
+_WHOLE = 475.0
+_BUILD, _INFO, _CHECKS = 140.0, 20.0, 150.0
+# After this time no test is begun, so that the last may end.
+_TESTS_BEGIN = 110.0
+# What the measurement may take beyond its time: for the case that it is at, and to begin and end.
+_LAST_CASE = GRACE + 10.0
+
+_SEED, _BATCHES = "20261126", "2"
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_GRAPHS = "tests/cuda/test_cuda_graphs.py"
+# On a CPU, in the place of all tests that need a GPU.
+_SOME_TESTS = "tests/ground/test_config.py"
+# Processes of pytest: other checks run beside them.
+_MOST_PROCESSES = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a check is run.
+
+    Attributes:
+        device: what is checked; on a CPU everything is run that needs no GPU, on tiny inputs.
+        work: a folder for outputs and results.
+        patience: what every limit is multiplied by.
+        stages: those that are wanted.
+        only: part of the names of the cases that are measured.
+    """
+
+    device: torch.device
+    work: Path
+    patience: float = 1.0
+    stages: tuple[str, ...] = STAGES
+    only: str = ""
+
+    @property
+    def is_dry(self) -> bool:
+        """Whether it is a dry run, on a CPU."""
+        return self.device.type == "cpu"
+
+    @property
+    def rows(self) -> Path:
+        """Where the measurements go."""
+        return self.work / "rows.json"
+
+    @property
+    def backend(self) -> str:
+        """The backend that the check is about."""
+        return "cpu" if self.is_dry else "cuda"
+
+
+def phases(options: Options, now: Callable[[], float] = time.monotonic) -> Iterator[list[Task]]:
+    """Yield the tasks; those of a list run at the same time, and nothing beside what is timed.
+
+    A list is made when it is asked for: the measurement takes the time that is left then.
+    """
+    end = now() + _WHOLE * options.patience
+
+    def wanted(*tasks: Task) -> list[Task]:
+        return [task for task in tasks if task.stage in options.stages]
+
+    yield wanted(_build(options))
+    yield wanted(_info(options))
+    yield wanted(*_graphs(options), *_tests(options), *_validate(options), *_sanitizers(options))
+    yield wanted(_benchmarks(options, end - now()))
+
+
+def _python(*words: str) -> list[str]:
+    return [sys.executable, "-m", *words]
+
+
+def _build(options: Options) -> Task:
+    environment = {"STEPPO_BUILD_CUDA": "0"}
+    if not options.is_dry:
+        environment = {
+            "STEPPO_BUILD_CUDA": "1",
+            "STEPPO_CUDA_ARCHS": architecture(options.device),
+        }
+    return Task(
+        "build",
+        "build",
+        _python("pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."),
+        _BUILD * options.patience,
+        environment,
+    )
+
+
+def _info(options: Options) -> Task:
+    def judge(done: Finished) -> Verdict:
+        """Return what runs on the device; the backend that is checked has to."""
+        text = done.log.read_text()
+        if done.code:
+            return Verdict(FAILED, last_line(done.log))
+        found = json.loads(text[text.index("{") : text.rindex("}") + 1])["backends"]
+        kind = options.device.type
+        runs = [name for name, one in found.items() if kind in one["devices"]]
+        if options.backend not in runs:
+            return Verdict(FAILED, f"no {options.backend}: {found[options.backend]['why_not']}")
+        return Verdict(PASSED, f"{', '.join(runs)} on {kind}")
+
+    words = _python("steppo_kernels", "info", "--json")
+    return Task("info", "info", words, _INFO * options.patience, judge=judge)
+
+
+def _pytest(*words: str) -> list[str]:
+    return _python("pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *words)
+
+
+def _graphs(options: Options) -> list[Task]:
+    why_not = "CUDA graphs need a GPU" if options.is_dry else _why_no_pytest()
+    words = _pytest("-m", "gpu", _GRAPHS)
+    return [Task("graphs", "graphs", words, _CHECKS * options.patience, why_not=why_not)]
+
+
+def _why_no_pytest() -> str:
+    return "" if is_there("pytest") else "pytest is not installed"
+
+
+def _tests(options: Options) -> list[Task]:
+    if why := _why_no_pytest():
+        return [Task("tests", "tests", why_not=why)]
+    counts = options.work / "counts.json"
+    counts.unlink(missing_ok=True)
+    seconds = _TESTS_BEGIN * options.patience
+    words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--counts={counts}"]
+    # A file that cannot be imported is a failure, and the others run all the same.
+    words.append("--continue-on-collection-errors")
+    lacks = []
+    if is_there("xdist"):
+        processes = max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+        # Items are handed out in their order, a few at a time.
+        words += ["-n", str(processes), "--dist=load", "--maxschedchunk=8"]
+    else:
+        lacks.append("one process, as pytest-xdist is not installed")
+    if not is_there("hypothesis"):
+        lacks.append("without the files that need hypothesis, which is not installed")
+    if options.is_dry:
+        words += ["-m", "not gpu", _SOME_TESTS]
+    else:
+        words += ["-m", "gpu", f"--ignore={_GRAPHS}", "tests"]
+
+    def judge(done: Finished) -> Verdict:
+        if not counts.exists():
+            return Verdict(FAILED, f"no test ran; {last_line(done.log)}")
+        found = json.loads(counts.read_text())
+        said = [f"{found[key]} {key}" for key in ("passed", "failed", "skipped")]
+        if found["no_time"]:
+            said.append(f"{found['no_time']} not begun in {seconds:.0f} s")
+        failures = [f"such as {found['failures'][0]}"] if found["failures"] else []
+        word = PASSED if done.code == 0 and found["passed"] else FAILED
+        return Verdict(word, ", ".join([*said, *lacks, *failures]))
+
+    return [Task("tests", "tests", _pytest(*words), _CHECKS * options.patience, judge=judge)]
+
+
+def _validate(options: Options) -> list[Task]:
+    def task(backend: str, dtypes: tuple[str, ...], name: str) -> Task:
+        words = ["validate", "--device", str(options.device), "--backend", backend]
+        words += ["--seed", _SEED, "--batches", "1" if options.is_dry else _BATCHES]
+        for dtype in dtypes:
+            words += ["--dtype", dtype]
+        command = _python("steppo_kernels", *words)
+        return Task("validate", name, command, _CHECKS * options.patience)
+
+    if options.is_dry:
+        return [task("cpu", _DTYPES[:1], "validate cpu")]
+    # Triton compiles a kernel anew for every dtype.
+    of_triton = [task("triton", (dtype,), f"validate triton {dtype}") for dtype in _DTYPES]
+    return [task("cuda", _DTYPES, "validate cuda"), *of_triton]
+
+
+def _sanitizers(options: Options) -> list[Task]:
+    limit = _CHECKS * options.patience
+    program = _python("benchmarks.gpu.every_operator", "--device", str(options.device))
+    program += ["--backend", options.backend]
+    plain = Task("sanitizers", "every operator", program, limit)
+    if options.is_dry:
+        return [plain, Task("sanitizers", "sanitizers", why_not="their tools look at a GPU")]
+    path = toolkit_program(sanitizer.PROGRAM)
+    if path is None:
+        why = f"{sanitizer.PROGRAM} is not on PATH, in CUDA_HOME or in /usr/local/cuda*/bin"
+        return [plain, Task("sanitizers", "sanitizers", why_not=why)]
+    tools = [
+        Task(
+            "sanitizers",
+            tool,
+            [*sanitizer.words(path, tool), *program],
+            limit,
+            sanitizer.ENVIRONMENT,
+            sanitizer.judge,
+        )
+        for tool in sanitizer.TOOLS
+    ]
+    return [plain, *tools]
+
+
+def _benchmarks(options: Options, limit: float) -> Task:
+    options.rows.unlink(missing_ok=True)
+    seconds = limit - _LAST_CASE
+    words = ["--device", str(options.device), "--size", "tiny" if options.is_dry else "full"]
+    words += ["--seconds", f"{seconds:.0f}", "--out", str(options.rows), "--only", options.only]
+    return Task("benchmarks", "benchmarks", _python("benchmarks.gpu.measure", *words), limit)
