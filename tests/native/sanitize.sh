@@ -47,4 +47,5 @@ echo "== AddressSanitizer and UBSan, CUDA on the host"
 "$bin/python" tests/cuda_on_host.py
 export STEPPO_CUDA_ON_HOST=1
 instrumented -n 2 -k "cuda and not compile and not opcheck" --ignore tests/rules/test_memory.py \
-  tests/backends tests/layout tests/log_probs tests/losses tests/rules
+  --ignore tests/cuda/test_cuda_on_host.py --ignore tests/cuda/test_mutants.py \
+  tests/backends tests/cuda tests/layout tests/log_probs tests/losses tests/rules
