@@ -36,7 +36,9 @@ struct Scanned {
 template <int threads, class Join, class T>
 STEPPO_DEVICE Scanned<T> scan_block(T value, T none) {
   constexpr int kWarps = threads / kWarp;
-  using Totals = Pack<T, kWarps>;
+  struct alignas(16) Totals {
+    T at[kWarps];
+  };
   STEPPO_SHARED(Totals, totals);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   T upto = value;

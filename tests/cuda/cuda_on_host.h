@@ -59,6 +59,7 @@ CUDA_ON_HOST_FN char* shared_memory(const void* tag, std::size_t bytes) {
 // The `__shared__` variable of one place in the source, for which its lambda stands.
 template <class T, class Place>
 CUDA_ON_HOST_FN T& shared(Place) {
+  static_assert(alignof(T) <= kLine, "shared memory begins at a line");
   static const char tag = 0;
   return *reinterpret_cast<T*>(shared_memory(&tag, sizeof(T)));
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import cuda_on_host
@@ -53,6 +54,20 @@ class Program:
 @pytest.fixture(scope="module")
 def program() -> Program:
     return Program()
+
+
+def test_every_operator_has_a_small_call():
+    lists = (cuda_on_host.ROOT / "csrc/include/steppo").glob("*operators.inc")
+    operators = {
+        name
+        for path in lists
+        if path.name != "cpu_operators.inc"
+        for name in re.findall(r"^STEPPO_OPERATOR\((\w+)", path.read_text(), re.MULTILINE)
+    }
+    calls = Path(__file__).with_name("small_calls").glob("*.cpp")
+    called = re.findall(r"\bcuda::(\w+)\(", "".join(path.read_text() for path in calls))
+    assert operators
+    assert operators <= set(called)
 
 
 @pytest.mark.parametrize("order", ORDERS[:-1], ids="-".join)

@@ -7,9 +7,9 @@ bin=$(cd "$1" && pwd)
 out=build/sanitize
 cxx=${CXX:-g++}
 
-# Runs pytest where modules are instrumented and the interpreter is not: the runtime is loaded first,
-# and the interpreter's own leaks are not ours. Memory that no machine has is refused as it is without
-# a sanitizer: with an exception.
+# Runs pytest on modules that are instrumented. The interpreter is not: the runtime is loaded first, and
+# its own leaks are not ours. Memory that no machine has is refused as it is without a sanitizer: with
+# an exception.
 instrumented() {
   LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so) $("$cxx" -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 STEPPO_SANITIZED=1 \
@@ -38,12 +38,14 @@ done
 echo "== AddressSanitizer and UBSan"
 export STEPPO_SANITIZE=address,undefined
 STEPPO_BUILD_CUDA=0 "$bin/python" setup.py --quiet build --build-base "$out/build" --build-lib "$out/lib"
-STEPPO_CUDA_ON_HOST=0 instrumented \
-  -n 2 -k "cpu and not compile and not opcheck" --ignore tests/rules/test_memory.py \
+export STEPPO_CUDA_ON_HOST=0
+instrumented -n 2 -k "cpu and not compile and not opcheck" --ignore tests/rules/test_memory.py \
   tests/backends tests/fuzz tests/ground tests/layout tests/log_probs tests/losses tests/peers tests/rules
 
 echo "== AddressSanitizer and UBSan, CUDA on the host"
-# The compiler is not run with the runtime of a sanitizer.
+# It is built here: the compiler need not run with the runtime of a sanitizer.
 "$bin/python" tests/cuda_on_host.py
+export STEPPO_CUDA_ON_HOST=1
 instrumented -n 2 -k "cuda and not compile and not opcheck" --ignore tests/rules/test_memory.py \
-  tests/backends tests/layout tests/log_probs tests/losses tests/rules
+  --ignore tests/cuda/test_cuda_on_host.py --ignore tests/cuda/test_mutants.py \
+  tests/backends tests/cuda tests/layout tests/log_probs tests/losses tests/rules
