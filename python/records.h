@@ -32,7 +32,9 @@ class Entries {
   void next(T& field) {
     PyObject* const entry = PyTuple_GET_ITEM(tuple_.ptr(), at_++);
     if constexpr (std::is_pointer_v<T>) {
-      field = reinterpret_cast<T>(static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(entry)));
+      field = address<T>(entry);
+    } else if constexpr (std::is_same_v<T, Number>) {
+      number(entry, field);
     } else if constexpr (std::is_floating_point_v<T>) {
       field = PyFloat_AsDouble(entry);
     } else if constexpr (std::is_enum_v<T>) {
@@ -44,6 +46,22 @@ class Entries {
   }
 
  private:
+  template <class T>
+  static T address(PyObject* entry) {
+    return reinterpret_cast<T>(static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(entry)));
+  }
+
+  // None, or (address, value). An address alone may be one that a GPU cannot read.
+  static void number(PyObject* entry, Number& field) {
+    field = {nullptr, 0.0, entry != Py_None};
+    if (!field.is_given) return;
+    if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 2) {
+      throw pybind11::type_error("a number: expected None or (address, value)");
+    }
+    field.at = address<const double*>(PyTuple_GET_ITEM(entry, 0));
+    field.value = PyFloat_AsDouble(PyTuple_GET_ITEM(entry, 1));
+  }
+
   pybind11::handle tuple_;
   Py_ssize_t at_ = 0;
 };

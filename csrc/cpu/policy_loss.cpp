@@ -46,10 +46,10 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
     const double num_actions = static_cast<double>(steps.num_actions);
     double count = reduction_count(config.reduction, found.steps, found.trajectories, num_actions);
     call.total = count > 1.0 ? count : 1.0;
-    if (tensors.normalizer != nullptr) call.total = count = *tensors.normalizer;
+    if (tensors.normalizer.is_given) call.total = count = value_of(tensors.normalizer);
     T* log_ratios = static_cast<T*>(tensors.step_log_ratio);
     if (config.ratio == kCentered) {
-      call.center = tensors.ratio_center != nullptr ? *tensors.ratio_center
+      call.center = tensors.ratio_center.is_given ? value_of(tensors.ratio_center)
                                                     : mean_log_ratio(call, steps, threads);
     }
     if (!found.is_ascending) {

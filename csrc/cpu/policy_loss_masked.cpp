@@ -39,8 +39,8 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     const auto ignore_gap = [](int64_t, int64_t) {};
 
     if (config.ratio == kCentered) {
-      if (tensors.ratio_center != nullptr) {
-        call.center = *tensors.ratio_center;
+      if (tensors.ratio_center.is_given) {
+        call.center = value_of(tensors.ratio_center);
       } else {
         Buffer<double> z(blocks), tokens(blocks);
         parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {
@@ -67,7 +67,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     // Count the steps of each row first. `trajectory_mean` needs them for the weights, and with the
     // denominator known the last pass writes final gradients.
     const bool by_row = config.reduction == kTrajectoryMean;
-    const bool is_given = tensors.normalizer != nullptr;
+    const bool is_given = tensors.normalizer.is_given;
     const int64_t rows = row_length > 0 ? num_tokens / row_length : 0;
     Buffer<RunCounts> counts(rows);
     double total = 1;
@@ -87,7 +87,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
       total = reduction_count(config.reduction, steps, trajectories, tokens);
       call.total = total > 1.0 ? total : 1.0;
     }
-    if (is_given) call.total = total = *tensors.normalizer;
+    if (is_given) call.total = total = value_of(tensors.normalizer);
 
     Buffer<PolicySums> partial(blocks);
     parallel_blocks(num_tokens, kBlock, threads, [&](int64_t b, int64_t begin, int64_t end) {

@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(kThreads, warps > 1 ? 2 : 4)
   }
   if (!config.whiten) return;
   sum_of_thread<kThreads, Spread>() = spread;
-  const Spread* const whole =
-      merged_over_grid<kThreads, Spread>(static_cast<int>(gridDim.x), workspace);
+  const Spread* const whole = merged_over_grid<kThreads, Spread>(workspace);
   if (whole == nullptr) return;
   if (line.num_members <= kWhitenedAtOnce) {
     whiten_members(advantages, line, *whole, threadIdx.x, kThreads);

@@ -21,18 +21,17 @@ STEPPO_DEVICE bool is_last_block(unsigned* counter) {
   return ticket == gridDim.x - 1;
 }
 
-// Merges the sums of the threads of the first `blocks` blocks of a grid, and returns the whole in
-// the last block to come here, null in the others. All threads of all blocks call it.
+// Merges the sums of all threads of a grid, and returns the whole in the last block to come here,
+// null in the others. All threads of all blocks call it.
 template <int threads, class S>
-STEPPO_DEVICE const S* merged_over_grid(int blocks, Workspace* workspace) {
+STEPPO_DEVICE const S* merged_over_grid(Workspace* workspace) {
   static_assert(sizeof(S) <= Workspace::kFields * sizeof(double), "a part has no room for it");
   const auto part_of = [&](int block) { return workspace->partials + block * Workspace::kFields; };
-  if (static_cast<int>(blockIdx.x) < blocks) {
-    const S& whole = merged_over_block<threads, S>();
-    if (threadIdx.x == 0) *reinterpret_cast<S*>(part_of(blockIdx.x)) = whole;
-  }
+  const S& whole = merged_over_block<threads, S>();
+  if (threadIdx.x == 0) *reinterpret_cast<S*>(part_of(blockIdx.x)) = whole;
   if (!is_last_block(&workspace->counters[0])) return nullptr;
   S& mine = sum_of_thread<threads, S>();
+  const int blocks = static_cast<int>(gridDim.x);
   for (int b = threadIdx.x; b < blocks; b += threads) {
     merge(mine, *reinterpret_cast<const S*>(part_of(b)));
   }

@@ -13,6 +13,10 @@ namespace steppo::cuda {
 constexpr int kThreads = 256;
 // The last bit of a sum must not depend on the card. As many blocks have a part in the workspace.
 constexpr std::int64_t kStepBlocks = 255;
+// Blocks that a multiprocessor has registers for. In fp64, which is there to check the others, it
+// has them for one.
+template <class T>
+constexpr int kBlocksOfCore = sizeof(T) > 4 ? 1 : 2;
 
 // Sums over steps, and the sum of 1 / count, which a reduction may count.
 struct CallSums {
@@ -25,17 +29,16 @@ STEPPO_DEVICE void merge(CallSums& total, const CallSums& other) {
   total.trajectories += other.trajectories;
 }
 
-// Makes loss and metrics of the sums of the threads of the first `blocks` blocks. All threads of
-// all blocks call it.
+// Makes loss and metrics of the sums of all threads, which all call it.
 template <class T>
-STEPPO_DEVICE void finish_call(int blocks, const PolicyTensors& tensors, const PolicyConfig& config,
+STEPPO_DEVICE void finish_call(const PolicyTensors& tensors, const PolicyConfig& config,
                                Workspace* workspace) {
-  const CallSums* const whole = merged_over_grid<kThreads, CallSums>(blocks, workspace);
+  const CallSums* const whole = merged_over_grid<kThreads, CallSums>(workspace);
   if (whole == nullptr || threadIdx.x > 0) return;
   const double counted =
       reduction_count(config.reduction, whole->sums.steps, whole->trajectories, whole->sums.tokens);
-  const bool is_given = tensors.normalizer != nullptr;
-  const double total = is_given ? *tensors.normalizer : counted > 1.0 ? counted : 1.0;
+  const bool is_given = tensors.normalizer.is_given;
+  const double total = is_given ? value_of(tensors.normalizer) : counted > 1.0 ? counted : 1.0;
   finish<T>(whole->sums, config, total, is_given ? total : counted, tensors);
 }
 
@@ -49,13 +52,13 @@ inline std::int64_t step_blocks_for(std::int64_t threads) {
 // mu of the centered ratio is the mean of z over all action tokens. It is known before any step is,
 // and so it takes a launch of its own, unless it is given.
 inline bool needs_center(const PolicyTensors& tensors, const PolicyConfig& config) {
-  return config.ratio == kCentered && tensors.ratio_center == nullptr;
+  return config.ratio == kCentered && !tensors.ratio_center.is_given;
 }
 
 STEPPO_DEVICE double center_of(const PolicyTensors& tensors, const PolicyConfig& config,
                                const Workspace* workspace) {
   if (config.ratio != kCentered) return 0;
-  return tensors.ratio_center != nullptr ? *tensors.ratio_center : workspace->center;
+  return tensors.ratio_center.is_given ? value_of(tensors.ratio_center) : workspace->center;
 }
 
 // The sum of z as it is pooled, and the number of tokens.
@@ -78,8 +81,7 @@ STEPPO_DEVICE void merge(Center& total, const Center& other) {
 
 // Leaves mu in the workspace, of the sums of the threads of all blocks, which call it.
 STEPPO_DEVICE void leave_center(Workspace* workspace) {
-  const Center* const whole =
-      merged_over_grid<kThreads, Center>(static_cast<int>(gridDim.x), workspace);
+  const Center* const whole = merged_over_grid<kThreads, Center>(workspace);
   if (whole == nullptr || threadIdx.x > 0) return;
   workspace->center = whole->tokens > 0 ? whole->z / whole->tokens : 0.0;
 }

@@ -6,25 +6,52 @@
 namespace steppo::cuda {
 namespace {
 
+// Words of a mask, a bit a token, that a warp loads together.
+constexpr int kWords = 8;
 // Tokens of a row that a warp looks through. The steps that begin among them are its own, however
 // far they reach.
-constexpr std::int64_t kChunk = 512;
+constexpr std::int64_t kChunk = kWords * kWarp;
 
-// Where the run of ones that begins at `begin` ends. The lanes of a warp look together.
-STEPPO_DEVICE std::int64_t end_of_run(const Mask& masked, std::int64_t begin, std::int64_t row_end,
-                                      int lane) {
-  for (std::int64_t at = begin;; at += kWarp) {
-    const std::int64_t t = at + lane;
-    const unsigned ends = __ballot_sync(kAllLanes, t >= row_end || !is_set(masked.mask, t));
-    if (ends != 0) return at + __ffs(static_cast<int>(ends)) - 1;
+// The tokens of [begin, end) as words. The lanes of a warp load them together, and all get them.
+struct MaskWords {
+  unsigned at[kWords];
+};
+
+STEPPO_DEVICE MaskWords words_of(const Mask& masked, std::int64_t begin, std::int64_t end,
+                                 int lane) {
+  bool is_one[kWords];
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) {
+    const std::int64_t t = begin + k * kWarp + lane;
+    is_one[k] = t < end && is_set(masked.mask, t);
   }
+  MaskWords words;
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) words.at[k] = __ballot_sync(kAllLanes, is_one[k]);
+  return words;
 }
 
-// The tokens of [at, at + 32) where runs begin, as bits; `is_one` is of the lane's own token.
-STEPPO_DEVICE unsigned begins_of_runs(const Mask& masked, std::int64_t t, std::int64_t row_begin,
-                                      std::int64_t end, bool& is_one) {
-  is_one = t < end && is_set(masked.mask, t);
-  return __ballot_sync(kAllLanes, is_one && (t == row_begin || !is_set(masked.mask, t - 1)));
+// Where ones begin, if `last` is the bit before the first; becomes that before the next word.
+STEPPO_DEVICE unsigned begins_of(unsigned ones, unsigned& last) {
+  const unsigned begins = ones & ~(ones << 1 | last);
+  last = ones >> (kWarp - 1);
+  return begins;
+}
+
+// The first token from `at` on where a run of ones ends.
+STEPPO_DEVICE std::int64_t end_of_run(const Mask& masked, std::int64_t at, std::int64_t row_end,
+                                      int lane) {
+  for (; at < row_end; at += kChunk) {
+    const MaskWords words = words_of(masked, at, row_end, lane);
+    int ones = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      if (ones == k * kWarp)
+        ones += words.at[k] == ~0u ? kWarp : __ffs(static_cast<int>(~words.at[k])) - 1;
+    }
+    if (ones < kChunk) return at + ones;
+  }
+  return row_end;
 }
 
 // The number of runs of a row. Each warp counts for itself: the mask is the smallest of the inputs,
@@ -32,9 +59,11 @@ STEPPO_DEVICE unsigned begins_of_runs(const Mask& masked, std::int64_t t, std::i
 STEPPO_DEVICE double runs_of_row(const Mask& masked, std::int64_t row_begin, int lane) {
   const std::int64_t row_end = row_begin + masked.row_length;
   int runs = 0;
-  for (std::int64_t at = row_begin; at < row_end; at += kWarp) {
-    bool is_one;
-    runs += __popc(begins_of_runs(masked, at + lane, row_begin, row_end, is_one));
+  unsigned last = 0;
+  for (std::int64_t at = row_begin; at < row_end; at += kChunk) {
+    const MaskWords words = words_of(masked, at, row_end, lane);
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) runs += __popc(begins_of(words.at[k], last));
   }
   return runs;
 }
@@ -44,19 +73,21 @@ __global__ void __launch_bounds__(kThreads)
     masked_center_kernel(const PolicyTensors tensors, const Mask masked, const PolicyConfig config,
                          Workspace* workspace) {
   const PolicyArrays<T> call = arrays_of<T>(tensors);
-  Center& sum = sum_of_thread<kThreads, Center>();
+  Center sum;
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
+#pragma unroll 4
   for (std::int64_t t = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; t < masked.num_tokens;
        t += stride) {
     if (is_set(masked.mask, t)) sum.add(call, config, t, t);
   }
+  sum_of_thread<kThreads, Center>() = sum;
   leave_center(workspace);
 }
 
 // A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
 // steps that begin there.
 template <class T, bool by_token>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
                               const PolicyConfig config, Workspace* workspace,
                               std::int64_t chunks_of_row, std::int64_t chunks) {
@@ -73,25 +104,49 @@ __global__ void __launch_bounds__(kThreads, 2)
     const std::int64_t end = begin + kChunk < row_end ? begin + kChunk : row_end;
     const double count =
         config.reduction == kTrajectoryMean ? runs_of_row(masked, row_begin, lane) : 1.0;
-    for (std::int64_t at = begin; at < end; at += kWarp) {
-      const std::int64_t t = at + lane;
-      bool is_one;
-      unsigned begins = begins_of_runs(masked, t, row_begin, end, is_one);
-      if (t < end && !is_one) {
-        if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = T(0);
-        if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
+    unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
+    const MaskWords words = words_of(masked, begin, end, lane);
+    // Lane k keeps word k: what is asked for by a number that is not known here lies in memory.
+    unsigned ones = 0, begins = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      const unsigned begins_here = begins_of(words.at[k], last);
+      if (lane == k) {
+        ones = words.at[k];
+        begins = begins_here;
       }
-      for (; begins != 0; begins &= begins - 1) {
-        const std::int64_t first = at + __ffs(static_cast<int>(begins)) - 1;
-        const std::int64_t length = end_of_run(masked, first, row_end, lane) - first;
+      const std::int64_t t = begin + k * kWarp + lane;
+      if (t >= end || (words.at[k] >> lane & 1u) != 0) continue;
+      if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = T(0);
+      if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
+    }
+    for (int word = 0; word < kWords; ++word) {
+      unsigned left = __shfl_sync(kAllLanes, begins, word);
+      for (; left != 0; left &= left - 1) {
+        const int bit = __ffs(static_cast<int>(left)) - 1;
+        const std::int64_t first = begin + word * kWarp + bit;
+        // Zeros from the step's begin on, in the words of the chunk: lane k has those of word k.
+        unsigned zeros = lane < word || lane >= kWords ? 0u : ~ones;
+        if (lane == word) zeros &= ~0u << bit;
+        const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
+        std::int64_t stop;
+        if (in != 0) {
+          const int where = __ffs(static_cast<int>(in)) - 1;
+          const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
+          stop = begin + where * kWarp + __ffs(static_cast<int>(bits)) - 1;
+          if (stop > row_end) stop = row_end;
+        } else {
+          stop = end_of_run(masked, begin + kChunk, row_end, lane);
+        }
+        const std::int64_t length = stop - first;
         const double weight = step_weight(config.reduction, static_cast<double>(length), count);
-        const PolicyStep step{0, length, first, nullptr, lane};
+        const PolicyRun step{length, first, lane};
         add_step<kWarp, by_token>(call, step, config, weight, center, own.sums);
         if (lane == 0) own.trajectories += 1.0 / count;
       }
     }
   }
-  finish_call<T>(static_cast<int>(gridDim.x), tensors, config, workspace);
+  finish_call<T>(tensors, config, workspace);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ import torch
 import steppo_kernels
 from steppo_kernels import StepLayout, config, outputs
 from steppo_kernels.backends import choice, records
+from steppo_kernels.backends.compiled import launch
 from steppo_kernels.backends.modules import module_of
 from steppo_kernels.layout.step_layout import require_layout
 
@@ -47,6 +48,9 @@ _WHOLE = {
     ("value_loss", "record(States, states).fields"): "States",
     ("value_loss", "config"): "ValueConfig",
 }
+
+# The fields that are numbers which may not be given.
+_NUMBERS = ("ratio_center", "normalizer")
 
 Fields = tuple[str, ...]
 
@@ -118,8 +122,8 @@ def names(entry: ast.expr, inside: ast.FunctionDef) -> list[str]:
         return [name for tensor in entry.value.args for name in names(tensor, inside)]
     if isinstance(entry, ast.Subscript) and ast.unparse(entry.value) == "DTYPES":
         return ["dtype"]
-    if isinstance(entry, ast.Call) and ast.unparse(entry.func) in ("start", "bool"):
-        # The address of a tensor that may be strided, and a number as a switch.
+    if isinstance(entry, ast.Call) and ast.unparse(entry.func) in ("start", "bool", "number"):
+        # The address of a tensor that may be strided, a number as a switch, and one in a tensor.
         (one,) = entry.args
         return names(one, inside)
     raise AssertionError(f"a record has the entry {ast.unparse(entry)}, expected a name")
@@ -199,11 +203,16 @@ def test_a_field_or_a_record_too_many_or_too_few_is_found(change):
     assert "GaeTensors is" in differences(tree)[0]
 
 
+def nothing(name: str) -> tuple[object, ...]:
+    """Return a record of zeros and numbers that are not given."""
+    return tuple(None if field in _NUMBERS else 0 for field in kernels.records[name])
+
+
 @pytest.mark.parametrize("operator", getattr(kernels, "operators", ()))
 def test_a_wrong_number_of_fields_is_refused(operator):
     """Before anything is read."""
     expected = kernels.operators[operator]
-    good = [(0,) * len(kernels.records[name]) for name in expected]
+    good = [nothing(name) for name in expected]
     for place, name in enumerate(expected):
         size = len(good[place])
         for wrong in (size - 1, size + 1, 0):
@@ -216,12 +225,28 @@ def test_a_wrong_number_of_fields_is_refused(operator):
 
 def test_entries_that_are_no_numbers_are_refused():
     size = len(kernels.records["GaeConfig"])
-    good = [(0,) * len(kernels.records[name]) for name in kernels.operators["step_gae"]]
+    good = [nothing(name) for name in kernels.operators["step_gae"]]
     for bad in (("a",) * size, (None,) * size):
         with pytest.raises(TypeError):
             kernels.step_gae(good[0], good[1], bad, good[3])
     with pytest.raises((TypeError, OverflowError)):
         kernels.step_gae((0, -1, *good[0][2:]), *good[1:])
+
+
+@pytest.mark.parametrize("bad", [0, 1.5, (0,), (0, 1.5, 2), ("a", 1.5), (0, None)])
+def test_a_number_is_none_or_an_address_and_a_value(bad):
+    """An address alone may be one of the CPU, which a GPU cannot read."""
+    record, *others = [nothing(name) for name in kernels.operators["value_loss"]]
+    place = kernels.records["ValueTensors"].index("normalizer")
+    with pytest.raises(TypeError):
+        kernels.value_loss((*record[:place], bad, *record[place + 1 :]), *others)
+
+
+def test_a_number_on_the_cpu_goes_by_value():
+    assert launch.number(None) is None
+    assert launch.number(torch.tensor(2.5, dtype=torch.float64)) == (0, 2.5)
+    on_gpu = SimpleNamespace(is_cpu=False, data_ptr=lambda: 64)
+    assert launch.number(on_gpu) == (64, 0.0)
 
 
 # The records that are made elsewhere.

@@ -60,4 +60,16 @@ enum ValueMetric : int {
   kNumValueMetrics,
 };
 
+// A number that a caller may have given: itself, or where it lies. One in the memory of a GPU is
+// read there, so that nothing waits for it, and one in that of the host never is.
+struct Number {
+  const double* at;  // null: `value`
+  double value;
+  bool is_given;
+};
+
+STEPPO_FN double value_of(const Number& number) {
+  return number.at != nullptr ? *number.at : number.value;
+}
+
 }  // namespace steppo

@@ -44,8 +44,8 @@ STEPPO_FN void merge(ValueSums& all, const ValueSums& other) {
 
 // What the loss is divided by; a `normalizer` that is given replaces that of the reduction.
 STEPPO_FN double value_total(Reduction reduction, const ValueCounts& counts,
-                             const double* normalizer) {
-  if (normalizer != nullptr) return *normalizer;
+                             const Number& normalizer) {
+  if (normalizer.is_given) return value_of(normalizer);
   return reduction_total(reduction, counts.steps, counts.trajectories, counts.tokens);
 }
 
@@ -91,7 +91,7 @@ STEPPO_FN ValueSquares squares_from(const ValueMeans& all, const ValueSquares& s
 
 STEPPO_FN void write_value_metrics(Reduction reduction, const ValueCounts& counts,
                                    const ValueSums& sums, const ValueSquares& squares,
-                                   const double* normalizer, double* metrics) {
+                                   const Number& normalizer, double* metrics) {
   metrics[kValueLoss] = sums.loss / value_total(reduction, counts, normalizer);
   metrics[kValueClipFraction] = value_mean(sums.clipped, counts);
   metrics[kValueMean] = value_mean(sums.value, counts);
@@ -99,8 +99,8 @@ STEPPO_FN void write_value_metrics(Reduction reduction, const ValueCounts& count
   metrics[kExplainedVariance] = squares.target == 0 ? 0.0 : 1 - squares.residual / squares.target;
   metrics[kValueNumSteps] = counts.steps;
   metrics[kValueDenominator] =
-      normalizer != nullptr
-          ? *normalizer
+      normalizer.is_given
+          ? value_of(normalizer)
           : reduction_count(reduction, counts.steps, counts.trajectories, counts.tokens);
   metrics[kReturnSquares] = squares.target;
   metrics[kResidualSquares] = squares.residual;

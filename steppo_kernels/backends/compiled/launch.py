@@ -34,6 +34,17 @@ def addresses(*values: Tensor | None) -> list[int]:
     return found
 
 
+def number(value: Tensor | None) -> tuple[int, float] | None:
+    """Return a 0-dim fp64 tensor as the ``Number`` of csrc/include/steppo/types.h.
+
+    One on the CPU goes by value, as kernels of a GPU cannot read it there; one on a GPU by address,
+    so that nothing waits for it.
+    """
+    if value is None:
+        return None
+    return (0, value.item()) if value.is_cpu else (start(value), 0.0)
+
+
 def start(value: Tensor) -> int:
     """Return the address of a tensor's first element; its strides are the caller's to know."""
     found = value.data_ptr()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...outputs import NUM_POLICY_METRICS
 from ..records import Steps, record
-from .launch import DTYPES, Native, addresses, new_metrics, new_scale, scalar_like
+from .launch import DTYPES, Native, addresses, new_metrics, new_scale, number, scalar_like
 
 
 def policy_loss(
@@ -51,9 +51,9 @@ def policy_loss(
             step_weights,
             clip_low,
             clip_high,
-            ratio_center,
-            normalizer,
         ),
+        number(ratio_center),
+        number(normalizer),
         advantages_per_token,
         is_weights_per_token,
         *addresses(loss, metrics, gradient_scale, step_log_ratio, grad_log_probs, grad_entropy),
@@ -97,9 +97,9 @@ def policy_loss_masked(
             step_weights,
             clip_low,
             clip_high,
-            ratio_center,
-            normalizer,
         ),
+        number(ratio_center),
+        number(normalizer),
         advantages_per_token,
         is_weights_per_token,
         *addresses(loss, metrics, gradient_scale, step_log_ratio, grad_log_probs, grad_entropy),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...outputs import NUM_VALUE_METRICS
 from ..records import States, record
-from .launch import DTYPES, Native, addresses, new_metrics, new_scale, scalar_like
+from .launch import DTYPES, Native, addresses, new_metrics, new_scale, number, scalar_like
 
 
 def value_loss(
@@ -32,7 +32,8 @@ def value_loss(
     num_values = values.numel()
     tensors = (
         DTYPES[values.dtype],
-        *addresses(values, returns, old_values, normalizer),
+        *addresses(values, returns, old_values),
+        number(normalizer),
         values_per_token,
         old_values_per_token,
         num_values,
