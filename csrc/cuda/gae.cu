@@ -13,14 +13,16 @@
 namespace steppo::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-// In the end a thread takes what a block has left.
-constexpr int kBlocks = kThreads;
+constexpr int kThreads = 256;
+// As many as have room in a workspace for what they leave.
+constexpr std::int64_t kBlocks = 256;
 // Advantages that the last block whitens by itself; more of them are worth a launch.
 constexpr std::int64_t kWhitenedAtOnce = 8192;
 
-// Steps of a long trajectory that a thread takes at once.
-constexpr int kStepsOfThread = 8;
+// Warps that take a trajectory, and steps that each of their threads takes at once: a tile, whose
+// loads wait for each other once. A short trajectory is one or two tiles of a warp, and a long one
+// a few of a block of many.
+constexpr int kShortSteps = 4, kLongSteps = 8, kLongWarps = 16;
 
 // Advantages that a thread loads before it stores the first of them.
 constexpr int kWhitenedTogether = 8;
@@ -84,18 +86,22 @@ __global__ void __launch_bounds__(kThreads, 4)
                  std::int64_t{gridDim.x} * kThreads);
 }
 
+// A block of several trajectories, or of one.
+template <int warps>
+constexpr int threads_for = warps > 1 ? warps * kWarp : kThreads;
+
 // `warps` warps take a trajectory from its end, `steps` steps a thread at once: a thread has the
 // steps before, in time, those of the thread before it. `rewards` may be the returns themselves: an
 // entry is read before it is written.
 template <class T, int warps, int steps>
-__global__ void __launch_bounds__(kThreads, warps > 1 ? 2 : 4)
+__global__ void __launch_bounds__(threads_for<warps>, warps > 1 ? 1 : 2)
     gae_kernel(const GaeTensors tensors, const Timeline line, const GaeConfig config,
                const T* rewards, Workspace* workspace) {
   struct Room {
     double of_warp[warps];
   };
   STEPPO_SHARED(Room, room);
-  constexpr int kLanes = warps * kWarp, kGroups = kThreads / kLanes;
+  constexpr int kOwn = threads_for<warps>, kLanes = warps * kWarp, kGroups = kOwn / kLanes;
   const T* const values = static_cast<const T*>(tensors.values);
   const T* const bootstrap = static_cast<const T*>(tensors.bootstrap_values);
   T* const advantages = static_cast<T*>(tensors.advantages);
@@ -180,11 +186,11 @@ __global__ void __launch_bounds__(kThreads, warps > 1 ? 2 : 4)
     }
   }
   if (!config.whiten) return;
-  sum_of_thread<kThreads, Spread>() = spread;
-  const Spread* const whole = merged_over_grid<kThreads, Spread>(workspace);
+  sum_of_thread<kOwn, Spread>() = spread;
+  const Spread* const whole = merged_over_grid<kOwn, Spread>(workspace);
   if (whole == nullptr) return;
   if (line.num_members <= kWhitenedAtOnce) {
-    whiten_members(advantages, line, *whole, threadIdx.x, kThreads);
+    whiten_members(advantages, line, *whole, threadIdx.x, kOwn);
   } else if (threadIdx.x == 0) {
     spread_of(workspace) = *whole;
   }
@@ -216,13 +222,13 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
       sum_rewards(launch, rewards, line, returns, is_every ? nullptr : advantages, workspace);
       rewards = returns;
     }
-    // Few steps a trajectory are one tile of a warp or some.
-    const bool is_short = num_members <= 256 * line.num_trajectories;
-    const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kWarps : 1);
-    launch(
-        is_short ? listed<gae_kernel<T, 1, 1>>() : listed<gae_kernel<T, kWarps, kStepsOfThread>>(),
-        std::min(blocks, most_blocks(kBlocks)), kThreads, tensors, line, config, rewards,
-        workspace);
+    const bool is_short = num_members <= 2 * kWarp * kShortSteps * line.num_trajectories;
+    const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kThreads / kWarp : 1);
+    launch(is_short ? listed<gae_kernel<T, 1, kShortSteps>>()
+                    : listed<gae_kernel<T, kLongWarps, kLongSteps>>(),
+           std::min(blocks, most_blocks(kBlocks)),
+           is_short ? threads_for<1> : threads_for<kLongWarps>, tensors, line, config, rewards,
+           workspace);
     if (config.whiten && num_members > kWhitenedAtOnce) {
       launch(listed<whiten_kernel<T>>(), ceil_div(num_members, kWhitenedTogether * kThreads),
              kThreads, advantages, line, workspace);

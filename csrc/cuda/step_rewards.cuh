@@ -14,8 +14,8 @@
 namespace steppo::cuda {
 
 constexpr int kRewardThreads = 256;
-// Tokens that a thread takes at once: 16 bytes of ids.
-constexpr int kRewardTokens = 4;
+// Tokens that a thread takes at once, 16 bytes of ids at a time.
+constexpr int kRewardTokens = 8, kIdsOfPack = 4;
 
 // Where sums go. With `marks`, steps whose mark is 0 get none. `spanning` counts runs of steps that
 // lie in several rows.
@@ -49,10 +49,16 @@ template <bool is_wide, class T>
 STEPPO_DEVICE RewardTokens reward_tokens(const T* rewards, const Timeline& line, std::int64_t first,
                                          std::int64_t begin, std::int64_t end) {
   RewardTokens tokens;
-  Pack<std::int32_t, kRewardTokens> ids;
+  std::int32_t ids[kRewardTokens];
   T numbers[kRewardTokens];
   if (is_wide && first < end && first + kRewardTokens <= line.num_tokens) {
-    ids = *reinterpret_cast<const decltype(ids)*>(line.step_ids + first);
+#pragma unroll
+    for (int part = 0; part < kRewardTokens; part += kIdsOfPack) {
+      const auto pack =
+          *reinterpret_cast<const Pack<std::int32_t, kIdsOfPack>*>(line.step_ids + first + part);
+#pragma unroll
+      for (int k = 0; k < kIdsOfPack; ++k) ids[part + k] = pack.at[k];
+    }
     constexpr int kNumbers = 16 / sizeof(T);
 #pragma unroll
     for (int part = 0; part < kRewardTokens; part += kNumbers) {
@@ -64,16 +70,16 @@ STEPPO_DEVICE RewardTokens reward_tokens(const T* rewards, const Timeline& line,
 #pragma unroll
     for (int k = 0; k < kRewardTokens; ++k) {
       const bool is_inside = first + k >= begin && first + k < end;
-      ids.at[k] = is_inside ? line.step_ids[first + k] : -1;
+      ids[k] = is_inside ? line.step_ids[first + k] : -1;
       numbers[k] = is_inside ? rewards[first + k] : T(0);
     }
   }
 #pragma unroll
   for (int k = 0; k < kRewardTokens; ++k) {
     const bool is_inside = first + k >= begin && first + k < end;
-    tokens.ids[k] = is_inside ? ids.at[k] : -1;
+    tokens.ids[k] = is_inside ? ids[k] : -1;
     // A slot outside of actions may hold anything.
-    const bool counts = is_inside && (ids.at[k] >= 0 || std::isfinite(numbers[k]));
+    const bool counts = is_inside && (ids[k] >= 0 || std::isfinite(numbers[k]));
     tokens.rewards[k] = counts ? static_cast<double>(numbers[k]) : 0.0;
   }
   return tokens;
@@ -97,14 +103,18 @@ struct RewardRoom {
   RunEnd ends[warps];
 };
 
-// Ends the run of a step. A step that has all of its tokens there has this one writer; of another
-// one, runs are only counted, and added where `adds`.
+STEPPO_DEVICE std::int32_t length_of(const Timeline& line, std::int32_t step) {
+  if (step < 0) return 0;
+  return static_cast<std::int32_t>(line.step_offsets[step + 1] - line.step_offsets[step]);
+}
+
+// Ends the run of a step of `length` tokens. A step that has all of its tokens there has this one
+// writer; of another one, runs are only counted, and added where `adds`.
 template <bool adds, class T>
-STEPPO_DEVICE void end_run(const RewardSums<T>& out, const Timeline& line, std::int32_t step,
+STEPPO_DEVICE void end_run(const RewardSums<T>& out, std::int32_t step, std::int32_t length,
                            const RunEnd& run) {
   if (out.marks != nullptr && out.marks[step] == T(0)) return;
-  const bool is_whole = run.tokens == line.step_offsets[step + 1] - line.step_offsets[step];
-  if (is_whole) {
+  if (run.tokens == length) {
     if (!adds) out.totals[step] = static_cast<T>(run.sum);
   } else if (adds) {
     out.totals[step] += static_cast<T>(run.sum);
@@ -157,15 +167,22 @@ STEPPO_DEVICE void add_row(const T* rewards, const Timeline& line, const RewardS
     // begin and end within the thread are ended at once.
     RunEnd run{}, first_part{};
     std::int32_t first_step = -1;
+    // How long the steps are whose runs end here: a load that comes before any store waits with the
+    // others.
+    std::int32_t lengths[kRewardTokens];
+#pragma unroll
+    for (int k = 0; k < kRewardTokens; ++k) lengths[k] = length_of(line, tokens.ids[k]);
+    std::int32_t length = length_of(line, step), first_length = 0;
 #pragma unroll
     for (int k = 0; k < kRewardTokens; ++k) {
       const std::int32_t id = tokens.ids[k];
       if (id >= 0 && step >= 0 && id != step) {
         if (run.begins) {
-          end_run<adds>(out, line, step, run);
+          end_run<adds>(out, step, length, run);
         } else {
           first_part = run;
           first_step = step;
+          first_length = length;
         }
         run = {0, 0, true};
       }
@@ -173,6 +190,7 @@ STEPPO_DEVICE void add_row(const T* rewards, const Timeline& line, const RewardS
       if (id < 0) continue;
       run.tokens += 1;
       step = id;
+      length = lengths[k];
     }
 
     // What the lanes before have of the run that is open before the thread.
@@ -199,17 +217,20 @@ STEPPO_DEVICE void add_row(const T* rewards, const Timeline& line, const RewardS
       open = joined(open, of_warp);
     }
     if (run.begins) {
-      end_run<adds>(out, line, first_step, joined(joined(before_warp, earlier), first_part));
+      const RunEnd whole = joined(joined(before_warp, earlier), first_part);
+      end_run<adds>(out, first_step, first_length, whole);
     }
     if (next_open_step >= 0) open_step = next_open_step;
   }
-  if (thread == 0 && open_step >= 0) end_run<adds>(out, line, open_step, open);
+  if (thread == 0 && open_step >= 0) {
+    end_run<adds>(out, open_step, length_of(line, open_step), open);
+  }
 }
 
 // `warps` warps take a row. Totals are 0 before. Steps that lie in several rows, as layouts that
 // were loaded may have them, get their sums from the last block, row by row.
 template <class T, int warps, bool is_wide>
-__global__ void __launch_bounds__(kRewardThreads, 4)
+__global__ void __launch_bounds__(kRewardThreads, 2)
     rewards_kernel(const T* rewards, const Timeline line, T* totals, const T* marks,
                    Workspace* workspace) {
   constexpr int kRows = kRewardThreads / (warps * kWarp);

@@ -14,8 +14,17 @@ const Listed value_loss("value_loss", [](Run& run) {
   const auto values = run.numbers(num_tokens), returns = run.numbers(num_steps),
              old_values = run.numbers(num_steps);
   cuda::value_loss(
-      {kFloat32, values.data(), returns.data(), old_values.data(), nullptr, true, false, num_tokens,
-       run.output<float>(1), run.output<double>(kNumValueMetrics), run.output<double>(1),
+      {kFloat32,
+       values.data(),
+       returns.data(),
+       old_values.data(),
+       {},
+       true,
+       false,
+       num_tokens,
+       run.output<float>(1),
+       run.output<double>(kNumValueMetrics),
+       run.output<double>(1),
        run.output<float>(num_tokens)},
       {state_index.data(), layout.step_lengths.data(), layout.trajectory_counts.data(), num_steps},
       {0.2, kTrajectoryMean}, run.place());
