@@ -7,18 +7,18 @@
 
 namespace steppo::cuda {
 
-// Whether this block is the last one of the grid to come here. What thread 0 of the others wrote
+// Whether this block is the last one of `blocks` to come here. What thread 0 of the others wrote
 // before, and what barriers have ordered before that, is then visible to all of its threads. All
-// threads of a block call it, once. The counter is 0 again when the grid has finished.
-STEPPO_DEVICE bool is_last_block(unsigned* counter) {
+// threads of a block call it, once. The counter is 0 again when all have come.
+STEPPO_DEVICE bool is_last_block(unsigned* counter, unsigned blocks) {
   STEPPO_SHARED(unsigned, ticket);
   if (threadIdx.x == 0) {
     __threadfence();
-    ticket = atomicInc(counter, gridDim.x - 1);
+    ticket = atomicInc(counter, blocks - 1);
     __threadfence();
   }
   __syncthreads();
-  return ticket == gridDim.x - 1;
+  return ticket == blocks - 1;
 }
 
 // Merges the sums of all threads of a grid, and returns the whole in the last block to come here,
@@ -29,7 +29,7 @@ STEPPO_DEVICE const S* merged_over_grid(Workspace* workspace) {
   const auto part_of = [&](int block) { return workspace->partials + block * Workspace::kFields; };
   const S& whole = merged_over_block<threads, S>();
   if (threadIdx.x == 0) *reinterpret_cast<S*>(part_of(blockIdx.x)) = whole;
-  if (!is_last_block(&workspace->counters[0])) return nullptr;
+  if (!is_last_block(&workspace->counters[0], gridDim.x)) return nullptr;
   S& mine = sum_of_thread<threads, S>();
   const int blocks = static_cast<int>(gridDim.x);
   for (int b = threadIdx.x; b < blocks; b += threads) {

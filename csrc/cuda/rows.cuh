@@ -1,22 +1,53 @@
-// Rows of logits: a block takes one, and moves all of it but its ends 16 bytes at once.
+// Rows of logits: a block takes one or a part of it, and moves all but its ends 16 bytes at once.
 //
 // A row begins anywhere and has any length. It is divided at the addresses that are multiples of 16
 // bytes: in between lie packs, which threads take in turn, and the numbers at the ends are taken by
 // a thread each.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <type_traits>
 
 #include "device.cuh"
+#include "launch.h"
 #include "steppo/arguments.h"
 #include "steppo/token_math.h"
 
 namespace steppo::cuda {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
-// Blocks that share a processor.
-constexpr int kRowBlocks = 4;
+// Blocks that share a processor: as many as there are registers for, which are fewer in fp64.
+template <class In>
+constexpr int kRowBlocks = sizeof(In) == sizeof(double) ? 2 : 4;
+
+// So many blocks keep every processor busy. Where rows are fewer, each is split into parts, which
+// are not so short that their merging would take longer. The card has no say: the last bit of a sum
+// must not depend on it.
+constexpr std::int64_t kWantedBlocks = 512, kShortestPart = 4096;
+
+// Parts of a row: `size` numbers each, and the last one what is left.
+struct RowSplit {
+  unsigned parts;
+  std::int64_t size;
+
+  // The part that a block of a grid has, and its row.
+  STEPPO_MEMBER unsigned row() const { return blockIdx.x / parts; }
+  STEPPO_MEMBER std::int64_t begin() const { return blockIdx.x % parts * size; }
+  STEPPO_MEMBER std::int64_t length(std::int64_t vocabulary) const {
+    return begin() + size < vocabulary ? size : vocabulary - begin();
+  }
+};
+
+inline RowSplit split_of(std::int64_t num_rows, std::int64_t vocabulary) {
+  const std::int64_t wanted = num_rows > 0 ? kWantedBlocks / num_rows : 1;
+  const std::int64_t longest =
+      std::min<std::int64_t>(ceil_div(vocabulary, kShortestPart), kRowThreads);
+  const std::int64_t parts = std::clamp<std::int64_t>(wanted, 1, longest);
+  // A row that begins at a multiple of 16 bytes is split at such.
+  const std::int64_t size = ceil_div(ceil_div(vocabulary, parts), 16) * 16;
+  return {static_cast<unsigned>(ceil_div(vocabulary, size)), size};
+}
 
 // What logits of a type are computed in.
 template <class In>
@@ -88,17 +119,16 @@ STEPPO_DEVICE bool fits(double temperature) {
   return sizeof(In) == sizeof(double) || fits_fp32(temperature);
 }
 
-// A row in `packs` packs of `count` numbers, after `head` numbers that lie before them.
+// A row of `length` numbers: `packs` packs of `count`, after `head` numbers that lie before them.
 template <int count>
 struct Division {
-  int head, packs;
-  std::int64_t length;
+  int head, packs, length;
 
   // The number that this thread takes of those that lie in no pack, or -1.
-  __device__ __forceinline__ std::int64_t single() const {
+  __device__ __forceinline__ int single() const {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < head) return thread;
-    const std::int64_t at = std::int64_t{packs} * count + thread;
+    const int at = packs * count + thread;
     return at < length ? at : -1;
   }
   // The pack of a number, or -1.
@@ -111,7 +141,7 @@ struct Division {
     if (at < 0 || at >= length) return 0;
     const int pack = pack_of(at);
     if (pack >= 0) return static_cast<unsigned>(pack) % kRowThreads;
-    return static_cast<unsigned>(at < head ? at : at - std::int64_t{packs} * count);
+    return static_cast<unsigned>(at < head ? at : at - packs * count);
   }
 };
 
@@ -144,7 +174,7 @@ STEPPO_DEVICE Division<kPack<T>> divided(const T* row, std::int64_t length) {
   const auto beyond = reinterpret_cast<std::uintptr_t>(row) % 16;
   const int before = static_cast<int>((16 - beyond) % 16 / sizeof(T));
   const int head = before < length ? before : static_cast<int>(length);
-  return {head, static_cast<int>((length - head) / kPack<T>), length};
+  return {head, static_cast<int>((length - head) / kPack<T>), static_cast<int>(length)};
 }
 
 // Loads numbers one by one, or 16 bytes at once.

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     leave<kActions>(workspace, actions);
     leave<kDecreasing>(workspace, decreasing);
   }
-  if (is_last_block(workspace->counters)) finish_counts(rows, out, workspace);
+  if (is_last_block(workspace->counters, gridDim.x)) finish_counts(rows, out, workspace);
 }
 
 // The second launch reads the same once more and numbers it.

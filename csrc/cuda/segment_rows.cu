@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   found = join_block<kThreads, Sum>(found, std::int64_t{0});
   if (threadIdx.x == 0) leave<0>(workspace, found);
-  if (!is_last_block(workspace->counters)) return;
+  if (!is_last_block(workspace->counters, gridDim.x)) return;
   found = join_first<kThreads, Sum, 0>(workspace, gridDim.x, 0);
   if (threadIdx.x > 0) return;
   out.counts[0] = found;

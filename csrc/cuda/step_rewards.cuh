@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kRewardThreads, 2)
   if (row < line.num_rows) add_row<warps, is_wide, false>(rewards, line, out, row);
   // Any thread may have counted a run, and thread 0 tells others that the block has finished.
   __syncthreads();
-  if (!is_last_block(&workspace->counters[0])) return;
+  if (!is_last_block(&workspace->counters[0], gridDim.x)) return;
   // It also becomes 0 again.
   if (__syncthreads_count(threadIdx.x == 0 && atomicInc(out.spanning, 0) > 0) == 0) return;
   if (group > 0) return;

@@ -1,5 +1,6 @@
 // Log-probs and entropies of tokens from their logits: see
-// steppo_kernels/log_probs/token_log_probs.py. A block takes a row.
+// steppo_kernels/log_probs/token_log_probs.py. A block takes a row, or one of the parts of it.
+#include "last_block.cuh"
 #include "launch.h"
 #include "rows.cuh"
 #include "steppo/cuda.h"
@@ -83,7 +84,8 @@ STEPPO_DEVICE RowSums merge(Sums<Value> mine, const ExpScale<Value>& scale) {
   return all;
 }
 
-// The sums over a row but its token, whose logit is `target`. Thread 0 gets them.
+// The sums over a row but its token, whose logit is `target`. Thread 0 gets them. The token may be
+// none of the row's, which may be a part of another.
 template <bool is_capped, bool need_moment, class In>
 STEPPO_DEVICE RowSums sum_row(const In* row, std::int64_t length, std::int64_t id,
                               RowValue<In> target, double temperature,
@@ -107,7 +109,7 @@ STEPPO_DEVICE RowSums sum_row(const In* row, std::int64_t length, std::int64_t i
     add<need_moment>(x, scale, sums);
   };
   for_packs<kCount, true, kLoads<In>, false>(row + parts.head, parts.packs, take);
-  if (const std::int64_t at = parts.single(); at >= 0 && at != id) {
+  if (const int at = parts.single(); at >= 0 && at != id) {
     const Value x[1] = {capped_logit<is_capped>(row[at], cap).value};
     add<need_moment>(x, scale, sums);
   }
@@ -128,25 +130,50 @@ STEPPO_DEVICE RowSums sum_fp64_row(const In* row, std::int64_t length, std::int6
   return merge<true>(sums, scale);
 }
 
+// Merges what the blocks of a row have seen, in the last of them. Thread 0 gets the result there.
+template <bool need_moment>
+STEPPO_DEVICE bool merge_parts(const RowSplit& split, double temperature, Workspace* workspace,
+                               RowSums& sums) {
+  static_assert(2 * kWantedBlocks * sizeof(RowSums) <= sizeof(Workspace::partials));
+  static_assert(kWantedBlocks <= Workspace::kCounters);
+  RowSums* const left = reinterpret_cast<RowSums*>(workspace->partials);
+  if (threadIdx.x == 0) left[blockIdx.x] = sums;
+  if (!is_last_block(&workspace->counters[split.row()], split.parts)) return false;
+  constexpr double kLowest = std::numeric_limits<double>::lowest();
+  Sums<double> mine{kLowest, 0, 0};
+  if (threadIdx.x < split.parts) {
+    const RowSums& part = left[split.row() * split.parts + threadIdx.x];
+    mine = {part.top, part.sum, part.moment};
+  }
+  sums = merge<need_moment>(mine, exp_scale<double>(temperature));
+  return true;
+}
+
 template <class In, bool is_capped, bool need_moment>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    token_log_probs_kernel(const LogitRows logits, const Targets targets, const LogProbs out) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<In>)
+    token_log_probs_kernel(const LogitRows logits, const Targets targets, const LogProbs out,
+                           const RowSplit split, Workspace* workspace) {
   using Value = RowValue<In>;
-  const unsigned row = blockIdx.x;
+  const unsigned row = split.row();
   RowResult result{};
   if (!is_masked(targets, row)) {
     const double temperature = temperature_of(targets, row);
     const Cap<Value> cap(targets.softcap);
     const In* const x = row_of<In>(logits, row);
-    const std::int64_t id = targets.token_ids[row];
+    const std::int64_t id = targets.token_ids[row], begin = split.begin();
+    const std::int64_t length = split.length(logits.vocabulary);
     Value target = std::numeric_limits<Value>::quiet_NaN();
     if (threadIdx.x == 0 && is_word(id, logits.vocabulary))
       target = capped_logit<is_capped>(x[id], cap).value;
-    const RowSums sums =
+    RowSums sums =
         fits<In>(temperature)
-            ? sum_row<is_capped, need_moment>(x, logits.vocabulary, id, target, temperature, cap)
-            : sum_fp64_row<is_capped>(x, logits.vocabulary, id, target, temperature, cap);
+            ? sum_row<is_capped, need_moment>(x + begin, length, id - begin, target, temperature,
+                                              cap)
+            : sum_fp64_row<is_capped>(x + begin, length, id - begin, target, temperature, cap);
+    if (split.parts > 1 && !merge_parts<need_moment>(split, temperature, workspace, sums)) return;
     if (threadIdx.x == 0) result = row_result(target, sums, temperature);
+  } else if (split.begin() > 0) {
+    return;
   }
   if (threadIdx.x != 0) return;
   static_cast<Value*>(out.log_probs)[row] = static_cast<Value>(result.log_prob);
@@ -192,7 +219,7 @@ STEPPO_DEVICE void write_zeros(Out* row, const Division<kPack<Out>>& parts) {
   for (int at = static_cast<int>(threadIdx.x); at < parts.packs; at += kRowThreads) {
     store_once(packs + at, Pack<Out, kPack<Out>>{});
   }
-  if (const std::int64_t at = parts.single(); at >= 0) row[at] = Out{};
+  if (const int at = parts.single(); at >= 0) row[at] = Out{};
 }
 
 // Writes gradients where, `is_halved`, those of half precision may lie in the first half of the
@@ -202,8 +229,10 @@ STEPPO_DEVICE void write_row(const In* row, Out* out, const Division<kPack<Out>>
                              std::int64_t id, float target, F&& slope) {
   constexpr int kCount = kPack<Out>;
   constexpr int kAtOnce = (kLoads<In> * kPack<In> / kCount + 1) / 2;
-  const std::int64_t single = parts.single();
-  const In alone = single >= 0 ? row[single] : In{};
+  const int single = parts.single();
+  // Only where gradients lie elsewhere in the row may something else have been written there.
+  In alone{};
+  if (is_halved && single >= 0) alone = row[single];
   const int own_pack = parts.pack_of(id);
   const int own = static_cast<int>((id - parts.head) % kCount);
   auto* const packs = reinterpret_cast<Pack<Out, kCount>*>(out + parts.head);
@@ -225,6 +254,7 @@ STEPPO_DEVICE void write_row(const In* row, Out* out, const Division<kPack<Out>>
     for_packs<kCount, false, 1, is_halved>(from, parts.packs, take);
   }
   if constexpr (is_halved) __syncthreads();
+  if (!is_halved && single >= 0) alone = row[single];
   if (single >= 0) store_number(out + single, single == id ? target : slope(alone));
 }
 
@@ -242,22 +272,30 @@ STEPPO_DEVICE void write_fp64_row(const In* row, Out* out, std::int64_t length, 
 
 // What the threads of a block need of their row. One of them works it out, and they read it anew
 // where they begin to write: registers hold nothing of it in between.
+template <class In, class Out>
 struct RowHead {
   RowGradient gradient;
   double temperature, top;
-  std::int64_t id;
-  unsigned row;
+  std::int64_t id;  // as counted from the first number of the block
+  const In* logits;
+  Out* out;
+  Division<kPack<Out>> parts;
 };
 
-template <bool is_capped, bool has_rise, class In>
-STEPPO_DEVICE RowHead head_of(const LogitRows& logits, const Targets& targets,
-                              const LogProbGradients& grads, unsigned row, std::int64_t id,
-                              double grad, double grad_entropy) {
+// The target's logit is read if it is among the `length` from `begin` on, which the block writes
+// over.
+template <bool is_capped, bool has_rise, class In, class Out>
+STEPPO_DEVICE RowHead<In, Out> head_of(const LogitRows& logits, const Targets& targets,
+                                       const LogProbGradients& grads, unsigned row,
+                                       std::int64_t begin, Out* out,
+                                       const Division<kPack<Out>>& parts, double grad,
+                                       double grad_entropy) {
   using Value = RowValue<In>;
   constexpr Value kNone = std::numeric_limits<Value>::quiet_NaN();
+  const std::int64_t id = targets.token_ids[row];
   const bool is_good = is_word(id, logits.vocabulary);
   Capped<Value> target{kNone, kNone};
-  if (is_good) {
+  if (is_good && is_word(id - begin, parts.length)) {
     target = capped_logit<is_capped>(row_of<In>(logits, row)[id], Cap<Value>(targets.softcap));
   }
   const double entropy = has_rise ? static_cast<const Value*>(grads.entropy)[row] : Value(0);
@@ -265,21 +303,23 @@ STEPPO_DEVICE RowHead head_of(const LogitRows& logits, const Targets& targets,
   RowGradient gradient = row_gradient(target.value, {top, grads.log_sum[row]}, entropy,
                                       is_good ? grad : double{kNone}, grad_entropy, temperature);
   gradient.target *= target.slope;
-  return {gradient, temperature, top, id, row};
+  return {gradient, temperature, top, id - begin, row_of<In>(logits, row) + begin, out, parts};
 }
 
 template <class In, class Out, bool is_capped, bool has_rise>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, has_rise ? 3 : kRowBlocks<In>)
     token_log_probs_backward_kernel(const LogitRows grad_logits, const LogitRows logits,
-                                    const Targets targets, const LogProbGradients grads) {
+                                    const Targets targets, const LogProbGradients grads,
+                                    const RowSplit split) {
   using Value = RowValue<In>;
   constexpr bool kIsHalved = sizeof(In) != sizeof(Out);
-  STEPPO_SHARED(RowHead, head);
-  Out* const out = row_of<Out>(grad_logits, blockIdx.x);
-  const auto parts = divided(out, logits.vocabulary);
+  using Head = RowHead<In, Out>;
+  STEPPO_SHARED(Head, head);
   {
+    Out* const out = row_of<Out>(grad_logits, split.row()) + split.begin();
+    const auto parts = divided(out, split.length(logits.vocabulary));
     const unsigned row =
-        grads.source != nullptr ? static_cast<unsigned>(grads.source[blockIdx.x]) : blockIdx.x;
+        grads.source != nullptr ? static_cast<unsigned>(grads.source[split.row()]) : split.row();
     const double grad = static_cast<const Value*>(grads.grad_log_probs)[row];
     const double grad_entropy =
         has_rise ? static_cast<const Value*>(grads.grad_entropy)[row] : Value(0);
@@ -287,14 +327,17 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
       write_zeros(out, parts);
       return;
     }
-    const std::int64_t id = targets.token_ids[row];
+    const std::int64_t begin = split.begin();
     // The thread that writes over the target is the one that reads it.
-    if (threadIdx.x == parts.owner_of(id)) {
-      head = head_of<is_capped, has_rise, In>(logits, targets, grads, row, id, grad, grad_entropy);
+    if (threadIdx.x == parts.owner_of(targets.token_ids[row] - begin)) {
+      head = head_of<is_capped, has_rise, In>(logits, targets, grads, row, begin, out, parts, grad,
+                                              grad_entropy);
     }
   }
   __syncthreads();
-  const In* const x = row_of<In>(logits, head.row);
+  const In* const x = head.logits;
+  Out* const out = head.out;
+  const auto parts = head.parts;
   const Cap<Value> cap(targets.softcap);
   if constexpr (sizeof(Value) == sizeof(float)) {
     const Slope<is_capped, has_rise, float> slope(head.temperature, head.top, head.gradient);
@@ -305,7 +348,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     }
   }
   const Slope<is_capped, has_rise, double> slope(head.temperature, head.top, head.gradient);
-  write_fp64_row<kIsHalved>(x, out, logits.vocabulary, head.id, head.gradient.target,
+  write_fp64_row<kIsHalved>(x, out, parts.length, head.id, head.gradient.target,
                             [&](In logit) { return slope(logit, cap); });
 }
 
@@ -322,7 +365,9 @@ void token_log_probs(const LogitRows& logits, const Targets& targets, const LogP
                                            : listed<token_log_probs_kernel<In, true, false>>())
                             : (need_moment ? listed<token_log_probs_kernel<In, false, true>>()
                                            : listed<token_log_probs_kernel<In, false, false>>());
-    launch(kernel, logits.num_rows, kRowThreads, logits, targets, out);
+    const RowSplit split = split_of(logits.num_rows, logits.vocabulary);
+    launch(kernel, logits.num_rows * split.parts, kRowThreads, logits, targets, out, split,
+           static_cast<Workspace*>(place.workspace));
   });
 }
 
@@ -340,7 +385,13 @@ void token_log_probs_backward(const LogitRows& grad_logits, const LogitRows& log
                         : listed<token_log_probs_backward_kernel<In, Out, true, false>>())
             : (has_rise ? listed<token_log_probs_backward_kernel<In, Out, false, true>>()
                         : listed<token_log_probs_backward_kernel<In, Out, false, false>>());
-    launch(kernel, grad_logits.num_rows, kRowThreads, grad_logits, logits, targets, grads);
+    // Gradients that lie in the first half of their logits may be written when all of these have
+    // been read: by one block.
+    const RowSplit split = split_of(grad_logits.num_rows, logits.vocabulary);
+    const RowSplit whole{1, logits.vocabulary};
+    const RowSplit used = sizeof(In) != sizeof(Out) ? whole : split;
+    launch(kernel, grad_logits.num_rows * used.parts, kRowThreads, grad_logits, logits, targets,
+           grads, used);
   });
 }
 

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   Left* const left = reinterpret_cast<Left*>(workspace->partials);
   if (threadIdx.x == 0) left[blockIdx.x] = {own, own_squares};
-  if (!is_last_block(&workspace->counters[0])) return;
+  if (!is_last_block(&workspace->counters[0], gridDim.x)) return;
   const Left mine = threadIdx.x < gridDim.x ? left[threadIdx.x] : Left{};
   sum_of_thread<kThreads, Sums>() = mine.sums;
   const Sums all = merged_over_block<kThreads, Sums>();

@@ -12,6 +12,9 @@ from steppo_kernels.backends.reference import token_log_probs as reference
 
 # Shorter than a pack, of packs only, with ends, of several rounds of a block.
 VOCABULARIES = [1, 2, 7, 8, 15, 16, 257, 2048, 8192, 9001]
+# Rows and logits of each. Where rows are too few for all blocks, they are split: into 2 parts, 10
+# and 13. Those of the last are as many as are not split.
+FEW_ROWS = [(200, 4200), (1, 40000), (3, 50257), (257, 4200)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Errors of sums of thousands of numbers, as parts of the result.
 ERRORS = {torch.float32: 4e-6, torch.float64: 1e-13}
@@ -88,6 +91,24 @@ def test_long_rows_do_not_depend_on_the_order_of_threads(cuda, dtype):
     assert all(map(torch.equal, found, again))
     for value, expected in zip(found, exact(logits, ids, temperature=0.7), strict=False):
         close(value, expected, ERRORS[value.dtype])
+
+
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
+def test_few_rows_are_split(cuda, shape):
+    """Their tokens lie anywhere, also where parts begin and end; some rows are masked."""
+    rows, vocabulary = shape
+    logits, ids = draw(rows, vocabulary, torch.float32, 1, seed=rows)
+    parts = min(512 // rows, -(-vocabulary // 4096))
+    size = -(-vocabulary // parts // 16) * 16 if parts > 1 else vocabulary
+    ids[: min(3, rows)] = torch.tensor([size % vocabulary, size - 1, vocabulary - 1])[:rows]
+    mask = torch.arange(rows) % 7 != 3
+    given = ids, mask, None, 0.8, 0.0
+    found = forward(cuda, logits, *given)
+    expected = exact(logits, *given)
+    close(found[0], expected[0], ERRORS[torch.float32])
+    close(found[1], expected[1], ERRORS[torch.float32])
+    assert all(not x[~mask].any() for x in found)
+    assert all(map(torch.equal, forward(cuda, logits, *given), found))
 
 
 def test_strided_rows(cuda):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cuda_token_log_probs import DTYPES, VOCABULARIES, computed_in, draw, exact, forward
+from test_cuda_token_log_probs import (
+    DTYPES,
+    FEW_ROWS,
+    VOCABULARIES,
+    computed_in,
+    draw,
+    exact,
+    forward,
+)
 
 from steppo_kernels.backends.compiled import token_log_probs as launcher
 
@@ -139,6 +147,21 @@ def test_long_rows_do_not_depend_on_the_order_of_threads(cuda, dtype):
     found = backward(cuda, empty_like(logits, 0), logits, targets, sums, grads)
     close(found, exact_gradient(logits, targets, grads))
     cuda.kernels.order(7, 2)
+    assert torch.equal(backward(cuda, logits, logits, targets, sums, grads), found)
+
+
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
+def test_few_rows_are_split(cuda, shape):
+    """In place, one block alone reads the token's logit: another may have been written already."""
+    rows, vocabulary = shape
+    logits, ids = draw(rows, vocabulary, torch.bfloat16, 1, seed=rows)
+    ids[0] = vocabulary - 1
+    targets = ids, torch.arange(rows) % 7 != 3, None, 0.8, 0.0
+    _, *sums = forward(cuda, logits, *targets)
+    grads = tuple(upstream(rows, torch.bfloat16))
+    expected = exact_gradient(logits, targets, grads)
+    found = backward(cuda, empty_like(logits, 0), logits, targets, sums, grads)
+    close(found, expected)
     assert torch.equal(backward(cuda, logits, logits, targets, sums, grads), found)
 
 
