@@ -16,6 +16,7 @@ from . import sanitizer
 from .facts import architecture, is_there, toolkit_program
 from .measure import GRACE
 from .running import FAILED, PASSED, Finished, Task, Verdict, last_line
+from .tally import NO_TIME
 
 STAGES = ("build", "info", "graphs", "tests", "validate", "sanitizers", "benchmarks")
 
@@ -64,6 +65,11 @@ class Options:
     def rows(self) -> Path:
         """Where the measurements go."""
         return self.work / "rows.json"
+
+    @property
+    def counts(self) -> Path:
+        """Where the counts of tests go."""
+        return self.work / "counts.json"
 
     @property
     def backend(self) -> str:
@@ -141,7 +147,7 @@ def _why_no_pytest() -> str:
 def _tests(options: Options) -> list[Task]:
     if why := _why_no_pytest():
         return [Task("tests", "tests", why_not=why)]
-    counts = options.work / "counts.json"
+    counts = options.counts
     counts.unlink(missing_ok=True)
     seconds = _TESTS_BEGIN * options.patience
     words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--counts={counts}"]
@@ -163,14 +169,17 @@ def _tests(options: Options) -> list[Task]:
 
     def judge(done: Finished) -> Verdict:
         if not counts.exists():
-            return Verdict(FAILED, f"no test ran; {last_line(done.log)}")
+            return Verdict(FAILED, f"no test was collected; {last_line(done.log)}")
         found = json.loads(counts.read_text())
         said = [f"{found[key]} {key}" for key in ("passed", "failed", "skipped")]
-        if found["no_time"]:
-            said.append(f"{found['no_time']} not begun in {seconds:.0f} s")
-        failures = [f"such as {found['failures'][0]}"] if found["failures"] else []
+        if found["not_begun"]:
+            is_up = found["ended"] == NO_TIME
+            why = f" in {seconds:.0f} s" if is_up else f": {found['ended'] or 'it was broken off'}"
+            said.append(f"{found['not_begun']} not begun{why}")
+        if found["lost_by"]:
+            said.append(f"{len(found['lost_by'])} lost the device, first {found['lost_by'][0]}")
         word = PASSED if done.code == 0 and found["passed"] else FAILED
-        return Verdict(word, ", ".join([*said, *lacks, *failures]))
+        return Verdict(word, ", ".join([*said, *lacks]))
 
     return [Task("tests", "tests", _pytest(*words), _CHECKS * options.patience, judge=judge)]
 
