@@ -154,6 +154,17 @@ def test_the_build_is_for_this_gpu(options: Options) -> None:
     assert "--no-deps" in build.words
 
 
+def test_what_has_no_time_for_all_ends_by_itself(options: Options) -> None:
+    tasks = tasks_of(options)
+    validated = [task for name, task in tasks.items() if name.startswith("validate ")]
+    assert len(validated) == 3
+    seconds = [float(t.words[t.words.index("--seconds") + 1]) for t in validated]
+    tests = tasks["tests"]
+    (in_time,) = (word for word in tests.words if word.startswith("--in-time="))
+    for begin, task in zip((*seconds, float(in_time[10:])), (*validated, tests), strict=True):
+        assert begin + 30 <= task.limit
+
+
 def test_nothing_runs_beside_what_is_timed(options: Options) -> None:
     assert [task.name for task in list(plan.phases(options))[-1]] == ["benchmarks"]
 
