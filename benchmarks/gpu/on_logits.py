@@ -21,6 +21,7 @@ from ..variants import Variant
 from ..vocabulary import peers as shared_peers
 from ..vocabulary.cases import CONFIG, Shape, Steps, heights, row_log_probs, step_mask, steps_of
 from . import peers
+from .bare import bare
 from .problem import (
     BOTH,
     FORWARD,
@@ -34,6 +35,7 @@ from .problem import (
     that_fit,
 )
 from .variants import (
+    BARE,
     COMPILED,
     EAGER,
     EAGER_HALF,
@@ -117,6 +119,8 @@ def _log_probs(rows: int, vocabulary: int, backward: bool, device: torch.device)
             lambda x, at: row_log_probs(x.float(), at), dynamic=False, fullgraph=True
         )
         calls[COMPILED] = lambda: compiled(flat, ids)
+    nothing = bare(flat, ((rows,), torch.float32), in_place=backward)
+    calls[BARE] = lambda: nothing()[0]
     calls, missing = peers.that_are_there(calls)
     return Problem(
         {v: _call(one, flat, upstream if backward else None) for v, one in calls.items()},
@@ -124,6 +128,7 @@ def _log_probs(rows: int, vocabulary: int, backward: bool, device: torch.device)
         reset=restoring(drawn.whole) if backward else None,
         # The logits; and for backward, again, and their gradient.
         moved=flat.nbytes * (3 if backward else 1),
+        floors=(BARE,),
         left_out=left_out | missing,
         smaller=smaller(rows, wanted_rows, "rows", free),
     )

@@ -32,6 +32,8 @@ log-probs or advantages against fp64 (of a head: fp32 from logits that are not r
 
 Every variant is right before it is timed: results and gradients are compared with the fp64
 reference, of vocabularies for 64 rows, and of a head with fp32. Bare products compute nothing else.
+What is called bare computes nothing: an `autograd.Function` that allocates the outputs and launches
+a kernel over a few numbers in each pass, which is what PyTorch itself takes of the host's time.
 Functions that form gradients in the forward pass have a gradient at the end of it."""
 NOTE = "\n\n".join(" ".join(part.split("\n")) for part in NOTE.split("\n\n"))
 
