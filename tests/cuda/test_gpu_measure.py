@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import measure, worker
+from benchmarks.gpu import measure, on_logits, worker
 from benchmarks.gpu.bare import bare
 from benchmarks.gpu.cases import cases
 from benchmarks.gpu.clock import HostClock, Turn
@@ -228,3 +228,13 @@ def test_a_bare_function_records_a_gradient_where_one_is_wanted(in_place: bool) 
     assert grad.shape == x.shape
     assert (grad.data_ptr() == x.data_ptr()) == in_place
     assert not any(found.requires_grad for found in bare(x.detach(), *outputs)())
+
+
+def test_logits_of_an_operation_are_a_tensor_of_their_own_in_the_same_memory() -> None:
+    leaf = torch.zeros(2, 3, 4, requires_grad=True)
+    logits = on_logits._Operation.apply(leaf)
+    assert logits.grad_fn is not None
+    assert logits._base is None
+    assert logits.data_ptr() == leaf.data_ptr()
+    (grad,) = torch.autograd.grad(logits[:, :-1].sum(), leaf)
+    assert grad[:, :-1].eq(1).all()
