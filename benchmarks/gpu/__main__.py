@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -67,14 +68,17 @@ def run(options: Options, out: Path | None) -> int:
     print(headline(found), flush=True)
     outcomes: list[Outcome] = []
     results = Results({})
+    failed_tests: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"{NAME}.log").open("w") as log:
         for tasks in phases(options):
             outcomes += side_by_side(tasks, ROOT, options.work)
             if options.rows.exists():
                 results = Results(json.loads(options.rows.read_text()))
+            if options.counts.exists():
+                failed_tests = json.loads(options.counts.read_text())["failures"]
             # A machine that is taken away leaves what was found until then.
-            write(out, found, outcomes, results)
+            write(out, found, outcomes, results, failed_tests)
             for path in (log_of(task, options.work) for task in tasks):
                 if path.exists():
                     log.write(f"===== {path.stem}\n{path.read_text(errors='replace')}\n")

@@ -67,6 +67,7 @@ def cases(size: str) -> list[Case]:
         on_tokens.token_gae(sizes.tokens),
         *_log_probs(aligned),
         on_logits.logits_loss(sizes.loss),
+        on_logits.logits_loss(sizes.loss, leaf=False),
         *(on_head.linear_loss(*sizes.head, live) for live in sizes.live),
         *_log_probs(unaligned),
         on_logits.log_probs(*few, backward=False),

@@ -3,24 +3,30 @@
 ``python -m pytest -p benchmarks.gpu.in_time --in-time 120 --counts counts.json``
 
 Tests are put in rounds. The first has one case of every test function on every backend, the second
-a second one, and so on. When the time is up, the rest is skipped. Counts are written after every
-test: a run that is stopped shows what it saw.
+a second one, and so on. When the time is up, the session ends.
+
+A kernel that goes astray leaves a GPU that answers nothing more in its process, and every later
+test would fail for that reason. After a test that failed the device is therefore asked. A worker of
+xdist whose device is lost ends before it says that the test is done: xdist then puts the crash down
+to that test, and starts another worker for the rest. Without xdist the session ends.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 import time
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from .tally import NO_TIME, Tally
+
 _END = "STEPPO_TESTS_UNTIL"
-_NO_TIME = "no time was left"
-_KINDS = ("passed", "failed", "skipped", "no_time")
+# The exit code of a worker whose device is lost. xdist looks at none.
+_LOST = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,9 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the end once, for all processes: those of xdist are started later."""
-    if not _is_worker():
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:
         os.environ[_END] = str(time.time() + config.getoption("--in-time"))
-        config.pluginmanager.register(_Counts(config.getoption("--counts")))
+        config.pluginmanager.register(Tally(config.getoption("--counts")))
+    config.pluginmanager.register(_Watch(is_worker))
 
 
 @pytest.hookimpl(trylast=True)
@@ -50,10 +58,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what comes too late, before fixtures are made."""
-    if time.time() > float(os.environ[_END]):
-        pytest.skip(_NO_TIME)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Begin nothing more when the time is up, in no process."""
+    if not _is_late():
+        return None
+    item.session.shouldstop = NO_TIME
+    return True
+
+
+def device_answers() -> bool:
+    """Return whether the GPU still does what it is told, in this process."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Watch:
+    """Asks the device after each test that failed."""
+
+    def __init__(self, is_worker: bool) -> None:
+        self._is_worker = is_worker
+        self._has_failed = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Go on with the next test only if there is a device to run it."""
+        self._has_failed = False
+        result = yield
+        if self._has_failed and not _is_late() and not device_answers():
+            if self._is_worker:
+                # Reports are written to a pipe as they are made: those of this test are out.
+                os._exit(_LOST)
+            item.session.shouldstop = f"the device was lost by {item.nodeid}"
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take note of what became of a test, of its setup and of its teardown."""
+        self._has_failed |= report.failed
 
 
 def _backend(item: pytest.Item) -> str:
@@ -62,33 +108,5 @@ def _backend(item: pytest.Item) -> str:
     return next((str(value.backend) for value in values if hasattr(value, "backend")), "")
 
 
-def _is_worker() -> bool:
-    return "PYTEST_XDIST_WORKER" in os.environ
-
-
-class _Counts:
-    """What became of the tests, in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._counts: dict[str, Any] = dict.fromkeys(_KINDS, 0) | {"failures": []}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a test once: where it is called, or where it fails or is skipped before."""
-        if report.when != "call" and report.outcome == "passed":
-            return
-        kind = str(report.outcome)
-        if kind == "skipped" and _NO_TIME in str(report.longrepr):
-            kind = "no_time"
-        self._count(kind, report.nodeid)
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Count a file that cannot be imported, once for all processes."""
-        if report.failed and report.nodeid not in self._counts["failures"]:
-            self._count("failed", report.nodeid)
-
-    def _count(self, kind: str, nodeid: str) -> None:
-        self._counts[kind] += 1
-        if kind == "failed":
-            self._counts["failures"].append(nodeid)
-        self._path.write_text(json.dumps(self._counts))
+def _is_late() -> bool:
+    return time.time() > float(os.environ[_END])

@@ -21,6 +21,7 @@ from ..variants import Variant
 from ..vocabulary import peers as shared_peers
 from ..vocabulary.cases import CONFIG, Shape, Steps, heights, row_log_probs, step_mask, steps_of
 from . import peers
+from .bare import bare
 from .problem import (
     BOTH,
     FORWARD,
@@ -34,6 +35,7 @@ from .problem import (
     that_fit,
 )
 from .variants import (
+    BARE,
     COMPILED,
     EAGER,
     EAGER_HALF,
@@ -44,6 +46,8 @@ from .variants import (
 )
 
 IN_PLACE = f"{BOTH}, in place"
+# Logits are the output of an operation, as a model's are, and no leaf of the graph.
+OF_MODEL = f"{IN_PLACE}, logits of an operation"
 # Errors allowed to log-probs (the largest) and to gradients (the root mean square over that of the
 # expected ones), which all round to bf16. Those that are made of bf16 probabilities stand apart.
 _ALLOWED, _ALLOWED_HALF = (2e-4, 4e-3), (0.02, 0.02)
@@ -117,6 +121,8 @@ def _log_probs(rows: int, vocabulary: int, backward: bool, device: torch.device)
             lambda x, at: row_log_probs(x.float(), at), dynamic=False, fullgraph=True
         )
         calls[COMPILED] = lambda: compiled(flat, ids)
+    nothing = bare(flat, ((rows,), torch.float32), in_place=backward)
+    calls[BARE] = lambda: nothing()[0]
     calls, missing = peers.that_are_there(calls)
     return Problem(
         {v: _call(one, flat, upstream if backward else None) for v, one in calls.items()},
@@ -124,6 +130,7 @@ def _log_probs(rows: int, vocabulary: int, backward: bool, device: torch.device)
         reset=restoring(drawn.whole) if backward else None,
         # The logits; and for backward, again, and their gradient.
         moved=flat.nbytes * (3 if backward else 1),
+        floors=(BARE,),
         left_out=left_out | missing,
         smaller=smaller(rows, wanted_rows, "rows", free),
     )
@@ -168,13 +175,31 @@ def _rows_check(
     return check
 
 
-def logits_loss(shape: Shape) -> Case:
-    """Return the case of `steppo_loss_from_logits`: every token is in a step, every row is one."""
-    name = Name("steppo_loss_from_logits", IN_PLACE, str(shape))
-    return Case(name, functools.partial(_logits_loss, shape))
+class _Operation(torch.autograd.Function):
+    """An operation whose output has the memory of its input, and is no view of it for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        # A detached alias would be a view.
+        return x.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
-def _logits_loss(shape: Shape, device: torch.device) -> Problem:
+def logits_loss(shape: Shape, *, leaf: bool = True) -> Case:
+    """Return the case of `steppo_loss_from_logits`: every token is in a step, every row is one.
+
+    Args:
+        shape: of the logits.
+        leaf: whether the logits are a leaf of the graph, and not the output of an operation.
+    """
+    name = Name("steppo_loss_from_logits", IN_PLACE if leaf else OF_MODEL, str(shape))
+    return Case(name, functools.partial(_logits_loss, shape, leaf))
+
+
+def _logits_loss(shape: Shape, leaf: bool, device: torch.device) -> Problem:
     wanted_rows, free = shape.rows, free_bytes(device)
     rows = that_fit(shape.rows, _BYTES_A_LOGIT * shape.length * shape.vocabulary, 0, free)
     shape = replace(shape, rows=rows, live=rows)
@@ -182,9 +207,9 @@ def _logits_loss(shape: Shape, device: torch.device) -> Problem:
     whole.requires_grad_()
     steps, exact = _steps_of(shape, whole.detach()[:, :-1], ids)
 
-    def ours(backend: Any) -> Tensor:
+    def ours(backend: Any, logits: Tensor) -> Tensor:
         return sk.steppo_loss_from_logits(
-            whole[:, :-1],
+            logits[:, :-1],
             ids,
             steps.old_log_probs,
             steps.advantages,
@@ -195,15 +220,16 @@ def _logits_loss(shape: Shape, device: torch.device) -> Problem:
         ).loss
 
     runs, left_out = backends(device)
-    losses: dict[Variant, Callable[[], Tensor]] = {
+    losses: dict[Variant, Callable[[Tensor], Tensor]] = {
         variant: functools.partial(ours, backend) for variant, backend in runs.items()
     }
-    losses[LIGER] = lambda: peers.liger_loss(whole, steps)
-    losses[EAGER] = lambda: steps.loss(row_log_probs(whole[:, :-1].float(), ids))
+    losses[LIGER] = lambda logits: peers.liger_loss(logits, steps)
+    losses[EAGER] = lambda logits: steps.loss(row_log_probs(logits[:, :-1].float(), ids))
     losses, missing = peers.that_are_there(losses)
 
-    def both(loss: Callable[[], Tensor]) -> Outputs:
-        found = loss()
+    def both(loss: Callable[[Tensor], Tensor]) -> Outputs:
+        logits = whole if leaf else _Operation.apply(whole)
+        found = loss(logits)
         return found, *torch.autograd.grad(found, whole)
 
     return Problem(

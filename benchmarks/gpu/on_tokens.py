@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import steppo_kernels as sk
+from steppo_kernels.outputs import POLICY_METRICS
 
 from ..gates import assert_close
 from ..steps.cases import PolicyCase, policy_case, rows_mask
 from ..variants import Variant
+from .bare import bare
 from .problem import BOTH, FORWARD, Call, Case, Name, Outputs, Problem, backends
-from .variants import COMPILED, EAGER
+from .variants import BARE, COMPILED, EAGER
 
 GAMMA, LAM = 0.99, 0.95
 # fp32 against fp64: losses and gradients, and a recursion over thousands of tokens.
@@ -57,10 +59,17 @@ def _policy_loss(shape: str, kind: str, backward: bool, device: torch.device) ->
         losses[EAGER] = functools.partial(loss, "reference")
         if kind == LAYOUT and device.type == "cuda":
             losses[COMPILED] = compiled()
+    # A loss and metrics; where steps are known beforehand, their log-ratios as well.
+    outputs = [((), torch.float32), ((len(POLICY_METRICS),), torch.float64)]
+    if kind == LAYOUT:
+        outputs.append(((layout.num_steps,), torch.float32))
+    nothing = bare(x, *outputs)
+    losses[BARE] = lambda: nothing()[0]
     return Problem(
         {variant: _call(one, x, backward=backward) for variant, one in losses.items()},
         _policy_check(case, x, device),
         moved=case.bytes_to_touch(with_layout=kind == LAYOUT),
+        floors=(BARE,),
         left_out=left_out,
     )
 
@@ -208,10 +217,15 @@ def _gae(
 
     runs, left_out = backends(device)
     every = {**runs, EAGER: "reference"}
+    calls: dict[Variant, Call] = {
+        variant: functools.partial(advantages, backend) for variant, backend in every.items()
+    }
+    calls[BARE] = bare(rewards, *((out.shape, torch.float32) for out in wanted))
     return Problem(
-        {variant: functools.partial(advantages, backend) for variant, backend in every.items()},
+        calls,
         check,
         moved=moved,
+        floors=(BARE,),
         left_out=left_out,
     )
 

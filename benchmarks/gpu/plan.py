@@ -16,6 +16,7 @@ from . import sanitizer
 from .facts import architecture, is_there, toolkit_program
 from .measure import GRACE
 from .running import FAILED, PASSED, Finished, Task, Verdict, last_line
+from .tally import NO_TIME
 
 STAGES = ("build", "info", "graphs", "tests", "validate", "sanitizers", "benchmarks")
 
@@ -23,13 +24,14 @@ STAGES = ("build", "info", "graphs", "tests", "validate", "sanitizers", "benchma
 # leave of the whole is for the measurement.
 _WHOLE = 475.0
 _BUILD, _INFO, _CHECKS = 140.0, 20.0, 150.0
-# After this time no test is begun, so that the last may end.
-_TESTS_BEGIN = 110.0
+# After this time no test is begun and no combination validated, so that the last may end.
+_BEGIN = 110.0
 # What the measurement may take beyond its time: for the case that it is at, and to begin and end.
 _LAST_CASE = GRACE + 10.0
 
 _SEED, _BATCHES = "20261126", "2"
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
+_OF_TRITON = ("float32", "bfloat16")
 _GRAPHS = "tests/cuda/test_cuda_graphs.py"
 # On a CPU, in the place of all tests that need a GPU.
 _SOME_TESTS = "tests/ground/test_config.py"
@@ -64,6 +66,11 @@ class Options:
     def rows(self) -> Path:
         """Where the measurements go."""
         return self.work / "rows.json"
+
+    @property
+    def counts(self) -> Path:
+        """Where the counts of tests go."""
+        return self.work / "counts.json"
 
     @property
     def backend(self) -> str:
@@ -141,9 +148,9 @@ def _why_no_pytest() -> str:
 def _tests(options: Options) -> list[Task]:
     if why := _why_no_pytest():
         return [Task("tests", "tests", why_not=why)]
-    counts = options.work / "counts.json"
+    counts = options.counts
     counts.unlink(missing_ok=True)
-    seconds = _TESTS_BEGIN * options.patience
+    seconds = _BEGIN * options.patience
     words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--counts={counts}"]
     # A file that cannot be imported is a failure, and the others run all the same.
     words.append("--continue-on-collection-errors")
@@ -163,14 +170,17 @@ def _tests(options: Options) -> list[Task]:
 
     def judge(done: Finished) -> Verdict:
         if not counts.exists():
-            return Verdict(FAILED, f"no test ran; {last_line(done.log)}")
+            return Verdict(FAILED, f"no test was collected; {last_line(done.log)}")
         found = json.loads(counts.read_text())
         said = [f"{found[key]} {key}" for key in ("passed", "failed", "skipped")]
-        if found["no_time"]:
-            said.append(f"{found['no_time']} not begun in {seconds:.0f} s")
-        failures = [f"such as {found['failures'][0]}"] if found["failures"] else []
+        if found["not_begun"]:
+            is_up = found["ended"] == NO_TIME
+            why = f" in {seconds:.0f} s" if is_up else f": {found['ended'] or 'it was broken off'}"
+            said.append(f"{found['not_begun']} not begun{why}")
+        if found["lost_by"]:
+            said.append(f"{len(found['lost_by'])} lost the device, first {found['lost_by'][0]}")
         word = PASSED if done.code == 0 and found["passed"] else FAILED
-        return Verdict(word, ", ".join([*said, *lacks, *failures]))
+        return Verdict(word, ", ".join([*said, *lacks]))
 
     return [Task("tests", "tests", _pytest(*words), _CHECKS * options.patience, judge=judge)]
 
@@ -179,6 +189,7 @@ def _validate(options: Options) -> list[Task]:
     def task(backend: str, dtypes: tuple[str, ...], name: str) -> Task:
         words = ["validate", "--device", str(options.device), "--backend", backend]
         words += ["--seed", _SEED, "--batches", "1" if options.is_dry else _BATCHES]
+        words += ["--seconds", f"{_BEGIN * options.patience:.0f}"]
         for dtype in dtypes:
             words += ["--dtype", dtype]
         command = _python("steppo_kernels", *words)
@@ -186,8 +197,8 @@ def _validate(options: Options) -> list[Task]:
 
     if options.is_dry:
         return [task("cpu", _DTYPES[:1], "validate cpu")]
-    # Triton compiles a kernel anew for every dtype.
-    of_triton = [task("triton", (dtype,), f"validate triton {dtype}") for dtype in _DTYPES]
+    # Triton compiles a kernel anew for every variant and dtype, and has no time for all of them.
+    of_triton = [task("triton", (dtype,), f"validate triton {dtype}") for dtype in _OF_TRITON]
     return [task("cuda", _DTYPES, "validate cuda"), *of_triton]
 
 

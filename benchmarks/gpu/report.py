@@ -32,6 +32,8 @@ log-probs or advantages against fp64 (of a head: fp32 from logits that are not r
 
 Every variant is right before it is timed: results and gradients are compared with the fp64
 reference, of vocabularies for 64 rows, and of a head with fp32. Bare products compute nothing else.
+What is called bare computes nothing: an `autograd.Function` that allocates the outputs and launches
+a kernel over a few numbers in each pass, which is what PyTorch itself takes of the host's time.
 Functions that form gradients in the forward pass have a gradient at the end of it."""
 NOTE = "\n\n".join(" ".join(part.split("\n")) for part in NOTE.split("\n\n"))
 
@@ -44,9 +46,21 @@ def verdicts(results: Results, device: str) -> list[Target]:
 
 
 def write(
-    folder: Path, found: dict[str, Any], outcomes: Sequence[Outcome], results: Results
+    folder: Path,
+    found: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    results: Results,
+    failed_tests: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the JSON and the page of what is there so far."""
+    """Write the JSON and the page of what is there so far.
+
+    Args:
+        folder: where to.
+        found: facts about the machine.
+        outcomes: of the stages.
+        results: of the measurement.
+        failed_tests: by reason, as `tally.Tally` writes them.
+    """
     promised = verdicts(results, found["device"])
     document = {
         "machine": found,
@@ -54,19 +68,26 @@ def write(
         "targets": [{**vars(target), "verdict": target.verdict} for target in promised],
         "rates": results.rates,
         "failures": results.failures,
+        "failed_tests": list(failed_tests),
         "left_out": results.left_out,
     }
     rows = ",\n".join(map(json.dumps, results.rows))
     text = f'{json.dumps(document, indent=1)[:-2]},\n "rows": [\n{rows}\n]}}\n'
     (folder / f"{NAME}.json").write_text(text)
-    page = markdown(NAME, _blocks(found, outcomes, results, promised))
+    page = markdown(NAME, _blocks(found, outcomes, results, failed_tests, promised))
     (folder / f"{NAME}.md").write_text(page.rstrip() + "\n")
 
 
 def _blocks(
-    found: dict[str, Any], outcomes: Sequence[Outcome], results: Results, promised: list[Target]
+    found: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    results: Results,
+    failed_tests: Sequence[dict[str, Any]],
+    promised: list[Target],
 ) -> list[Block]:
     blocks: list[Block] = [headline(found), _rates(results), stages(outcomes)]
+    if failed_tests:
+        blocks.append(_tests(failed_tests))
     if promised:
         rows = [(t.name, t.wanted, t.text, t.verdict) for t in promised]
         blocks.append(Table("Targets", ("target", "wanted", "measured", "verdict"), rows))
@@ -88,6 +109,16 @@ def stages(outcomes: Sequence[Outcome]) -> Table:
     """Return the table of what was run."""
     rows = [(one.name, one.word, f"{one.seconds:.0f} s", _cell(one.said)) for one in outcomes]
     return Table("Stages", ("stage", "verdict", "time", "what it says"), rows)
+
+
+def _tests(failed: Sequence[dict[str, Any]]) -> Table:
+    """Return why tests failed, the most frequent reason first, and which these are."""
+    rows = []
+    for one in sorted(failed, key=lambda one: -int(one["count"])):
+        more = one["count"] - len(one["tests"])
+        names = "; ".join(one["tests"]) + (f"; and {more} more" if more else "")
+        rows.append((str(one["count"]), _cell(one["why"]), _cell(names)))
+    return Table("Failures of tests", ("tests", "why", "which"), rows)
 
 
 def _rates(results: Results) -> str:

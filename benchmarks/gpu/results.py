@@ -67,6 +67,14 @@ def in_kernels(row: Row | None) -> float | None:
     return float(row["kernel_seconds"])
 
 
+def beyond(row: Row | None, floor: Row | None) -> float | None:
+    """Return what `row` takes of the host beyond `floor`, in the median of their turns."""
+    if row is None or floor is None:
+        return None
+    pairs = zip(row["wall"], floor["wall"], strict=False)
+    return statistics.median(one - other for one, other in pairs)
+
+
 def ratio(row: Row | None, other: Row | None) -> float | None:
     """Return how many times longer `row` takes than `other`, in the median of their turns."""
     if row is None or other is None:

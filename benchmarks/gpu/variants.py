@@ -12,6 +12,8 @@ EAGER_HALF = Variant("eager bf16")
 COMPILED = Variant("torch.compile")
 # Matrix products alone: nothing is computed between them.
 PRODUCTS = Variant("bare products")
+# A function that computes nothing (bare.py): what PyTorch itself takes of the host's time.
+BARE = Variant("bare")
 
 LIGER = Variant("Liger GRPO, Triton", project="liger-kernel")
 LIGER_SELECTIVE = Variant("Liger selective log-softmax", project="liger-kernel")

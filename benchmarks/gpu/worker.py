@@ -119,7 +119,8 @@ class Worker:
                 variant=variant.name,
                 device=None if None in of_device else of_device,
                 wall=[one.wall for one in turns[variant]],
-                moved=problem.moved,
+                # A floor leaves out what the task has to move.
+                moved=None if variant in problem.floors else problem.moved,
                 operations=problem.operations,
                 smaller=problem.smaller,
                 **row,

@@ -100,6 +100,12 @@ def validate(
         list[str] | None,
         typer.Option(help="Only inputs of this, like bfloat16; repeat for more."),
     ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0, help="Begin no more after this time; some of every operation comes first."
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show each way an operation was called.")
     ] = False,
@@ -109,7 +115,8 @@ def validate(
 
     Each is run on fresh random batches. A backend may err twice as far as plain PyTorch does in
     the same dtype, and a few roundings more. It must give the same bits when it runs again, and
-    nothing of a masked token may reach a result. Exits with 1 if anything is missed.
+    nothing of a masked token may reach a result. Exits with 1 if anything is missed. What --seconds
+    leave no time for is counted, and is no miss.
     """
     from . import validate as validation
 
@@ -122,9 +129,12 @@ def validate(
                 f"got {name!r}, expected one of {', '.join(known_dtypes)}", param_hint="--dtype"
             )
     chosen = _targets(backend or [], device or [])
+    start = time.monotonic()
     rows: list[validation.Row] = []
+    late: list[int] = []
     with _console(stderr=True).status("") as status:
-        for where, names in chosen.items():
+        for place, (where, names) in enumerate(chosen.items()):
+            left = None if seconds is None else seconds - (time.monotonic() - start)
             rows += validation.validate(
                 cases,
                 names,
@@ -132,13 +142,18 @@ def validate(
                 seed=seed,
                 batches=batches,
                 dtypes=[known_dtypes[name] for name in dtype or known_dtypes],
+                seconds=None if left is None else left / (len(chosen) - place),
                 on_case=lambda name: status.update(escape(name)),
+                on_late=late.append,
             )
+    not_begun = None if seconds is None else sum(late)
     shown = rows if verbose else validation.widest(rows)
     if as_json:
-        typer.echo(json.dumps(report.as_json(shown, seed, batches), indent=2, allow_nan=False))
+        typer.echo(
+            json.dumps(report.as_json(shown, seed, batches, not_begun), indent=2, allow_nan=False)
+        )
     else:
-        report.show(shown, rows, seed, _console(), verbose=verbose)
+        report.show(shown, rows, seed, _console(), verbose=verbose, not_begun=not_begun)
     if not all(row.ok for row in rows):
         raise typer.Exit(1)
 

@@ -15,12 +15,22 @@ from .. import __version__
 from .validate import Row
 
 
-def as_json(rows: Sequence[Row], seed: int, batches: int) -> dict[str, Any]:
-    """Return the rows as JSON can hold them: a number that is not finite becomes null."""
+def as_json(
+    rows: Sequence[Row], seed: int, batches: int, not_begun: int | None = None
+) -> dict[str, Any]:
+    """Return the rows as JSON can hold them: a number that is not finite becomes null.
+
+    Args:
+        rows: the verdicts.
+        seed: of the batches.
+        batches: of each case in each dtype.
+        not_begun: how many combinations there was no time for; None if there was no limit.
+    """
     return {
         "version": __version__,
         "seed": seed,
         "batches": batches,
+        **({} if not_begun is None else {"not_begun": not_begun}),
         "ok": all(row.ok for row in rows),
         "rows": [
             {
@@ -33,7 +43,13 @@ def as_json(rows: Sequence[Row], seed: int, batches: int) -> dict[str, Any]:
 
 
 def show(
-    shown: Sequence[Row], rows: Sequence[Row], seed: int, console: Console, *, verbose: bool
+    shown: Sequence[Row],
+    rows: Sequence[Row],
+    seed: int,
+    console: Console,
+    *,
+    verbose: bool,
+    not_begun: int | None = None,
 ) -> None:
     """Print a table a device, then what was missed.
 
@@ -43,6 +59,7 @@ def show(
         seed: of the batches.
         console: where to.
         verbose: the tables already hold everything.
+        not_begun: how many combinations there was no time for.
     """
     for device in dict.fromkeys(row.device for row in shown):
         table = Table(
@@ -62,7 +79,7 @@ def show(
             before = row.operation
             table.add_row(*_cells(row))
         console.print(table)
-    _summarize(shown, rows, seed, console)
+    _summarize(shown, rows, seed, console, not_begun or 0)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -80,7 +97,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row.operation, row.backend, row.dtype or "int", *numbers, verdict, escape(where)
 
 
-def _summarize(shown: Sequence[Row], rows: Sequence[Row], seed: int, console: Console) -> None:
+def _summarize(
+    shown: Sequence[Row], rows: Sequence[Row], seed: int, console: Console, not_begun: int
+) -> None:
     missed = [row for row in rows if not row.ok]
     for row in (row for row in shown if not row.ok):
         output = "" if _no_number(row) else row.output
@@ -96,6 +115,8 @@ def _summarize(shown: Sequence[Row], rows: Sequence[Row], seed: int, console: Co
         )
     runs = sum(row.batches for row in rows)
     verdict = f"[bold red]{len(missed)} missed[/]" if missed else "[green]all ok[/]"
+    if not_begun:
+        verdict += f", [yellow]{not_begun} more not begun[/], as the time was up"
     console.print(
         f"{len(rows)} combinations of call, backend and dtype, {runs} batches: {verdict} "
         f"(--seed {seed} repeats this)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -321,6 +322,87 @@ def test_a_reference_that_raises_is_a_miss_of_everything(native, monkeypatch):
     code, found = run(operation="step_gae")
     assert code == 1
     assert "the reference: IndexError: out of beads" in found["rows"][0]["note"]
+
+
+class Clock:
+    """A clock on which every look takes a second: a combination is begun at each."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        self._now += 1.0
+        return self._now
+
+
+def test_every_operation_comes_first_where_time_is_short(native, monkeypatch):
+    operations = list(dict.fromkeys(case.operation for case in validation.CASES))
+    full, _ = _limited(None)
+
+    def limited(seconds: float, seed: int = 3) -> tuple[list[Any], int]:
+        monkeypatch.setattr("steppo_kernels.cli.validate.run.time", Clock())
+        return _limited(seconds, seed)
+
+    # The first is begun before the clock is looked at again.
+    rows, late = limited(len(operations) - 0.5)
+    assert [row.operation for row in rows] == operations
+    assert len(rows) + late == len(full)
+    # A row is what it would have been, and another seed draws others.
+    assert all(row in full for row in rows)
+    assert limited(len(operations) - 0.5)[0] == rows
+    other, _ = limited(len(operations) - 0.5, seed=4)
+    assert {(row.variant, row.dtype) for row in other} != {(row.variant, row.dtype) for row in rows}
+    # With time for all, all are there, in the order that they have without a limit.
+    assert limited(1e9) == (full, 0)
+    # Without any, one is.
+    assert len(limited(-1.0)[0]) == 1
+
+
+def _limited(seconds: float | None, seed: int = 3) -> tuple[list[Any], int]:
+    late: list[int] = []
+    seen: Counter[str] = Counter()
+    cases = []
+    for case in validation.CASES:
+        seen[case.operation] += 1
+        cases += [case] if seen[case.operation] <= 2 else []
+    rows = validation.validate(
+        cases,
+        ["cpu"],
+        CPU,
+        seed=seed,
+        batches=1,
+        dtypes=(torch.float32, torch.float64),
+        seconds=seconds,
+        on_late=late.append,
+    )
+    return rows, sum(late)
+
+
+def test_what_was_not_begun_is_said_and_is_no_miss(native, monkeypatch):
+    words = ["validate", "--backend", "cpu", "--batches", "1", "--operation", "step_gae"]
+    words += ["--dtype", "float32", "--dtype", "float64", "--seed", "3"]
+
+    def last_line(*more: str) -> tuple[int, str]:
+        monkeypatch.setattr("steppo_kernels.cli.validate.run.time", Clock())
+        found = CliRunner().invoke(main, [*words, *more])
+        return found.exit_code, found.output.splitlines()[-1]
+
+    repeats = "(--seed 3 repeats this)"
+    all_ok = f"8 combinations of call, backend and dtype, 8 batches: all ok {repeats}"
+    assert last_line() == last_line("--seconds", "600") == (0, all_ok)
+    assert last_line("--seconds", "1.5") == (
+        0,
+        "2 combinations of call, backend and dtype, 2 batches: all ok, 6 more not begun, as the "
+        f"time was up {repeats}",
+    )
+    monkeypatch.setattr("steppo_kernels.cli.validate.run.time", Clock())
+    code, found = run("--seconds", "1.5", "--dtype", "float32", operation="step_gae")
+    assert (code, found["ok"], found["not_begun"]) == (0, True, 2)
+    assert "not_begun" not in run("--dtype", "float32", operation="step_gae")[1]
+    native("step_gae", _entry(0, _off))
+    code, said = last_line("--seconds", "1.5")
+    assert code == 1
+    assert "2 missed, 6 more not begun" in said
 
 
 def test_batches_depend_on_nothing_but_the_seed(native):

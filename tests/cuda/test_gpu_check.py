@@ -24,7 +24,8 @@ from benchmarks.gpu.plan import Options
 from benchmarks.gpu.problem import that_fit
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import FAILED, LATE, PASSED, SKIPPED, Finished, Outcome, Task
-from benchmarks.gpu.variants import CUDA, LIGER
+from benchmarks.gpu.tally import NO_TIME
+from benchmarks.gpu.variants import BARE, CUDA, LIGER
 from steppo_kernels.backends import choice
 from steppo_kernels.backends.modules import module_of
 
@@ -153,6 +154,17 @@ def test_the_build_is_for_this_gpu(options: Options) -> None:
     assert "--no-deps" in build.words
 
 
+def test_what_has_no_time_for_all_ends_by_itself(options: Options) -> None:
+    tasks = tasks_of(options)
+    validated = [task for name, task in tasks.items() if name.startswith("validate ")]
+    assert len(validated) == 3
+    seconds = [float(t.words[t.words.index("--seconds") + 1]) for t in validated]
+    tests = tasks["tests"]
+    (in_time,) = (word for word in tests.words if word.startswith("--in-time="))
+    for begin, task in zip((*seconds, float(in_time[10:])), (*validated, tests), strict=True):
+        assert begin + 30 <= task.limit
+
+
 def test_nothing_runs_beside_what_is_timed(options: Options) -> None:
     assert [task.name for task in list(plan.phases(options))[-1]] == ["benchmarks"]
 
@@ -164,10 +176,14 @@ def test_what_is_missing_is_said(options: Options, monkeypatch: pytest.MonkeyPat
     tasks = tasks_of(options)
     assert "-n" not in tasks["tests"].words
     (options.work / "counts.json").write_text(
-        json.dumps({"passed": 3, "failed": 0, "skipped": 1, "no_time": 7, "failures": []})
+        json.dumps(
+            {"passed": 3, "failed": 0, "skipped": 1, "not_begun": 7}
+            | {"ended": NO_TIME, "lost_by": ["test_x.py::test_x"], "failures": []}
+        )
     )
     said = tasks["tests"].judge(Finished(0, options.work / "log")).said
-    for part in ("3 passed", "7 not begun", "pytest-xdist is not", "hypothesis, which is not"):
+    parts = ["3 passed", "7 not begun in 110 s", "1 lost the device, first test_x.py::test_x"]
+    for part in (*parts, "pytest-xdist is not", "hypothesis, which is not"):
         assert part in said
     assert "compute-sanitizer is not on PATH" in tasks["sanitizers"].why_not
     missing.add("pytest")
@@ -235,39 +251,6 @@ def test_what_a_sanitizer_says(code: int, text: str, verdict: Any, tmp_path: Pat
     assert verdict[1] in (None, said)
 
 
-SOME_TESTS = """
-import pytest
-order = []
-
-@pytest.mark.parametrize("k", range(3))
-def test_many(k):
-    order.append(("many", k))
-
-def test_one():
-    order.append("one")
-
-def test_last():
-    assert order == [("many", 0), "one", ("many", 1), ("many", 2)], order
-"""
-
-
-@pytest.mark.parametrize(("seconds", "counts"), [(60, (4, 1, 0)), (0, (0, 0, 5))])
-def test_tests_run_in_rounds_while_there_is_time(
-    seconds: float, counts: tuple[int, int, int], tmp_path: Path
-) -> None:
-    """`test_last` comes before the second case of `test_many`, and so it fails."""
-    (tmp_path / "test_some.py").write_text(SOME_TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    words = ["-m", "pytest", "-c", str(tmp_path / "pytest.ini"), "--rootdir", str(tmp_path)]
-    words += ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds}", "-p", "no:cacheprovider"]
-    done = python(*words, f"--counts={tmp_path / 'counts.json'}", str(tmp_path))
-    found = json.loads((tmp_path / "counts.json").read_text())
-    assert (found["passed"], found["failed"], found["no_time"]) == counts, done.stdout
-    if counts[1]:
-        assert found["failures"] == ["test_some.py::test_last"]
-        assert "[('many', 0), 'one']" in done.stdout
-
-
 def test_tests_are_collected_without_hypothesis() -> None:
     program = textwrap.dedent("""
         import sys
@@ -319,6 +302,8 @@ def test_targets_are_judged_on_the_gpu_that_they_are_for() -> None:
             "rows": [
                 # 12 us are allowed in kernels, and 60 us in all.
                 row(forward, CUDA, 20e-6),
+                # Host times are twice as long: these are 14 us apart.
+                row(forward, BARE, 13e-6),
                 row(both, CUDA, 30e-6, launches=3),
                 row(wide, CUDA, 31e-6),
                 row(loss, CUDA, 1e-3),
@@ -330,10 +315,11 @@ def test_targets_are_judged_on_the_gpu_that_they_are_for() -> None:
     assert found[f"{forward.name}: in kernels"].text == "10 us"
     assert found[f"{forward.name}: in kernels"].verdict == "met"
     assert found[f"{forward.name}: launches"].verdict == "met"
+    assert found[f"{forward.name}: wall beyond a bare autograd.Function"].text == "14 us"
     assert found[f"{both.name}: launches of backward"].verdict == "MISSED"
     assert found[f"{wide.name}: wall"].verdict == "MISSED"
     assert found[f"{loss.name}: {LIGER} over it"].text == "1.4x"
-    assert sum(target.verdict == "not measured" for target in found.values()) == len(found) - 5
+    assert sum(target.verdict == "not measured" for target in found.values()) == len(found) - 6
     assert report.verdicts(results, "NVIDIA H100 80GB HBM3") == list(found.values())
     assert report.verdicts(results, "NVIDIA H200") == []
 
@@ -360,7 +346,12 @@ def test_the_page_has_a_table_for_each_case(tmp_path: Path) -> None:
     machine |= {"multiprocessors": 132, "memory_gib": 79.6, "l2_mib": 50.0, "host": "a CPU"}
     machine |= {"peers": {"trl": "1.16.0"}, "date": "2026-01-01"}
     machine |= dict.fromkeys(("cuda", "torch", "triton", "python", "steppo_kernels"), "1")
-    report.write(tmp_path, machine, [Outcome("build", PASSED, 3.0, "built")], results)
+    failed_tests = [
+        {"why": "ValueError: no | number", "count": 1, "tests": ["test_x.py::test_one"]},
+        {"why": "CUDA error", "count": 9, "tests": ["test_x.py::test_a", "test_x.py::test_b"]},
+    ]
+    outcomes = [Outcome("build", PASSED, 3.0, "built")]
+    report.write(tmp_path, machine, outcomes, results, failed_tests)
     page = (tmp_path / "gpu_check.md").read_text()
     wanted = "| cuda | 20 us | 10 us | 40 us |  | 1 | 0 | 50 | 50 % | 1 MiB | 1.0e-06 |"
     assert wanted in page
@@ -368,6 +359,9 @@ def test_the_page_has_a_table_for_each_case(tmp_path: Path) -> None:
     assert "| Liger GRPO, Triton | 3 cases | not installed: liger_kernel |" in page
     assert "it \\| raised" in page
     assert "| build | passed | 3 s | built |" in page
+    often = page.index("| 9 | CUDA error | test_x.py::test_a; test_x.py::test_b; and 7 more |")
+    once = page.index("| 1 | ValueError: no \\| number | test_x.py::test_one |")
+    assert page.index("## Failures of tests") < often < once
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert len(found["rows"]) == 2
     assert {target["verdict"] for target in found["targets"]} == {"met", "not measured"}

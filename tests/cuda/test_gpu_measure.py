@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import measure, worker
+from benchmarks.gpu import measure, on_logits, worker
+from benchmarks.gpu.bare import bare
 from benchmarks.gpu.cases import cases
 from benchmarks.gpu.clock import HostClock, Turn
 from benchmarks.gpu.problem import Case, Name, Problem
-from benchmarks.gpu.variants import CPU, EAGER, LIGER, OURS, PRODUCTS
+from benchmarks.gpu.variants import BARE, CPU, EAGER, LIGER, OURS, PRODUCTS
 from steppo_kernels.backends import choice
 
 NAME = Name("a function", "in some way", "4, 5")
@@ -59,7 +60,11 @@ def test_every_case_is_right(case: Case, lines: io.StringIO) -> None:
     ours |= set() if choice.why_not_cpu() else {CPU.name}
     assert ours <= rows.keys()
     assert all(len(row["wall"]) == 2 for row in rows.values())
-    assert all((row["error"] is None) == (name == PRODUCTS.name) for name, row in rows.items())
+    floors = {BARE.name, PRODUCTS.name}
+    assert all((row["error"] is None) == (name in floors) for name, row in rows.items())
+    without = {"steppo_loss_from_logits", "step_value_loss", "StepLayout"}
+    assert len(floors & rows.keys()) == (case.name.function not in without)
+    assert all(row["moved"] is None for name, row in rows.items() if name in floors)
 
 
 def problem(**calls: Any) -> Case:
@@ -209,3 +214,27 @@ def test_no_time_leaves_every_case_out() -> None:
 
 def test_every_backend_of_a_gpu_is_ours() -> None:
     assert {variant.name for variant in OURS} == {"cuda", "triton", "cpu", "eager"}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_bare_function_records_a_gradient_where_one_is_wanted(in_place: bool) -> None:
+    x = torch.zeros(3, 4, requires_grad=True)
+    outputs = ((), torch.float32), ((5,), torch.float64)
+    first, second = bare(x, *outputs, in_place=in_place)()
+    assert (first.shape, second.shape, second.dtype) == ((), (5,), torch.float64)
+    assert first.requires_grad
+    assert not second.requires_grad
+    (grad,) = torch.autograd.grad(first, x)
+    assert grad.shape == x.shape
+    assert (grad.data_ptr() == x.data_ptr()) == in_place
+    assert not any(found.requires_grad for found in bare(x.detach(), *outputs)())
+
+
+def test_logits_of_an_operation_are_a_tensor_of_their_own_in_the_same_memory() -> None:
+    leaf = torch.zeros(2, 3, 4, requires_grad=True)
+    logits = on_logits._Operation.apply(leaf)
+    assert logits.grad_fn is not None
+    assert logits._base is None
+    assert logits.data_ptr() == leaf.data_ptr()
+    (grad,) = torch.autograd.grad(logits[:, :-1].sum(), leaf)
+    assert grad[:, :-1].eq(1).all()

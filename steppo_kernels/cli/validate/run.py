@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +70,15 @@ class Row:
         return not self.ok, self.error / self.bound if self.bound else self.error
 
 
+class _Combination(NamedTuple):
+    """What is checked at a time: a case in a dtype, on backends that get the same batches."""
+
+    case: Case
+    dtype: torch.dtype
+    names: list[str]
+    small: bool
+
+
 class Miss(Exception):
     """An answer is wrong in a way that is not a matter of size."""
 
@@ -77,7 +91,9 @@ def validate(
     seed: int,
     batches: int,
     dtypes: Sequence[torch.dtype] = DTYPES,
+    seconds: float | None = None,
     on_case: Callable[[str], None] = lambda name: None,
+    on_late: Callable[[int], None] = lambda count: None,
 ) -> list[Row]:
     """Check backends on a device.
 
@@ -88,25 +104,60 @@ def validate(
         seed: of the batches; the same seed gives the same batches whatever else is chosen.
         batches: number of batches of each case in each dtype.
         dtypes: dtypes of the floating inputs.
+        seconds: until when another case in a dtype is begun; the first is begun in any case. Then
+            the seed draws their order, and all operations have had one before one has a second.
+            None for no limit.
         on_case: is told what is being checked.
+        on_late: is told how many rows are missing, as their time never came.
 
     Returns:
         One row a case, backend and dtype.
     """
+    begin = time.monotonic()
+    every = list(_combinations(cases, names, device, dtypes))
+    order = range(len(every)) if seconds is None else _drawn(every, seed)
+    found: dict[int, list[Row]] = {}
+    for place in order:
+        if found and seconds is not None and time.monotonic() - begin > seconds:
+            break
+        case, dtype, group, small = every[place]
+        on_case(f"{case.operation} {case.variant}".strip())
+        found[place] = _check(case, group, device, dtype, seed, batches, small=small)
+    on_late(sum(len(one.names) for place, one in enumerate(every) if place not in found))
+    return list(itertools.chain.from_iterable(found[place] for place in sorted(found)))
+
+
+def _combinations(
+    cases: Iterable[Case],
+    names: Sequence[str],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+) -> Iterator[_Combination]:
     # Kernels that are interpreted, a line of Python at a time, get small batches of their own.
     interpreted = {"triton"} if device.type == "cpu" and choice.triton_interprets() else set()
     groups = (
         ([name for name in names if name not in interpreted], False),
         ([name for name in names if name in interpreted], True),
     )
-    rows: list[Row] = []
     for case in cases:
-        on_case(f"{case.operation} {case.variant}".strip())
         for dtype in (torch.float32,) if case.exact else dtypes:
             for group, small in groups:
                 if group:
-                    rows += _check(case, group, device, dtype, seed, batches, small=small)
-    return rows
+                    yield _Combination(case, dtype, group, small)
+
+
+def _drawn(every: Sequence[_Combination], seed: int) -> list[int]:
+    """Return the places of combinations in rounds; one of every operation is in the first."""
+    places = list(range(len(every)))
+    random.Random(seed).shuffle(places)
+    seen: Counter[str] = Counter()
+    rounds: dict[int, int] = {}
+    for place in places:
+        operation = every[place].case.operation
+        rounds[place] = seen[operation]
+        seen[operation] += 1
+    # Sorting keeps the drawn order within a round.
+    return sorted(places, key=rounds.__getitem__)
 
 
 def widest(rows: Iterable[Row]) -> list[Row]:
