@@ -38,7 +38,7 @@ def scaled_gradient(
     # The kernel takes what is contiguous: a head may have strided hidden states.
     if backend == "cuda" and grad.is_contiguous():
         is_given_away = is_last and grad.dtype is dtype
-        out = grad if is_given_away else torch.empty_like(grad, dtype=dtype)
+        out = grad if is_given_away else grad.new_empty(grad.shape, dtype=dtype)
         operators.call("scale_gradient", backend, out, grad, upstream, scale)
         return out.view(shape)
     is_seen = not is_compiling() and grad.is_cpu

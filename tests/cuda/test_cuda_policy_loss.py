@@ -202,26 +202,26 @@ def test_bits_do_not_depend_on_the_order_of_threads(cuda):
             assert torch.equal(one.nan_to_num(), same.nan_to_num())
 
 
-def test_numbers_may_lie_in_the_memory_of_the_device(cuda, monkeypatch):
-    """Where a GPU has them, and by value, as it is given those of the CPU."""
+def test_numbers_may_come_by_value(cuda, monkeypatch):
+    """As a GPU is given those of the CPU."""
     batch = random_batch(7, 6, 50)
     args = arguments(1, batch, batch.layout, StepPOConfig(ratio="centered"), torch.float64)
     numbers = (torch.tensor(x, dtype=torch.float64) for x in (0.01, 3.5))
     args = (*args[:2], batch.old_log_probs.reshape(-1).double(), *args[3:9], *numbers, *args[11:])
     masked = of_mask(args, batch.mask)
     calls = ((policy_loss.policy_loss, args), (policy_loss.policy_loss_masked, masked))
-    by_value = [call(cuda, *given) for call, given in calls]
-    addresses = []
+    by_address = [call(cuda, *given) for call, given in calls]
+    found = []
 
-    def by_address(value: torch.Tensor) -> tuple[int, float]:
-        addresses.append(value.data_ptr())
-        return value.data_ptr(), float("nan")
+    def by_value(value: torch.Tensor, _: torch.Tensor) -> tuple[int, float]:
+        found.append(value.item())
+        return 0, found[-1]
 
-    monkeypatch.setattr(policy_loss, "number", by_address)
-    for (call, given), expected in zip(calls, by_value, strict=True):
+    monkeypatch.setattr(policy_loss, "number", by_value)
+    for (call, given), expected in zip(calls, by_address, strict=True):
         for one, same in zip(call(cuda, *given), expected, strict=True):
             assert (one is None and same is None) or torch.equal(one, same)
-    assert len(addresses) == 4
+    assert found == [0.01, 3.5, 0.01, 3.5]
 
 
 def test_a_nan_stays_in_its_step(cuda):

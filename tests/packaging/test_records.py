@@ -124,8 +124,7 @@ def names(entry: ast.expr, inside: ast.FunctionDef) -> list[str]:
         return ["dtype"]
     if isinstance(entry, ast.Call) and ast.unparse(entry.func) in ("start", "bool", "number"):
         # The address of a tensor that may be strided, a number as a switch, and one in a tensor.
-        (one,) = entry.args
-        return names(one, inside)
+        return names(entry.args[0], inside)
     raise AssertionError(f"a record has the entry {ast.unparse(entry)}, expected a name")
 
 
@@ -242,11 +241,13 @@ def test_a_number_is_none_or_an_address_and_a_value(bad):
         kernels.value_loss((*record[:place], bad, *record[place + 1 :]), *others)
 
 
-def test_a_number_on_the_cpu_goes_by_value():
-    assert launch.number(None) is None
-    assert launch.number(torch.tensor(2.5, dtype=torch.float64)) == (0, 2.5)
+def test_a_gpu_is_given_a_number_on_the_cpu_by_value():
     on_gpu = SimpleNamespace(is_cpu=False, data_ptr=lambda: 64)
-    assert launch.number(on_gpu) == (64, 0.0)
+    on_cpu = torch.tensor(2.5, dtype=torch.float64)
+    assert launch.number(None, on_gpu) is None
+    assert launch.number(on_cpu, on_gpu) == (0, 2.5)
+    assert launch.number(on_gpu, on_gpu) == (64, 0.0)
+    assert launch.number(on_cpu, on_cpu) == (on_cpu.data_ptr(), 0.0)
 
 
 # The records that are made elsewhere.

@@ -34,15 +34,15 @@ def addresses(*values: Tensor | None) -> list[int]:
     return found
 
 
-def number(value: Tensor | None) -> tuple[int, float] | None:
+def number(value: Tensor | None, like: Tensor) -> tuple[int, float] | None:
     """Return a 0-dim fp64 tensor as the ``Number`` of csrc/include/steppo/types.h.
 
-    One on the CPU goes by value, as kernels of a GPU cannot read it there; one on a GPU by address,
-    so that nothing waits for it.
+    It goes by address, so that nothing waits for it, to kernels on the device of `like`. A GPU
+    cannot read what lies on the CPU: that goes by value.
     """
     if value is None:
         return None
-    return (0, value.item()) if value.is_cpu else (start(value), 0.0)
+    return (0, value.item()) if value.is_cpu and not like.is_cpu else (start(value), 0.0)
 
 
 def start(value: Tensor) -> int:

@@ -33,7 +33,7 @@ def value_loss(
     tensors = (
         DTYPES[values.dtype],
         *addresses(values, returns, old_values),
-        number(normalizer),
+        number(normalizer, values),
         values_per_token,
         old_values_per_token,
         num_values,
