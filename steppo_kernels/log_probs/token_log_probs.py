@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from .. import checks
 from ..backends import operators
@@ -284,6 +285,10 @@ class _TokenLogProbs(torch.autograd.Function):
         others = [None] * 6
         if part is None:
             return grad_logits, None, *others
+        if not isinstance(ctx, BackwardCFunction):
+            # Compiled autograd calls this with an object of its own, and adds up what goes to the
+            # whole: it takes no missing gradient.
+            return whole.new_zeros(()).expand(whole.shape), grad_logits, *others
         if not part.is_passed_by(ctx):
             return None, grad_logits, *others
         part.clear_rest(whole)
