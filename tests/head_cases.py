@@ -197,6 +197,30 @@ def waits() -> Iterator[_Waits]:
         yield counter
 
 
+class _Launches(TorchDispatchMode):
+    """Lists the operations of torch for which a GPU launches a kernel, or copies memory."""
+
+    _FREE = ("new_empty", "empty_like", "empty", "empty_strided", "detach", "alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name in (*self._FREE, "_unsafe_view")):
+            self.names.append(name)
+        return result
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """Give the names of torch's operations inside for which a GPU has work."""
+    with _Launches() as mode:
+        yield mode.names
+
+
 class _Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -11,6 +11,7 @@
 
 #include "device.cuh"
 #include "launch.h"
+#include "masks.cuh"
 #include "steppo/arguments.h"
 #include "steppo/token_math.h"
 
@@ -88,7 +89,7 @@ STEPPO_DEVICE T* row_of(const LogitRows& rows, unsigned row) {
 }
 
 STEPPO_DEVICE bool is_masked(const Targets& targets, std::int64_t row) {
-  return targets.mask != nullptr && !targets.mask[row];
+  return targets.mask != nullptr && !is_set(targets.mask, row);
 }
 STEPPO_DEVICE double temperature_of(const Targets& targets, std::int64_t row) {
   return targets.temperatures != nullptr ? targets.temperatures[row] : targets.temperature;

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends.records import States, Steps, Timeline, kept
 
@@ -67,6 +69,27 @@ class StepTensors(_StepTensors):
     def num_steps(self) -> int:
         """S, empty steps included."""
         return self.step_lengths.shape[0]
+
+    def is_action(self) -> Tensor:
+        """Return whether each of the N tokens is an action token: bool ``[N]``.
+
+        It is made when it is first asked for, and kept. On a GPU each stream has its own: no other
+        one waits until it is there. What a graph captures is made anew in every replay, and is
+        not kept.
+        """
+        if is_compiling():
+            return (self.step_ids >= 0).view(-1)
+        held: dict[int, Tensor] = self.__dict__.setdefault("_is_action", {})
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
+        if stream in held:
+            return held[stream]
+        # It outlives the modes that are on now.
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            made = (self.step_ids >= 0).view(-1)
+        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+            held[stream] = made
+        return made
 
     @property
     def num_tokens(self) -> int:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
 from ..backends.reference import token_log_probs as reference
-from .overwrite import Whole
+from .overwrite import Part, whole_of
 from .saved import save, saved
 
 
@@ -157,13 +158,15 @@ def log_probs_of(
             "as `logits[:, :-1]`"
         )
     if checks.wants_gradient(logits):
-        whole = Whole.of(logits) if inplace_backward else None
+        whole, part = whole_of(logits) if inplace_backward else (logits, None)
         found: tuple[Tensor, Tensor] = _TokenLogProbs.apply(
-            logits if whole is None else whole.tensor,
+            whole,
+            None if part is None else logits,
             targets,
             temperature if isinstance(temperature, Tensor) else None,
             need_entropy,
-            whole,
+            part,
+            inplace_backward,
             backend,
         )
         return found
@@ -200,26 +203,32 @@ def _is_viewed(logits: Tensor) -> bool:
 
 
 class _TokenLogProbs(torch.autograd.Function):
+    """Of logits that are a part, both they and the whole are inputs: one of them gets a gradient.
+
+    Where that is the whole, autograd still walks over the views between, with no gradient. A hook
+    there is called with None, and not skipped.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,
+        whole: Tensor,
+        logits: Tensor | None,
         targets: Targets,
         temperature: Tensor | None,
         need_entropy: bool,
-        overwritten: Whole | None,
+        part: Part | None,
+        inplace: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        values = logits.detach()
-        if overwritten is not None:
-            values = overwritten.logits_in(values)
+        values = (whole if logits is None else logits).detach()
         log_probs, entropy, top, log_sum = operators.call(
             "token_log_probs", backend, _three_dims(values), *targets, need_entropy
         )
         save(
             ctx,
             temperature,
-            logits=logits,
+            logits=whole,
             token_ids=targets.token_ids,
             mask=targets.mask,
             temperature=targets.temperatures,
@@ -228,7 +237,7 @@ class _TokenLogProbs(torch.autograd.Function):
             entropy=entropy,
         )
         ctx.scalars = targets.temperature, targets.softcap
-        ctx.overwritten, ctx.backend, ctx.is_spent = overwritten, backend, False
+        ctx.part, ctx.inplace, ctx.backend, ctx.is_spent = part, inplace, backend, False
         ctx.set_materialize_grads(False)
         if not need_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -240,8 +249,8 @@ class _TokenLogProbs(torch.autograd.Function):
         tensors: Any = saved(ctx, grad, grad_entropy)
         whole, token_ids, mask, temperatures, top, log_sum, entropy = tensors
         whole = whole.detach()
-        overwritten: Whole | None = ctx.overwritten
-        if overwritten is not None and not torch.compiler.is_compiling():
+        part: Part | None = ctx.part
+        if ctx.inplace and not torch.compiler.is_compiling():
             # Where saved-tensor hooks hand out a copy, autograd has seen no change.
             if ctx.is_spent:
                 raise RuntimeError(
@@ -249,9 +258,8 @@ class _TokenLogProbs(torch.autograd.Function):
                     "modified by an inplace operation, as the first put their gradient there"
                 )
             ctx.is_spent = True
-        logits = whole if overwritten is None else overwritten.logits_in(whole)
-        grad_whole = whole.new_empty(whole.shape) if overwritten is None else whole
-        grad_logits = grad_whole if overwritten is None else logits
+        logits = whole if part is None else part.of(whole)
+        grad_logits = logits if ctx.inplace else whole.new_empty(whole.shape)
         grad = torch.zeros_like(log_sum, dtype=entropy.dtype) if grad is None else grad
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()
@@ -271,8 +279,17 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_entropy,
             None,
         )
-        if overwritten is not None:
-            overwritten.clear_rest(whole)
+        if ctx.inplace:
             # The kernel wrote behind autograd's back: a second backward must not take it.
             torch.autograd.graph.increment_version(whole)
-        return grad_whole, *[None] * 5
+        others = [None] * 6
+        if part is None:
+            return grad_logits, None, *others
+        if not isinstance(ctx, BackwardCFunction):
+            # Compiled autograd calls this with an object of its own, and adds up what goes to the
+            # whole: it takes no missing gradient.
+            return whole.new_zeros(()).expand(whole.shape), grad_logits, *others
+        if not part.is_passed_by(ctx):
+            return None, grad_logits, *others
+        part.clear_rest(whole)
+        return whole, None, *others

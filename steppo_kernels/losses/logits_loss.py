@@ -105,12 +105,13 @@ def steppo_loss_from_logits(
     )
     checks.in_order("logits", logits, inputs.shape, "vocabulary")
     if inputs.layout is not None:
-        steps = inputs.layout.step_ids >= 0
+        is_action = inputs.layout.is_action()
     else:
         assert inputs.mask is not None
-        steps = checks.ones_of(inputs.mask)
-    steps = steps.reshape(-1).contiguous()
-    targets = Targets.of(token_ids, steps, temperature, inputs.shape, inputs.device)
+        # The kernels of a GPU read any byte but 0 as True, the others take what is 0 or 1.
+        reads_bytes = inputs.backend in ("triton", "cuda")
+        is_action = (inputs.mask if reads_bytes else checks.ones_of(inputs.mask)).view(-1)
+    targets = Targets.of(token_ids, is_action, temperature, inputs.shape, inputs.device)
     has_bonus = config.entropy_coef != 0
     log_probs, entropy = log_probs_of(
         logits,

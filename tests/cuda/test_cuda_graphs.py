@@ -290,6 +290,8 @@ FIRST_CALLS = {
     "gae": "step_gae(old, advantages, steps, backend='cuda').advantages",
     "value_loss": "step_value_loss(x, per_step, steps, backend='cuda').loss",
     "log_probs": "token_log_probs(logits, ids, backend='cuda')",
+    # The layout is asked for its mask for the first time.
+    "logits_loss": "steppo_loss_from_logits(logits, ids, None, one, row, backend='cuda').loss",
 }
 
 
@@ -299,7 +301,7 @@ def test_the_first_call_of_a_process_can_be_captured(call: str) -> None:
     program = f"""
         import torch
         from steppo_kernels import StepLayout, step_gae, step_value_loss, steppo_loss
-        from steppo_kernels import token_log_probs
+        from steppo_kernels import steppo_loss_from_logits, token_log_probs
 
         generator = torch.Generator().manual_seed(0)
         x, old, advantages = torch.randn((3, {ROWS}, {LENGTH}), generator=generator).cuda()
@@ -309,6 +311,8 @@ def test_the_first_call_of_a_process_can_be_captured(call: str) -> None:
         x, old = (0.1 * x).requires_grad_(), 0.1 * old
         steps = StepLayout.from_mask(mask, backend="reference")
         per_step = torch.randn(steps.num_steps, generator=generator).cuda()
+        row = StepLayout.from_mask(ids >= 0, backend="reference")
+        one = torch.full((1,), 0.7).cuda()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

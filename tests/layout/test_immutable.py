@@ -197,6 +197,30 @@ def test_layouts_of_inference_mode_are_as_others(target):
         assert values.grad is not None
 
 
+def test_what_a_layout_makes_in_inference_mode_serves_training(target):
+    """It keeps which tokens are actions from the first loss that asks."""
+
+    def loss_of(logits, layout):
+        ids = torch.zeros(layout.shape, dtype=torch.int64, device=target.device)
+        advantages = torch.ones(layout.num_steps, device=target.device)
+        return steppo_loss_from_logits(
+            logits, ids, None, advantages, layout, backend=target.backend
+        ).loss
+
+    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]], device=target.device)
+    layout = StepLayout.from_mask(mask, backend="reference")
+    with torch.inference_mode():
+        before = loss_of(torch.zeros((2, 4, 3), device=target.device), layout)
+    kept = layout._held.is_action()
+    assert kept is layout._held.is_action()
+    assert kept.tolist() == mask.flatten().bool().tolist()
+    logits = torch.zeros((2, 4, 3), device=target.device, requires_grad=True)
+    loss = loss_of(logits, layout)
+    loss.backward()
+    assert torch.equal(loss, before)
+    assert torch.equal(logits.grad.any(-1), mask.bool())
+
+
 def test_to_takes_devices_alone():
     layout = StepLayout.from_mask(torch.ones(1, 2))
     for device in ("cpu", torch.device("cpu")):

@@ -132,6 +132,123 @@ def test_inplace_backward_where_a_slice_is_looked_at(kernel, why):
         assert seen[0].grad.shape == (3, 5, 29)
 
 
+def leaf_and_loss(kernel, part="next token", *, inplace=True, is_leaf=True, look=None):
+    """A tensor, and a loss of its slice; `look` is given both before the loss is."""
+    draws = torch.Generator().manual_seed(3)
+    leaf = torch.randn((3, 6, 29), generator=draws).to(kernel.device).requires_grad_()
+    whole = leaf if is_leaf else leaf * 1.0
+    logits = _SLICES[part](whole)
+    if look is not None:
+        look(whole, logits)
+    ids = torch.arange(logits.shape[:-1].numel(), device=kernel.device) % 29
+    found = fused(kernel.backend, inplace_backward=inplace)(logits, ids.view(logits.shape[:-1]))
+    return leaf, whole, logits, (found[0] ** 2 + found[1]).sum()
+
+
+@pytest.mark.parametrize("part", _SLICES)
+def test_inplace_backward_of_a_slice_of_a_leaf(kernel, part):
+    """Its `grad` is in its own memory, as where nothing is sliced; and adds up with another."""
+    expected, *_, loss = leaf_and_loss(kernel, part, inplace=False)
+    loss.backward()
+    leaf, *_, loss = leaf_and_loss(kernel, part)
+    with new_tensors() as sizes:
+        loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, expected.grad)
+    assert leaf.grad.data_ptr() == leaf.data_ptr()
+    if kernel.backend == "cpu":  # the interpreter makes tensors of its own
+        assert max(sizes) < leaf.numel()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    again, *_, loss = leaf_and_loss(kernel, part)
+    again.grad = torch.ones_like(again)
+    loss.backward()
+    assert torch.equal(again.grad, expected.grad + 1.0)
+
+
+def test_inplace_backward_calls_the_hooks_of_a_sliced_leaf(kernel):
+    expected, *_, loss = leaf_and_loss(kernel, inplace=False)
+    loss.backward()
+    seen = []
+    leaf, *_, loss = leaf_and_loss(kernel)
+    leaf.register_hook(lambda grad: seen.append(grad.clone()))
+    leaf.register_hook(lambda grad: grad * 2)
+    leaf.register_post_accumulate_grad_hook(lambda holder: seen.append(holder.grad.clone()))
+    loss.backward()
+    assert torch.equal(seen[0], expected.grad)
+    assert torch.equal(seen[1], expected.grad * 2)
+    assert torch.equal(leaf.grad, seen[1])
+
+
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "not-a-leaf"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("why", ["hook", "retain_grad"])
+def test_inplace_backward_shows_the_gradient_of_a_slice(kernel, why, when, is_leaf):
+    """Whoever looks at the slice sees its gradient, and may replace it, even after the forward."""
+    seen = []
+
+    def look(_, logits):
+        if why == "hook":
+            logits.register_hook(lambda grad: seen.append(grad.clone()) or grad * 2)
+        else:
+            logits.retain_grad()
+
+    expected, *_, loss = leaf_and_loss(kernel, inplace=False, is_leaf=is_leaf)
+    loss.backward()
+    leaf, whole, logits, loss = leaf_and_loss(
+        kernel, is_leaf=is_leaf, look=look if when == "before" else None
+    )
+    if when == "after":
+        look(whole, logits)
+    loss.backward()
+    found = seen[0] if why == "hook" else logits.grad
+    assert torch.equal(found, expected.grad[:, :-1])
+    assert torch.equal(leaf.grad, expected.grad * (2 if why == "hook" else 1))
+
+
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "not-a-leaf"])
+def test_inplace_backward_calls_hooks_between_a_slice_and_its_whole(kernel, is_leaf):
+    """No gradient goes that way. Their hooks hear of that, and are not left out."""
+    expected, *_, loss = leaf_and_loss(kernel, "of a slice", inplace=False, is_leaf=is_leaf)
+    loss.backward()
+    leaf, _, logits, loss = leaf_and_loss(kernel, "of a slice", is_leaf=is_leaf)
+    seen = []
+    logits.grad_fn.register_prehook(lambda grads: seen.append(grads))
+    logits.grad_fn.next_functions[0][0].register_prehook(lambda grads: seen.append(grads))
+    loss.backward()
+    assert seen == [(None,), (None,)]
+    assert torch.equal(leaf.grad, expected.grad)
+
+
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "not-a-leaf"])
+def test_inplace_backward_to_a_slice_alone(kernel, is_leaf):
+    leaf, *_, loss = leaf_and_loss(kernel, inplace=False, is_leaf=is_leaf)
+    (expected,) = torch.autograd.grad(loss, leaf)
+    _, whole, logits, loss = leaf_and_loss(kernel, is_leaf=is_leaf)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(grad, expected[:, :-1])
+    assert grad.data_ptr() == whole.data_ptr()
+    _, whole, _, loss = leaf_and_loss(kernel, is_leaf=is_leaf)
+    (grad,) = torch.autograd.grad(loss, whole)
+    assert torch.equal(grad, expected)
+    assert grad.data_ptr() == whole.data_ptr()
+
+
+def test_inplace_backward_of_a_slice_without_a_graph(kernel):
+    """A slice that was taken of what has none is a leaf of its own."""
+    leaf, *_, loss = leaf_and_loss(kernel, inplace=False)
+    (expected,) = torch.autograd.grad(loss, leaf)
+    ids = torch.arange(15, device=kernel.device).view(3, 5) % 29
+    with torch.no_grad():
+        assert not token_log_probs(
+            leaf[:, :-1], ids, inplace_backward=True, backend=kernel.backend
+        ).requires_grad
+    logits = leaf.detach()[:, :-1].requires_grad_()
+    found = fused(kernel.backend, inplace_backward=True)(logits, ids)
+    (found[0] ** 2 + found[1]).sum().backward()
+    assert torch.equal(logits.grad, expected[:, :-1])
+    assert leaf.grad is None
+
+
 def test_inplace_backward_needs_memory_of_its_own(kernel):
     base = torch.zeros((2, 3, 4), device=kernel.device)
     ids = torch.zeros((2, 3), dtype=torch.int64, device=kernel.device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import pytest
 import torch
 from head_cases import new_tensors
@@ -101,3 +104,25 @@ def test_compile(target, inplace):
             torch.autograd.grad(function(*args), logits)[0] for function in (compiled, step)
         )
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "not-a-leaf"])
+def test_compiled_autograd(is_leaf):
+    """It traces a backward in place of a graph that was recorded without a compiler."""
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+
+    def gradient(context):
+        torch._dynamo.reset()
+        leaf = draw(1, 18, 29)[0].float().view(3, 6, 29).requires_grad_()
+        whole = leaf if is_leaf else leaf * 1.0
+        ids = torch.arange(15).view(3, 5)
+        found = token_log_probs(whole[:, :-1], ids, inplace_backward=True, backend="cpu")
+        with context:
+            found.square().sum().backward()
+        return leaf.grad
+
+    # AOTAutograd does not take a leaf beside views of it.
+    compiler = functools.partial(torch.compile, backend="eager")
+    found = gradient(compiled_autograd._enable(compiler))
+    torch.testing.assert_close(found, gradient(contextlib.nullcontext()))

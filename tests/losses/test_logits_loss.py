@@ -9,6 +9,7 @@ import pytest
 import torch
 from batches import Error, ragged_mask
 from grids import grid
+from head_cases import launches
 from logit_cases import assert_same_rows
 from methods import METHODS
 
@@ -282,6 +283,44 @@ def test_inplace_backward(kernel, masked, name):
     assert grad.data_ptr() == logits.data_ptr()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, logits)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "not-a-leaf"])
+@pytest.mark.parametrize("name", ["plain", "entropy"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["plain", "inplace"])
+def test_torch_launches_nothing_beside_the_kernels(kernel, masked, inplace, name, is_leaf):
+    """Nothing but one fill around the logits. The others are autograd's own."""
+    if kernel.backend != "cuda":
+        pytest.skip("the others launch torch's products for a gradient's scale, or nothing")
+    case = draw(kernel, 12)
+    ids, old, advantages, layout = case.arguments(masked)
+    options = {"config": _CONFIGS[name], "inplace_backward": inplace, "backend": kernel.backend}
+    seen = []
+    for _ in range(2):
+        leaf = torch.nn.functional.pad(case.logits, (0, 0, 0, 1)).requires_grad_()
+        whole = leaf if is_leaf else leaf.view(leaf.shape)
+        with launches() as forward:
+            output = steppo_loss_from_logits(whole[:, :-1], ids, old, advantages, layout, **options)
+        with launches() as backward:
+            output.loss.backward()
+        seen.append((forward, backward))
+    # A layout keeps its mask from the first call on.
+    forward, backward = seen[1]
+    assert forward == []
+    root = "ones_like"
+    assert backward == [root, "zero_" if inplace else "slice_backward"]
+
+
+def test_a_mask_of_any_bytes_is_read_as_torch_reads_it(target):
+    """A bool tensor made of other bytes than 0 and 1 is True wherever a byte is not 0."""
+    case = draw(target, 13)
+    expected = run(case, target.backend, masked=True)
+    bytes_ = torch.arange(case.mask.numel(), device=target.device) % 255 + 1
+    raw = torch.where(case.mask, bytes_.view(case.mask.shape), 0).to(torch.uint8)
+    found = run(dataclasses.replace(case, mask=raw.view(torch.bool)), target.backend, masked=True)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
 
 
 def test_shifted_logits_of_a_causal_model(target):

@@ -180,7 +180,7 @@ def token_log_probs_kernel(
     dtype = p_log_probs.dtype.element_ty
     count = num_columns
     if p_mask is not None:
-        count = tl.where(tl.load(p_mask + i_row), num_columns, 0)
+        count = tl.where(tl.load(p_mask + i_row) != 0, num_columns, 0)
     inverse, scale, cap, high, low = _scalars(p_temperatures, i_row, inverse, softcap, dtype)
     p_row = p_logits + _row_start(i_row, row_length, stride_b, stride_t, ALIGNED, BK)
     token = tl.load(p_ids + i_row)
@@ -304,7 +304,7 @@ def token_log_probs_backward_kernel(
         entropy_slope = tl.load(p_grad_entropy + i_from)
         is_live = is_live | (entropy_slope != 0)
     if p_mask is not None:
-        is_live = is_live & tl.load(p_mask + i_from)
+        is_live = is_live & (tl.load(p_mask + i_from) != 0)
 
     if is_live:
         p_row = p_logits + _row_start(i_from, row_length, stride_b, stride_t, ALIGNED, BK)
@@ -377,6 +377,11 @@ def _strides(rows: Tensor) -> list[int]:
     return [stride if size > 1 else 0 for size, stride in sizes]
 
 
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """Return a mask as bytes, of which those that are not 0 are True."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
 def token_log_probs(
     logits: Tensor,
     token_ids: Tensor,
@@ -398,7 +403,7 @@ def token_log_probs(
             token_log_probs_kernel[(num_tokens,)](
                 logits,
                 token_ids,
-                mask,
+                _bytes(mask),
                 temperatures,
                 log_probs,
                 entropy if need_entropy else None,
@@ -437,7 +442,7 @@ def token_log_probs_backward(
                 grad_logits,
                 logits,
                 token_ids,
-                mask,
+                _bytes(mask),
                 temperatures,
                 top,
                 log_sum,
