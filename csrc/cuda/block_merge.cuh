@@ -37,6 +37,16 @@ STEPPO_DEVICE S& sum_of_thread() {
   return sum;
 }
 
+// Merges a sum into another one. All of both is loaded before anything is stored: field by field, a
+// load would wait for the store before it, which might go to the same place.
+template <class S>
+STEPPO_DEVICE void merge_into(S& all, const S& other) {
+  S merged = all;
+  const S own = other;
+  merge(merged, own);
+  all = merged;
+}
+
 // The sum of a block: merges those of its threads, each of which calls this and `sum_of_thread`
 // before. It lies where the sum of thread 0 was; a barrier has to come before that begins anew.
 template <int threads, class S>
@@ -46,7 +56,7 @@ STEPPO_DEVICE const S& merged_over_block() {
   const int thread = threadIdx.x;
   for (int apart = threads / 2; apart > 0; apart /= 2) {
     __syncthreads();
-    if (thread < apart) merge(sum_in(slots[thread]), sum_in(slots[thread + apart]));
+    if (thread < apart) merge_into(sum_in(slots[thread]), sum_in(slots[thread + apart]));
   }
   __syncthreads();
   return sum_in(slots[0]);

@@ -40,6 +40,25 @@ STEPPO_DEVICE double power(double factor, int exponent) {
   return product;
 }
 
+// The spread of the first numbers of a tile. Equal ones have none, to the last bit.
+template <class T, int most>
+STEPPO_DEVICE Spread spread_of_tile(const T (&numbers)[most], int count) {
+  if (count <= 0) return {0, 0, 0};
+  const double first = static_cast<double>(numbers[0]);
+  double apart = 0, squares = 0;
+#pragma unroll
+  for (int k = 1; k < most; ++k) {
+    if (k < count) apart += static_cast<double>(numbers[k]) - first;
+  }
+  const double mean = first + apart / count;
+#pragma unroll
+  for (int k = 0; k < most; ++k) {
+    const double own = static_cast<double>(numbers[k]) - mean;
+    if (k < count) squares += own * own;
+  }
+  return {static_cast<double>(count), mean, squares};
+}
+
 // Marks what is a step of a trajectory.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -173,16 +192,19 @@ __global__ void __launch_bounds__(threads_for<warps>, warps > 1 ? 1 : 2)
         carry = of_warp + over_lanes * carry;
       }
       advantage = lane == 0 ? before_warp : advantage + to_lane * before_warp;
+      // What is whitened later is the rounded one: less its own mean it must come out as 0.
+      T rounded[steps];
 #pragma unroll
       for (int k = 0; k < steps; ++k) {
-        if (step[k + 1] < 0) break;
+        rounded[k] = T(0);
+        if (step[k + 1] < 0) continue;
         advantage = delta[k] + decay * advantage;
-        const T rounded = static_cast<T>(advantage);
-        advantages[step[k + 1]] = rounded;
+        rounded[k] = static_cast<T>(advantage);
+        advantages[step[k + 1]] = rounded[k];
         returns[step[k + 1]] = static_cast<T>(advantage + static_cast<double>(value[k + 1]));
-        // What is whitened later is the rounded one: less its own mean it must come out as 0.
-        merge(spread, {1, static_cast<double>(rounded), 0});
       }
+      if (config.whiten)
+        merge(spread, spread_of_tile(rounded, latest + 1 < steps ? latest + 1 : steps));
     }
   }
   if (!config.whiten) return;

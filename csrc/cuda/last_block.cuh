@@ -33,7 +33,7 @@ STEPPO_DEVICE const S* merged_over_grid(Workspace* workspace) {
   S& mine = sum_of_thread<threads, S>();
   const int blocks = static_cast<int>(gridDim.x);
   for (int b = threadIdx.x; b < blocks; b += threads) {
-    merge(mine, *reinterpret_cast<const S*>(part_of(b)));
+    merge_into(mine, *reinterpret_cast<const S*>(part_of(b)));
   }
   return &merged_over_block<threads, S>();
 }

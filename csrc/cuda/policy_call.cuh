@@ -34,12 +34,28 @@ template <class T>
 STEPPO_DEVICE void finish_call(const PolicyTensors& tensors, const PolicyConfig& config,
                                Workspace* workspace) {
   const CallSums* const whole = merged_over_grid<kThreads, CallSums>(workspace);
-  if (whole == nullptr || threadIdx.x > 0) return;
+  if (whole == nullptr || threadIdx.x >= kWarp) return;
   const double counted =
       reduction_count(config.reduction, whole->sums.steps, whole->trajectories, whole->sums.tokens);
   const bool is_given = tensors.normalizer.is_given;
   const double total = is_given ? value_of(tensors.normalizer) : counted > 1.0 ? counted : 1.0;
-  finish<T>(whole->sums, config, total, is_given ? total : counted, tensors);
+  // Each lane has a quotient of its own: a division takes long, but not that of all lanes together.
+  static_assert(kNumPolicyMetrics < kWarp);
+  const int lane = threadIdx.x;
+  Quotient mine{1.0, total};
+  if (lane < kNumPolicyMetrics) {
+    mine = policy_metric(static_cast<PolicyMetric>(lane), whole->sums, total,
+                         is_given ? total : counted);
+  }
+  const double number = mine.over / mine.under;
+  if (lane < kNumPolicyMetrics) tensors.metrics[lane] = number;
+  if (lane == kNumPolicyMetrics && tensors.gradient_scale != nullptr) {
+    *tensors.gradient_scale = number;
+  }
+  const double loss = policy_loss_of(config, __shfl_sync(kAllLanes, number, kPolicyLoss),
+                                     __shfl_sync(kAllLanes, number, kKLLoss),
+                                     __shfl_sync(kAllLanes, number, kEntropy));
+  if (lane == 0) *static_cast<T*>(tensors.loss) = static_cast<T>(loss);
 }
 
 // As many blocks as there is work for, so many threads.

@@ -2,7 +2,7 @@
 // CPU. Gradients lack the factor 1 / normalizer, which is known when every step has been seen.
 #pragma once
 
-#include "device.cuh"
+#include "block_merge.cuh"
 #include "steppo/policy_arrays.h"
 #include "steppo/policy_sums.h"
 
@@ -231,16 +231,17 @@ STEPPO_DEVICE void take_apart(const PolicyArrays<T>& call, const Step& step,
   sums.dead += dead;
 }
 
-// Adds a step to the sums of its lanes, and writes the gradients of its tokens. All lanes of a warp
-// call it together, with a step or an empty one. Returns log rho. `by_token` is the ratio of single
-// tokens.
+// Adds a step to the sums of its lanes, which lie in shared memory, and writes the gradients of its
+// tokens. All lanes of a warp call it together, with a step or an empty one. Returns log rho.
+// `by_token` is the ratio of single tokens.
 template <int lanes, bool by_token, class T, class Step>
 STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,
                               const PolicyConfig& config, double weight, double center,
-                              PolicySums& sums) {
+                              PolicySums& all) {
   const TokenTotals totals = look_at<lanes>(call, step, config);
   if (step.length == 0) return 0;
-  sums.k3 += totals.k3;
+  PolicySums sums;
+  sums.k3 = totals.k3;
   const double n = static_cast<double>(step.length);
   const StepFactors factors{weight, ratio_scale(config.ratio, n)};
   const bool holds = clips_tokens(config), is_apart = totals.apart > 0;
@@ -289,6 +290,7 @@ STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,
     sums.tokens += n;
     sums.entropy += weight * totals.entropy / n;
   }
+  merge_into(all, sums);
   return log_ratio;
 }
 

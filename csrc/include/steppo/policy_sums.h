@@ -42,34 +42,70 @@ STEPPO_FN void add_ratio(PolicySums& sums, double ratio) {
   sums.ratio_max = greater(sums.ratio_max, ratio);
 }
 
-// Turns the sums of a call into its loss and metrics. `total` is the denominator, `count` what the
-// reduction counts unless a normalizer was given.
+struct Quotient {
+  double over, under;
+};
+
+// What a metric is made of. `total` is the denominator of the loss, `count` what the reduction
+// counts unless a normalizer was given.
+STEPPO_FN Quotient policy_metric(PolicyMetric metric, const PolicySums& sums, double total,
+                                 double count) {
+  const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
+  // Without a step every ratio is 1.
+  const auto or_one = [&](double number) { return sums.steps == 0 ? 1.0 : number; };
+  switch (metric) {
+    case kPolicyLoss:
+      return {sums.policy, total};
+    case kKLLoss:
+      return {sums.kl, total};
+    case kEntropy:
+      return {sums.entropy, total};
+    case kRatioMean:
+      return {or_one(sums.ratio), steps};
+    case kRatioMin:
+      return {or_one(sums.ratio_min), 1.0};
+    case kRatioMax:
+      return {or_one(sums.ratio_max), 1.0};
+    case kClipFraction:
+      return {sums.clipped_low + sums.clipped_high, steps};
+    case kClipFractionLow:
+      return {sums.clipped_low, steps};
+    case kClipFractionHigh:
+      return {sums.clipped_high, steps};
+    case kTokenClipFraction:
+      return {sums.clipped_tokens, tokens};
+    case kApproxKL:
+      return {-sums.z, tokens};
+    case kApproxKLK3:
+      return {sums.k3, tokens};
+    case kDeadTokenFraction:
+      return {sums.dead, tokens};
+    case kNumSteps:
+      return {sums.steps, 1.0};
+    case kNumTokens:
+      return {sums.tokens, 1.0};
+    default:
+      return {count, 1.0};
+  }
+}
+
+// The loss, made of metrics.
+STEPPO_FN double policy_loss_of(const PolicyConfig& config, double policy, double kl,
+                                double entropy) {
+  return policy + config.kl_coef * kl - config.entropy_coef * entropy;
+}
+
+// Turns the sums of a call into its loss and metrics.
 template <class T>
 STEPPO_FN void finish(const PolicySums& sums, const PolicyConfig& config, double total,
                       double count, const PolicyTensors& tensors) {
   double* const metrics = tensors.metrics;
-  const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
-  const bool is_empty = sums.steps == 0;
-  metrics[kPolicyLoss] = sums.policy / total;
-  metrics[kKLLoss] = sums.kl / total;
-  metrics[kEntropy] = sums.entropy / total;
-  metrics[kRatioMean] = is_empty ? 1.0 : sums.ratio / steps;
-  metrics[kRatioMin] = is_empty ? 1.0 : sums.ratio_min;
-  metrics[kRatioMax] = is_empty ? 1.0 : sums.ratio_max;
-  metrics[kClipFraction] = (sums.clipped_low + sums.clipped_high) / steps;
-  metrics[kClipFractionLow] = sums.clipped_low / steps;
-  metrics[kClipFractionHigh] = sums.clipped_high / steps;
-  metrics[kTokenClipFraction] = sums.clipped_tokens / tokens;
-  metrics[kApproxKL] = -sums.z / tokens;
-  metrics[kApproxKLK3] = sums.k3 / tokens;
-  metrics[kDeadTokenFraction] = sums.dead / tokens;
-  metrics[kNumSteps] = sums.steps;
-  metrics[kNumTokens] = sums.tokens;
-  metrics[kPolicyDenominator] = count;
-  if (tensors.gradient_scale != nullptr) *tensors.gradient_scale = 1 / total;
-  *static_cast<T*>(tensors.loss) =
-      static_cast<T>(metrics[kPolicyLoss] + config.kl_coef * metrics[kKLLoss] -
-                     config.entropy_coef * metrics[kEntropy]);
+  for (int k = 0; k < kNumPolicyMetrics; ++k) {
+    const Quotient metric = policy_metric(static_cast<PolicyMetric>(k), sums, total, count);
+    metrics[k] = metric.over / metric.under;
+  }
+  *static_cast<T*>(tensors.loss) = static_cast<T>(
+      policy_loss_of(config, metrics[kPolicyLoss], metrics[kKLLoss], metrics[kEntropy]));
 }
 
 }  // namespace steppo

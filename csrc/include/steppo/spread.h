@@ -21,8 +21,9 @@ STEPPO_FN void merge(Spread& all, const Spread& other) {
     return;
   }
   const double apart = other.mean - all.mean, count = all.count + other.count;
-  all.squares += other.squares + apart * apart * (all.count * other.count / count);
-  all.mean += apart * (other.count / count);
+  const double share = other.count / count;
+  all.squares += other.squares + apart * apart * (all.count * share);
+  all.mean += apart * share;
   all.count = count;
 }
 
