@@ -19,9 +19,9 @@ OLDEST_TRITON = (3, 6)
 # The kernels in csrc/cuda have instructions that older ones lack.
 OLDEST_GPU = 80
 
-# What `auto` tries on the tensors of a device, the fastest first. No GPU has told yet where the
-# kernels of `cuda` are faster than those of Triton.
-_FASTEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# What `auto` tries on the tensors of a device, the fastest first. On an H100 the kernels of `cuda`
+# took from half of the time of Triton's to 1.5% more, and the host half of the time.
+_FASTEST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _log = logging.getLogger("steppo_kernels")
 
