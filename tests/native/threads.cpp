@@ -135,8 +135,18 @@ Bytes run(const Batch& batch, int threads) {
   float loss = 0;
   std::vector<double> metrics(kNumPolicyMetrics), value_metrics(kNumValueMetrics);
   std::vector<float> grad(kTokens), log_ratios(steps);
-  value_loss({kFloat32, batch.log_probs.data(), returns.data(), batch.old_log_probs.data(), nullptr,
-              true, true, kTokens, &loss, value_metrics.data(), nullptr, grad.data()},
+  value_loss({kFloat32,
+              batch.log_probs.data(),
+              returns.data(),
+              batch.old_log_probs.data(),
+              {},
+              true,
+              true,
+              kTokens,
+              &loss,
+              value_metrics.data(),
+              nullptr,
+              grad.data()},
              {states.data(), lengths.data(), sizes.data(), steps}, {0.5, kStepMean}, place);
   keep(bytes, value_metrics);
   keep(bytes, grad);
