@@ -29,11 +29,20 @@ STEPPO_DEVICE void merge(CallSums& total, const CallSums& other) {
   total.trajectories += other.trajectories;
 }
 
-// Makes loss and metrics of the sums of all threads, which all call it.
+// Counters from here on hold the runs of rows between two launches.
+constexpr int kFirstRunCounter = 1;
+
+// Makes loss and metrics of the sums of all threads, which all call it. The runs of so many rows
+// have been counted, and are forgotten.
 template <class T>
 STEPPO_DEVICE void finish_call(const PolicyTensors& tensors, const PolicyConfig& config,
-                               Workspace* workspace) {
+                               Workspace* workspace, int counted_rows = 0) {
   const CallSums* const whole = merged_over_grid<kThreads, CallSums>(workspace);
+  if (whole != nullptr) {
+    for (int row = threadIdx.x; row < counted_rows; row += kThreads) {
+      workspace->counters[kFirstRunCounter + row] = 0;
+    }
+  }
   if (whole == nullptr || threadIdx.x >= kWarp) return;
   const double counted =
       reduction_count(config.reduction, whole->sums.steps, whole->trajectories, whole->sums.tokens);

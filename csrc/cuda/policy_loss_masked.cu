@@ -54,8 +54,39 @@ STEPPO_DEVICE std::int64_t end_of_run(const Mask& masked, std::int64_t at, std::
   return row_end;
 }
 
-// The number of runs of a row. Each warp counts for itself: the mask is the smallest of the inputs,
-// and a count that all could read would take a launch more.
+// From this length on, rows are counted by a launch of its own, if they are so few that each has a
+// counter: every warp would read all of its row.
+constexpr std::int64_t kLongRow = 16384, kMostLongRows = Workspace::kCounters - kFirstRunCounter;
+
+bool counts_before(const PolicyConfig& config, const Mask& masked, std::int64_t rows) {
+  return config.reduction == kTrajectoryMean && masked.row_length >= kLongRow &&
+         rows <= kMostLongRows;
+}
+
+// Counts the runs of rows, a chunk a warp.
+__global__ void __launch_bounds__(kThreads, 4)
+    count_runs_of_rows_kernel(const Mask masked, Workspace* workspace, std::int64_t chunks_of_row,
+                              std::int64_t chunks) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  for (std::int64_t chunk = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; chunk < chunks;
+       chunk += std::int64_t{gridDim.x} * kWarps) {
+    const std::int64_t row = chunk / chunks_of_row, row_begin = row * masked.row_length;
+    const std::int64_t begin = row_begin + chunk % chunks_of_row * kChunk;
+    const std::int64_t row_end = row_begin + masked.row_length;
+    const MaskWords words = words_of(masked, begin, row_end, lane);
+    unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
+    int runs = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) runs += __popc(begins_of(words.at[k], last));
+    if (lane == 0 && runs > 0) {
+      atomicAdd(&workspace->counters[kFirstRunCounter + row], static_cast<unsigned>(runs));
+    }
+  }
+}
+
+// The number of runs of a row that was not counted before. Each warp counts for itself: the mask is
+// the smallest of the inputs, and a count that all could read would take a launch more.
 STEPPO_DEVICE double runs_of_row(const Mask& masked, std::int64_t row_begin, int lane) {
   const std::int64_t row_end = row_begin + masked.row_length;
   int runs = 0;
@@ -90,7 +121,7 @@ template <class T, bool by_token>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
                               const PolicyConfig config, Workspace* workspace,
-                              std::int64_t chunks_of_row, std::int64_t chunks) {
+                              std::int64_t chunks_of_row, std::int64_t chunks, int counted_rows) {
   const PolicyArrays<T> call = arrays_of<T>(tensors);
   const double center = center_of(tensors, config, workspace);
   constexpr int kWarps = kThreads / kWarp;
@@ -103,7 +134,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     const std::int64_t begin = row_begin + chunk % chunks_of_row * kChunk;
     const std::int64_t end = begin + kChunk < row_end ? begin + kChunk : row_end;
     const bool counts = config.reduction == kTrajectoryMean;
-    const double count = counts ? runs_of_row(masked, row_begin, lane) : 1.0;
+    const double count = !counts ? 1.0
+                         : counted_rows == 0
+                             ? runs_of_row(masked, row_begin, lane)
+                             : workspace->counters[kFirstRunCounter + chunk / chunks_of_row];
     unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
     const MaskWords words = words_of(masked, begin, end, lane);
     // Lane k keeps word k: what is asked for by a number that is not known here lies in memory.
@@ -146,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
       }
     }
   }
-  finish_call<T>(tensors, config, workspace);
+  finish_call<T>(tensors, config, workspace, counted_rows);
 }
 
 }  // namespace
@@ -164,10 +198,15 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     const std::int64_t rows = masked.row_length > 0 ? masked.num_tokens / masked.row_length : 0;
     const std::int64_t chunks_of_row = ceil_div(masked.row_length, kChunk);
     const std::int64_t chunks = rows * chunks_of_row;
+    const int counted_rows = counts_before(config, masked, rows) ? static_cast<int>(rows) : 0;
+    if (counted_rows > 0) {
+      launch(listed<count_runs_of_rows_kernel>(), step_blocks_for(chunks * kWarp), kThreads, masked,
+             workspace, chunks_of_row, chunks);
+    }
     launch(config.ratio == kToken ? listed<policy_loss_masked_kernel<T, true>>()
                                   : listed<policy_loss_masked_kernel<T, false>>(),
            step_blocks_for(chunks * kWarp), kThreads, tensors, masked, config, workspace,
-           chunks_of_row, chunks);
+           chunks_of_row, chunks, counted_rows);
   });
 }
 

@@ -34,6 +34,9 @@ _library = torch.library.Library("steppo", "DEF")
 # The backends that share the launchers in `compiled/`.
 _COMPILED = ("cpu", "cuda")
 _RECORDS = (Steps, Timeline, States)
+# Kernels of `cuda` keep a workspace between calls, and launchers what they allocate others like.
+# Neither may come from the memory of the graphs that `mode="reduce-overhead"` records.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _stems: dict[str, str] = {}
 _handles: dict[str, Any] = {}
 
@@ -86,7 +89,7 @@ def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable
             return tuple(outputs[0].new_empty((0,)) if x is None else x for x in outputs)
 
         _stems[name] = stem
-        _library.define(f"{name}{schema}")
+        _library.define(f"{name}{schema}", tags=_TAGS)
         _library.impl(name, dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"steppo::{name}", fake, lib=_library)
         _handles[name] = getattr(torch.ops.steppo, name).default

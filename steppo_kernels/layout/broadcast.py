@@ -90,5 +90,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        back = _Linear.apply(grad.contiguous(), *ctx.saved_tensors, not ctx.to_tokens, ctx.backend)
+        back = _Linear.apply(
+            grad.resolve_neg().contiguous(), *ctx.saved_tensors, not ctx.to_tokens, ctx.backend
+        )
         return back, None, None, None, None, None

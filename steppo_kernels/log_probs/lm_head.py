@@ -25,6 +25,8 @@ from .weight_gradient import CPU_SLICE, slice_rows, weight_gradient
 # weight's gradient, which is read and written for each chunk, costs little next to the products.
 _CPU_BYTES, _GPU_SHARE = KEPT_BYTES, 16
 _MIN_ROWS = 128
+# Numbers that rows of logits on a GPU are a multiple of.
+_ALIGNED = 8
 # Gradients of logits are scaled to about 2 to this power where they are fp16.
 _UNIT_BITS = 4
 
@@ -48,9 +50,15 @@ class Head(NamedTuple):
     backend: str
 
     def buffer(self, rows: int) -> AbstractContextManager[Tensor]:
-        """Lend uninitialised memory for the logits of `rows` rows."""
+        """Lend uninitialised memory for the logits of `rows` rows, and perhaps a few more columns.
+
+        On a GPU rows begin at multiples of 32 bytes: kernels and products move 16 at once, also
+        where gradients in half precision take the first half of a row.
+        """
         dtype = logits_dtype(self.backend, self.weight.dtype)
-        return scratch((rows, len(self.weight)), dtype, self.weight.device)
+        count = len(self.weight)
+        columns = count if self.backend == "cpu" else -(-count // _ALIGNED) * _ALIGNED
+        return scratch((rows, columns), dtype, self.weight.device)
 
     def evaluate(
         self, hidden: Tensor, token_ids: Tensor, index: Tensor, need_entropy: bool, buffer: Tensor
@@ -59,7 +67,7 @@ class Head(NamedTuple):
 
         Their logits take the first n rows of `buffer`.
         """
-        logits = buffer[: len(hidden)]
+        logits = buffer[: len(hidden), : len(self.weight)]
         operators.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
         temperatures = None if self.temperatures is None else self.temperatures[index]
         targets = Targets(token_ids[index], None, temperatures, self.temperature, self.softcap)

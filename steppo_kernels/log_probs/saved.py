@@ -7,7 +7,7 @@ saved tensor that comes back in the memory it was saved in must have the version
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,26 @@ _IS_BATCHED = tuple(
 )
 # The saved-tensor hooks that are on; a torch without the answer says that there are some.
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
+def hand_over(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save what forward has made for backward."""
+    ctx.save_for_backward(*tensors)
+    is_watched = not torch.compiler.is_compiling() and _hooks(False) is not None
+    ctx.kinds = [value is not None and _Kind.of(value) for value in tensors] if is_watched else ()
+
+
+def handed_back(ctx: Any) -> tuple[Tensor | None, ...]:
+    """Return what `hand_over` was given.
+
+    Raises:
+        RuntimeError: saved-tensor hooks return a tensor of another kind.
+    """
+    found: tuple[Tensor | None, ...] = ctx.saved_tensors
+    for kind, value in zip(ctx.kinds, found, strict=False):
+        if kind and value is not None:
+            kind.check("a saved gradient", value)
+    return found
 
 
 def save(ctx: Any, given_temperature: Tensor | None, **tensors: Tensor | None) -> None:
@@ -65,14 +85,38 @@ def saved(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return found
 
 
+class _Kind(NamedTuple):
+    """What kernels rely on of a tensor that comes back."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, value: Tensor) -> _Kind:
+        """Return the kind of a tensor."""
+        return cls(value.dtype, value.device, value.shape)
+
+    def check(self, name: str, value: Tensor) -> None:
+        """Raise if `value` is of another kind."""
+        if (found := _Kind.of(value)) != self:
+            raise RuntimeError(
+                f"{name}: saved-tensor hooks return {found.dtype} {tuple(found.shape)} on "
+                f"{found.device}, expected {self.dtype} {tuple(self.shape)} on {self.device}, as "
+                "was saved"
+            )
+
+
 class _Version:
-    """The memory and the version of a tensor, without keeping it alive."""
+    """The memory, the version and the kind of a tensor, without keeping it alive."""
 
     def __init__(self, value: Tensor) -> None:
         self._storage, self._number = StorageWeakRef(value.untyped_storage()), value._version
+        self._kind = _Kind.of(value)
 
     def check(self, name: str, value: Tensor) -> None:
         """Raise if `value` lies in that memory at another version; a copy of it may be at any."""
+        self._kind.check(name, value)
         if value.untyped_storage()._cdata == self._storage.cdata:
             _compare(name, value, self._number)
 

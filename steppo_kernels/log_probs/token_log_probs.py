@@ -262,7 +262,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_logits = logits if ctx.inplace else whole.new_empty(whole.shape)
         grad = torch.zeros_like(log_sum, dtype=entropy.dtype) if grad is None else grad
         if grad_entropy is not None:
-            grad_entropy = grad_entropy.contiguous()
+            grad_entropy = grad_entropy.resolve_neg().contiguous()
         operators.call(
             "token_log_probs_backward",
             ctx.backend,
@@ -275,7 +275,7 @@ class _TokenLogProbs(torch.autograd.Function):
             top,
             log_sum,
             None if grad_entropy is None else entropy,
-            grad.contiguous(),
+            grad.resolve_neg().contiguous(),
             grad_entropy,
             None,
         )

@@ -20,6 +20,7 @@ from ..backends.derivatives import (
 from ..backends.reference import policy_loss as reference
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
+from ..log_probs.saved import hand_over, handed_back
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_entropy, check_loss_inputs
 from .scaled_gradient import scaled_gradient
@@ -242,8 +243,8 @@ class _PolicyLoss(torch.autograd.Function):
         loss, metrics, step_log_ratio, grad, grad_entropy, scale = run_operator(
             inputs, log_probs, entropy, need_grad, need_entropy_grad
         )
-        ctx.save_for_backward(
-            grad if need_grad else None, grad_entropy if need_entropy_grad else None, scale
+        hand_over(
+            ctx, grad if need_grad else None, grad_entropy if need_entropy_grad else None, scale
         )
         keep_inputs(ctx, log_probs, entropy)
         ctx.log_probs = log_probs.shape, log_probs.dtype
@@ -254,7 +255,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @first_only("steppo_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad, grad_entropy, scale = ctx.saved_tensors
+        grad, grad_entropy, scale = handed_back(ctx)
         return (
             scaled_gradient(ctx.backend, grad, grad_loss, scale, *ctx.log_probs),
             scaled_gradient(ctx.backend, grad_entropy, grad_loss, scale, *ctx.entropy),

@@ -10,6 +10,8 @@ from torch.compiler import is_compiling
 
 from ..backends import operators
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 # Whether the running backward was called with retain_graph; a torch without the answer says yes.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -37,10 +39,13 @@ def scaled_gradient(
     scale = scale if scale is not None and scale.numel() else None
     # The kernel takes what is contiguous: a head may have strided hidden states.
     if backend == "cuda" and grad.is_contiguous():
-        is_given_away = is_last and grad.dtype is dtype
-        out = grad if is_given_away else grad.new_empty(grad.shape, dtype=dtype)
-        operators.call("scale_gradient", backend, out, grad, upstream, scale)
-        return out.view(shape)
+        # It writes what it reads, or halves of fp32.
+        is_written = dtype is grad.dtype or (grad.dtype is torch.float32 and dtype in _HALVES)
+        made = dtype if is_written else grad.dtype
+        is_given_away = is_last and made is grad.dtype
+        out = grad if is_given_away else grad.new_empty(grad.shape, dtype=made)
+        operators.call("scale_gradient", backend, out, grad, upstream.resolve_neg(), scale)
+        return out.view(shape).to(dtype)
     is_seen = not is_compiling() and grad.is_cpu
     factor = upstream if scale is None else upstream * scale
     seen = factor.item() if is_seen else math.nan

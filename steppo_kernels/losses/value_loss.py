@@ -20,6 +20,7 @@ from ..backends.derivatives import (
 from ..backends.reference import value_loss as reference
 from ..config import REDUCTIONS, Reduction, one_of
 from ..layout.step_layout import StepLayout, require_layout
+from ..log_probs.saved import hand_over, handed_back
 from ..outputs import VALUE_METRICS, Metrics, StepPOOutput
 from .scaled_gradient import scaled_gradient
 
@@ -129,7 +130,7 @@ class _ValueLoss(torch.autograd.Function):
         loss, metrics, grad, scale = operators.call(
             "value_loss", backend, checks.solid(values, dtype), *constants, True
         )
-        ctx.save_for_backward(grad, scale)
+        hand_over(ctx, grad, scale)
         keep_inputs(ctx, values)
         ctx.backend, ctx.values = backend, (values.shape, values.dtype)
         return with_others(ctx, loss, others, metrics)
@@ -137,5 +138,5 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     @first_only("step_value_loss", kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad, scale = ctx.saved_tensors
+        grad, scale = handed_back(ctx)
         return scaled_gradient(ctx.backend, grad, grad_loss, scale, *ctx.values), None, None, None

@@ -8,12 +8,14 @@ import cuda_machine_code
 import pytest
 from cuda_machine_code import ARCHITECTURES, FORBIDDEN, WIDE_LOAD, Kernel
 
-# What a kernel may need, of which two blocks of 256 threads are half of what an SM holds; and the
-# kernels that work in fp64 on steps, two blocks of which fill it.
+# What a kernel may need, four blocks of 256 threads of which fill an SM; and those of which fewer
+# do: kernels that work in fp64 on steps, that keep many loads under way, or whose logits or numbers
+# are fp64.
 MOST_REGISTERS = {
-    "policy_loss_kernel": 128,
-    "policy_loss_masked_kernel": 128,
-    "gae_kernel": 128,
+    r"policy_loss(_masked)?_kernel<double": 168,
+    r"(policy_loss(_masked)?|gae|rewards)_kernel<": 128,
+    r"token_log_probs(_backward)?_kernel<double": 128,
+    r"token_log_probs_backward_kernel<.*, true>": 85,
 }
 MOST_SHARED = 48 << 10
 # Loads that a thread has under way in rows of logits, forward; then loads and stores backward, by
@@ -51,10 +53,10 @@ WIDE = {
         for types, moves in _MOVES.items()
         for switches in _SWITCHES
     },
-    "rewards_kernel<float, 1, true>": (2, 0),
-    "rewards_kernel<float, 8, true>": (2, 0),
-    "rewards_kernel<double, 1, true>": (3, 0),
-    "rewards_kernel<double, 8, true>": (3, 0),
+    "rewards_kernel<float, 1, true>": (4, 0),
+    "rewards_kernel<float, 8, true>": (4, 0),
+    "rewards_kernel<double, 1, true>": (6, 0),
+    "rewards_kernel<double, 8, true>": (6, 0),
 }
 
 
@@ -70,7 +72,8 @@ def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
 def test_kernels_keep_to_their_registers(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         assert kernel.stack == 0, kernel.name
-        most = MOST_REGISTERS.get(kernel.name.split("<")[0], 64)
+        limits = (most for name, most in MOST_REGISTERS.items() if re.match(name, kernel.name))
+        most = next(limits, 64)
         assert kernel.registers <= most, kernel.name
         assert kernel.shared <= MOST_SHARED, kernel.name
         assert FORBIDDEN.search(kernel.code) is None, kernel.name

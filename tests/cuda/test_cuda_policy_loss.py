@@ -187,6 +187,21 @@ def test_a_mask_may_have_any_byte_but_0(cuda):
     check(found, _REFERENCE_MASKED(*given, mask.view(torch.uint8) != 0, *tail), 1e-11)
 
 
+@pytest.mark.parametrize("shape", [(1, 40000), (3, 16384), (2, 16385)], ids=str)
+def test_runs_of_long_rows_are_counted_once(cuda, shape):
+    """By a launch before, whose counts are forgotten: those of the call after are its own."""
+    rows, length = shape
+    config = StepPOConfig(clip_low=0.05, clip_high=0.05, reduction="trajectory_mean")
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(shape, generator=generator) < 0.6
+        now, spread = torch.randn((2, rows * length), generator=generator, dtype=torch.float64)
+        given = now, None, now + 0.1, spread, None, None, None, None
+        tail = length, config.kernel, True, False
+        found = policy_loss.policy_loss_masked(cuda, *given, mask.reshape(-1), *tail)
+        check(found, _REFERENCE_MASKED(*given, mask.reshape(-1), *tail), 1e-11)
+
+
 def test_bits_do_not_depend_on_the_order_of_threads(cuda):
     batch = random_batch(3, 16, 300)
     config = StepPOConfig(ratio="centered", kl_coef=0.1, entropy_coef=0.1)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 #include "steppo/types.h"
 
@@ -75,13 +76,16 @@ static inline void with_logits(int dtype, F&& body) {
 }
 
 // Calls body(In{}, Out{}) with the types of logits and of their gradient: the same, or of fp32
-// logits a half precision.
+// logits a half precision. Others are thrown: what is written would not be what there is room for.
 template <class F>
 static inline void with_gradient(int dtype, int grad_dtype, F&& body) {
   with_logits(dtype, [&](auto in) {
     if constexpr (sizeof in == sizeof(float)) {
       if (grad_dtype == kFloat16) return body(in, Half{});
       if (grad_dtype == kBFloat16) return body(in, BFloat16{});
+    }
+    if (grad_dtype != dtype) {
+      throw std::invalid_argument("a gradient has a dtype that its numbers are not written in");
     }
     body(in, in);
   });
