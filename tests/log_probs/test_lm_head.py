@@ -143,7 +143,8 @@ def test_backward_takes_only_rows_with_a_gradient(kernel, share):
         found = torch.autograd.grad(log_probs, (case.hidden, case.weight), upstream)
     live = int((upstream * case.mask).sum())
     assert counter.operations == 6 * live * case.weight.numel()
-    assert max(sizes) <= max(16 * 51, case.hidden.numel())
+    # On a GPU rows of logits are multiples of 8 numbers.
+    assert max(sizes) <= max(16 * 56, case.hidden.numel())
     expected = torch.autograd.grad(
         plain_log_probs(case)[0], (case.hidden, case.weight), upstream, allow_unused=True
     )

@@ -256,7 +256,8 @@ def test_no_tensor_of_all_logits(kernel):
         case.hidden = hidden
         with new_tensors() as sizes:
             run(case, kernel.backend, config=_CONFIG, chunk_tokens=9)
-        assert max(sizes) <= 9 * 301
+        # On a GPU rows of logits are multiples of 8 numbers.
+        assert max(sizes) <= 9 * 304
     assert case.layout.num_tokens > 5 * 9
 
 
