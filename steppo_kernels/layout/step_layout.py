@@ -458,6 +458,18 @@ def shifted_left(layout: StepLayout) -> StepLayout:
     return _made(regroup.shifted_left(require_layout(layout)))
 
 
+def padded_left(layout: StepLayout, shape: torch.Size, columns: int) -> StepLayout:
+    """Return the layout with so many places that are no action's before each row.
+
+    Args:
+        layout: the steps.
+        shape: ``[B, T]``, with T > 0 and as many places as the layout has.
+        columns: how many.
+    """
+    held = require_layout(layout)
+    return _made(regroup.padded_left(held._replace(step_ids=held.step_ids.view(shape)), columns))
+
+
 def _made(held: StepTensors) -> StepLayout:
     layout = object.__new__(StepLayout)
     _fill(layout, held)
