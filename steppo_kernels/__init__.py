@@ -3,6 +3,7 @@
 from ._version import __version__
 from .config import StepPOConfig
 from .layout.broadcast import broadcast_to_tokens
+from .layout.ends import check_step_ends
 from .layout.step_layout import StepLayout
 from .log_probs.linear_token_log_probs import linear_token_log_probs
 from .log_probs.token_log_probs import token_log_probs
@@ -29,6 +30,7 @@ __all__ = [
     "StepValueLoss",
     "__version__",
     "broadcast_to_tokens",
+    "check_step_ends",
     "group_normalize",
     "linear_steppo_loss",
     "linear_token_log_probs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,10 @@ def check_loss_inputs(
     dtype = checks.compute_dtype(values)
     chosen = resolve(backend, device)
     if old_log_probs is not None:
+        rounded = {"old_log_probs": old_log_probs}
+        if name == "log_probs":
+            rounded[name] = values
+        _warn_of_rounding(rounded, config, clip_low, clip_high)
         old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
         old_log_probs = checks.constant(old_log_probs)
     if ref_log_probs is not None:
@@ -150,6 +155,37 @@ def check_loss_inputs(
         weights_by_token,
     )
     return values, LossInputs(chosen, shape, device, dtype, held, mask, config, constants)
+
+
+def _warn_of_rounding(
+    log_probs: dict[str, Tensor],
+    config: StepPOConfig,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+) -> None:
+    """Warn of log-probs that are rounded by more than what clips a ratio."""
+    if is_compiling() or config.surrogate == "soft":
+        return
+    # Bounds of steps may lie on a GPU. A bound of 0 leaves no range.
+    bounds = {"clip_low": config.clip_low} if clip_low is None else {}
+    bounds |= {"clip_high": config.clip_high} if clip_high is None else {}
+    bounds = {name: bound for name, bound in bounds.items() if bound > 0}
+    if not bounds:
+        return
+    narrow = min(bounds, key=lambda name: bounds[name])
+    for name, value in log_probs.items():
+        if not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        error = torch.finfo(value.dtype).eps / 2
+        if bounds[narrow] < error:
+            warnings.warn(
+                f"{name}: got {value.dtype} with {narrow}={bounds[narrow]:g}, expected float32: it "
+                f"rounds a log-prob between -1 and -2 by up to {error:.2g}, so that rounding "
+                "decides what is clipped. Keep log-probs in float32 from the logits on, as "
+                "token_log_probs and the losses from logits and hidden states do, or widen the "
+                "clip range",
+                stacklevel=4,
+            )
 
 
 def _per_step(name: str, value: Tensor, held: StepTensors | None, dtype: torch.dtype) -> Tensor:

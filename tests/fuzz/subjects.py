@@ -93,6 +93,8 @@ def subjects() -> list[Subject]:
     head_leaves = ("hidden", "weight", "bias")
     return [
         Subject("from_mask", StepLayout.from_mask, {"mask": MASK, "boundaries": MASK}),
+        Subject("from_mask of counted steps", StepLayout.from_mask,
+                {"mask": MASK, "steps_per_row": [2, 2]}),
         Subject("from_mask packed", StepLayout.from_mask, {"mask": MASK.flatten(), **packed}),
         Subject("from_step_ids", StepLayout.from_step_ids, {"step_ids": STEP_IDS}),
         Subject(
@@ -129,6 +131,8 @@ def subjects() -> list[Subject]:
                 {"surrogate": "soft", "soft_temperature": (1.0, 2.0), "ratio": "token"}),
         Subject("broadcast_to_tokens", named.broadcast_to_tokens,
                 {"per_step": STEPS, "layout": steps}, ("per_step",)),
+        Subject("check_step_ends", named.check_step_ends,
+                {"layout": steps, "token_ids": torch.where(MASK, 1, 0), "end": 4}),
         Subject("step_gae", named.step_gae,
                 {"rewards": TOKENS, "values": TOKENS, "layout": steps,
                  "bootstrap_values": torch.tensor([0.5, -0.5])}),

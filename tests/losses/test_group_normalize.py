@@ -162,12 +162,21 @@ _LAYOUT = StepLayout.from_mask(torch.tensor([[1, 0, 1], [1, 1, 1]]), backend="re
     [
         (TypeError, "values: got torch.int64", {"values": torch.arange(3)}),
         (ValueError, r"values: got shape \(1, 3\), expected 1", {"values": torch.ones(1, 3)}),
-        (ValueError, r"groups: got shape \(2,\), expected \(3,\), one entry per value",
-         {"groups": torch.zeros(2, dtype=torch.int64)}),
-        (ValueError, r"groups: got shape \(3,\), expected \(2,\), one entry per trajectory",
-         {"layout": _LAYOUT}),
-        (ValueError, r"values: got shape \(2,\), expected \(3,\), one entry per step",
-         {"values": torch.ones(2), "layout": _LAYOUT}),
+        (
+            ValueError,
+            r"groups: got shape \(2,\), expected \(3,\), one entry per value",
+            {"groups": torch.zeros(2, dtype=torch.int64)},
+        ),
+        (
+            ValueError,
+            r"groups: got shape \(3,\), expected \(2,\), one entry per trajectory",
+            {"layout": _LAYOUT},
+        ),
+        (
+            ValueError,
+            r"values: got shape \(2,\), expected \(3,\), one entry per step",
+            {"values": torch.ones(2), "layout": _LAYOUT},
+        ),
         (TypeError, "groups: got torch.float32", {"groups": torch.zeros(3)}),
         (TypeError, "groups: got an entry of type float", {"groups": [0.0, 1.0, 2.0]}),
         (TypeError, "groups: got str", {"groups": "abc"}),
@@ -175,7 +184,7 @@ _LAYOUT = StepLayout.from_mask(torch.tensor([[1, 0, 1], [1, 1, 1]]), backend="re
         (ValueError, "eps: got 0.0", {"eps": 0.0}),
         (TypeError, "layout: got Tensor", {"layout": torch.ones(2, 3)}),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(error, text, call):
     given = {"values": torch.ones(3), "groups": torch.zeros(3, dtype=torch.int64), **call}
     with pytest.raises(error, match=text):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import checks
 from ...backends.choice import Backend
-from ...layout.step_layout import StepLayout, padded_left, shifted_left
+from ...layout.predictors import padded_left, shifted_left
+from ...layout.step_layout import StepLayout
 from .probe import LogitMap
 
 

@@ -54,8 +54,11 @@ def test_the_loss_is_that_of_tensors_padded_by_hand(family, form, per_token, bac
     values |= {"temperature": drawn[0], "is_weights": drawn[1]}
     if per_token:
         values["advantages"] = drawn[2] - 1
-    options = {"config": CONFIG, "backend": backend, "step_weights": drawn[0, 0, : len(
-        batch.advantages)]}  # fmt: skip
+    options = {
+        "config": CONFIG,
+        "backend": backend,
+        "step_weights": drawn[0, 0, : len(batch.advantages)],
+    }
     patch_lm_head(model)
     out, expected = evaluated(model, batch, StepPOBatch(layout=batch.layout, **values, **options))
     cut = {name: batch.kept(x) if x.dim() == 2 else x for name, x in values.items()}
@@ -152,15 +155,27 @@ def test_wrong_calls():
         (StepPOBatch(None, batch.advantages, cut), {}, "give the batch logits_to_keep=10"),
         (StepPOBatch(None, **kept, is_weights=old[:, :1]), {}, r"is_weights: got shape \(3, 1\)"),
         (StepPOBatch(None, **kept, temperature=old), {}, r"temperature: got shape \(3, 14\)"),
-        (LogProbBatch(cut, logits_to_keep=KEPT, token_ids=batch.ids[:, 1:]), {},
-         r"token_ids: got shape \(3, 13\)"),
-        (LogProbBatch(cut, logits_to_keep=KEPT), {"attention_mask": unseen},
-         "layout: got an action token in row 2, column 0"),
-        (LogProbBatch(cut, logits_to_keep=KEPT), {"input_ids": negative},
-         "input_ids: got -1 in row 2, column 5"),
-        (LogProbBatch(cut, logits_to_keep=KEPT, token_ids=batch.kept(negative)), {},
-         "token_ids: got -1 in row 2, column 1"),
-    ):  # fmt: skip
+        (
+            LogProbBatch(cut, logits_to_keep=KEPT, token_ids=batch.ids[:, 1:]),
+            {},
+            r"token_ids: got shape \(3, 13\)",
+        ),
+        (
+            LogProbBatch(cut, logits_to_keep=KEPT),
+            {"attention_mask": unseen},
+            "layout: got an action token in row 2, column 0",
+        ),
+        (
+            LogProbBatch(cut, logits_to_keep=KEPT),
+            {"input_ids": negative},
+            "input_ids: got -1 in row 2, column 5",
+        ),
+        (
+            LogProbBatch(cut, logits_to_keep=KEPT, token_ids=batch.kept(negative)),
+            {},
+            "token_ids: got -1 in row 2, column 1",
+        ),
+    ):
         # The embedding takes no negative ids.
         given = {**batch.inputs, **more}
         if (given["input_ids"] < 0).any():
