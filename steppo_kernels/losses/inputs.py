@@ -17,6 +17,8 @@ from ..config import KernelConfig, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 
 class Constants(NamedTuple):
     """What a loss takes besides log-probs and entropies: arguments of the operator `policy_loss`.
@@ -106,10 +108,8 @@ def check_loss_inputs(
     dtype = checks.compute_dtype(values)
     chosen = resolve(backend, device)
     if old_log_probs is not None:
-        rounded = {"old_log_probs": old_log_probs}
-        if name == "log_probs":
-            rounded[name] = values
-        _warn_of_rounding(rounded, config, clip_low, clip_high)
+        own = values if name == "log_probs" else None
+        _warn_of_rounding(own, old_log_probs, config, clip_low, clip_high)
         old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
         old_log_probs = checks.constant(old_log_probs)
     if ref_log_probs is not None:
@@ -158,32 +158,36 @@ def check_loss_inputs(
 
 
 def _warn_of_rounding(
-    log_probs: dict[str, Tensor],
+    log_probs: Tensor | None,
+    old_log_probs: Tensor,
     config: StepPOConfig,
     clip_low: Tensor | None,
     clip_high: Tensor | None,
 ) -> None:
     """Warn of log-probs that are rounded by more than what clips a ratio."""
-    if is_compiling() or config.surrogate == "soft":
+    rounded = [
+        (name, value.dtype)
+        for name, value in (("log_probs", log_probs), ("old_log_probs", old_log_probs))
+        if isinstance(value, Tensor) and value.dtype in _HALVES
+    ]
+    if not rounded or config.surrogate == "soft" or is_compiling():
         return
     # Bounds of steps may lie on a GPU. A bound of 0 leaves no range.
     bounds = {"clip_low": config.clip_low} if clip_low is None else {}
     bounds |= {"clip_high": config.clip_high} if clip_high is None else {}
-    bounds = {name: bound for name, bound in bounds.items() if bound > 0}
-    if not bounds:
-        return
-    narrow = min(bounds, key=lambda name: bounds[name])
-    for name, value in log_probs.items():
-        if not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16):
-            continue
-        error = torch.finfo(value.dtype).eps / 2
-        if bounds[narrow] < error:
+    narrow, bound = min(
+        ((name, bound) for name, bound in bounds.items() if bound > 0),
+        key=lambda one: one[1],
+        default=("", math.inf),
+    )
+    for name, dtype in rounded:
+        error = torch.finfo(dtype).eps / 2
+        if bound < error:
             warnings.warn(
-                f"{name}: got {value.dtype} with {narrow}={bounds[narrow]:g}, expected float32: it "
-                f"rounds a log-prob between -1 and -2 by up to {error:.2g}, so that rounding "
-                "decides what is clipped. Keep log-probs in float32 from the logits on, as "
-                "token_log_probs and the losses from logits and hidden states do, or widen the "
-                "clip range",
+                f"{name}: got {dtype} with {narrow}={bound:g}, expected float32: it rounds a "
+                f"log-prob between -1 and -2 by up to {error:.2g}, so that rounding decides what "
+                "is clipped. Keep log-probs in float32 from the logits on, as token_log_probs and "
+                "the losses from logits and hidden states do, or widen the clip range",
                 stacklevel=4,
             )
 

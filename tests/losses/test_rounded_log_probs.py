@@ -38,7 +38,7 @@ def test_the_default_range_and_half_precision():
         assert len(found) == 1
         assert f"old_log_probs: got {dtype} with clip_low=0.0003" in found[0]
         assert f"by up to {error}" in found[0]
-        assert [text.split(":")[0] for text in texts(half, half)] == ["old_log_probs", "log_probs"]
+        assert [text.split(":")[0] for text in texts(half, half)] == ["log_probs", "old_log_probs"]
     assert not texts(full, full)
     assert not texts(full.double(), full)
 
