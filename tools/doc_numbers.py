@@ -13,7 +13,8 @@ a place on its axis), the variant and the quantity. That is `time`, `ratio` of t
 `beyond` for the time of the first beyond the second, or a key of the measurement such as
 `extra_bytes`. Parts after these narrow it down: `1` is the number of threads, `cold` or `warm` the
 mode. Without a mode a number is the cold one where the results have it. Text up to the next heading
-of the page must show each number, rounded as it is shown.
+of the page must show each number, rounded as it is shown. `tools/gpu_numbers.py` says how lists and
+tables name what was measured on a GPU.
 
 ``python -m tools.doc_numbers`` lists the numbers that differ and exits with 1 if there are any;
 with ``--write`` it puts the new ones into the pages.
@@ -22,19 +23,24 @@ with ``--write`` it puts the new ones into the pages.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu.results import Results as GpuResults
 from benchmarks.modes import MODES
 from benchmarks.report.results import Line, Results
 from benchmarks.variants import Variant
 
+from . import gpu_numbers
+
 ROOT = Path(__file__).parents[1]
 UNITS = {"us": 1e-6, "ms": 1e-3, "ns": 1e-9, "KiB": 2.0**10, "MiB": 2.0**20, "%": 1e-2}
+UNITS |= {"GB/s": 1e9, "TFLOP/s": 1e12}
 
 _SECTION = re.compile(r"<!-- measured: (\S+)\n(.*?)-->(.*?)(?=^#|^<!-- measured:|\Z)", re.S | re.M)
 _SHOWN = re.compile(r"([\d,]+)(\.\d+)?(e-?\d+)? ?(\D*)")
@@ -69,18 +75,27 @@ def pages() -> list[Path]:
 
 
 def numbers(page: Path) -> Iterator[Number]:
-    """Yield the numbers that a page lists."""
-    for section in _SECTION.finditer(page.read_text()):
+    """Yield the numbers that a page lists, and those of its tables of a GPU."""
+    text = page.read_text()
+    for section in _SECTION.finditer(text):
         yield from of_section(page, *section.groups())
+    for table in gpu_numbers.TABLE.finditer(text):
+        for shown, now in gpu_numbers.of_table(ROOT, table, like)[1]:
+            yield Number(page, shown, now, 1)
 
 
 def of_section(page: Path, source: str, listed: str, text: str) -> Iterator[Number]:
     """Yield the numbers that a section of a page lists."""
-    results = Results(json.loads((ROOT / source).read_text()))
+    document = json.loads((ROOT / source).read_text())
+    find: Callable[..., float]
+    if gpu_numbers.is_of_gpu(document):
+        find = functools.partial(gpu_numbers.measured, GpuResults(document))
+    else:
+        find = functools.partial(measured, Results(document))
     for entry in filter(None, map(str.strip, listed.splitlines())):
         shown, *where = (part.strip() for part in entry.split("|"))
         found = len(occurrences(shown).findall(text))
-        yield Number(page, shown, like(shown, measured(results, *where)), found)
+        yield Number(page, shown, like(shown, find(*where)), found)
 
 
 def occurrences(*shown: str) -> re.Pattern[str]:
@@ -157,7 +172,11 @@ def rewrite(page: Path) -> None:
 
         return occurrences(*one).sub(number, match.group())
 
-    page.write_text(_SECTION.sub(section, page.read_text()))
+    def table(found: re.Match[str]) -> str:
+        return gpu_numbers.of_table(ROOT, found, like)[0]
+
+    text = _SECTION.sub(section, page.read_text())
+    page.write_text(gpu_numbers.TABLE.sub(table, text))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,19 +9,33 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 from . import code, floors
+from .runs import runs
 
 _PAGE = Path(__file__).parents[1] / "cuda_account.md"
-TABLES = {"floors": floors.table, "code": code.table}
+
+
+def _floors() -> list[str]:
+    found = runs()
+    lines = floors.table(found)
+    if found:
+        when = "; ".join(run.when for run in found)
+        lines = [f"Measured: {found[0].device};", f"{when}.", "", *lines]
+    return lines
+
+
+TABLES = {"floors": _floors, "code": code.table}
 
 
 def main() -> None:
     """Print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"put the tables into {_PAGE.name}")
-    write = parser.parse_args().write
+    parser.add_argument("--only", choices=TABLES, help="this table alone")
+    options = parser.parse_args()
+    write = options.write
     page = _PAGE.read_text() if write else ""
-    for name, table in TABLES.items():
-        text = "\n".join(table())
+    for name in [options.only] if options.only else TABLES:
+        text = "\n".join(TABLES[name]())
         print(f"{name}\n\n{text}\n")
         if write:
             begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"

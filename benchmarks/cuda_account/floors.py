@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..gpu.cases import SIZES
+from ..gpu.on_head import linear_loss
+from ..gpu.on_logits import log_probs
+from ..gpu.on_tokens import LAYOUT, MASK, PER_STEP, policy_loss, step_gae, token_gae
+from ..gpu.problem import Case
+from ..gpu.results import Results, Row, in_kernels, seconds
+from ..gpu.variants import CUDA
 from ..triton_account.assumptions import (
     BANDWIDTH,
     FLOPS,
@@ -13,6 +21,7 @@ from ..triton_account.assumptions import (
     ROWS,
     VOCABULARY,
 )
+from .runs import Run
 
 # Assumed, not of the data sheet: from the first block's start to the last one's end of a launch
 # that does nothing; a load that misses the caches; the last block's turn, which is a fence, an
@@ -22,6 +31,13 @@ LAUNCH, LOAD, LAST_BLOCK = 1.5e-6, 0.7e-6, 2e-6
 # 64 rows of 8192 tokens, a quarter of which are actions, in steps of 48.
 _TOKENS = 64 * 8192
 _ACTIONS, _STEPS = _TOKENS // 4, _TOKENS // 4 // 48
+
+# The sizes of the cases that are measured, which are those of the targets.
+_SIZES = SIZES["full"]
+_FORWARD, _MASKED, _BOTH = (
+    policy_loss(_SIZES.policy[0], kind, backward=backward)
+    for kind, backward in ((LAYOUT, False), (MASK, False), (LAYOUT, True))
+)
 
 
 class Work(NamedTuple):
@@ -34,15 +50,32 @@ class Work(NamedTuple):
         num_bytes: read once or written once.
         operations: of matrix products.
         last_blocks: launches in which the last block adds up.
+        case: what `make gpu-check` measures of it.
+        read: the seconds of that which the estimate is of.
+        less: a case that is part of `case` and not of this call.
     """
 
     name: str
+    case: Case
     target: float | None
     launches: int
     loads: int
     num_bytes: float
     operations: float = 0.0
     last_blocks: int = 0
+    read: Callable[[Row | None], float | None] = in_kernels
+    less: Case | None = None
+
+    def measured(self, results: Results) -> float | None:
+        """Seconds of a run, None if it has none."""
+        found = [
+            self.read(results.get(case.name, CUDA))
+            for case in (self.case, self.less)
+            if case is not None
+        ]
+        if None in found:
+            return None
+        return found[0] - sum(found[1:])  # type: ignore[operator, arg-type]
 
     @property
     def floor(self) -> float:
@@ -66,18 +99,21 @@ def head(live: float) -> Work:
     target = {1.0: 50e-3, 0.3: 27e-3}[live]
     return Work(
         f"linear_steppo_loss, {ROWS} x {HIDDEN} x {VOCABULARY:,}, f = {live}",
+        linear_loss(*_SIZES.head, live),
         target,
         12,
         12,
         moved,
         products,
         1,
+        read=seconds,
     )
 
 
 WORKS = (
     Work(
         "steppo_loss with gradient, layout, [64, 8192]",
+        _FORWARD,
         12e-6,
         1,
         3,
@@ -87,6 +123,7 @@ WORKS = (
     ),
     Work(
         "steppo_loss with gradient, mask, [64, 8192]",
+        _MASKED,
         12e-6,
         1,
         3,
@@ -94,9 +131,10 @@ WORKS = (
         5 * _TOKENS + 12 * _ACTIONS,
         last_blocks=1,
     ),
-    Work("its backward", None, 1, 2, 8 * _TOKENS),
+    Work("backward of either", _BOTH, None, 1, 2, 8 * _TOKENS, less=_FORWARD),
     Work(
         "step_gae, 64 rows of 42 steps, rewards and values of steps",
+        step_gae(*_SIZES.rows, PER_STEP),
         8e-6,
         1,
         4,
@@ -106,6 +144,7 @@ WORKS = (
     ),
     Work(
         "step_gae, every token a step, [64, 8192]",
+        token_gae(_SIZES.tokens),
         8e-6,
         4,
         # Four turns of three loads each for a block's 2,048 steps, before them a row's rewards.
@@ -116,37 +155,56 @@ WORKS = (
     ),
     Work(
         f"token_log_probs, bf16, [{ROWS}, {VOCABULARY:,}]",
+        log_probs(ROWS, VOCABULARY, backward=False),
         0.84e-3,
         1,
         2,
         2.0 * ROWS * VOCABULARY,
+        read=seconds,
     ),
     Work(
         "the same and its backward in place",
+        log_probs(ROWS, VOCABULARY, backward=True),
         2.5e-3,
         2,
         4,
         3 * 2.0 * ROWS * VOCABULARY,
+        read=seconds,
     ),
     head(1.0),
     head(0.3),
 )
 
 
-def table() -> list[str]:
-    """Return the lines of the table."""
+def table(runs: Sequence[Run]) -> list[str]:
+    """Return the lines of the table.
+
+    Args:
+        runs: what was measured; a call is read from the first one that has it.
+    """
     lines = [
-        "| call | launches | loads that wait | MB | TFLOP | floor | estimate | target | on paper |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| call | launches | loads that wait | MB | TFLOP | floor | estimate | measured | target |"
+        " on paper | on the GPU |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for work in WORKS:
-        verdict = "" if work.target is None else "met" if work.estimate <= work.target else "missed"
+        found = ((work.measured(run.results), run) for run in runs)
+        measured, run = next((one for one in found if one[0] is not None), (None, None))
+        shown = "" if measured is None else _time(measured)
         lines.append(
             f"| {work.name} | {work.launches} | {work.loads} | {work.num_bytes / 1e6:.1f} | "
             f"{work.operations / 1e12:.1f} | {_time(work.floor)} | {_time(work.estimate)} | "
-            f"{'' if work.target is None else _time(work.target)} | {verdict} |"
+            f"{shown}{'' if run is None or run is runs[0] else f' ({run.when})'} | "
+            f"{'' if work.target is None else _time(work.target)} | "
+            f"{_verdict(work.estimate, work.target)} | {_verdict(measured, work.target)} |"
         )
     return lines
+
+
+def _verdict(value: float | None, target: float | None) -> str:
+    if value is None or target is None:
+        return ""
+    return "met" if value <= target else "missed"
 
 
 def _time(seconds: float) -> str:

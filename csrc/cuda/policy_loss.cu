@@ -78,11 +78,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
                           steps.token_index + begin, lane};
     double weight = 0;
     if (length > 0) {
-      const double count = steps.trajectory_counts[s];
+      const bool counts = config.reduction == kTrajectoryMean;
+      const double count = counts ? steps.trajectory_counts[s] : 1.0;
       weight = call.step_weights != nullptr
                    ? static_cast<double>(call.step_weights[s])
                    : step_weight(config.reduction, static_cast<double>(length), count);
-      if (lane == 0) own.trajectories += 1.0 / count;
+      if (counts && lane == 0) own.trajectories += 1.0 / count;
     }
     const double log_ratio =
         add_step<lanes, by_token>(call, step, config, weight, center, own.sums);

@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     const std::int64_t row_end = row_begin + masked.row_length;
     const std::int64_t begin = row_begin + chunk % chunks_of_row * kChunk;
     const std::int64_t end = begin + kChunk < row_end ? begin + kChunk : row_end;
-    const double count =
-        config.reduction == kTrajectoryMean ? runs_of_row(masked, row_begin, lane) : 1.0;
+    const bool counts = config.reduction == kTrajectoryMean;
+    const double count = counts ? runs_of_row(masked, row_begin, lane) : 1.0;
     unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
     const MaskWords words = words_of(masked, begin, end, lane);
     // Lane k keeps word k: what is asked for by a number that is not known here lies in memory.
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
         const double weight = step_weight(config.reduction, static_cast<double>(length), count);
         const PolicyRun step{length, first, lane};
         add_step<kWarp, by_token>(call, step, config, weight, center, own.sums);
-        if (lane == 0) own.trajectories += 1.0 / count;
+        if (counts && lane == 0) own.trajectories += 1.0 / count;
       }
     }
   }

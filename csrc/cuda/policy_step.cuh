@@ -103,9 +103,9 @@ STEPPO_DEVICE TokenTotals look_at(const PolicyArrays<T>& call, const Step& step,
   return totals;
 }
 
-// The factors of a step: its weight w_s, and L^-p.
+// The factors of a step: its weight w_s, the share of it that a token has, and L^-p.
 struct StepFactors {
-  double weight, scale;
+  double weight, share, scale;
 };
 
 // The KL penalty of tokens with a factor. A penalty that is only reported has no gradient, whatever
@@ -154,7 +154,7 @@ STEPPO_DEVICE void take_together(const PolicyArrays<T>& call, const Step& step,
   double slope = unit.slope == 0 ? 0.0 : factors.weight * unit.slope * factors.scale;
   const bool weighs_tokens = by_token && slope != 0;
   if (!weighs_tokens && slope != 0) slope *= is_weight;
-  Penalties<T> penalties{config, factors.weight / n};
+  Penalties<T> penalties{config, factors.share};
   int dead = 0;
   for_tokens<lanes, kTokensTogether<T, lanes>>(
       step,
@@ -182,7 +182,7 @@ template <int lanes, class T, class Step, class UnitOf>
 STEPPO_DEVICE void take_apart(const PolicyArrays<T>& call, const Step& step,
                               const PolicyConfig& config, const StepFactors& factors,
                               bool has_ratios, bool is_alive, PolicySums& sums, UnitOf&& unit_of) {
-  const double n = static_cast<double>(step.length), share = factors.weight / n;
+  const double n = static_cast<double>(step.length), share = factors.share;
   const bool by_token = call.is_weights_per_token;
   const double is_weight = call.is_weights != nullptr && !by_token
                                ? static_cast<double>(call.is_weights[step.index])
@@ -243,7 +243,11 @@ STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,
   PolicySums sums;
   sums.k3 = totals.k3;
   const double n = static_cast<double>(step.length);
-  const StepFactors factors{weight, ratio_scale(config.ratio, n)};
+  // A division takes as long as the token loads of a short step.
+  const double part = 1.0 / n;
+  const double scale =
+      config.ratio == kProduct || config.ratio == kCentered ? ratio_scale(config.ratio, n) : part;
+  const StepFactors factors{weight, weight * part, scale};
   const bool holds = clips_tokens(config), is_apart = totals.apart > 0;
   const double pooled = holds ? totals.held : totals.z;
   const double log_ratio = center + factors.scale * (pooled - center * n);
@@ -251,7 +255,7 @@ STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,
       call.clip_low == nullptr ? config.clip_low : static_cast<double>(call.clip_low[step.index]);
   const double high = call.clip_high == nullptr ? config.clip_high
                                                 : static_cast<double>(call.clip_high[step.index]);
-  const double bonus = config.entropy_coef == 0 ? 0.0 : -config.entropy_coef * weight / n;
+  const double bonus = config.entropy_coef == 0 ? 0.0 : -config.entropy_coef * factors.share;
   const bool is_alive = call.entropy != nullptr && bonus != 0;
   if constexpr (by_token) {
     with_surrogate(config.surrogate, [&](auto kind) {
@@ -288,7 +292,7 @@ STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,
     sums.z += totals.z;
     sums.steps += 1;
     sums.tokens += n;
-    sums.entropy += weight * totals.entropy / n;
+    sums.entropy += factors.share * totals.entropy;
   }
   merge_into(all, sums);
   return log_ratio;

@@ -19,6 +19,7 @@ from steppo_kernels.outputs import POLICY_METRICS, ROLLOUT_METRICS, VALUE_METRIC
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "python/README.md")),
+    ROOT / "benchmarks/cuda_account.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 README_LINES = 140
@@ -175,10 +176,80 @@ def test_a_number_is_cold_unless_the_list_says_otherwise(tmp_path):
     assert doc_numbers(str(page)).stdout == "page.md: 90 us is now 91 us\n"
 
 
-def test_readme_has_the_versions_that_the_lock_has_and_the_minima():
+def gpu_results(folder: Path) -> Path:
+    """Write results of a GPU: a loss of two variants, a copy, and two targets."""
+    case = {"function": "a_loss", "how": "forward", "shape": "[8, 8]", "smaller": ""}
+    seconds = {"cuda": [2e-6, 4e-6, 3e-6], "Liger GRPO, Triton": [8e-6, 8e-6, 9e-6]}
+    rows = [
+        case
+        | {"variant": name, "device": device, "wall": [10 * one for one in device]}
+        | {"kernel_seconds": device[0], "moved": 3000, "operations": None, "peak_bytes": 2**21}
+        for name, device in seconds.items()
+    ]
+    target = {"name": "a_loss: device", "wanted": "<= 2 us", "measured": 3.0, "unit": " us"}
+    other = target | {"name": "a_loss: launches", "measured": None, "met": None}
+    document = {
+        "rates": {"copy": 2e9, "product": 1e12},
+        "targets": [target | {"met": False, "verdict": "MISSED"}, other | {"verdict": "-"}],
+        "rows": rows,
+    }
+    path = folder / "gpu_check.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_numbers_of_a_gpu_are_found_in_lists_and_tables_and_replaced(tmp_path):
+    results, page = gpu_results(tmp_path), tmp_path / "page.md"
+    right = f"""\
+<!-- measured: {results}
+3.00x | a_loss, forward... | Liger GRPO, Triton : cuda | ratio
+20 us | a_loss, forward, [8, 8] | cuda | least wall
+2 GB/s | rates | copy | rate
+-->
+Liger's takes 3.00x, 20 us, and a copy 2 GB/s.
+
+<!-- measured table: {results} -->
+
+| time | cuda | cuda, wall | cuda, in kernels | others |
+|---|---|---|---|---|
+| `a_loss`, forward, [8, 8] | 3.0 us; 50 %; 2 MiB | 30 us | 2.0 us | **8 us** (Liger GRPO, Triton) |
+
+<!-- measured targets: {results} -->
+
+| target | wanted | measured | verdict | why |
+|---|---|---|---|---|
+| a_loss: device | <= 2 us | 3 us | MISSED | a reason |
+| a_loss: launches | <= 2 us | - | not measured | |
+"""
+    page.write_text(right)
+    done = doc_numbers(str(page))
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+    wrong = {
+        "3.00x": "3.10x",
+        "3.0 us;": "3.1 us;",
+        "50 %": "51 %",
+        "| 30 us": "| 31 us",
+        "**8 us**": "**9 us**",
+        "| MISSED": "| met",
+    }
+    changed = right
+    for good, bad in wrong.items():
+        changed = changed.replace(good, bad)
+    page.write_text(changed)
+    done = doc_numbers("--write", str(page))
+    assert (done.returncode, done.stdout.count(" is now ")) == (1, len(wrong)), done.stdout
+    assert page.read_text() == right
+    # A target without a row, a case without results.
+    page.write_text(right.replace("| a_loss: launches | <= 2 us | - | not measured | |\n", ""))
+    assert doc_numbers(str(page)).stdout == "page.md: no row is now a_loss: launches\n"
+    page.write_text(right.replace("`a_loss`, forward", "`a_loss`, backward"))
+    assert "a_loss, backward, [8, 8]: not in the results" in doc_numbers(str(page)).stderr
+
+
+def test_the_table_of_versions_has_those_of_the_lock_and_the_minima():
     table = re.findall(
         r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
-        (ROOT / "README.md").read_text(),
+        (ROOT / "docs/installation.md").read_text(),
         re.MULTILINE,
     )
     locked: dict[str, set[str]] = {}
