@@ -3,14 +3,17 @@
 from ._version import __version__
 from .config import StepPOConfig
 from .layout.broadcast import broadcast_to_tokens
+from .layout.ends import check_step_ends
 from .layout.step_layout import StepLayout
 from .log_probs.linear_token_log_probs import linear_token_log_probs
 from .log_probs.token_log_probs import token_log_probs
 from .losses.gae import step_gae
+from .losses.group_normalize import group_normalize
 from .losses.linear_steppo_loss import linear_steppo_loss
 from .losses.logits_loss import steppo_loss_from_logits
 from .losses.modules import StepPOLoss, StepValueLoss
 from .losses.policy_loss import steppo_loss
+from .losses.returns import step_returns
 from .losses.rollout_weights import rollout_weights
 from .losses.step_log_ratios import step_log_ratios
 from .losses.value_loss import step_value_loss
@@ -27,11 +30,14 @@ __all__ = [
     "StepValueLoss",
     "__version__",
     "broadcast_to_tokens",
+    "check_step_ends",
+    "group_normalize",
     "linear_steppo_loss",
     "linear_token_log_probs",
     "rollout_weights",
     "step_gae",
     "step_log_ratios",
+    "step_returns",
     "step_value_loss",
     "steppo_loss",
     "steppo_loss_from_logits",

@@ -93,11 +93,17 @@ def _policy_loss_masked(
 
 
 def _value_loss(values: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    *given, (clip, reduction), values_per_token, old_per_token, need_grad = args
+    *given, (clip, reduction), values_per_token, returns_per_token, old_per_token, need_grad = args
     with torch.enable_grad():
         leaf = values.detach().requires_grad_()
         loss, metrics = value_loss.value_loss(
-            leaf, *given, clip, REDUCTIONS[int(reduction)], values_per_token, old_per_token
+            leaf,
+            *given,
+            clip,
+            REDUCTIONS[int(reduction)],
+            values_per_token,
+            returns_per_token,
+            old_per_token,
         )
         grad = torch.autograd.grad(loss, leaf)[0] if need_grad else None
     return loss.detach(), metrics, grad, None

@@ -270,7 +270,10 @@ def launches(length: int = LENGTHS[0], *, whole: bool = True) -> list[Launch]:
             tokens, tokens, None, held.timeline, (1.0, 1.0, 0.0), False, False
         )
         run("triton", "value_loss")(
-            tokens, steps, tokens, None, held.states, (0.5, 0.0), True, True, True
+            tokens, steps, tokens, None, None, held.states, (0.5, 0.0), True, False, True, True
+        )
+        run("triton", "value_loss")(
+            steps, tokens, None, steps, None, held.states, (0.5, 1.0), False, True, False, True
         )
         for size in (1, 20, 200, 511):
             policy(batch(4, length, size), StepPOConfig(), full=False)

@@ -186,6 +186,7 @@ def _on_steps() -> Iterator[tuple[str, Inputs, Function]]:
                 x["returns"],
                 _layout(x, backend),
                 old_values=x["old"],
+                step_weights=x.get("weights"),
                 backend=backend,
             ).loss,
         )
@@ -195,6 +196,12 @@ def _on_steps() -> Iterator[tuple[str, Inputs, Function]]:
         old = _normal(*size) + 0.4 * _normal(*size, seed=4)
         inputs = {"mask": mask, "values": _leaf(*size), "old": old, "returns": returns}
         yield f"step_value_loss of {kind}", inputs, value_loss
+        inputs = {
+            **inputs,
+            "returns": _normal(*shape, seed=6),
+            "weights": _normal(steps, seed=7).abs(),
+        }
+        yield f"step_value_loss of {kind}, returns of tokens, weights", inputs, value_loss
 
 
 def _policy_losses() -> Iterator[tuple[str, Inputs, Function]]:

@@ -9,8 +9,10 @@ namespace {
 constexpr int64_t kStepsAhead = 16;
 
 template <class T>
-STEPPO_FN void fetch(const T* values, const T* old, const int64_t* state_index, int64_t step) {
+STEPPO_FN void fetch(const T* values, const T* returns, const T* old, const int64_t* state_index,
+                     int64_t step) {
   __builtin_prefetch(values + state_index[step]);
+  if (returns != nullptr) __builtin_prefetch(returns + state_index[step]);
   if (old != nullptr) __builtin_prefetch(old + state_index[step]);
 }
 
@@ -41,8 +43,9 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* v = static_cast<const T*>(tensors.values);
-    const T* target = static_cast<const T*>(tensors.returns);
+    const T* returns = static_cast<const T*>(tensors.returns);
     const T* old = static_cast<const T*>(tensors.old_values);
+    const T* weights = static_cast<const T*>(tensors.step_weights);
     T* grad = static_cast<T*>(tensors.grad_values);
     const Reduction kind = config.reduction;
     if (grad != nullptr) {
@@ -60,16 +63,19 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
     const auto sums =
         sum_steps<ValueSums>(states.step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
           if (tensors.values_per_token && s + kStepsAhead < num_steps) {
-            fetch(v, tensors.old_values_per_token ? old : nullptr, states.state_index,
+            fetch(v, tensors.returns_per_token ? returns : nullptr,
+                  tensors.old_values_per_token ? old : nullptr, states.state_index,
                   s + kStepsAhead);
           }
           const double value = v[at(tensors.values_per_token, s)];
+          const double target = returns[at(tensors.returns_per_token, s)];
           const double before = old == nullptr ? 0.0 : old[at(tensors.old_values_per_token, s)];
           const ValueLoss step =
-              value_step_loss(value, target[s], old != nullptr, before, config.clip);
-          const double weight =
-              step_weight(kind, states.step_lengths[s], states.trajectory_counts[s]);
-          add_step(sum, step, weight, value, target[s]);
+              value_step_loss(value, target, old != nullptr, before, config.clip);
+          const double weight = weights != nullptr ? static_cast<double>(weights[s])
+                                                   : step_weight(kind, states.step_lengths[s],
+                                                                 states.trajectory_counts[s]);
+          add_step(sum, step, weight, value, target);
           if (grad != nullptr) {
             grad[at(tensors.values_per_token, s)] = static_cast<T>(weight / total * step.slope);
           }
@@ -77,7 +83,8 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
     const ValueMeans means = value_means(counts, sums);
     const auto squares =
         sum_steps<ValueSquares>(states.step_lengths, num_steps, threads, [&](int64_t s, auto& sum) {
-          add_step(sum, means, v[at(tensors.values_per_token, s)], target[s]);
+          add_step(sum, means, v[at(tensors.values_per_token, s)],
+                   returns[at(tensors.returns_per_token, s)]);
         });
     *static_cast<T*>(tensors.loss) = static_cast<T>(sums.loss / total);
     // The denominator was known before the gradient was written.

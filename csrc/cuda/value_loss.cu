@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const T* const values = static_cast<const T*>(tensors.values);
   const T* const returns = static_cast<const T*>(tensors.returns);
   const T* const old_values = static_cast<const T*>(tensors.old_values);
+  const T* const step_weights = static_cast<const T*>(tensors.step_weights);
   T* const grad = static_cast<T*>(tensors.grad_values);
   const auto place_of = [&](std::int64_t step, bool per_token) {
     return per_token ? states.state_index[step] : step;
@@ -61,11 +62,13 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     const std::int64_t at = place_of(step, tensors.values_per_token);
     const std::int32_t trajectory_count = states.trajectory_counts[step];
-    const double value = values[at], target = returns[step];
+    const double value = values[at], target = returns[place_of(step, tensors.returns_per_token)];
     const bool has_old = old_values != nullptr;
     const double old = has_old ? old_values[place_of(step, tensors.old_values_per_token)] : 0.0;
     const ValueLoss found = value_step_loss(value, target, has_old, old, config.clip);
-    const double weight = step_weight(config.reduction, length, trajectory_count);
+    const double weight = step_weights != nullptr
+                              ? static_cast<double>(step_weights[step])
+                              : step_weight(config.reduction, length, trajectory_count);
     if (grad != nullptr) grad[at] = static_cast<T>(weight * found.slope);
     add_step(sums.counts, length, trajectory_count);
     add_step(sums.values, found, weight, value, target);
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   ValueSquares& squares = sum_of_thread<kThreads, ValueSquares>();
   for_steps(states, [&](std::int64_t step, std::int32_t length) {
     if (length == 0) return;
-    add_step(squares, means, values[place_of(step, tensors.values_per_token)], returns[step]);
+    add_step(squares, means, values[place_of(step, tensors.values_per_token)],
+             returns[place_of(step, tensors.returns_per_token)]);
   });
   const ValueSquares own_squares = merged_over_block<kThreads, ValueSquares>();
 

@@ -257,18 +257,21 @@ def step_gae(
 
 @_operator(
     "value_loss",
-    "(Tensor values, Tensor returns, Tensor? old_values, Tensor? normalizer, Tensor[] states, "
-    "float[] config, bool values_per_token, bool old_values_per_token, bool need_grad, "
-    "str backend) -> (Tensor loss, Tensor metrics, Tensor grad_values, Tensor gradient_scale)",
+    "(Tensor values, Tensor returns, Tensor? old_values, Tensor? step_weights, "
+    "Tensor? normalizer, Tensor[] states, float[] config, bool values_per_token, "
+    "bool returns_per_token, bool old_values_per_token, bool need_grad, str backend) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_values, Tensor gradient_scale)",
 )
 def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
+    step_weights: Tensor | None,
     normalizer: Tensor | None,
     states: list[Tensor],
     config: tuple[float, ...],
     values_per_token: bool,
+    returns_per_token: bool,
     old_values_per_token: bool,
     need_grad: bool,
     backend: str,

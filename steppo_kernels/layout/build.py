@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import resolve
-from . import csr, segment
+from . import csr, integers, segment
 from .markers import Markers
 from .regroup import with_rewards_of_rows
 from .rows import in_time_order, row_offsets, uniform_offsets
@@ -18,7 +18,11 @@ from .step_tensors import StepTensors
 
 
 def from_mask(
-    mask: Tensor, cu_seqlens: Tensor | None, boundaries: Tensor | None, backend: str
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    boundaries: Tensor | None,
+    steps_per_row: Tensor | Sequence[int] | None,
+    backend: str,
 ) -> StepTensors:
     """See `StepLayout.from_mask`."""
     flags = checks.flags("mask", mask, (1, 2), any_byte=True)
@@ -30,9 +34,32 @@ def from_mask(
         boundaries = checks.flags("boundaries", boundaries, (1, 2), flags.device)
         boundaries = checks.same_shape("boundaries", boundaries, flags.shape)
         boundaries = boundaries.contiguous()
-    return _from_runs(
+    made = _from_runs(
         flags if flags.is_contiguous() else flags.contiguous(), boundaries, rows, chosen
     )
+    if steps_per_row is not None:
+        _check_counts(steps_per_row, made.trajectory_offsets.diff())
+    return made
+
+
+def _check_counts(steps_per_row: Tensor | Sequence[int], found: Tensor) -> None:
+    """Raise where a row has another number of runs than it has steps."""
+    wanted = integers.vector("steps_per_row", steps_per_row).to(found.device)
+    checks.same_shape("steps_per_row", wanted, found.shape)
+    wrong = (wanted != found).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        has, expected = int(found[row]), int(wanted[row])
+        why = (
+            "steps that touch are one run: mark where the later ones begin in boundaries, or use "
+            "from_step_ids or from_markers"
+            if has < expected
+            else "a step with a hole is several runs: use from_step_ids"
+        )
+        raise ValueError(
+            f"mask: got {has} runs of ones in row {row}, expected {expected} as steps_per_row "
+            f"says; {why}"
+        )
 
 
 def from_step_ids(step_ids: Tensor, cu_seqlens: Tensor | None, backend: str) -> StepTensors:

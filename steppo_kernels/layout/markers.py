@@ -33,14 +33,19 @@ class Markers(NamedTuple):
         """Return the checked markers on `device`."""
         starts = _sequences("start", start)
         stops = [] if stop is None else _sequences("stop", stop)
-        if isinstance(end, Tensor):
-            end = checks.tensor("end", end)
-        ends = [end] if _is_one(end) else _entries("end", end)
-        ids = [integers.token_id("end", one) for one in ends]
+        ids = token_set("end", end)
         if not ids and not stops:
             raise ValueError("end: got an empty sequence, expected at least one token id")
         made = (*_ragged(starts), torch.tensor(ids, dtype=torch.int64, device="cpu"))
         return cls(*(tensor.to(device) for tensor in (*made, *_ragged(stops))))
+
+
+def token_set(name: str, value: object) -> list[int]:
+    """Return one token id, or several, as a list."""
+    if isinstance(value, Tensor):
+        value = checks.tensor(name, value)
+    entries = [value] if _is_one(value) else _entries(name, value)
+    return [integers.token_id(name, one) for one in entries]
 
 
 def _sequences(name: str, value: object) -> list[list[int]]:

@@ -123,6 +123,26 @@ def shifted_left(steps: StepTensors) -> StepTensors:
     )
 
 
+def padded_left(steps: StepTensors, columns: int) -> StepTensors:
+    """Put so many places that are no action's before each row of a batch ``[B, T]``, T > 0."""
+    rows, width = steps.shape
+    padding = steps.step_ids.new_full((rows, columns), -1)
+
+    def moved(index: Tensor) -> Tensor:
+        return index + (index // width + 1) * columns
+
+    token_index = moved(steps.token_index)
+    return steps._replace(
+        step_ids=torch.cat((padding, steps.step_ids), 1),
+        token_index=token_index,
+        step_starts=step_starts(token_index, steps.step_offsets),
+        state_index=moved(steps.state_index),
+        # What is before a row of the batch becomes a part of it.
+        row_offsets=steps.row_offsets + -(-steps.row_offsets // width) * columns,
+        reward_index=None if steps.reward_index is None else moved(steps.reward_index),
+    )
+
+
 def with_rewards_of_rows(steps: StepTensors) -> StepTensors:
     """Give every step of a trajectory the rewards of its whole row, if one of them is empty.
 

@@ -135,6 +135,7 @@ class StepLayout:
         *,
         cu_seqlens: Tensor | None = None,
         boundaries: Tensor | None = None,
+        steps_per_row: Tensor | Sequence[int] | None = None,
         backend: Backend = "auto",
     ) -> StepLayout:
         """Make every run of ones in a row a step and every row a trajectory.
@@ -145,6 +146,8 @@ class StepLayout:
                 begin; without it a 1-D input is one row. A run never crosses a row.
             boundaries: bool (or 0/1) of the shape of `mask`: marks tokens that open a new step
                 inside a run.
+            steps_per_row: int ``[R]``, how many steps each row has, as an environment counts them:
+                then it is an error if adjacent steps made one run. It makes no other difference.
             backend: implementation of the segmentation.
 
         Raises:
@@ -157,7 +160,7 @@ class StepLayout:
             >>> StepLayout.from_mask(packed, cu_seqlens=torch.tensor([0, 4, 6])).step_ids.tolist()
             [0, 0, -1, 1, 2, 2]
         """
-        return _made(build.from_mask(mask, cu_seqlens, boundaries, backend))
+        return layout_of(build.from_mask(mask, cu_seqlens, boundaries, steps_per_row, backend))
 
     @classmethod
     @outside_inference_mode
@@ -184,7 +187,7 @@ class StepLayout:
             >>> StepLayout.from_step_ids(torch.tensor([[-1, 4, -1, 4, 7]])).step_ids.tolist()
             [[-1, 0, -1, 0, 1]]
         """
-        return _made(build.from_step_ids(step_ids, cu_seqlens, backend))
+        return layout_of(build.from_step_ids(step_ids, cu_seqlens, backend))
 
     @classmethod
     @outside_inference_mode
@@ -220,7 +223,7 @@ class StepLayout:
             >>> layout.trajectory_steps.tolist(), layout.trajectory_offsets.tolist()
             ([2, 0, 1], [0, 2, 3])
         """
-        return _made(build.from_rows(mask, trajectory_ids, step_indices, valid, backend))
+        return layout_of(build.from_rows(mask, trajectory_ids, step_indices, valid, backend))
 
     @classmethod
     @outside_inference_mode
@@ -275,7 +278,9 @@ class StepLayout:
             >>> layout.step_ids.tolist()
             [[-1, -1, -1, -1, 0, -1, -1, -1, -1, 1, 1]]
         """
-        return _made(build.from_markers(token_ids, start, end, stop, valid, cu_seqlens, backend))
+        return layout_of(
+            build.from_markers(token_ids, start, end, stop, valid, cu_seqlens, backend)
+        )
 
     @outside_inference_mode
     def per_token(self) -> StepLayout:
@@ -287,7 +292,7 @@ class StepLayout:
             >>> StepLayout.from_mask(torch.tensor([[0, 1, 1]])).per_token().step_ids.tolist()
             [[-1, 0, 1]]
         """
-        return _made(regroup.per_token(require_layout(self)))
+        return layout_of(regroup.per_token(require_layout(self)))
 
     @outside_inference_mode
     def per_trajectory(self) -> StepLayout:
@@ -302,7 +307,7 @@ class StepLayout:
             >>> StepLayout.from_mask(torch.tensor([[1, 0, 1]])).per_trajectory().step_ids.tolist()
             [[0, -1, 0]]
         """
-        return _made(regroup.per_trajectory(require_layout(self)))
+        return layout_of(regroup.per_trajectory(require_layout(self)))
 
     @outside_inference_mode
     def keep(self, mask: Tensor) -> StepLayout:
@@ -327,7 +332,9 @@ class StepLayout:
         """
         held = require_layout(self)
         flags = checks.flags("mask", mask, None, held.device)
-        return _made(regroup.keep(held, checks.as_many("mask", flags, held.shape).view(held.shape)))
+        return layout_of(
+            regroup.keep(held, checks.as_many("mask", flags, held.shape).view(held.shape))
+        )
 
     @outside_inference_mode
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> StepLayout:
@@ -351,7 +358,7 @@ class StepLayout:
         checks.switch("non_blocking", non_blocking)
         held = require_layout(self)
         moved = held.to(where, non_blocking)
-        return self if moved.step_ids is held.step_ids else _made(moved)
+        return self if moved.step_ids is held.step_ids else layout_of(moved)
 
     @outside_inference_mode
     def reduction_weights(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
@@ -449,16 +456,8 @@ def require_layout(value: object) -> StepTensors:
     return StepTensors(*value._held)
 
 
-@outside_inference_mode
-def shifted_left(layout: StepLayout) -> StepLayout:
-    """Return the layout with every action token at the place before its own.
-
-    No step may have a token at the first place.
-    """
-    return _made(regroup.shifted_left(require_layout(layout)))
-
-
-def _made(held: StepTensors) -> StepLayout:
+def layout_of(held: StepTensors) -> StepLayout:
+    """Return the layout that holds these tensors."""
     layout = object.__new__(StepLayout)
     _fill(layout, held)
     return layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from ..backends.records import Steps
 from ..config import KernelConfig, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class Constants(NamedTuple):
@@ -105,6 +108,8 @@ def check_loss_inputs(
     dtype = checks.compute_dtype(values)
     chosen = resolve(backend, device)
     if old_log_probs is not None:
+        own = values if name == "log_probs" else None
+        _warn_of_rounding(own, old_log_probs, config, clip_low, clip_high)
         old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
         old_log_probs = checks.constant(old_log_probs)
     if ref_log_probs is not None:
@@ -150,6 +155,41 @@ def check_loss_inputs(
         weights_by_token,
     )
     return values, LossInputs(chosen, shape, device, dtype, held, mask, config, constants)
+
+
+def _warn_of_rounding(
+    log_probs: Tensor | None,
+    old_log_probs: Tensor,
+    config: StepPOConfig,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+) -> None:
+    """Warn of log-probs that are rounded by more than what clips a ratio."""
+    rounded = [
+        (name, value.dtype)
+        for name, value in (("log_probs", log_probs), ("old_log_probs", old_log_probs))
+        if isinstance(value, Tensor) and value.dtype in _HALVES
+    ]
+    if not rounded or config.surrogate == "soft" or is_compiling():
+        return
+    # Bounds of steps may lie on a GPU. A bound of 0 leaves no range.
+    bounds = {"clip_low": config.clip_low} if clip_low is None else {}
+    bounds |= {"clip_high": config.clip_high} if clip_high is None else {}
+    narrow, bound = min(
+        ((name, bound) for name, bound in bounds.items() if bound > 0),
+        key=lambda one: one[1],
+        default=("", math.inf),
+    )
+    for name, dtype in rounded:
+        error = torch.finfo(dtype).eps / 2
+        if bound < error:
+            warnings.warn(
+                f"{name}: got {dtype} with {narrow}={bound:g}, expected float32: it rounds a "
+                f"log-prob between -1 and -2 by up to {error:.2g}, so that rounding decides what "
+                "is clipped. Keep log-probs in float32 from the logits on, as token_log_probs and "
+                "the losses from logits and hidden states do, or widen the clip range",
+                stacklevel=4,
+            )
 
 
 def _per_step(name: str, value: Tensor, held: StepTensors | None, dtype: torch.dtype) -> Tensor:

@@ -82,9 +82,9 @@ def steppo_loss(
         normalizer: replaces the denominator of the reduction; a number, or a 0-dim tensor (no
             host sync). A part of a batch (micro-batch, data-parallel rank) passes that of the
             whole, ``whole_layout.reduction_weights(reduction)[1]``, divided by what its gradients
-            are divided by later: DDP and FSDP average over ranks; transformers' Trainer and
-            accelerate divide by the accumulation steps. With a StepLayout that has no action token
-            it may be 0, and makes no difference.
+            are divided by later: DDP and FSDP average over ranks, and accelerate divides by the
+            accumulation steps. docs/parts_of_a_batch.md has a table of trainers. With a StepLayout
+            that has no action token it may be 0, and makes no difference.
         ratio_center: mu of the centered ratio; by default the mean of z over all action tokens
             of this call. It plays no part in the other ratios, nor on-policy (no
             `old_log_probs`).

@@ -33,6 +33,7 @@ def step_value_loss(
     old_values: Tensor | None = None,
     clip: float = 0.5,
     reduction: Reduction = "step_mean",
+    step_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     backend: Backend = "auto",
 ) -> StepPOOutput:
@@ -47,11 +48,14 @@ def step_value_loss(
         values: per step ``[S]``, or of the token shape with position i the value of the state
             before token i. fp16 and bf16 are computed in fp32; the gradient comes back in the
             dtype of the input.
-        returns: ``[S]``. No gradient.
+        returns: per step ``[S]``, or of the token shape: then that of a step is read where its
+            value is, at ``layout.state_index``. No gradient.
         layout: the steps.
         old_values: like `values`; None turns clipping off. No gradient.
         clip: c > 0.
         reduction: weights and denominator, as in `StepPOConfig`.
+        step_weights: ``[S]``, replaces the weights; the denominator stays that of the reduction.
+            No gradient.
         normalizer: replaces the denominator; a number or a 0-dim tensor.
         backend: implementation.
 
@@ -78,13 +82,20 @@ def step_value_loss(
     clip = checks.positive_number("clip", clip)
     chosen = resolve(backend, device)
     new, by_token = checks.steps_or_tokens("values", values, num_steps, shape, device, dtype)
-    returns = checks.constant(checks.vector("returns", returns, num_steps, "step", device, dtype))
+    returns, returns_by_token = checks.steps_or_tokens(
+        "returns", returns, num_steps, shape, device, dtype
+    )
+    returns = checks.constant(returns)
     old_by_token = False
     if old_values is not None:
         old_values, old_by_token = checks.steps_or_tokens(
             "old_values", old_values, num_steps, shape, device, dtype
         )
         old_values = checks.constant(old_values)
+    if step_weights is not None:
+        step_weights = checks.constant(
+            checks.vector("step_weights", step_weights, num_steps, "step", device, dtype)
+        )
     if normalizer is not None:
         normalizer = checks.normalizer(normalizer, device, steps.num_tokens == 0)
     if chosen == "reference":
@@ -92,21 +103,25 @@ def step_value_loss(
             new,
             returns,
             old_values,
+            step_weights,
             normalizer,
             steps.states,
             clip,
             reduction,
             by_token,
+            returns_by_token,
             old_by_token,
         )
     else:
         constants = (
             returns,
             old_values,
+            step_weights,
             normalizer,
             steps.states,
             (clip, float(REDUCTIONS.index(reduction))),
             by_token,
+            returns_by_token,
             old_by_token,
         )
         if checks.wants_gradient(new):

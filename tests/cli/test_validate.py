@@ -93,6 +93,7 @@ def run(*words: str, operation: str = "") -> tuple[int, dict[str, Any]]:
     return found.exit_code, json.loads(found.output)
 
 
+@pytest.mark.filterwarnings("error:.*got torch:UserWarning")
 def test_a_right_backend_passes(native):
     code, found = run()
     assert (code, found["ok"]) == (0, True), [row for row in found["rows"] if not row["ok"]]

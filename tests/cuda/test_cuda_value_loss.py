@@ -21,10 +21,21 @@ _FORMS = ["mask", "rows", "tokens", "trajectories", "kept"]
 class Case:
     """Random inputs on a layout, with NaN wherever nothing may be read."""
 
-    def __init__(self, layout, dtype, *, per_token=True, old_per_token=True, seed=0):
+    def __init__(
+        self,
+        layout,
+        dtype,
+        *,
+        per_token=True,
+        returns_per_token=False,
+        old_per_token=True,
+        weighted=False,
+        seed=0,
+    ):
         generator = torch.Generator().manual_seed(seed)
         self.layout = layout
         self.per_token, self.old_per_token = per_token, old_per_token
+        self.returns_per_token = returns_per_token
         is_used = layout.step_lengths > 0
         reached = torch.zeros(layout.step_ids.numel(), dtype=torch.bool)
         reached[layout.state_index[is_used]] = True
@@ -35,7 +46,8 @@ class Case:
 
         self.values = drawn(reached if per_token else is_used)
         self.old_values = drawn(reached if old_per_token else is_used)
-        self.returns = drawn(is_used)
+        self.returns = drawn(reached if returns_per_token else is_used)
+        self.step_weights = drawn(is_used).abs() if weighted else None
         self.normalizer = None
 
     def on(self, native, reduction, clip=0.5, need_grad=True):
@@ -45,10 +57,12 @@ class Case:
             self.values,
             self.returns,
             self.old_values,
+            self.step_weights,
             self.normalizer,
             self.layout.states,
             (clip, float(REDUCTIONS.index(reduction))),
             self.per_token,
+            self.returns_per_token,
             self.old_per_token,
             need_grad,
         )
@@ -62,11 +76,13 @@ class Case:
             values,
             self.returns.double(),
             None if self.old_values is None else self.old_values.double(),
+            None if self.step_weights is None else self.step_weights.double(),
             self.normalizer,
             self.layout.states,
             clip,
             reduction,
             self.per_token,
+            self.returns_per_token,
             self.old_per_token,
         )
         loss.backward()
@@ -92,6 +108,7 @@ def test_agrees_with_the_reference(cuda, form, shape, dtype):
     layout = layout_of(form, shape)
     for seed, reduction in enumerate(REDUCTIONS):
         ways = {"per_token": seed % 2 == 0, "old_per_token": seed < 2}
+        ways |= {"returns_per_token": seed in (1, 2), "weighted": seed > 1}
         case = Case(layout, dtype, seed=seed, **ways)
         if seed == 2:
             case.normalizer = torch.tensor(3.5, dtype=torch.float64)

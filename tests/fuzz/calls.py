@@ -114,6 +114,15 @@ def check_value_loss(draw: Draw, pair: Pair, backend: str, returns: Numbers) -> 
     count = math.prod(shape)
     reduction = draw.named("reduction", REDUCTIONS)
     normalizer = draw.number(0.5, 9) if draw.chance(0.3) else None
+    steps = len(oracle.steps)
+    weights = draw.numbers(draw.floats(steps, 0.5, 2), (steps,)) if draw.chance(0.3) else None
+    returns_on_tokens = returns.tensor
+    if draw.chance(0.3) and _per_token(draw, oracle):
+        # The return of a step is read where its value is.
+        flat = draw.spoiled(draw.floats(oracle.size, -1, 1), [oracle.states[s] for s in full])
+        for step in full:
+            flat[oracle.states[step]] = returns.flat[step]
+        returns_on_tokens = draw.numbers(flat, oracle.shape).tensor
 
     def drawn(dtype: torch.dtype) -> tuple[Numbers, dict[int, float]]:
         flat = draw.spoiled(draw.floats(count, -1, 1), places.values())
@@ -132,6 +141,7 @@ def check_value_loss(draw: Draw, pair: Pair, backend: str, returns: Numbers) -> 
             clip=clip,
             reduction=reduction,
             normalizer=normalizer,
+            step_weights=None if weights is None else weights.flat,
         )
         if want.margin > _MARGINS[draw.dtype]:
             break
@@ -140,11 +150,12 @@ def check_value_loss(draw: Draw, pair: Pair, backend: str, returns: Numbers) -> 
     leaf = values.leaf()
     got = package.step_value_loss(
         leaf,
-        returns.tensor,
+        returns_on_tokens,
         pair.layout,
         old_values=old.tensor if clips else None,
         clip=clip,
         reduction=reduction,
+        step_weights=None if weights is None else weights.tensor,
         normalizer=normalizer,
         backend=backend,
     )

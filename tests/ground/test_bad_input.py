@@ -212,7 +212,10 @@ _CALLS = [
     # step_value_loss
     (ValueError, "values: got shape (3,)", value_loss(values=STEPS[:3])),
     (TypeError, "values: got torch.int32", value_loss(values=TOKENS.int())),
-    (ValueError, "returns: got shape (2, 6)", value_loss(returns=TOKENS)),
+    (ValueError, "returns: got shape (6, 2)", value_loss(returns=TOKENS.T)),
+    (ValueError, "returns: got shape (3,)", value_loss(returns=STEPS[:3])),
+    (ValueError, "step_weights: got shape (2, 6)", value_loss(step_weights=TOKENS)),
+    (TypeError, "step_weights: got torch.int64", value_loss(step_weights=STEPS.long())),
     (ValueError, "returns: got a tensor on meta", value_loss(returns=STEPS.to("meta"))),
     (ValueError, "old_values: got shape (5,)", value_loss(old_values=torch.ones(5))),
     (ValueError, "clip: got 0.0", value_loss(clip=0.0)),

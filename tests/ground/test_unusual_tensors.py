@@ -91,7 +91,12 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor], dict[st
     ),
     "step_value_loss": (
         step_value_loss,
-        {"values": _TOKENS, "returns": _STEPS, "old_values": _TOKENS * 0.5},
+        {
+            "values": _TOKENS,
+            "returns": _STEPS,
+            "old_values": _TOKENS * 0.5,
+            "step_weights": _ON_STEPS["step_weights"],
+        },
         {"layout": _LAYOUT},
     ),
     "step_gae": (

@@ -30,7 +30,7 @@ def run(values, returns, layout, backend, **options):
     }
 
 
-def loops(values, returns, layout, *, old_values, clip, reduction, normalizer):
+def loops(values, returns, layout, *, old_values, clip, reduction, normalizer, weights=None):
     """The same in plain Python; values and old values are lists of per-step numbers."""
     steps = oracles.of_layout(layout)
     used = [step for step, tokens in enumerate(steps.tokens) if tokens]
@@ -51,7 +51,8 @@ def loops(values, returns, layout, *, old_values, clip, reduction, normalizer):
             "trajectory_mean": 1 / sum(bool(steps.tokens[s]) for s in members.get(step, [step])),
             "token_mean": len(steps.tokens[step]),
             "sum": 1.0,
-        }[reduction] / total
+        }[reduction]
+        weight = (weight if weights is None else weights[step]) / total
         plain, slope = (v - target) ** 2, v - target
         if old_values is not None:
             old = old_values[step]
@@ -91,10 +92,24 @@ def loops(values, returns, layout, *, old_values, clip, reduction, normalizer):
     clip=st.sampled_from([None, 0.1, 0.5, 3.0]),
     per_token=st.booleans(),
     old_per_token=st.booleans(),
+    returns_per_token=st.booleans(),
+    weighted=st.booleans(),
     by_rows=st.booleans(),
     normalizer=st.sampled_from([None, 3.5]),
 )
-def test_loops(target, seed, shape, reduction, clip, per_token, old_per_token, by_rows, normalizer):
+def test_loops(
+    target,
+    seed,
+    shape,
+    reduction,
+    clip,
+    per_token,
+    old_per_token,
+    returns_per_token,
+    weighted,
+    by_rows,
+    normalizer,
+):
     generator = torch.Generator().manual_seed(seed)
     mask = ragged_mask(*shape, generator=generator)
     layout = StepLayout.from_mask(mask, backend="reference")
@@ -108,14 +123,15 @@ def test_loops(target, seed, shape, reduction, clip, per_token, old_per_token, b
     def normal(*shape):
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
-    values, old, returns = normal(*shape), normal(*shape), normal(layout.num_steps)
+    values, old, returns = normal(*shape), normal(*shape), normal(*shape)
+    weights = normal(layout.num_steps) if weighted else None
 
     def at_states(on_tokens):
         return on_tokens.reshape(-1)[layout.state_index]
 
     found = run(
         (values if per_token else at_states(values)).to(target.device),
-        returns.to(target.device),
+        (returns if returns_per_token else at_states(returns)).to(target.device),
         layout.to(target.device),
         target.backend,
         old_values=(
@@ -123,16 +139,18 @@ def test_loops(target, seed, shape, reduction, clip, per_token, old_per_token, b
         ),
         clip=clip or 0.5,
         reduction=reduction,
+        step_weights=None if weights is None else weights.to(target.device),
         normalizer=normalizer,
     )
     loss, grad, metrics = loops(
         at_states(values).tolist(),
-        returns.tolist(),
+        at_states(returns).tolist(),
         layout,
         old_values=None if clip is None else at_states(old).tolist(),
         clip=clip,
         reduction=reduction,
         normalizer=normalizer,
+        weights=None if weights is None else weights.tolist(),
     )
     expected = torch.tensor(grad, dtype=torch.float64)
     if per_token:
@@ -148,8 +166,9 @@ def test_loops(target, seed, shape, reduction, clip, per_token, old_per_token, b
     reduction=REDUCTIONS,
     per_token={"steps": False, "tokens": True},
     clipped={"plain": False, "clipped": True},
+    weighted={"own": False, "weights": True},
 )
-def test_gradcheck(target, reduction, per_token, clipped):
+def test_gradcheck(target, reduction, per_token, clipped, weighted):
     batch = random_batch(3, 2, 14, mean_step=2.0, dtype=torch.float64, device=target.device)
     values = batch.values
     if not per_token:
@@ -162,6 +181,7 @@ def test_gradcheck(target, reduction, per_token, clipped):
             batch.layout,
             old_values=batch.old_values if clipped else None,
             reduction=reduction,
+            step_weights=batch.step_weights if weighted else None,
             backend=target.backend,
         ).loss
 
@@ -256,3 +276,47 @@ def test_needs_no_gradient(target):
     assert result.metrics.names == VALUE_METRICS
     with_grad = run(batch.values, batch.returns, batch.layout, target.backend)
     assert torch.equal(result.loss, with_grad["loss"])
+
+
+def test_returns_of_tokens_are_read_where_values_are(target):
+    """At the first token of each step; every other place may hold anything."""
+    batch = random_batch(5, 3, 20, device=target.device)
+    states = batch.layout.state_index
+    returns = torch.full_like(batch.values, math.nan)
+    returns.view(-1)[states] = batch.returns
+    found = run(batch.values, returns, batch.layout, target.backend, old_values=batch.old_values)
+    for flat in (returns, returns.view(-1), returns[None]):
+        same = run(batch.values, flat, batch.layout, target.backend, old_values=batch.old_values)
+        assert torch.equal(same["loss"], found["loss"])
+    expected = run(
+        batch.values, batch.returns, batch.layout, target.backend, old_values=batch.old_values
+    )
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_weights_of_a_reduction_given_by_hand_change_nothing(target):
+    batch = random_batch(6, 3, 20, dtype=torch.float64, device=target.device)
+    for reduction in REDUCTIONS:
+        weights, normalizer = batch.layout.reduction_weights(reduction)
+        own = run(batch.values, batch.returns, batch.layout, target.backend, reduction=reduction)
+        given = run(
+            batch.values,
+            batch.returns,
+            batch.layout,
+            target.backend,
+            step_weights=weights,
+            normalizer=normalizer,
+        )
+        torch.testing.assert_close(given["loss"], own["loss"], rtol=1e-13, atol=0)
+        torch.testing.assert_close(given["grad_values"], own["grad_values"], rtol=1e-13, atol=0)
+
+
+def test_a_step_of_weight_0_is_not_trained(target):
+    batch = random_batch(7, 2, 20, device=target.device)
+    weights = torch.ones(batch.layout.num_steps, device=target.device)
+    weights[1] = 0
+    found = run(batch.values, batch.returns, batch.layout, target.backend, step_weights=weights)
+    at = batch.layout.state_index
+    assert found["grad_values"].view(-1)[at[1]] == 0.0
+    assert bool((found["grad_values"].view(-1)[at[2:]] != 0.0).all())

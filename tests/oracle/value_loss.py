@@ -34,9 +34,12 @@ def value_loss(
     clip: float,
     reduction: str,
     normalizer: float | None = None,
+    step_weights: Sequence[float] | None = None,
 ) -> ValueLoss:
     """Return the loss of the values of the steps that hold tokens."""
     weights, denominator = layout.weights(reduction)
+    if step_weights is not None:
+        weights = list(step_weights)
     if normalizer is not None:
         denominator = normalizer
     full = [step for step, tokens in enumerate(layout.steps) if tokens]
@@ -55,7 +58,9 @@ def value_loss(
                     loss, slope = 0.5 * bound * bound, 0.0
                     clipped += 1
         total += weights[step] * loss / denominator
-        size += weights[step] * (1.0 + abs(values[step]) + abs(returns[step])) ** 2 / denominator
+        size += (
+            abs(weights[step]) * (1.0 + abs(values[step]) + abs(returns[step])) ** 2 / denominator
+        )
         gradient[step] = weights[step] * slope / denominator
     count = len(full)
     metrics = {"value_loss": total, "num_steps": float(count)}

@@ -17,10 +17,12 @@ def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
+    step_weights: Tensor | None,
     normalizer: Tensor | None,
     states: Sequence[Tensor],
     config: tuple[float, ...],
     values_per_token: bool,
+    returns_per_token: bool,
     old_values_per_token: bool,
     need_grad: bool,
 ) -> tuple[Tensor | None, ...]:
@@ -32,9 +34,10 @@ def value_loss(
     num_values = values.numel()
     tensors = (
         DTYPES[values.dtype],
-        *addresses(values, returns, old_values),
+        *addresses(values, returns, old_values, step_weights),
         number(normalizer, values),
         values_per_token,
+        returns_per_token,
         old_values_per_token,
         num_values,
         *addresses(loss, metrics, gradient_scale, grad_values),

@@ -16,11 +16,13 @@ def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
+    step_weights: Tensor | None,
     normalizer: Tensor | None,
     states: States,
     clip: float,
     reduction: str,
     values_per_token: bool,
+    returns_per_token: bool,
     old_values_per_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss (differentiable) and the metric vector.
@@ -32,10 +34,13 @@ def value_loss(
     weights, count = reduction_weights(lengths, trajectory_counts, reduction, returns.dtype)
     total = count if normalizer is None else normalizer.to(count)
     kept = lengths > 0
-    zero = torch.zeros_like(returns)
+    zero = returns.new_zeros(lengths.shape)
+    if step_weights is not None:
+        weights = torch.where(kept, step_weights, zero)
     reached = at_states(values, state_index) if values_per_token else values
     v = torch.where(kept, reached, zero)
-    target = torch.where(kept, returns, zero)
+    aim = at_states(returns, state_index) if returns_per_token else returns
+    target = torch.where(kept, aim, zero)
     error = v.detach() - target
     clipped = torch.zeros_like(error)
     is_clipped = is_lost = torch.zeros_like(kept)

@@ -22,7 +22,8 @@ from torch import Tensor
 from ...outputs import NUM_VALUE_METRICS
 from ..records import States, record
 from .launch import FLAT_BLOCK, MAX_PROGRAMS, aligned, cdiv, device_guard, programs, scalar, threads
-from .step_math import TOKEN_MEAN, TRAJECTORY_MEAN, clamp, denominator
+from .policy_steps import step_weights
+from .step_math import clamp, denominator
 from .tiles import chunk, combine_deviations, deviations
 
 _FIELDS = tl.constexpr(10)
@@ -35,6 +36,7 @@ def _step_values(
     p_values,
     p_returns,
     p_old,
+    p_weights,
     p_state_index,
     p_lengths,
     p_counts,
@@ -42,22 +44,24 @@ def _step_values(
     m_s,
     clip,
     VALUES_PER_TOKEN: tl.constexpr,
+    RETURNS_PER_TOKEN: tl.constexpr,
     OLD_PER_TOKEN: tl.constexpr,
     REDUCTION: tl.constexpr,
 ):
     """Return for a block of steps, 0 where one is empty.
 
     That is: whether it counts, its length, where its value is, value, return, loss, gradient,
-    whether it is clipped, w_s.
+    whether it is clipped, w_s, what it is of its trajectory.
     """
     b_len = tl.load(p_lengths + b_s, mask=m_s, other=0)
     m_kept = b_len > 0
     b_state = b_s
-    if VALUES_PER_TOKEN or OLD_PER_TOKEN:
+    if VALUES_PER_TOKEN or RETURNS_PER_TOKEN or OLD_PER_TOKEN:
         b_state = tl.load(p_state_index + b_s, mask=m_kept, other=0)
     b_at = b_state if VALUES_PER_TOKEN else b_s
     b_v = tl.load(p_values + b_at, mask=m_kept, other=0.0).to(tl.float64)
-    b_return = tl.load(p_returns + b_s, mask=m_kept, other=0.0).to(tl.float64)
+    b_return_at = b_state if RETURNS_PER_TOKEN else b_s
+    b_return = tl.load(p_returns + b_return_at, mask=m_kept, other=0.0).to(tl.float64)
     b_error = b_v - b_return
     b_loss = b_error * b_error
     m_clipped = m_kept & False
@@ -72,14 +76,9 @@ def _step_values(
         m_nan = m_moved & (b_other != b_other)
         b_loss = tl.where(m_clipped | m_nan, b_other * b_other, b_loss)
         b_error = tl.where(m_nan, b_other, b_error)
-    b_w = tl.where(m_kept, 1.0, 0.0).to(tl.float64)
-    if REDUCTION == TRAJECTORY_MEAN:
-        b_count = tl.load(p_counts + b_s, mask=m_kept, other=1)
-        b_w = b_w / tl.where(b_count > 1, b_count, 1).to(tl.float64)
-    elif REDUCTION == TOKEN_MEAN:
-        b_w = b_len.to(tl.float64)
+    b_w, b_share = step_weights(p_weights, p_counts, b_s, b_len, m_kept, REDUCTION)
     b_grad = tl.where(m_clipped, 0.0, b_w * b_error)
-    return m_kept, b_len, b_at, b_v, b_return, 0.5 * b_loss, b_grad, m_clipped, b_w
+    return m_kept, b_len, b_at, b_v, b_return, 0.5 * b_loss, b_grad, m_clipped, b_w, b_share
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -87,6 +86,7 @@ def value_loss_kernel(
     p_values,
     p_returns,
     p_old,
+    p_weights,
     p_state_index,
     p_lengths,
     p_counts,
@@ -96,6 +96,7 @@ def value_loss_kernel(
     num_values,
     clip: tl.float64,
     VALUES_PER_TOKEN: tl.constexpr,
+    RETURNS_PER_TOKEN: tl.constexpr,
     OLD_PER_TOKEN: tl.constexpr,
     REDUCTION: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -123,10 +124,11 @@ def value_loss_kernel(
     residual_spread = tl.full((), 0.0, tl.float64)
     for i_block in range(i_p, tl.cdiv(num_steps, BS), tl.num_programs(0)):
         b_s = i_block * BS + tl.arange(0, BS)
-        m_kept, b_len, _, b_v, b_return, b_loss, _, m_clipped, b_w = _step_values(
+        m_kept, b_len, _, b_v, b_return, b_loss, _, m_clipped, b_w, b_share = _step_values(
             p_values,
             p_returns,
             p_old,
+            p_weights,
             p_state_index,
             p_lengths,
             p_counts,
@@ -134,11 +136,12 @@ def value_loss_kernel(
             b_s < num_steps,
             clip,
             VALUES_PER_TOKEN,
+            RETURNS_PER_TOKEN,
             OLD_PER_TOKEN,
             REDUCTION,
         )
         loss += tl.sum(b_w * b_loss, 0)
-        total += tl.sum(b_w, 0)
+        total += tl.sum(b_share, 0)
         clipped += tl.sum(m_clipped.to(tl.float64), 0)
         tokens += tl.sum(b_len.to(tl.float64), 0)
         value += tl.sum(b_v, 0)
@@ -213,6 +216,7 @@ def finish_value_loss_kernel(
     p_values,
     p_returns,
     p_old,
+    p_weights,
     p_state_index,
     p_lengths,
     p_counts,
@@ -228,6 +232,7 @@ def finish_value_loss_kernel(
     normalizer: tl.float64,
     GIVEN: tl.constexpr,
     VALUES_PER_TOKEN: tl.constexpr,
+    RETURNS_PER_TOKEN: tl.constexpr,
     OLD_PER_TOKEN: tl.constexpr,
     REDUCTION: tl.constexpr,
     BP: tl.constexpr,
@@ -238,10 +243,11 @@ def finish_value_loss_kernel(
     if p_grad is not None:
         b_s = i_p * BS + tl.arange(0, BS)
         m_s = b_s < num_steps
-        m_kept, _, b_at, _, _, _, b_grad, _, _ = _step_values(
+        m_kept, _, b_at, _, _, _, b_grad, _, _, _ = _step_values(
             p_values,
             p_returns,
             p_old,
+            p_weights,
             p_state_index,
             p_lengths,
             p_counts,
@@ -249,6 +255,7 @@ def finish_value_loss_kernel(
             m_s,
             clip,
             VALUES_PER_TOKEN,
+            RETURNS_PER_TOKEN,
             OLD_PER_TOKEN,
             REDUCTION,
         )
@@ -273,10 +280,12 @@ def value_loss(
     values: Tensor,
     returns: Tensor,
     old_values: Tensor | None,
+    step_weights: Tensor | None,
     normalizer: Tensor | None,
     states: Sequence[Tensor],
     config: Sequence[float],
     values_per_token: bool,
+    returns_per_token: bool,
     old_values_per_token: bool,
     need_grad: bool,
 ) -> tuple[Tensor | None, ...]:
@@ -297,6 +306,7 @@ def value_loss(
         values,
         returns,
         old_values,
+        step_weights,
         state_index,
         step_lengths,
         trajectory_counts,
@@ -310,6 +320,7 @@ def value_loss(
             num_values,
             clip,
             VALUES_PER_TOKEN=values_per_token,
+            RETURNS_PER_TOKEN=returns_per_token,
             OLD_PER_TOKEN=old_values_per_token,
             REDUCTION=int(reduction),
             ALIGNED=aligned(num_values),
@@ -329,6 +340,7 @@ def value_loss(
             number,
             GIVEN=normalizer is not None,
             VALUES_PER_TOKEN=values_per_token,
+            RETURNS_PER_TOKEN=returns_per_token,
             OLD_PER_TOKEN=old_values_per_token,
             REDUCTION=int(reduction),
             BP=MAX_PROGRAMS,

@@ -23,6 +23,8 @@ def _case(
     per_token: bool = True,
     clipped: bool = True,
     reduction: Reduction = "step_mean",
+    returns_per_token: bool = False,
+    weighted: bool = False,
     normalizer: bool = False,
 ) -> Case:
     def draw_problem(draw: Draw) -> Problem:
@@ -35,8 +37,14 @@ def _case(
             inputs["old_values"] = draw.rounded(new + 0.6 * draw.normal(*shape))
             unread["old_values"] = unread["values"]
         inputs["returns"] = draw.rounded(draw.normal(layout.num_steps))
-        unread["returns"] = layout.step_lengths == 0
         clip = _keep_clear(inputs, layout, per_token) if clipped else 0.5
+        unread["returns"] = layout.step_lengths == 0
+        if weighted:
+            inputs["step_weights"] = draw.rounded(draw.uniform(0.0, 1.0, layout.num_steps))
+            unread["step_weights"] = unread["returns"]
+        if returns_per_token:
+            inputs["returns"] = _at_states(inputs["returns"], layout)
+            unread["returns"] = _unread(layout, layout.shape)
         total = torch.tensor(draw.integer(1, 50), device=layout.device) if normalizer else None
         upstream = draw.upstream()
 
@@ -49,6 +57,7 @@ def _case(
                 old_values=inputs.get("old_values"),
                 clip=clip,
                 reduction=reduction,
+                step_weights=inputs.get("step_weights"),
                 normalizer=total,
                 backend=backend,
             )
@@ -71,6 +80,14 @@ def _unread(layout: StepLayout, shape: torch.Size | None) -> Tensor:
     unread = torch.ones(shape.numel(), dtype=torch.bool, device=layout.device)
     unread[layout.state_index[~empty]] = False
     return unread.view(shape)
+
+
+def _at_states(per_step: Tensor, layout: StepLayout) -> Tensor:
+    """Return numbers of the steps at the positions of their values, 0 elsewhere."""
+    kept = layout.step_lengths > 0
+    per_token = per_step.new_zeros(layout.shape)
+    per_token.view(-1)[layout.state_index[kept]] = per_step[kept]
+    return per_token
 
 
 def _keep_clear(inputs: dict[str, Tensor], layout: StepLayout, per_token: bool) -> float:
@@ -102,5 +119,7 @@ CASES: tuple[Case, ...] = (
     _case("trajectory_mean", reduction="trajectory_mean"),
     _case("token_mean", reduction="token_mean"),
     _case("sum", reduction="sum"),
+    _case("returns per token", returns_per_token=True),
+    _case("step_weights", weighted=True),
     _case("normalizer", normalizer=True),
 )

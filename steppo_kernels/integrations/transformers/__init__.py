@@ -14,7 +14,9 @@ makes of them shows what it does to logits: that is part of the loss, or an erro
 
 Positions are those of `input_ids`, and nothing is shifted by the caller: whatever is given or
 returned per token has its entry for token i at place i. The model's state at place i - 1 is what
-predicts token i; that this moves everything by one is dealt with here (`placement`).
+predicts token i; that this moves everything by one is dealt with here (`placement`). A batch with
+`logits_to_keep` has it all for the last tokens of each row alone, as trainers do that hold prompts
+and completions in one tensor of ids.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ... import checks
 from ...backends.choice import Backend
 from ...config import DEFAULT_CONFIG, StepPOConfig
 from ...layout.step_layout import StepLayout
@@ -11,6 +12,10 @@ from ...log_probs.linear_token_log_probs import linear_token_log_probs
 from ...losses.linear_steppo_loss import linear_steppo_loss
 from ...outputs import StepPOOutput
 from .placement import Placed, States
+
+
+def _count(name: str, value: int | None) -> int | None:
+    return None if value is None else checks.count(name, value)
 
 
 # What travels through a model's arguments is neither dataclass, tuple nor mapping: wrappers look
@@ -25,8 +30,12 @@ class StepPOBatch:
         advantages: per step ``[S]``, or of the shape of `input_ids`.
         layout: which tokens of `input_ids` were sampled, in which steps; or a 0/1 mask. The first
             token of a row is never one, and none is padding: both raise.
+        logits_to_keep: C of trainers whose `input_ids` are prompt and completion, ``[B, P + C]``,
+            and all else is of the completion: the layout and whatever is given per token are then
+            ``[B, C]``, of the last C tokens of each row. The first of these may be an action.
         token_ids: the tokens. None takes the `labels` that the model is called with, of which only
-            those at action tokens are looked at, or else its `input_ids`.
+            those at action tokens are looked at, or else its `input_ids`. With `logits_to_keep`
+            they are ``[B, C]`` or of the shape of `input_ids`.
         temperature: what the policy's logits are divided by; a number or one for each token.
         chunk_tokens: as in `linear_steppo_loss`.
         config: as in `steppo_loss`.
@@ -64,6 +73,7 @@ class StepPOBatch:
         advantages: Tensor,
         layout: StepLayout | Tensor,
         *,
+        logits_to_keep: int | None = None,
         token_ids: Tensor | None = None,
         temperature: float | Tensor = 1.0,
         chunk_tokens: int | None = None,
@@ -81,6 +91,7 @@ class StepPOBatch:
         self.old_log_probs = old_log_probs
         self.advantages = advantages
         self.layout = layout
+        self.logits_to_keep = _count("logits_to_keep", logits_to_keep)
         self.token_ids = token_ids
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
@@ -97,11 +108,11 @@ class StepPOBatch:
 
     def evaluate(self, states: States) -> tuple[dict[str, Tensor], StepPOOutput | None]:
         """Return the output's tensors that come from the states before the head, and metrics."""
-        placed = Placed(self.layout, states, self.backend)
+        placed = Placed(self.layout, states, self.logits_to_keep, self.backend)
         found = linear_steppo_loss(
             states.hidden,
             states.weight,
-            placed.tokens(*states.tokens),
+            placed.token_ids,
             placed.tokens("old_log_probs", self.old_log_probs),
             placed.tokens("advantages", self.advantages, or_steps=True),
             placed.layout,
@@ -133,6 +144,7 @@ class LogProbBatch:
 
     Args:
         layout: as in `StepPOBatch`; other tokens cost nothing and get 0.
+        logits_to_keep: as in `StepPOBatch`; the log-probs and entropies are then ``[B, C]`` too.
         token_ids: as in `StepPOBatch`.
         temperature: as in `StepPOBatch`.
         return_entropy: also return the entropies.
@@ -161,6 +173,7 @@ class LogProbBatch:
         self,
         layout: StepLayout | Tensor,
         *,
+        logits_to_keep: int | None = None,
         token_ids: Tensor | None = None,
         temperature: float | Tensor = 1.0,
         return_entropy: bool = False,
@@ -168,6 +181,7 @@ class LogProbBatch:
         backend: Backend = "auto",
     ) -> None:
         self.layout = layout
+        self.logits_to_keep = _count("logits_to_keep", logits_to_keep)
         self.token_ids = token_ids
         self.temperature = temperature
         self.return_entropy = return_entropy
@@ -176,11 +190,11 @@ class LogProbBatch:
 
     def evaluate(self, states: States) -> tuple[dict[str, Tensor], StepPOOutput | None]:
         """Return the output's tensors that come from the states before the head, and metrics."""
-        placed = Placed(self.layout, states, self.backend)
+        placed = Placed(self.layout, states, self.logits_to_keep, self.backend)
         found = linear_token_log_probs(
             states.hidden,
             states.weight,
-            placed.tokens(*states.tokens),
+            placed.token_ids,
             bias=states.bias,
             temperature=states.logit_map.temperature(
                 placed.tokens("temperature", self.temperature)
@@ -192,6 +206,5 @@ class LogProbBatch:
             backend=self.backend,
         )
         values = found if isinstance(found, tuple) else (found,)
-        # Back from the place of the state to that of the token.
-        at_tokens = (value.reshape(-1).roll(1).view(value.shape) for value in values)
+        at_tokens = (placed.at_tokens(value) for value in values)
         return dict(zip(("log_probs", "entropy"), at_tokens, strict=False)), None

@@ -23,8 +23,9 @@ class StepPOCausalLMOutput(ModelOutput):
         loss: 0-dim, with a `StepPOBatch`. The one to differentiate.
         logits: None: there are none.
         steppo: loss, metrics and step log-ratios, with a `StepPOBatch`.
-        log_probs: fp32 (fp64 of an fp64 model), of the shape of `input_ids`, with a `LogProbBatch`:
-            entry i is of token i, and 0 where that is no action. Differentiable.
+        log_probs: fp32 (fp64 of an fp64 model), of the shape of `input_ids` or of its last
+            `logits_to_keep` columns, with a `LogProbBatch`: entry i is of token i, and 0 where that
+            is no action. Differentiable.
         entropy: as `log_probs`, of the distributions that the tokens were drawn from, if asked for.
 
     Example:

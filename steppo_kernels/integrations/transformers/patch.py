@@ -373,7 +373,8 @@ def _refuse_arguments(given: dict[str, Any]) -> None:
         is_all = kept is None or (isinstance(kept, int) and kept == 0)
         if name.endswith("logits_to_keep") and not is_all:
             raise ValueError(
-                f"{name}: got it with steppo, expected 0 or None: the layout says which are needed"
+                f"{name}: got it with steppo, expected 0 or None: the layout says which are "
+                "needed, and logits_to_keep of the batch that all is given for the last tokens"
             )
 
 

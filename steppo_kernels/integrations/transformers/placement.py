@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import checks
 from ...backends.choice import Backend
-from ...layout.step_layout import StepLayout, shifted_left
+from ...layout.predictors import padded_left, shifted_left
+from ...layout.step_layout import StepLayout
 from .probe import LogitMap
 
 
@@ -36,15 +37,31 @@ class Placed:
 
     The states themselves stay where they are, as the largest of the tensors; and rows follow each
     other, so that the first place of a row, which is no action's, takes the last place of the row
-    before.
+    before. What is given for the last tokens of each row alone is padded for that.
+
+    Attributes:
+        layout: the steps.
+        token_ids: the tokens that the states predict.
     """
 
-    def __init__(self, layout: StepLayout | Tensor, states: States, backend: Backend) -> None:
+    def __init__(
+        self,
+        layout: StepLayout | Tensor,
+        states: States,
+        logits_to_keep: int | None,
+        backend: Backend,
+    ) -> None:
         """Check which tokens are actions, and move them."""
         name, ids = states.tokens
         device = states.hidden.device
         tokens = checks.integer(name, ids, device)
         positions = states.hidden.shape[:-1]
+        given = _given_shape(positions, logits_to_keep)
+        # How many places of a row nothing is given for.
+        self._padding = 0 if given is None else positions[-1] - given[-1]
+        has_kept_ids = self._padding > 0 and _is_view(tokens.shape, given or positions)
+        if given is not None and has_kept_ids:
+            tokens = _padded(tokens.reshape(given), self._padding)
         if not _is_view(tokens.shape, positions):
             raise ValueError(
                 f"{name}: got shape {tuple(tokens.shape)}, expected that of the positions whose "
@@ -54,12 +71,14 @@ class Placed:
             layout = StepLayout.from_mask(checks.flags("layout", layout, (1, 2)), backend=backend)
         elif not isinstance(layout, StepLayout):
             raise TypeError(f"layout: got {type(layout).__name__}, expected a StepLayout or a mask")
-        if not _is_view(layout.shape, tokens.shape):
+        self._shape = tokens.shape if given is None else given
+        if not _is_view(layout.shape, self._shape):
             raise ValueError(
                 f"layout: got shape {tuple(layout.shape)}, expected that of the tokens, "
-                f"{tuple(tokens.shape)}"
+                f"{tuple(self._shape)}" + _way_out(layout.shape, positions, logits_to_keep)
             )
-        self._shape = tokens.shape
+        if self._padding:
+            layout = padded_left(layout, self._shape, self._padding)
         index = checks.on_device("layout", layout.token_index, device)
         allowed = _predicted(layout, tokens.shape, states.attention_mask)
         # Both at once, as each look at values waits for the device.
@@ -68,16 +87,18 @@ class Placed:
         if len(bad):
             first = int(bad.min())
             row, column = divmod(first, tokens.shape[-1])
+            kept = column - self._padding
             if allowed[first]:
                 raise ValueError(
-                    f"{name}: got {int(flat[first])} in row {row}, column {column}, "
-                    "expected token ids at action tokens"
+                    f"{name}: got {int(flat[first])} in row {row}, column "
+                    f"{kept if has_kept_ids else column}, expected token ids at action tokens"
                 )
             raise ValueError(
-                f"layout: got an action token in row {row}, column {column}, expected it and the "
+                f"layout: got an action token in row {row}, column {kept}, expected it and the "
                 "token before it to be in the row and in attention_mask"
             )
         self.layout = shifted_left(layout)
+        self.token_ids = flat.roll(-1).view(tokens.shape)
 
     def tokens(self, name: str, values: Any, *, or_steps: bool = False) -> Any:
         """Return what is given per token at the places of the states; all else as it is.
@@ -87,14 +108,25 @@ class Placed:
         """
         if or_steps and isinstance(values, Tensor) and values.shape == (self.layout.num_steps,):
             return values
-        if not isinstance(values, Tensor) or values.numel() != self._shape.numel():
+        is_whole = self._padding == 0
+        if not isinstance(values, Tensor) or (is_whole and values.numel() != self._shape.numel()):
+            return values
+        # A number for all.
+        if values.dim() == 0:
             return values
         if not _is_view(values.shape, self._shape):
             raise ValueError(
                 f"{name}: got shape {tuple(values.shape)}, expected that of the tokens, "
-                f"{tuple(self._shape)}"
+                f"{tuple(self._shape)}" + (", as logits_to_keep says" if not is_whole else "")
             )
+        if not is_whole:
+            values = _padded(values.reshape(self._shape), self._padding)
         return values.reshape(-1).roll(-1).view(values.shape)
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """Return what is at the places of the states at the tokens that they predict."""
+        moved = values.reshape(-1).roll(1).view(values.shape)
+        return moved[:, self._padding :] if self._padding else moved
 
 
 def _is_view(shape: torch.Size, other: torch.Size) -> bool:
@@ -103,6 +135,34 @@ def _is_view(shape: torch.Size, other: torch.Size) -> bool:
     Either may be flat. Rows that were exchanged for columns have another order.
     """
     return checks.same_order(shape, other) or checks.same_order(other, shape)
+
+
+def _given_shape(positions: torch.Size, logits_to_keep: int | None) -> torch.Size | None:
+    """Return ``[B, C]`` of the last C tokens of each row, None where nothing says how many."""
+    if logits_to_keep is None:
+        return None
+    if len(positions) != 2 or logits_to_keep > positions[1]:
+        raise ValueError(
+            f"logits_to_keep: got {logits_to_keep} with tokens of shape {tuple(positions)}, "
+            "expected rows of at least as many tokens, [B, T]"
+        )
+    return torch.Size((positions[0], logits_to_keep))
+
+
+def _padded(values: Tensor, columns: int) -> Tensor:
+    """Return rows with so many zeros before them."""
+    return torch.nn.functional.pad(values, (columns, 0))
+
+
+def _way_out(found: torch.Size, positions: torch.Size, logits_to_keep: int | None) -> str:
+    """Return what to do where a layout seems to be that of completions."""
+    is_shorter = len(found) == len(positions) == 2 and found[1] < positions[1]
+    if logits_to_keep is None and is_shorter and found[0] == positions[0]:
+        return (
+            f"; if it is that of the last {found[1]} tokens of each row, give the batch "
+            f"logits_to_keep={found[1]}"
+        )
+    return ""
 
 
 def _predicted(layout: StepLayout, shape: torch.Size, attention_mask: object) -> Tensor:
