@@ -50,7 +50,7 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
     T* log_ratios = static_cast<T*>(tensors.step_log_ratio);
     if (config.ratio == kCentered) {
       call.center = tensors.ratio_center.is_given ? value_of(tensors.ratio_center)
-                                                    : mean_log_ratio(call, steps, threads);
+                                                  : mean_log_ratio(call, steps, threads);
     }
     if (!found.is_ascending) {
       parallel_blocks(steps.num_tokens, kBlock, threads,
