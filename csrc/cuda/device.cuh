@@ -109,6 +109,25 @@ STEPPO_DEVICE std::uint32_t two_numbers(BFloat16, float low, float high) {
 }
 #endif
 
+// Counts a counter up, from `last` to 0, and returns what it was. What the thread wrote before, or
+// saw in order before, is there for whoever counts later, and what those before have written is
+// seen after.
+STEPPO_DEVICE unsigned take_ticket(unsigned* counter, unsigned last) {
+#if defined(STEPPO_CUDA_ON_HOST)
+  __threadfence();
+  const unsigned ticket = atomicInc(counter, last);
+  __threadfence();
+#else
+  unsigned ticket;
+  // Two fences around it would be those of a single order of all memory, which take longer.
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(ticket)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
+#endif
+  return ticket;
+}
+
 // The sum over `lanes` neighbouring lanes, a power of 2; each of them gets it. The order of the
 // additions is fixed.
 template <int lanes>

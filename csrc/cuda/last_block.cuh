@@ -13,9 +13,7 @@ namespace steppo::cuda {
 STEPPO_DEVICE bool is_last_block(unsigned* counter, unsigned blocks) {
   STEPPO_SHARED(unsigned, ticket);
   if (threadIdx.x == 0) {
-    __threadfence();
-    ticket = atomicInc(counter, blocks - 1);
-    __threadfence();
+    ticket = take_ticket(counter, blocks - 1);
   }
   __syncthreads();
   return ticket == blocks - 1;

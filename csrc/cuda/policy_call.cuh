@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "last_block.cuh"
 #include "launch.h"
@@ -17,6 +18,33 @@ constexpr std::int64_t kStepBlocks = 255;
 // has them for one.
 template <class T>
 constexpr int kBlocksOfCore = sizeof(T) > 4 ? 1 : 2;
+
+// What a kernel is compiled for. The instructions of a step are what takes the time, and a plain
+// call needs a third of them: steps with advantages and one ratio each, clipped, and nothing
+// beside.
+enum Form { kPlain, kOfSteps, kOfTokens };
+
+inline Form form_of(const PolicyTensors& tensors, const PolicyConfig& config) {
+  if (config.ratio == kToken) return kOfTokens;
+  const bool has_more = tensors.ref_log_probs != nullptr || tensors.entropy != nullptr ||
+                        tensors.is_weights != nullptr || tensors.step_weights != nullptr ||
+                        tensors.clip_low != nullptr || tensors.clip_high != nullptr ||
+                        clips_tokens(config) || config.surrogate != kClip || config.dual_clip > 0 ||
+                        config.kl_coef != 0 || config.entropy_coef != 0;
+  return has_more ? kOfSteps : kPlain;
+}
+
+// Lets the compiler know what a plain call lacks. Tokens of a mask have advantages of their own.
+template <class T>
+STEPPO_DEVICE void leave_out(PolicyArrays<T>& call, PolicyConfig& config) {
+  call.ref_log_probs = call.entropy = call.is_weights = nullptr;
+  call.step_weights = call.clip_low = call.clip_high = nullptr;
+  call.is_weights_per_token = false;
+  call.grad_entropy = nullptr;
+  config.token_clip_low = config.token_clip_high = std::numeric_limits<double>::infinity();
+  config.surrogate = kClip;
+  config.dual_clip = config.kl_coef = config.entropy_coef = 0;
+}
 
 // Sums over steps, and the sum of 1 / count, which a reduction may count.
 struct CallSums {

@@ -56,11 +56,16 @@ STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps) {
 }
 
 // `lanes` lanes take a step. What they wait for at its end, others of their warp wait for as well.
-template <class T, int lanes, bool by_token>
+template <class T, int lanes, Form form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
-    policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig config,
+    policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig given,
                        Workspace* workspace) {
-  const PolicyArrays<T> call = arrays_of<T>(tensors);
+  PolicyArrays<T> call = arrays_of<T>(tensors);
+  PolicyConfig config = given;
+  if constexpr (form == kPlain) {
+    leave_out(call, config);
+    call.advantages_per_token = false;
+  }
   CallSums& own = sum_of_thread<kThreads, CallSums>();
   clear(call, steps);
   const double center = center_of(tensors, config, workspace);
@@ -86,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
       if (counts && lane == 0) own.trajectories += 1.0 / count;
     }
     const double log_ratio =
-        add_step<lanes, by_token>(call, step, config, weight, center, own.sums);
+        add_step<lanes, form == kOfTokens>(call, step, config, weight, center, own.sums);
     if (is_there && lane == 0) {
       static_cast<T*>(tensors.step_log_ratio)[s] = static_cast<T>(log_ratio);
     }
@@ -99,8 +104,11 @@ void launch_by(const Launcher& launch, const PolicyTensors& tensors, const Steps
                const PolicyConfig& config, Workspace* workspace) {
   const std::int64_t threads =
       std::max(steps.num_steps * lanes, ceil_div(steps.num_tokens, kIdsTogether));
-  launch(config.ratio == kToken ? listed<policy_loss_kernel<T, lanes, true>>()
-                                : listed<policy_loss_kernel<T, lanes, false>>(),
+  const Form form = tensors.advantages_per_token ? std::max(kOfSteps, form_of(tensors, config))
+                                                 : form_of(tensors, config);
+  launch(form == kPlain     ? listed<policy_loss_kernel<T, lanes, kPlain>>()
+         : form == kOfSteps ? listed<policy_loss_kernel<T, lanes, kOfSteps>>()
+                            : listed<policy_loss_kernel<T, lanes, kOfTokens>>(),
          step_blocks_for(threads), kThreads, tensors, steps, config, workspace);
 }
 

@@ -117,12 +117,14 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
 // steps that begin there.
-template <class T, bool by_token>
+template <class T, Form form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
-                              const PolicyConfig config, Workspace* workspace,
+                              const PolicyConfig given, Workspace* workspace,
                               std::int64_t chunks_of_row, std::int64_t chunks, int counted_rows) {
-  const PolicyArrays<T> call = arrays_of<T>(tensors);
+  PolicyArrays<T> call = arrays_of<T>(tensors);
+  PolicyConfig config = given;
+  if constexpr (form == kPlain) leave_out(call, config);
   const double center = center_of(tensors, config, workspace);
   constexpr int kWarps = kThreads / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
         const std::int64_t length = stop - first;
         const double weight = step_weight(config.reduction, static_cast<double>(length), count);
         const PolicyRun step{length, first, lane};
-        add_step<kWarp, by_token>(call, step, config, weight, center, own.sums);
+        add_step<kWarp, form == kOfTokens>(call, step, config, weight, center, own.sums);
         if (counts && lane == 0) own.trajectories += 1.0 / count;
       }
     }
@@ -203,8 +205,10 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
       launch(listed<count_runs_of_rows_kernel>(), step_blocks_for(chunks * kWarp), kThreads, masked,
              workspace, chunks_of_row, chunks);
     }
-    launch(config.ratio == kToken ? listed<policy_loss_masked_kernel<T, true>>()
-                                  : listed<policy_loss_masked_kernel<T, false>>(),
+    const Form form = form_of(tensors, config);
+    launch(form == kPlain     ? listed<policy_loss_masked_kernel<T, kPlain>>()
+           : form == kOfSteps ? listed<policy_loss_masked_kernel<T, kOfSteps>>()
+                              : listed<policy_loss_masked_kernel<T, kOfTokens>>(),
            step_blocks_for(chunks * kWarp), kThreads, tensors, masked, config, workspace,
            chunks_of_row, chunks, counted_rows);
   });

@@ -202,6 +202,34 @@ def test_runs_of_long_rows_are_counted_once(cuda, shape):
         check(found, _REFERENCE_MASKED(*given, mask.reshape(-1), *tail), 1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ratio", ["geometric", "product", "centered"])
+@pytest.mark.parametrize("longest", [3, 20, 300])
+def test_a_plain_call_has_the_bits_of_another(cuda, dtype, ratio, longest):
+    """It has a kernel of its own; weights of 1, which change nothing, ask for the general one."""
+    batch = random_batch(11, 16, longest)
+    config = StepPOConfig(ratio=ratio, clip_low=0.05, clip_high=0.05)
+    new, old = (x.reshape(-1).to(dtype) for x in (batch.log_probs, batch.old_log_probs))
+    steps = require_layout(batch.layout).steps
+    advantages = torch.randn(steps.num_steps, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def call(weights):
+        given = new, None, old, advantages, None, None, weights, None, None, None, None
+        tail = steps, config.kernel, False, False, True, False
+        return policy_loss.policy_loss(cuda, *given, *tail)
+
+    def masked_call(weights):
+        given = new, None, old, spread, None, weights, None, None, batch.mask.reshape(-1)
+        return policy_loss.policy_loss_masked(
+            cuda, *given, batch.mask.shape[-1], config.kernel, True, False
+        )
+
+    spread = torch.where(batch.mask.reshape(-1), advantages[steps.step_ids.reshape(-1).long()], 0)
+    for run, ones in ((call, torch.ones_like(advantages)), (masked_call, torch.ones_like(new))):
+        for one, same in zip(run(None), run(ones), strict=True):
+            assert (one is None and same is None) or torch.equal(one, same)
+
+
 def test_bits_do_not_depend_on_the_order_of_threads(cuda):
     batch = random_batch(3, 16, 300)
     config = StepPOConfig(ratio="centered", kl_coef=0.1, entropy_coef=0.1)
