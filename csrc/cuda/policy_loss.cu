@@ -56,7 +56,7 @@ STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps) {
 }
 
 // `lanes` lanes take a step. What they wait for at its end, others of their warp wait for as well.
-template <class T, int lanes, Form form>
+template <class T, int lanes, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig given,
                        Workspace* workspace) {

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
 // steps that begin there.
-template <class T, Form form>
+template <class T, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
                               const PolicyConfig given, Workspace* workspace,

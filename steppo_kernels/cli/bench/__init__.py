@@ -11,6 +11,7 @@ One module an operation holds its cases: a new one adds its module to `CASES`.
 
 from . import (
     broadcast,
+    critic_free,
     gae,
     layouts,
     lm_head,
@@ -35,6 +36,7 @@ CASES: tuple[Case, ...] = (
     *step_log_ratios.CASES,
     *rollout_weights.CASES,
     *gae.CASES,
+    *critic_free.CASES,
     *value_loss.CASES,
     *token_log_probs.CASES,
     *policy_loss.CASES,
