@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

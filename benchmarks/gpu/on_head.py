@@ -19,7 +19,6 @@ import steppo_kernels as sk
 from ..variants import Variant
 from ..vocabulary import peers as shared_peers
 from ..vocabulary.cases import (
-    CONFIG,
     HeadCase,
     Shape,
     heights,
@@ -27,7 +26,7 @@ from ..vocabulary.cases import (
     step_mask,
     steps_of,
 )
-from ..vocabulary.heads import relative_error
+from ..vocabulary.heads import fused, relative_error
 from . import peers
 from .on_logits import smaller
 from .problem import BOTH, Case, Name, Outputs, Problem, backends, free_bytes, that_fit
@@ -166,21 +165,9 @@ def _linear_loss(shape: Shape, hidden_size: int, live: float, device: torch.devi
     case, said = _fitted(shape, hidden_size, live, device)
     steps, share = case.steps, case.shape.live / case.shape.rows
 
-    def ours(backend: Any) -> Tensor:
-        return sk.linear_steppo_loss(
-            case.hidden,
-            case.weight,
-            steps.token_ids,
-            steps.old_log_probs,
-            steps.advantages,
-            steps.layout,
-            config=CONFIG,
-            backend=backend,
-        ).loss
-
     runs, left_out = backends(device)
     losses: dict[Variant, Callable[[], Tensor]] = {
-        variant: functools.partial(ours, backend) for variant, backend in runs.items()
+        variant: functools.partial(fused, case, backend) for variant, backend in runs.items()
     }
     for variant, call in _peers_log_probs(case, device).items():
         losses[variant] = lambda call=call: steps.loss(call())  # type: ignore[misc]

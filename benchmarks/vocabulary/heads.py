@@ -68,8 +68,8 @@ def loss_of(case: HeadCase, variant: Variant) -> Callable[[], Tensor]:
     """Return the call of a variant that gives the loss."""
     rows = case.shape.action_tokens
     losses: dict[Variant, Callable[[], Tensor]] = {
-        FUSED: lambda: _fused(case, None),
-        TWO_CHUNKS: lambda: _fused(case, rows // 2),
+        FUSED: lambda: fused(case, fused_backend()),
+        TWO_CHUNKS: lambda: fused(case, fused_backend(), rows // 2),
         TWICE: lambda: _two_calls(case),
         LIGER: lambda: _liger(case, actions_only=False),
         LIGER_ACTIONS: lambda: _liger(case, actions_only=True),
@@ -96,7 +96,8 @@ def available(variants: Iterable[Variant]) -> list[Variant]:
     return [v for v in variants if v.project is None or peers.is_there(v.project)]
 
 
-def _fused(case: HeadCase, chunk_tokens: int | None) -> Tensor:
+def fused(case: HeadCase, backend: Any, chunk_tokens: int | None = None) -> Tensor:
+    """Return the loss of this package on a backend."""
     steps = case.steps
     return sk.linear_steppo_loss(
         case.hidden,
@@ -107,7 +108,7 @@ def _fused(case: HeadCase, chunk_tokens: int | None) -> Tensor:
         steps.layout,
         chunk_tokens=chunk_tokens,
         config=CONFIG,
-        backend=fused_backend(),
+        backend=backend,
     ).loss
 
 

@@ -89,10 +89,8 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
           clear(call, done, start);
           done = start + length;
         }
-        const double weight = call.step_weights != nullptr
-                                  ? static_cast<double>(call.step_weights[s])
-                                  : step_weight(config.reduction, static_cast<double>(length),
-                                                steps.trajectory_counts[s]);
+        const double weight = weight_of(call.step_weights, s, config.reduction,
+                                        static_cast<double>(length), steps.trajectory_counts[s]);
         const PolicyStep step{s, length, weight};
         const double log_ratio =
             start >= 0 ? add_step(call, Contiguous{start}, step, sums, k3)

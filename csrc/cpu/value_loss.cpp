@@ -72,9 +72,8 @@ void value_loss(const ValueTensors& tensors, const States& states, const ValueCo
           const double before = old == nullptr ? 0.0 : old[at(tensors.old_values_per_token, s)];
           const ValueLoss step =
               value_step_loss(value, target, old != nullptr, before, config.clip);
-          const double weight = weights != nullptr ? static_cast<double>(weights[s])
-                                                   : step_weight(kind, states.step_lengths[s],
-                                                                 states.trajectory_counts[s]);
+          const double weight =
+              weight_of(weights, s, kind, states.step_lengths[s], states.trajectory_counts[s]);
           add_step(sum, step, weight, value, target);
           if (grad != nullptr) {
             grad[at(tensors.values_per_token, s)] = static_cast<T>(weight / total * step.slope);

@@ -19,14 +19,14 @@ constexpr std::int64_t kStepBlocks = 255;
 template <class T>
 constexpr int kBlocksOfCore = sizeof(T) > 4 ? 1 : 2;
 
-// What a kernel is compiled for. The instructions of a step are what takes the time, and a plain
-// call needs a third of them: steps with advantages and one ratio each, clipped, and nothing
-// beside.
+// What a kernel is compiled for. A plain call, of steps with one ratio each, clipped, and nothing
+// beside, needs half of the instructions on a layout and two thirds on a mask.
 enum Form { kPlain, kOfSteps, kOfTokens };
 
-inline Form form_of(const PolicyTensors& tensors, const PolicyConfig& config) {
+// `is_more` is what else a plain call of the one form lacks.
+inline Form form_of(const PolicyTensors& tensors, const PolicyConfig& config, bool is_more) {
   if (config.ratio == kToken) return kOfTokens;
-  const bool has_more = tensors.ref_log_probs != nullptr || tensors.entropy != nullptr ||
+  const bool has_more = is_more || tensors.ref_log_probs != nullptr || tensors.entropy != nullptr ||
                         tensors.is_weights != nullptr || tensors.step_weights != nullptr ||
                         tensors.clip_low != nullptr || tensors.clip_high != nullptr ||
                         clips_tokens(config) || config.surrogate != kClip || config.dual_clip > 0 ||

@@ -55,7 +55,7 @@ STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps) {
   }
 }
 
-// `lanes` lanes take a step. What they wait for at its end, others of their warp wait for as well.
+// `lanes` lanes take a step.
 template <class T, int lanes, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig given,
@@ -85,9 +85,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     if (length > 0) {
       const bool counts = config.reduction == kTrajectoryMean;
       const double count = counts ? steps.trajectory_counts[s] : 1.0;
-      weight = call.step_weights != nullptr
-                   ? static_cast<double>(call.step_weights[s])
-                   : step_weight(config.reduction, static_cast<double>(length), count);
+      weight =
+          weight_of(call.step_weights, s, config.reduction, static_cast<double>(length), count);
       if (counts && lane == 0) own.trajectories += 1.0 / count;
     }
     const double log_ratio =
@@ -104,8 +103,7 @@ void launch_by(const Launcher& launch, const PolicyTensors& tensors, const Steps
                const PolicyConfig& config, Workspace* workspace) {
   const std::int64_t threads =
       std::max(steps.num_steps * lanes, ceil_div(steps.num_tokens, kIdsTogether));
-  const Form form = tensors.advantages_per_token ? std::max(kOfSteps, form_of(tensors, config))
-                                                 : form_of(tensors, config);
+  const Form form = form_of(tensors, config, tensors.advantages_per_token);
   launch(form == kPlain     ? listed<policy_loss_kernel<T, lanes, kPlain>>()
          : form == kOfSteps ? listed<policy_loss_kernel<T, lanes, kOfSteps>>()
                             : listed<policy_loss_kernel<T, lanes, kOfTokens>>(),

@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
         const int bit = __ffs(static_cast<int>(left)) - 1;
         const std::int64_t first = begin + word * kWarp + bit;
         // Zeros from the step's begin on, in the words of the chunk: lane k has those of word k.
+        // Behind the row's end there are only zeros.
         unsigned zeros = lane < word || lane >= kWords ? 0u : ~ones;
         if (lane == word) zeros &= ~0u << bit;
         const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
@@ -170,7 +171,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
           const int where = __ffs(static_cast<int>(in)) - 1;
           const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
           stop = begin + where * kWarp + __ffs(static_cast<int>(bits)) - 1;
-          if (stop > row_end) stop = row_end;
         } else {
           stop = end_of_run(masked, begin + kChunk, row_end, lane);
         }
@@ -205,7 +205,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
       launch(listed<count_runs_of_rows_kernel>(), step_blocks_for(chunks * kWarp), kThreads, masked,
              workspace, chunks_of_row, chunks);
     }
-    const Form form = form_of(tensors, config);
+    const Form form = form_of(tensors, config, false);
     launch(form == kPlain     ? listed<policy_loss_masked_kernel<T, kPlain>>()
            : form == kOfSteps ? listed<policy_loss_masked_kernel<T, kOfSteps>>()
                               : listed<policy_loss_masked_kernel<T, kOfTokens>>(),

@@ -61,6 +61,24 @@ struct PolicyToken {
   T now, old, advantage, weight, entropy, reference;
 };
 
+// The advantage of a step that is not empty, or that of its first token.
+template <class T, class Step>
+STEPPO_DEVICE T first_advantage(const PolicyArrays<T>& call, const Step& step) {
+  return call.advantages[call.advantages_per_token ? step.at(0) : step.index];
+}
+
+// What the ratio of a token, and what is multiplied with it, are made of. `of_step` is the
+// advantage where tokens have none of their own.
+template <class T>
+STEPPO_DEVICE PolicyToken<T> ratio_token(const PolicyArrays<T>& call, std::int64_t t, T of_step) {
+  PolicyToken<T> token{};
+  token.now = call.log_probs[t];
+  token.old = call.old_log_probs[t];
+  token.advantage = call.advantages_per_token ? call.advantages[t] : of_step;
+  if (call.is_weights_per_token) token.weight = call.is_weights[t];
+  return token;
+}
+
 // What a first look at the tokens of a step adds up.
 struct TokenTotals {
   double z = 0, held = 0, weights = 0, entropy = 0, k3 = 0;
@@ -74,15 +92,11 @@ STEPPO_DEVICE TokenTotals look_at(const PolicyArrays<T>& call, const Step& step,
   TokenTotals totals;
   const bool holds = clips_tokens(config);
   const bool varies = call.advantages_per_token;
-  const T first = step.length == 0 ? T(0) : call.advantages[varies ? step.at(0) : step.index];
+  const T first = step.length == 0 ? T(0) : first_advantage(call, step);
   for_tokens<lanes, kTokensTogether<T, lanes>>(
       step,
       [&](std::int64_t t) {
-        PolicyToken<T> token{};
-        token.now = call.log_probs[t];
-        token.old = call.old_log_probs[t];
-        token.advantage = varies ? call.advantages[t] : first;
-        if (call.is_weights_per_token) token.weight = call.is_weights[t];
+        PolicyToken<T> token = ratio_token(call, t, first);
         if (call.entropy != nullptr) token.entropy = call.entropy[t];
         return token;
       },
@@ -117,7 +131,9 @@ struct Penalties {
   double sum = 0;
 
   STEPPO_MEMBER void load(const PolicyArrays<T>& call, std::int64_t t, PolicyToken<T>& token) {
-    if (call.ref_log_probs != nullptr) token.reference = call.ref_log_probs[t];
+    if (call.ref_log_probs == nullptr) return;
+    token.now = call.log_probs[t];
+    token.reference = call.ref_log_probs[t];
   }
 
   // Adds the penalty of a token, and returns what its gradient gets.
@@ -160,7 +176,6 @@ STEPPO_DEVICE void take_together(const PolicyArrays<T>& call, const Step& step,
       step,
       [&](std::int64_t t) {
         PolicyToken<T> token{};
-        if (call.ref_log_probs != nullptr) token.now = call.log_probs[t];
         if (weighs_tokens) token.weight = call.is_weights[t];
         penalties.load(call, t, token);
         return token;
@@ -183,6 +198,7 @@ STEPPO_DEVICE void take_apart(const PolicyArrays<T>& call, const Step& step,
                               const PolicyConfig& config, const StepFactors& factors,
                               bool has_ratios, bool is_alive, PolicySums& sums, UnitOf&& unit_of) {
   const double n = static_cast<double>(step.length), share = factors.share;
+  const T first = first_advantage(call, step);
   const bool by_token = call.is_weights_per_token;
   const double is_weight = call.is_weights != nullptr && !by_token
                                ? static_cast<double>(call.is_weights[step.index])
@@ -194,11 +210,7 @@ STEPPO_DEVICE void take_apart(const PolicyArrays<T>& call, const Step& step,
   for_tokens<lanes, kTokensTogether<T, lanes>>(
       step,
       [&](std::int64_t t) {
-        PolicyToken<T> token{};
-        token.now = call.log_probs[t];
-        token.old = call.old_log_probs[t];
-        token.advantage = call.advantages[call.advantages_per_token ? t : step.index];
-        if (by_token) token.weight = call.is_weights[t];
+        PolicyToken<T> token = ratio_token(call, t, first);
         penalties.load(call, t, token);
         return token;
       },
@@ -243,11 +255,7 @@ STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,
   PolicySums sums;
   sums.k3 = totals.k3;
   const double n = static_cast<double>(step.length);
-  // A division takes as long as the token loads of a short step.
-  const double part = 1.0 / n;
-  const double scale =
-      config.ratio == kProduct || config.ratio == kCentered ? ratio_scale(config.ratio, n) : part;
-  const StepFactors factors{weight, weight * part, scale};
+  const StepFactors factors{weight, weight * (1.0 / n), ratio_scale(config.ratio, n)};
   const bool holds = clips_tokens(config), is_apart = totals.apart > 0;
   const double pooled = holds ? totals.held : totals.z;
   const double log_ratio = center + factors.scale * (pooled - center * n);
@@ -268,8 +276,7 @@ STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,
       return 0;
     });
   } else {
-    const double advantage =
-        static_cast<double>(call.advantages[call.advantages_per_token ? step.at(0) : step.index]);
+    const double advantage = static_cast<double>(first_advantage(call, step));
     const Point<double> point{
         log_ratio, ratio_of(log_ratio, config.log_ratio_max), advantage, low, high, 0.0};
     if (is_apart || holds) {

@@ -134,7 +134,7 @@ STEPPO_DEVICE RowSums sum_fp64_row(const In* row, std::int64_t length, std::int6
 template <bool need_moment>
 STEPPO_DEVICE bool merge_parts(const RowSplit& split, double temperature, Workspace* workspace,
                                RowSums& sums) {
-  static_assert(2 * kWantedBlocks * sizeof(RowSums) <= sizeof(Workspace::partials));
+  static_assert(kWantedBlocks * sizeof(RowSums) <= sizeof(Workspace::partials));
   static_assert(kWantedBlocks <= Workspace::kCounters);
   RowSums* const left = reinterpret_cast<RowSums*>(workspace->partials);
   if (threadIdx.x == 0) left[blockIdx.x] = sums;
@@ -230,9 +230,7 @@ STEPPO_DEVICE void write_row(const In* row, Out* out, const Division<kPack<Out>>
   constexpr int kCount = kPack<Out>;
   constexpr int kAtOnce = (kLoads<In> * kPack<In> / kCount + 1) / 2;
   const int single = parts.single();
-  // Only where gradients lie elsewhere in the row may something else have been written there.
-  In alone{};
-  if (is_halved && single >= 0) alone = row[single];
+  const In alone = single >= 0 ? row[single] : In{};
   const int own_pack = parts.pack_of(id);
   const int own = static_cast<int>((id - parts.head) % kCount);
   auto* const packs = reinterpret_cast<Pack<Out, kCount>*>(out + parts.head);
@@ -254,7 +252,6 @@ STEPPO_DEVICE void write_row(const In* row, Out* out, const Division<kPack<Out>>
     for_packs<kCount, false, 1, is_halved>(from, parts.packs, take);
   }
   if constexpr (is_halved) __syncthreads();
-  if (!is_halved && single >= 0) alone = row[single];
   if (single >= 0) store_number(out + single, single == id ? target : slope(alone));
 }
 
@@ -387,11 +384,11 @@ void token_log_probs_backward(const LogitRows& grad_logits, const LogitRows& log
                         : listed<token_log_probs_backward_kernel<In, Out, false, false>>());
     // Gradients that lie in the first half of their logits may be written when all of these have
     // been read: by one block.
-    const RowSplit split = split_of(grad_logits.num_rows, logits.vocabulary);
-    const RowSplit whole{1, logits.vocabulary};
-    const RowSplit used = sizeof(In) != sizeof(Out) ? whole : split;
-    launch(kernel, grad_logits.num_rows * used.parts, kRowThreads, grad_logits, logits, targets,
-           grads, used);
+    const RowSplit split = sizeof(In) != sizeof(Out)
+                               ? RowSplit{1, logits.vocabulary}
+                               : split_of(grad_logits.num_rows, logits.vocabulary);
+    launch(kernel, grad_logits.num_rows * split.parts, kRowThreads, grad_logits, logits, targets,
+           grads, split);
   });
 }
 

@@ -66,9 +66,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const bool has_old = old_values != nullptr;
     const double old = has_old ? old_values[place_of(step, tensors.old_values_per_token)] : 0.0;
     const ValueLoss found = value_step_loss(value, target, has_old, old, config.clip);
-    const double weight = step_weights != nullptr
-                              ? static_cast<double>(step_weights[step])
-                              : step_weight(config.reduction, length, trajectory_count);
+    const double weight = weight_of(step_weights, step, config.reduction, length, trajectory_count);
     if (grad != nullptr) grad[at] = static_cast<T>(weight * found.slope);
     add_step(sums.counts, length, trajectory_count);
     add_step(sums.values, found, weight, value, target);

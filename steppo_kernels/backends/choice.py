@@ -19,8 +19,8 @@ OLDEST_TRITON = (3, 6)
 # The kernels in csrc/cuda have instructions that older ones lack.
 OLDEST_GPU = 80
 
-# What `auto` tries on the tensors of a device, the fastest first. On an H100 the kernels of `cuda`
-# took from half of the time of Triton's to 1.5% more, and the host half of the time.
+# What `auto` tries on the tensors of a device, the fastest first. docs/gpu.md has the times of both
+# on a GPU.
 _FASTEST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _log = logging.getLogger("steppo_kernels")

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backends import operators
 from ..backends.gpu import products
 from .memory import gradient
@@ -26,7 +27,6 @@ Add = Callable[[Tensor, Tensor, Tensor, bool], None]
 # stays in a cache until it is used, and fresh memory is not needed for it. On a GPU the copy is
 # small next to the logits of a chunk, and its product is large enough for every processor.
 CPU_SLICE, GPU_SLICE = 4096, 2**14
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 class WeightGradient(Protocol):
@@ -138,7 +138,7 @@ def weight_gradient(
         return Sum(weight, add_alike, part)
     if num_chunks <= 1:
         return OneProduct(weight, whole)
-    if weight.dtype not in _HALVES:
+    if weight.dtype not in checks.HALF_DTYPES:
         return Sum(weight, add_alike, whole)
 
     def make_sum() -> Sum:

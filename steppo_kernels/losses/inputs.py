@@ -17,8 +17,6 @@ from ..config import KernelConfig, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
 
-_HALVES = (torch.float16, torch.bfloat16)
-
 
 class Constants(NamedTuple):
     """What a loss takes besides log-probs and entropies: arguments of the operator `policy_loss`.
@@ -168,7 +166,7 @@ def _warn_of_rounding(
     rounded = [
         (name, value.dtype)
         for name, value in (("log_probs", log_probs), ("old_log_probs", old_log_probs))
-        if isinstance(value, Tensor) and value.dtype in _HALVES
+        if isinstance(value, Tensor) and value.dtype in checks.HALF_DTYPES
     ]
     if not rounded or config.surrogate == "soft" or is_compiling():
         return

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .. import checks
 from ..backends import operators
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 # Whether the running backward was called with retain_graph; a torch without the answer says yes.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -40,7 +39,9 @@ def scaled_gradient(
     # The kernel takes what is contiguous: a head may have strided hidden states.
     if backend == "cuda" and grad.is_contiguous():
         # It writes what it reads, or halves of fp32.
-        is_written = dtype is grad.dtype or (grad.dtype is torch.float32 and dtype in _HALVES)
+        is_written = dtype is grad.dtype or (
+            grad.dtype is torch.float32 and dtype in checks.HALF_DTYPES
+        )
         made = dtype if is_written else grad.dtype
         is_given_away = is_last and made is grad.dtype
         out = grad if is_given_away else grad.new_empty(grad.shape, dtype=made)

@@ -11,6 +11,9 @@ import torch
 from steppo_kernels import (
     StepLayout,
     StepPOConfig,
+    broadcast_to_tokens,
+    linear_steppo_loss,
+    linear_token_log_probs,
     step_value_loss,
     steppo_loss,
     token_log_probs,
@@ -142,7 +145,29 @@ def test_an_upstream_gradient_with_the_negative_bit(target):
     logits = torch.zeros(1, 4, 5, device=target.device, requires_grad=True)
     ids = torch.tensor([[1, 2, 3, 4]], device=target.device)
     chosen = token_log_probs(logits, ids, mask=mask, backend=target.backend)
-    for found, leaf in ((loss, log_probs), (value_loss, values), (chosen, logits)):
+    numbers = torch.ones(2, device=target.device, requires_grad=True)
+    spread = broadcast_to_tokens(numbers, layout, backend=target.backend)
+    states = torch.ones(1, 4, 3, device=target.device, requires_grad=True)
+    weight = torch.arange(15.0, device=target.device).view(5, 3)
+    head = linear_token_log_probs(states, weight, ids, mask=mask, backend=target.backend)
+    head_loss = linear_steppo_loss(
+        states,
+        weight,
+        ids,
+        None,
+        torch.tensor([1.0, -2.0], device=target.device),
+        layout,
+        backend=target.backend,
+    ).loss
+    pairs = [
+        (loss, log_probs),
+        (value_loss, values),
+        (chosen, logits),
+        (spread, numbers),
+        (head, states),
+        (head_loss, states),
+    ]
+    for found, leaf in pairs:
         upstream = torch.full(found.shape, 2.0, device=target.device)
         (wanted,) = torch.autograd.grad(found, leaf, -upstream, retain_graph=True)
         (given,) = torch.autograd.grad(found, leaf, torch._neg_view(upstream))

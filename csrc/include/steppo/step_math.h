@@ -142,6 +142,14 @@ STEPPO_FN double step_weight(Reduction reduction, double length, double count) {
   return reduction == kTrajectoryMean ? 1.0 / count : (reduction == kTokenMean ? length : 1.0);
 }
 
+// The weight of a step: one that is given, or w_s of the reduction.
+template <class T>
+STEPPO_FN double weight_of(const T* step_weights, std::int64_t step, Reduction reduction,
+                           double length, double count) {
+  if (step_weights != nullptr) return static_cast<double>(step_weights[step]);
+  return step_weight(reduction, length, count);
+}
+
 // What a reduction counts. `trajectories` may be a sum of 1 / count.
 STEPPO_FN double reduction_count(Reduction reduction, double steps, double trajectories,
                                  double tokens) {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...backends.choice import Backend
 from .case import Inputs, Outputs, Problem, differentiated
 
@@ -19,7 +20,6 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 _NAMES = tuple(map(str, _TOLERANCE))
 # Errors are relative to this where all is 0.
 _TINY = 1e-30
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 class Wrong(Exception):
@@ -95,6 +95,6 @@ def _relative_error(found: Tensor, exact: Tensor) -> float:
 
 def exact_answer(problem: Problem) -> Outputs:
     """Return the reference's answer in fp64, or of half precision in fp32: that is wider too."""
-    is_half = any(value.dtype in _HALVES for value in problem.inputs.values())
+    is_half = any(value.dtype in checks.HALF_DTYPES for value in problem.inputs.values())
     wider = Trial(problem, torch.float32 if is_half else torch.float64)
     return wider.answer(problem.call, "reference")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...backends.choice import Backend
 from ...config import SURROGATES
 from ...layout.step_layout import StepLayout
@@ -23,7 +24,6 @@ from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
 from .token_log_probs import clear_bounds, clear_config
 
-_HALVES = (torch.bfloat16, torch.float16)
 _MORE_DRAWS = 8
 
 
@@ -75,7 +75,7 @@ def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = Fal
                 "return_entropy": True,
                 "backend": backend,
             }
-            if backend == "reference" and leaves["weight"].dtype in _HALVES:
+            if backend == "reference" and leaves["weight"].dtype in checks.HALF_DTYPES:
                 found = token_log_probs(_plain_logits(leaves, mask), ids, **options)
             else:
                 found = linear_token_log_probs(
@@ -126,7 +126,7 @@ def _loss_case(
         def run(inputs: Inputs, backend: Backend) -> Outputs:
             leaves = _leaves(inputs)
             rest = (ids, inputs["old_log_probs"], inputs["advantages"], layout)
-            if backend == "reference" and leaves["weight"].dtype in _HALVES:
+            if backend == "reference" and leaves["weight"].dtype in checks.HALF_DTYPES:
                 found = steppo_loss_from_logits(
                     _plain_logits(leaves, mask), *rest, config=config, backend=backend, **options
                 )
