@@ -147,8 +147,9 @@ WORKS = (
         token_gae(_SIZES.tokens),
         8e-6,
         4,
-        # Four turns of three loads each for a block's 2,048 steps, before them a row's rewards.
-        3 + 4 * 3 + 2,
+        # Where a row begins, and two turns of 4,096 tokens for its rewards; where a trajectory does,
+        # and two turns of as many steps; then whitening.
+        1 + 2 * 2 + 1 + 2 * 3 + 2,
         # Zeros and sums of the rewards, where each step lies, its value, results, and whitening.
         _TOKENS * (4 + 4 + 8 + 8 + 8 + 4 + 4 + 4 + 8 + 8),
         last_blocks=1,

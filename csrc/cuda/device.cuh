@@ -60,6 +60,16 @@ STEPPO_DEVICE void store_once(P* to, const P& pack) {
 }
 #endif
 
+// What a GPU loads at least of its memory, for all that lies there.
+constexpr int kBytesOfLine = 128;
+
+// Asks for the line that lies at an address. Nothing waits for it.
+STEPPO_DEVICE void prefetch([[maybe_unused]] const void* at) {
+#if !defined(STEPPO_CUDA_ON_HOST)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
+#endif
+}
+
 // Single instructions. On the host, they are rounded exactly.
 #if defined(STEPPO_CUDA_ON_HOST)
 STEPPO_DEVICE float larger(float x, float low) { return x < low ? low : x; }

@@ -2,30 +2,34 @@
 // R_t = A_t + V_t over the steps of each trajectory (StepPO, arXiv 2604.18401, section 3).
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "fill.cuh"
-#include "last_block.cuh"
+#include "gae_tile.cuh"
 #include "launch.h"
+#include "spread_merge.cuh"
 #include "step_rewards.cuh"
 #include "steppo/cuda.h"
-#include "steppo/spread.h"
 
 namespace steppo::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// As many as have room in a workspace for what they leave.
-constexpr std::int64_t kBlocks = 256;
+// In the end a thread takes what a block has left.
+constexpr std::int64_t kBlocks = kThreads;
 // Advantages that the last block whitens by itself; more of them are worth a launch.
 constexpr std::int64_t kWhitenedAtOnce = 8192;
 
 // Warps that take a trajectory, and steps that each of their threads takes at once: a tile, whose
 // loads wait for each other once. A short trajectory is one or two tiles of a warp, and a long one
-// a few of a block of many.
-constexpr int kShortSteps = 4, kLongSteps = 8, kLongWarps = 16;
+// a few of a block of many, for whose exchange shared memory has room.
+constexpr int kShortSteps = 4, kLongWarps = 16;
+template <class T>
+constexpr int kLongSteps = 32 / sizeof(T);
 
-// Advantages that a thread loads before it stores the first of them.
-constexpr int kWhitenedTogether = 8;
+// Advantages that a thread loads before it stores the first of them. The last block has more
+// registers for them, and others wait for it.
+constexpr int kWhitenedTogether = 8, kWhitenedAtTheEnd = 16;
 
 // A product of powers of a factor. That of a factor which is not 0 is not 0 either: an infinite
 // advantage is infinite at all steps before it.
@@ -34,9 +38,13 @@ STEPPO_DEVICE double times(double a, double b) {
   return product > 0 || a == 0 || b == 0 ? product : std::numeric_limits<double>::denorm_min();
 }
 
-STEPPO_DEVICE double power(double factor, int exponent) {
+STEPPO_DEVICE double power(double factor, unsigned exponent) {
   double product = 1;
-  for (int k = 0; k < exponent; ++k) product = times(product, factor);
+#pragma unroll
+  for (int bit = 0; bit < 5; ++bit) {
+    if (exponent >> bit & 1u) product = times(product, factor);
+    factor = times(factor, factor);
+  }
   return product;
 }
 
@@ -68,26 +76,27 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 // Whitens the members first, first + stride, ...
-template <class T>
+template <int together, class T>
 STEPPO_DEVICE void whiten_members(T* advantages, const Timeline& line, const Spread& spread,
                                   std::int64_t first, std::int64_t stride) {
   const Whitening by = whitening(spread);
   // If every step is a member, the order does not matter.
   const bool is_every = line.num_members == line.num_steps;
-  for (std::int64_t k = first; k < line.num_members; k += kWhitenedTogether * stride) {
-    T* places[kWhitenedTogether];
-    double raw[kWhitenedTogether];
+  for (std::int64_t k = first; k < line.num_members; k += together * stride) {
+    T* places[together];
+    T raw[together];
 #pragma unroll
-    for (int i = 0; i < kWhitenedTogether; ++i) {
+    for (int i = 0; i < together; ++i) {
       const std::int64_t member = k + i * stride;
       places[i] = nullptr;
       if (member >= line.num_members) continue;
       places[i] = advantages + (is_every ? member : line.trajectory_steps[member]);
-      raw[i] = static_cast<double>(*places[i]);
+      raw[i] = *places[i];
     }
 #pragma unroll
-    for (int i = 0; i < kWhitenedTogether; ++i) {
-      if (places[i] != nullptr) *places[i] = static_cast<T>(whitened(raw[i], by));
+    for (int i = 0; i < together; ++i) {
+      if (places[i] == nullptr) continue;
+      *places[i] = static_cast<T>(whitened(static_cast<double>(raw[i]), by));
     }
   }
 }
@@ -100,14 +109,38 @@ STEPPO_DEVICE Spread& spread_of(Workspace* workspace) {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     whiten_kernel(T* advantages, const Timeline line, Workspace* workspace) {
-  whiten_members(advantages, line, spread_of(workspace),
-                 std::int64_t{blockIdx.x} * kThreads + threadIdx.x,
-                 std::int64_t{gridDim.x} * kThreads);
+  whiten_members<kWhitenedTogether>(advantages, line, spread_of(workspace),
+                                    std::int64_t{blockIdx.x} * kThreads + threadIdx.x,
+                                    std::int64_t{gridDim.x} * kThreads);
+}
+
+// The members of a trajectory; none behind the last one.
+struct TrajectoryRange {
+  std::int64_t begin, end;
+};
+
+STEPPO_DEVICE TrajectoryRange range_of(const Timeline& line, std::int64_t trajectory) {
+  if (trajectory >= line.num_trajectories) return {0, 0};
+  return {line.trajectory_offsets[trajectory], line.trajectory_offsets[trajectory + 1]};
 }
 
 // A block of several trajectories, or of one.
 template <int warps>
 constexpr int threads_for = warps > 1 ? warps * kWarp : kThreads;
+
+// A warp's tile, with its room in shared memory where it needs one.
+template <class Tile, int warps>
+STEPPO_DEVICE Tile tile_of_warp() {
+  if constexpr (warps > 1) {
+    struct Rooms {
+      typename Tile::Room of_warp[warps];
+    };
+    STEPPO_SHARED(Rooms, rooms);
+    return Tile{rooms.of_warp[threadIdx.x / kWarp], {}};
+  } else {
+    return Tile{};
+  }
+}
 
 // `warps` warps take a trajectory from its end, `steps` steps a thread at once: a thread has the
 // steps before, in time, those of the thread before it. `rewards` may be the returns themselves: an
@@ -120,51 +153,42 @@ __global__ void __launch_bounds__(threads_for<warps>, warps > 1 ? 1 : 2)
     double of_warp[warps];
   };
   STEPPO_SHARED(Room, room);
+  using Tile = std::conditional_t<(warps > 1), SharedTile<T, steps>, OwnTile<T, steps>>;
   constexpr int kOwn = threads_for<warps>, kLanes = warps * kWarp, kGroups = kOwn / kLanes;
-  const T* const values = static_cast<const T*>(tensors.values);
   const T* const bootstrap = static_cast<const T*>(tensors.bootstrap_values);
   T* const advantages = static_cast<T*>(tensors.advantages);
   T* const returns = static_cast<T*>(tensors.returns);
   const int thread = threadIdx.x % kLanes, lane = thread % kWarp, warp = thread / kWarp;
+  std::int64_t g = std::int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
+  // Where its steps lie is under way while the factors are multiplied.
+  TrajectoryRange range = range_of(line, g);
   const double decay = config.gamma * config.lam;
   const double over_thread = power(decay, steps);
   const double to_lane = power(over_thread, lane);
-  const auto state_of = [&](std::int64_t step) {
-    return tensors.values_per_token ? line.state_index[step] : step;
-  };
+  GaeSource<T> source{nullptr, 0, tensors.values_per_token ? line.state_index : nullptr,
+                      static_cast<const T*>(tensors.values), rewards};
+  Tile tile = tile_of_warp<Tile, warps>();
   Spread spread{};
-  for (std::int64_t g = std::int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
-       g < line.num_trajectories; g += std::int64_t{gridDim.x} * kGroups) {
-    const std::int64_t* const members = line.trajectory_steps + line.trajectory_offsets[g];
+  const std::int64_t stride = std::int64_t{gridDim.x} * kGroups;
+  for (; g < line.num_trajectories; g += stride, range = range_of(line, g)) {
+    source.members = line.trajectory_steps + range.begin;
     // Steps have 32-bit ids, so that there are no more of them.
-    const int length =
-        static_cast<int>(line.trajectory_offsets[g + 1] - line.trajectory_offsets[g]);
+    source.length = static_cast<int>(range.end - range.begin);
     double carry = 0;
-    for (int left = length; left > 0; left -= kLanes * steps) {
-      const int latest = left - 1 - thread * steps;
-      // Where a load says what another one reads, those of all steps are under way together.
-      std::int64_t step[steps + 1], state[steps + 1];
-#pragma unroll
-      for (int k = 0; k <= steps; ++k) {
-        const int at = latest + 1 - k;
-        step[k] = at >= 0 && at < length ? members[at] : -1;
-      }
-#pragma unroll
-      for (int k = 0; k <= steps; ++k) state[k] = step[k] >= 0 ? state_of(step[k]) : -1;
-      T reward[steps], value[steps + 1];
-#pragma unroll
-      for (int k = 0; k <= steps; ++k) value[k] = state[k] >= 0 ? values[state[k]] : T(0);
-#pragma unroll
-      for (int k = 0; k < steps; ++k) reward[k] = step[k + 1] >= 0 ? rewards[step[k + 1]] : T(0);
-      if (latest + 1 == length && bootstrap != nullptr) value[0] = bootstrap[g];
+    for (int left = source.length; left > 0; left -= kLanes * steps) {
+      GaeNumbers<T, steps> of = tile.load(source, left - 1 - warp * kWarp * steps, lane);
+      if (left == source.length && thread == 0 && bootstrap != nullptr) of.value[0] = bootstrap[g];
+      // How many of the thread's steps there are.
+      const int count = left - thread * steps < steps ? left - thread * steps : steps;
       double delta[steps];
       double sum = 0;
 #pragma unroll
       for (int k = 0; k < steps; ++k) {
         delta[k] = 0;
-        if (step[k + 1] >= 0) {
-          delta[k] = static_cast<double>(reward[k]) + config.gamma * static_cast<double>(value[k]) -
-                     static_cast<double>(value[k + 1]);
+        if (k < count) {
+          delta[k] = static_cast<double>(of.reward[k]) +
+                     config.gamma * static_cast<double>(of.value[k]) -
+                     static_cast<double>(of.value[k + 1]);
         }
         sum = delta[k] + decay * sum;
       }
@@ -193,28 +217,24 @@ __global__ void __launch_bounds__(threads_for<warps>, warps > 1 ? 1 : 2)
       }
       advantage = lane == 0 ? before_warp : advantage + to_lane * before_warp;
       // What is whitened later is the rounded one: less its own mean it must come out as 0.
-      T rounded[steps];
+      T rounded[steps], value_return[steps];
 #pragma unroll
       for (int k = 0; k < steps; ++k) {
-        rounded[k] = T(0);
-        if (step[k + 1] < 0) continue;
         advantage = delta[k] + decay * advantage;
         rounded[k] = static_cast<T>(advantage);
-        advantages[step[k + 1]] = rounded[k];
-        returns[step[k + 1]] = static_cast<T>(advantage + static_cast<double>(value[k + 1]));
+        value_return[k] = static_cast<T>(advantage + static_cast<double>(of.value[k + 1]));
       }
-      if (config.whiten)
-        merge(spread, spread_of_tile(rounded, latest + 1 < steps ? latest + 1 : steps));
+      tile.store(rounded, value_return, advantages, returns, lane);
+      if (config.whiten) merge(spread, spread_of_tile(rounded, count));
     }
   }
   if (!config.whiten) return;
-  sum_of_thread<kOwn, Spread>() = spread;
-  const Spread* const whole = merged_over_grid<kOwn, Spread>(workspace);
-  if (whole == nullptr) return;
+  Spread whole;
+  if (!spread_of_grid<kOwn>(workspace, spread, whole)) return;
   if (line.num_members <= kWhitenedAtOnce) {
-    whiten_members(advantages, line, *whole, threadIdx.x, kOwn);
+    whiten_members<kWhitenedAtTheEnd>(advantages, line, whole, threadIdx.x, kOwn);
   } else if (threadIdx.x == 0) {
-    spread_of(workspace) = *whole;
+    spread_of(workspace) = whole;
   }
 }
 
@@ -247,7 +267,7 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
     const bool is_short = num_members <= 2 * kWarp * kShortSteps * line.num_trajectories;
     const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kThreads / kWarp : 1);
     launch(is_short ? listed<gae_kernel<T, 1, kShortSteps>>()
-                    : listed<gae_kernel<T, kLongWarps, kLongSteps>>(),
+                    : listed<gae_kernel<T, kLongWarps, kLongSteps<T>>>(),
            std::min(blocks, most_blocks(kBlocks)),
            is_short ? threads_for<1> : threads_for<kLongWarps>, tensors, line, config, rewards,
            workspace);

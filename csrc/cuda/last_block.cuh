@@ -21,19 +21,27 @@ STEPPO_DEVICE bool is_last_block(unsigned* counter, unsigned blocks) {
 
 // Merges the sums of all threads of a grid, and returns the whole in the last block to come here,
 // null in the others. All threads of all blocks call it.
-template <int threads, class S>
+template <int threads, class S, class Joins = AllAdded>
 STEPPO_DEVICE const S* merged_over_grid(Workspace* workspace) {
-  static_assert(sizeof(S) <= Workspace::kFields * sizeof(double), "a part has no room for it");
-  const auto part_of = [&](int block) { return workspace->partials + block * Workspace::kFields; };
-  const S& whole = merged_over_block<threads, S>();
-  if (threadIdx.x == 0) *reinterpret_cast<S*>(part_of(blockIdx.x)) = whole;
-  if (!is_last_block(&workspace->counters[0], gridDim.x)) return nullptr;
-  S& mine = sum_of_thread<threads, S>();
-  const int blocks = static_cast<int>(gridDim.x);
-  for (int b = threadIdx.x; b < blocks; b += threads) {
-    merge_into(mine, *reinterpret_cast<const S*>(part_of(b)));
+  constexpr int kMost = Workspace::kParts, kFields = kFieldsOf<S>;
+  static_assert(kFields <= Workspace::kFields, "a part has no room for it");
+  static_assert(kFields <= kWarp, "a warp leaves it");
+  // Those who merge load the same field of neighbouring blocks together.
+  const auto place_of = [&](int field, int block) {
+    return workspace->partials + field * kMost + block;
+  };
+  const S& whole = merged_over_block<threads, S, Joins>();
+  const int thread = threadIdx.x;
+  if (thread < kFields) {
+    *place_of(thread, blockIdx.x) = slots_of_block<threads, S>()[0].numbers[thread];
   }
-  return &merged_over_block<threads, S>();
+  // Thread 0 tells others what its warp wrote.
+  if (thread < kWarp) __syncwarp();
+  if (!is_last_block(&workspace->counters[0], gridDim.x)) return nullptr;
+  merge_fields<threads, kMost, S, Joins>(
+      static_cast<int>(gridDim.x), [&](int field, int block) { return *place_of(field, block); });
+  __syncthreads();
+  return &whole;
 }
 
 }  // namespace steppo::cuda

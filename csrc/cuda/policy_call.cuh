@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <limits>
 
 #include "last_block.cuh"
@@ -12,16 +13,22 @@
 namespace steppo::cuda {
 
 constexpr int kThreads = 256;
-// The last bit of a sum must not depend on the card. As many blocks have a part in the workspace.
-constexpr std::int64_t kStepBlocks = 255;
-// Blocks that a multiprocessor has registers for. In fp64, which is there to check the others, it
-// has them for one.
-template <class T>
-constexpr int kBlocksOfCore = sizeof(T) > 4 ? 1 : 2;
-
 // What a kernel is compiled for. A plain call, of steps with one ratio each, clipped, and nothing
 // beside, needs half of the instructions on a layout and two thirds on a mask.
 enum Form { kPlain, kOfSteps, kOfTokens };
+
+// Blocks that a multiprocessor has registers for. In fp64, which is there to check the others, it
+// has them for one.
+template <class T, int form>
+constexpr int kBlocksOfCore = sizeof(T) > 4    ? 1
+                              : form == kPlain ? 3
+                                               : 2;
+
+// The most blocks: what the larger GPUs run at once. The last bit of a sum must not depend on the
+// card.
+constexpr std::int64_t most_step_blocks(Form form) {
+  return form == kPlain ? Workspace::kParts : Workspace::kParts * 2 / 3;
+}
 
 // `is_more` is what else a plain call of the one form lacks.
 inline Form form_of(const PolicyTensors& tensors, const PolicyConfig& config, bool is_more) {
@@ -52,10 +59,30 @@ struct CallSums {
   double trajectories = 0;
 };
 
-STEPPO_DEVICE void merge(CallSums& total, const CallSums& other) {
-  steppo::merge(total.sums, other.sums);
-  total.trajectories += other.trajectories;
-}
+// How their fields join, by number, as in `merge` of those sums.
+struct CallJoins {
+  struct Least {
+    static constexpr double kNone = std::numeric_limits<double>::infinity();
+
+    STEPPO_DEVICE double of(double a, double b) { return lesser(a, b); }
+  };
+  struct Greatest {
+    static constexpr double kNone = -std::numeric_limits<double>::infinity();
+
+    STEPPO_DEVICE double of(double a, double b) { return greater(a, b); }
+  };
+
+  static_assert(offsetof(CallSums, sums) == 0, "fields have the numbers of those of `sums`");
+  static constexpr int kRatioMin = offsetof(PolicySums, ratio_min) / sizeof(double);
+  static constexpr int kRatioMax = offsetof(PolicySums, ratio_max) / sizeof(double);
+
+  template <class F>
+  STEPPO_DEVICE double with(int field, F&& body) {
+    return field == kRatioMin   ? body(Least{})
+           : field == kRatioMax ? body(Greatest{})
+                                : body(Added{});
+  }
+};
 
 // Counters from here on hold the runs of rows between two launches.
 constexpr int kFirstRunCounter = 1;
@@ -65,7 +92,7 @@ constexpr int kFirstRunCounter = 1;
 template <class T>
 STEPPO_DEVICE void finish_call(const PolicyTensors& tensors, const PolicyConfig& config,
                                Workspace* workspace, int counted_rows = 0) {
-  const CallSums* const whole = merged_over_grid<kThreads, CallSums>(workspace);
+  const CallSums* const whole = merged_over_grid<kThreads, CallSums, CallJoins>(workspace);
   if (whole != nullptr) {
     for (int row = threadIdx.x; row < counted_rows; row += kThreads) {
       workspace->counters[kFirstRunCounter + row] = 0;
@@ -96,10 +123,10 @@ STEPPO_DEVICE void finish_call(const PolicyTensors& tensors, const PolicyConfig&
 }
 
 // As many blocks as there is work for, so many threads.
-inline std::int64_t step_blocks_for(std::int64_t threads) {
+inline std::int64_t step_blocks_for(std::int64_t threads, Form form = kOfSteps) {
   const std::int64_t needed = ceil_div(threads, kThreads);
   // One block at least, which finishes.
-  return std::clamp<std::int64_t>(needed, 1, most_blocks(kStepBlocks));
+  return std::clamp<std::int64_t>(needed, 1, most_blocks(most_step_blocks(form)));
 }
 
 // mu of the centered ratio is the mean of z over all action tokens. It is known before any step is,
@@ -126,11 +153,6 @@ struct Center {
     tokens += 1;
   }
 };
-
-STEPPO_DEVICE void merge(Center& total, const Center& other) {
-  total.z += other.z;
-  total.tokens += other.tokens;
-}
 
 // Leaves mu in the workspace, of the sums of the threads of all blocks, which call it.
 STEPPO_DEVICE void leave_center(Workspace* workspace) {

@@ -8,11 +8,9 @@
 namespace steppo::cuda {
 namespace {
 
-// So many steps are the work of all blocks two or three times, if each has a warp.
-constexpr std::int64_t kFewSteps = 3 * kStepBlocks * kThreads / kWarp;
-
-// Tokens whose ids a thread loads together.
-constexpr int kIdsTogether = 8;
+// Ids of tokens that a thread loads at once, and how many packs of them.
+constexpr int kIds = 4, kPacks = 2;
+constexpr std::int64_t kIdsTogether = kIds * kPacks;
 
 // mu of the centered ratio: the mean of z over all action tokens.
 template <class T>
@@ -32,32 +30,67 @@ __global__ void __launch_bounds__(kThreads)
   leave_center(workspace);
 }
 
+using Ids = Pack<std::int32_t, kIds>;
+
+// The ids from token t on; behind the last token, those of a step.
+STEPPO_DEVICE Ids ids_from(const Steps& steps, std::int64_t t, bool wide) {
+  if (wide && t + kIds <= steps.num_tokens) {
+    return *reinterpret_cast<const Ids*>(steps.step_ids + t);
+  }
+  Ids ids{};
+  for (int k = 0; k < kIds && t + k < steps.num_tokens; ++k) ids.at[k] = steps.step_ids[t + k];
+  return ids;
+}
+
 // Zeroes the gradients of tokens that are no action's. Neighbouring threads have neighbours.
 template <class T>
 STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps) {
   if (call.grad_log_probs == nullptr && call.grad_entropy == nullptr) return;
-  const std::int64_t stride = std::int64_t{gridDim.x} * kThreads;
-  for (std::int64_t first = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-       first < steps.num_tokens; first += kIdsTogether * stride) {
-    std::int32_t ids[kIdsTogether];
+  const bool wide = is_wide(steps.step_ids);
+  const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * kIds;
+  for (std::int64_t first = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * kIds;
+       first < steps.num_tokens; first += kPacks * stride) {
+    Ids ids[kPacks];
 #pragma unroll
-    for (int k = 0; k < kIdsTogether; ++k) {
-      const std::int64_t t = first + k * stride;
-      ids[k] = t < steps.num_tokens ? steps.step_ids[t] : 0;
-    }
+    for (int p = 0; p < kPacks; ++p) ids[p] = ids_from(steps, first + p * stride, wide);
 #pragma unroll
-    for (int k = 0; k < kIdsTogether; ++k) {
-      if (ids[k] >= 0) continue;
-      const std::int64_t t = first + k * stride;
-      if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = T(0);
-      if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
+    for (int p = 0; p < kPacks; ++p) {
+      const std::int64_t t = first + p * stride;
+#pragma unroll
+      for (int k = 0; k < kIds; ++k) {
+        if (ids[p].at[k] >= 0) continue;
+        if (call.grad_log_probs != nullptr) call.grad_log_probs[t + k] = T(0);
+        if (call.grad_entropy != nullptr) call.grad_entropy[t + k] = T(0);
+      }
     }
   }
 }
 
+// What a group of lanes has to know of a step before it comes to the tokens.
+template <class T>
+struct StepHead {
+  std::int64_t begin, length, start;
+  T advantage;
+  std::int32_t trajectory_count;
+};
+
+// The head of step s; an empty step's behind the last one.
+template <class T>
+STEPPO_DEVICE StepHead<T> head_of(const PolicyArrays<T>& call, const Steps& steps, bool counts,
+                                  std::int64_t s) {
+  StepHead<T> head{};
+  if (s >= steps.num_steps) return head;
+  head.begin = steps.step_offsets[s];
+  head.length = steps.step_offsets[s + 1] - head.begin;
+  head.start = steps.step_starts[s];
+  if (!call.advantages_per_token) head.advantage = call.advantages[s];
+  if (counts) head.trajectory_count = steps.trajectory_counts[s];
+  return head;
+}
+
 // `lanes` lanes take a step.
 template <class T, int lanes, int form>
-__global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig given,
                        Workspace* workspace) {
   PolicyArrays<T> call = arrays_of<T>(tensors);
@@ -67,31 +100,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
     call.advantages_per_token = false;
   }
   CallSums& own = sum_of_thread<kThreads, CallSums>();
-  clear(call, steps);
-  const double center = center_of(tensors, config, workspace);
   constexpr int kGroups = kThreads / lanes;
   const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const std::int64_t stride = std::int64_t{gridDim.x} * kGroups;
+  const bool counts = config.reduction == kTrajectoryMean;
+  std::int64_t first = std::int64_t{blockIdx.x} * kGroups;
+  // It is under way while gradients are zeroed, and the next one while a step is added.
+  StepHead<T> next = head_of(call, steps, counts, first + group);
+  clear(call, steps);
+  const double center = center_of(tensors, config, workspace);
   // The lanes of a warp meet in sums, and go through the loop together.
-  for (std::int64_t first = std::int64_t{blockIdx.x} * kGroups; first < steps.num_steps;
-       first += stride) {
+  for (; first < steps.num_steps; first += stride) {
     const std::int64_t s = first + group;
-    const bool is_there = s < steps.num_steps;
-    const std::int64_t begin = is_there ? steps.step_offsets[s] : 0;
-    const std::int64_t length = is_there ? steps.step_offsets[s + 1] - begin : 0;
-    const PolicyStep step{s, length, is_there ? steps.step_starts[s] : -1,
-                          steps.token_index + begin, lane};
+    const StepHead<T> head = next;
+    next = head_of(call, steps, counts, s + stride);
+    const PolicyStep<T> step{s,    head.length,   head.start, steps.token_index + head.begin,
+                             lane, head.advantage};
     double weight = 0;
-    if (length > 0) {
-      const bool counts = config.reduction == kTrajectoryMean;
-      const double count = counts ? steps.trajectory_counts[s] : 1.0;
-      weight =
-          weight_of(call.step_weights, s, config.reduction, static_cast<double>(length), count);
+    if (step.length > 0) {
+      const double count = counts ? head.trajectory_count : 1.0;
+      weight = weight_of(call.step_weights, s, config.reduction, static_cast<double>(step.length),
+                         count);
       if (counts && lane == 0) own.trajectories += 1.0 / count;
     }
     const double log_ratio =
         add_step<lanes, form == kOfTokens>(call, step, config, weight, center, own.sums);
-    if (is_there && lane == 0) {
+    if (s < steps.num_steps && lane == 0) {
       static_cast<T*>(tensors.step_log_ratio)[s] = static_cast<T>(log_ratio);
     }
   }
@@ -107,7 +141,7 @@ void launch_by(const Launcher& launch, const PolicyTensors& tensors, const Steps
   launch(form == kPlain     ? listed<policy_loss_kernel<T, lanes, kPlain>>()
          : form == kOfSteps ? listed<policy_loss_kernel<T, lanes, kOfSteps>>()
                             : listed<policy_loss_kernel<T, lanes, kOfTokens>>(),
-         step_blocks_for(threads), kThreads, tensors, steps, config, workspace);
+         step_blocks_for(threads, form), kThreads, tensors, steps, config, workspace);
 }
 
 }  // namespace
@@ -123,10 +157,19 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
       launch(listed<center_kernel<T>>(), step_blocks_for(steps.num_actions), kThreads, tensors,
              steps, config, workspace);
     }
-    // Lanes enough for all threads to have work, but each of them a few tokens.
+    // Lanes enough for all threads to have work, but each of them a few tokens, and not so many
+    // that groups of them take several steps after each other while a smaller one would take one.
     const std::int64_t length = steps.num_steps > 0 ? steps.num_actions / steps.num_steps : 0;
-    if (length >= (steps.num_steps <= kFewSteps ? 32 : 256)) {
+    const std::int64_t most =
+        most_step_blocks(form_of(tensors, config, tensors.advantages_per_token)) * kThreads;
+    const auto suits = [&](int lanes) {
+      const bool has_room = steps.num_steps * lanes <= most;
+      return length >= (has_room ? 1 : 8) * lanes;
+    };
+    if (suits(kWarp)) {
       launch_by<T, kWarp>(launch, tensors, steps, config, workspace);
+    } else if (suits(16)) {
+      launch_by<T, 16>(launch, tensors, steps, config, workspace);
     } else if (length >= 4) {
       launch_by<T, 8>(launch, tensors, steps, config, workspace);
     } else {

@@ -7,7 +7,7 @@ namespace steppo::cuda {
 namespace {
 
 // Words of a mask, a bit a token, that a warp loads together.
-constexpr int kWords = 8;
+constexpr int kWords = 6;
 // Tokens of a row that a warp looks through. The steps that begin among them are its own, however
 // far they reach.
 constexpr std::int64_t kChunk = kWords * kWarp;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
 // A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
 // steps that begin there.
 template <class T, int form>
-__global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
                               const PolicyConfig given, Workspace* workspace,
                               std::int64_t chunks_of_row, std::int64_t chunks, int counted_rows) {
@@ -150,6 +150,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T>)
       if (lane == k) {
         ones = words.at[k];
         begins = begins_here;
+        // Its steps wait less for what is on its way.
+        if (ones != 0) prefetch_token(call, begin + k * kWarp);
       }
       const std::int64_t t = begin + k * kWarp + lane;
       if (t >= end || (words.at[k] >> lane & 1u) != 0) continue;
@@ -209,7 +211,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     launch(form == kPlain     ? listed<policy_loss_masked_kernel<T, kPlain>>()
            : form == kOfSteps ? listed<policy_loss_masked_kernel<T, kOfSteps>>()
                               : listed<policy_loss_masked_kernel<T, kOfTokens>>(),
-           step_blocks_for(chunks * kWarp), kThreads, tensors, masked, config, workspace,
+           step_blocks_for(chunks * kWarp, form), kThreads, tensors, masked, config, workspace,
            chunks_of_row, chunks, counted_rows);
   });
 }

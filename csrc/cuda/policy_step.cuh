@@ -17,11 +17,14 @@ struct PolicyRun {
   STEPPO_MEMBER std::int64_t at(std::int64_t i) const { return start + i; }
 };
 
-// The same, of a layout: in one piece from `start`, or listed.
+// The same, of a layout: in one piece from `start`, or listed. `advantage` is that of the step,
+// where tokens have none of their own.
+template <class T>
 struct PolicyStep {
   std::int64_t index, length, start;
   const std::int64_t* listed;
   int lane;
+  T advantage;
 
   STEPPO_MEMBER std::int64_t at(std::int64_t i) const { return start >= 0 ? start + i : listed[i]; }
 };
@@ -62,9 +65,14 @@ struct PolicyToken {
 };
 
 // The advantage of a step that is not empty, or that of its first token.
-template <class T, class Step>
-STEPPO_DEVICE T first_advantage(const PolicyArrays<T>& call, const Step& step) {
-  return call.advantages[call.advantages_per_token ? step.at(0) : step.index];
+template <class T>
+STEPPO_DEVICE T first_advantage(const PolicyArrays<T>& call, const PolicyRun& step) {
+  return call.advantages[step.at(0)];
+}
+
+template <class T>
+STEPPO_DEVICE T first_advantage(const PolicyArrays<T>& call, const PolicyStep<T>& step) {
+  return call.advantages_per_token ? call.advantages[step.at(0)] : step.advantage;
 }
 
 // What the ratio of a token, and what is multiplied with it, are made of. `of_step` is the
@@ -77,6 +85,14 @@ STEPPO_DEVICE PolicyToken<T> ratio_token(const PolicyArrays<T>& call, std::int64
   token.advantage = call.advantages_per_token ? call.advantages[t] : of_step;
   if (call.is_weights_per_token) token.weight = call.is_weights[t];
   return token;
+}
+
+// Asks for the memory of what the ratios of a token, and of its neighbours behind it, are made of.
+template <class T>
+STEPPO_DEVICE void prefetch_token(const PolicyArrays<T>& call, std::int64_t t) {
+  prefetch(call.log_probs + t);
+  prefetch(call.old_log_probs + t);
+  if (call.advantages_per_token) prefetch(call.advantages + t);
 }
 
 // What a first look at the tokens of a step adds up.
@@ -92,6 +108,10 @@ STEPPO_DEVICE TokenTotals look_at(const PolicyArrays<T>& call, const Step& step,
   TokenTotals totals;
   const bool holds = clips_tokens(config);
   const bool varies = call.advantages_per_token;
+  // What is not loaded at once is on its way while that is waited for.
+  constexpr int kOfLine = kBytesOfLine / sizeof(T);
+  const std::int64_t behind = lanes * kTokensTogether<T, lanes> + step.lane * kOfLine;
+  if (step.start >= 0 && behind < step.length) prefetch_token(call, step.start + behind);
   const T first = step.length == 0 ? T(0) : first_advantage(call, step);
   for_tokens<lanes, kTokensTogether<T, lanes>>(
       step,

@@ -13,7 +13,10 @@
 
 namespace steppo::cuda {
 
-constexpr int kRewardThreads = 256;
+// The threads of a block, which takes several short rows, or a long one by all of its warps.
+constexpr int kLongRewardWarps = 16;
+template <int warps>
+constexpr int reward_threads = warps > 1 ? warps * kWarp : 256;
 // Tokens that a thread takes at once, 16 bytes of ids at a time.
 constexpr int kRewardTokens = 8, kIdsOfPack = 4;
 
@@ -230,10 +233,10 @@ STEPPO_DEVICE void add_row(const T* rewards, const Timeline& line, const RewardS
 // `warps` warps take a row. Totals are 0 before. Steps that lie in several rows, as layouts that
 // were loaded may have them, get their sums from the last block, row by row.
 template <class T, int warps, bool is_wide>
-__global__ void __launch_bounds__(kRewardThreads, 2)
+__global__ void __launch_bounds__(reward_threads<warps>, warps > 1 ? 1 : 2)
     rewards_kernel(const T* rewards, const Timeline line, T* totals, const T* marks,
                    Workspace* workspace) {
-  constexpr int kRows = kRewardThreads / (warps * kWarp);
+  constexpr int kRows = reward_threads<warps> / (warps * kWarp);
   const RewardSums<T> out{totals, marks, &workspace->counters[1]};
   const int group = threadIdx.x / (warps * kWarp);
   const std::int64_t row = std::int64_t{blockIdx.x} * kRows + group;
@@ -254,18 +257,19 @@ __global__ void __launch_bounds__(kRewardThreads, 2)
 template <class T>
 void sum_rewards(const Launcher& launch, const T* rewards, const Timeline& line, T* totals,
                  const T* marks, Workspace* workspace) {
-  constexpr int kWarps = kRewardThreads / kWarp;
   // A tile of a warp, or of a block, is a good part of a row.
   const bool is_short = line.num_tokens <= 512 * line.num_rows;
-  const auto run = [&](auto narrow, auto wide) {
+  const auto run = [&](auto narrow, auto wide, std::int64_t rows, int threads) {
     launch(is_wide(rewards) && is_wide(line.step_ids) ? wide : narrow,
-           ceil_div(line.num_rows, is_short ? kWarps : 1), kRewardThreads, rewards, line, totals,
-           marks, workspace);
+           ceil_div(line.num_rows, rows), threads, rewards, line, totals, marks, workspace);
   };
   if (is_short) {
-    run(listed<rewards_kernel<T, 1, false>>(), listed<rewards_kernel<T, 1, true>>());
+    run(listed<rewards_kernel<T, 1, false>>(), listed<rewards_kernel<T, 1, true>>(),
+        reward_threads<1> / kWarp, reward_threads<1>);
   } else {
-    run(listed<rewards_kernel<T, kWarps, false>>(), listed<rewards_kernel<T, kWarps, true>>());
+    constexpr int kMany = kLongRewardWarps;
+    run(listed<rewards_kernel<T, kMany, false>>(), listed<rewards_kernel<T, kMany, true>>(), 1,
+        reward_threads<kMany>);
   }
 }
 

@@ -20,11 +20,6 @@ struct Sums {
   ValueSums values;
 };
 
-STEPPO_DEVICE void merge(Sums& all, const Sums& other) {
-  merge(all.counts, other.counts);
-  merge(all.values, other.values);
-}
-
 // What a block leaves to the last one. Its squares are deviations from its own means.
 struct Left {
   Sums sums;

@@ -9,10 +9,11 @@ import pytest
 from cuda_machine_code import ARCHITECTURES, FORBIDDEN, WIDE_LOAD, Kernel
 
 # What a kernel may need, four blocks of 256 threads of which fill an SM; and those of which fewer
-# do: kernels that work in fp64 on steps, that keep many loads under way, or whose logits or numbers
-# are fp64.
+# do: kernels that work in fp64 on steps, three of them for a plain policy loss, that keep many
+# loads under way, or whose logits or numbers are fp64.
 MOST_REGISTERS = {
     r"policy_loss(_masked)?_kernel<double": 168,
+    r"policy_loss(_masked)?_kernel<float, (\d+, )?0>": 85,
     r"(policy_loss(_masked)?|gae)_kernel<": 128,
     r"rewards_kernel<": 86,
     r"token_log_probs_kernel<double": 66,
@@ -54,9 +55,9 @@ WIDE = {
         for switches in _SWITCHES
     },
     "rewards_kernel<float, 1, true>": (4, 0),
-    "rewards_kernel<float, 8, true>": (4, 0),
+    "rewards_kernel<float, 16, true>": (4, 0),
     "rewards_kernel<double, 1, true>": (6, 0),
-    "rewards_kernel<double, 8, true>": (6, 0),
+    "rewards_kernel<double, 16, true>": (6, 0),
 }
 
 
@@ -83,10 +84,10 @@ def test_a_plain_policy_loss_is_short(kernels: list[Kernel]) -> None:
     """What it leaves out is what it has a kernel of its own for."""
     size = {kernel.name: len(re.findall(r"/\*[0-9a-f]{4,}\*/", kernel.code)) for kernel in kernels}
     plain = [name for name in size if re.match(r"policy_loss(_masked)?_kernel<.*, 0>", name)]
-    assert len(plain) == 8
+    assert len(plain) == 10
     for name in plain:
         # On a mask advantages may differ within a step all the same.
-        most = 0.7 if "masked" in name else 0.55
+        most = 0.73 if "masked" in name else 0.63
         assert size[name] <= most * size[name.replace(", 0>", ", 1>")], name
 
 

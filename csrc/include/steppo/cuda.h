@@ -13,10 +13,11 @@ namespace steppo::cuda {
 // What the workspace of a place is. It belongs to one stream, and is zeroed before its first use; a
 // launch leaves the counters at 0. Nothing else of it is read before it was written.
 struct Workspace {
-  static constexpr int kCounters = 1024, kFields = 16, kPartials = 256 * kFields;
+  static constexpr int kCounters = 1024, kParts = 384, kFields = 16, kPartials = kParts * kFields;
 
   unsigned counters[kCounters];
-  // What blocks leave for the last of them: up to kFields numbers of each of 256, or fewer of more.
+  // What blocks leave for the last of them: up to kFields numbers of each of kParts, or fewer of
+  // more.
   double partials[kPartials];
   // The mean log-ratio, between two launches.
   double center;
