@@ -147,8 +147,8 @@ WORKS = (
         token_gae(_SIZES.tokens),
         8e-6,
         4,
-        # Where a row begins, and two turns of 4,096 tokens for its rewards; where a trajectory does,
-        # and two turns of as many steps; then whitening.
+        # Where a row begins, and two turns of 4,096 tokens for its rewards. Where a trajectory
+        # does, and two turns of as many steps; then whitening.
         1 + 2 * 2 + 1 + 2 * 3 + 2,
         # Zeros and sums of the rewards, where each step lies, its value, results, and whitening.
         _TOKENS * (4 + 4 + 8 + 8 + 8 + 4 + 4 + 4 + 8 + 8),
