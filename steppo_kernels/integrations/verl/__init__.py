@@ -28,7 +28,7 @@ __all__ = ["StepPOPolicyLossConfig", "capo", "step_critic_loss", "steppo"]
 
 if importlib.util.find_spec("transfer_queue") is not None:
     with reported("verl: the trainer `steppo_sync` is not registered"):
-        from .trainer import StepAdvantages, StepPOTrainerSync
+        from .trainer import StepPOTrainerSync, StepTrainerMixin
         from .trainer_config import StepPOTrainerConfig
 
-    __all__ += ["StepAdvantages", "StepPOTrainerConfig", "StepPOTrainerSync"]
+    __all__ += ["StepPOTrainerConfig", "StepPOTrainerSync", "StepTrainerMixin"]

@@ -10,12 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import need_critic
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import response_to_nested
 
 from ...layout.broadcast import broadcast_to_tokens
-from ...outputs import StepAdvantages as Estimates
+from ...outputs import StepAdvantages
 from . import cautions, estimator
 from .rows import Rows, Steps
 from .trainer_config import StepPOTrainerConfig
@@ -25,7 +26,7 @@ from .value_loss import step_critic_loss
 _PADDING = 0.1
 
 
-class StepAdvantages:
+class StepTrainerMixin:
     """What makes a trainer of verl one of steps: a class to inherit from, before verl's own.
 
     Each row is a step of the trajectory that its key names. Advantages are `step_gae` with the
@@ -47,12 +48,12 @@ class StepAdvantages:
                 f"algorithm.adv_estimator: got {given!r} with trainer.v1.trainer_mode={mode}, "
                 f"expected {estimator.NAME!r}: this trainer would replace its advantages"
             )
-        super().__init__(config)  # type: ignore[call-arg]
-        if not self.use_critic:  # type: ignore[attr-defined]
+        if not need_critic(config):
             raise ValueError(
                 f"critic.enable: got {config.critic.enable!r} with trainer.v1.trainer_mode={mode}, "
                 "expected true: the advantages of steps take the values of a critic"
             )
+        super().__init__(config)  # type: ignore[call-arg]
         self._warned_of: set[str] = set()
 
     def _setup(self) -> None:
@@ -105,7 +106,7 @@ class StepAdvantages:
         return data, Steps.of_rows(rows, self.step_config.bootstrap_key)
 
     def _step_metrics(
-        self, steps: Steps, rewards: Tensor, values: Tensor, found: Estimates
+        self, steps: Steps, rewards: Tensor, values: Tensor, found: StepAdvantages
     ) -> dict[str, float]:
         layout, kept = steps.layout, steps.is_step
         padding = sum(steps.rows.is_padding) / len(kept)
@@ -128,7 +129,7 @@ class StepAdvantages:
             **{name: number.item() for name, number in numbers.items()},
         }
 
-    def _write(self, batch: KVBatchMeta, steps: Steps, found: Estimates) -> KVBatchMeta:
+    def _write(self, batch: KVBatchMeta, steps: Steps, found: StepAdvantages) -> KVBatchMeta:
         nested = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"]
         )["response_mask"]
@@ -155,7 +156,7 @@ class StepAdvantages:
 
 
 @register_trainer("steppo_sync")
-class StepPOTrainerSync(StepAdvantages, PPOTrainerSync):
+class StepPOTrainerSync(StepTrainerMixin, PPOTrainerSync):
     """verl's synchronous trainer, with steps: ``trainer.v1.trainer_mode=steppo_sync``."""
 
     def _build_replay_buffer(self) -> Any:

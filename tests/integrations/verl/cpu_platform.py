@@ -36,11 +36,14 @@ def _device_module() -> types.ModuleType:
     return made
 
 
+_MODULE = _device_module()
+
+
 @PlatformRegistry.register(platform="cpu")
 class CPUPlatform(PlatformBase):
     device_name = property(lambda self: "cpu")
     vendor_name = property(lambda self: "cpu")
-    device_module = property(lambda self, module=_device_module(): module)
+    device_module = property(lambda self: _MODULE)
 
     def is_available(self) -> bool:
         return True
@@ -127,3 +130,6 @@ def _with_eager_attention(cls: type, *args: Any, **options: Any) -> Any:
 
 
 transformers.AutoModelForTokenClassification.from_pretrained = classmethod(_with_eager_attention)
+
+# verl keeps the reference policy in pinned memory, which takes an accelerator.
+torch.Tensor.pin_memory = lambda self, *_: self

@@ -63,3 +63,24 @@ def run_ranks(program: str, world: int, *arguments: str, timeout: float = 300) -
             process.kill()
     failed = [text for process, text in zip(started, said, strict=True) if process.returncode]
     assert not failed, failed[0][-4000:]
+
+
+def train(folder: Path, *overrides: str, timeout: float = 400) -> str:
+    """Run the whole trainer in `folder`, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, str(_HERE / "verl_train.py"), str(folder), *overrides],
+        env=environment(
+            VERL_USE_EXTERNAL_MODULES="cpu_platform,cpu_trainer",
+            STEPPO_DUMP=str(folder / "rows.pt"),
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_DEDUP_LOGS="0",
+        ),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
