@@ -1,4 +1,9 @@
-"""Programs of verl in processes of their own, on the platform of the tests."""
+"""Programs of verl in processes of their own, on the platform of the tests.
+
+Run by itself, it is the whole trainer on the toy game, in an existing folder:
+
+    python verl_processes.py FOLDER [OVERRIDES...]
+"""
 
 from __future__ import annotations
 
@@ -84,3 +89,7 @@ def train(folder: Path, *overrides: str, timeout: float = 400) -> str:
     )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
+
+
+if __name__ == "__main__":
+    print(train(Path(sys.argv[1]).resolve(), *sys.argv[2:], timeout=3600))
