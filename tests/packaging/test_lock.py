@@ -15,6 +15,7 @@ _LISTS = {
     "test": ("--all-extras", "--group", "test", "--group", "lint"),
     "bench": ("--group", "bench"),
     "verl": ("--group", "verl"),
+    "skyrl": ("--group", "skyrl"),
     "weights": ("--only-group", "weights"),
 }
 
