@@ -40,6 +40,17 @@ class SkyRLPolicyLoss:
         family: the fields of `StepPOConfig` that SkyRL has no setting for, as pairs.
         rows_are_steps: whether a row is one step; else every run of ones in its mask is.
         ratio_center: as in `steppo_loss`.
+
+    Example:
+        >>> import torch
+        >>> from skyrl.train.config import AlgorithmConfig
+        >>> from steppo_kernels.integrations.skyrl import SkyRLPolicyLoss
+        >>> log_probs, mask = torch.zeros(1, 4, requires_grad=True), torch.tensor([[1, 1, 0, 1]])
+        >>> config = AlgorithmConfig(eps_clip_low=3e-4, eps_clip_high=4e-4)
+        >>> divided = torch.full((1, 4), 2 / 3)  # by the three tokens of the mini-batch
+        >>> loss, metrics = SkyRLPolicyLoss()(log_probs, torch.zeros(1, 4), divided, config, mask)
+        >>> loss.item(), metrics["step_ratio_mean"]
+        (-2.0, 1.0)
     """
 
     family: tuple[tuple[str, Any], ...] = ()
@@ -146,6 +157,11 @@ def register_steppo(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> from steppo_kernels.integrations.skyrl import register_steppo
+        >>> register_steppo("cispo_of_tokens", ratio="token", surrogate="cispo").rows_are_steps
+        False
     """
     made = SkyRLPolicyLoss(tuple(family.items()), rows_are_steps, ratio_center)
     PolicyLossRegistry.register(name, made)

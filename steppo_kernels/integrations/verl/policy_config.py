@@ -38,6 +38,14 @@ class StepPOPolicyLossConfig(PolicyLossConfig):
 
     Raises:
         ValueError, TypeError: naming the setting.
+
+    Example:
+        >>> from steppo_kernels.integrations.verl import StepPOPolicyLossConfig
+        >>> StepPOPolicyLossConfig(loss_mode="capo").chosen_ratio
+        'centered'
+        >>> StepPOPolicyLossConfig(loss_mode="steppo", surrogate="tv")
+        Traceback (most recent call last):
+        ValueError: ratio: got 'geometric' with the surrogate 'tv', expected 'token': it ...
     """
 
     loss_mode: str = "steppo"

@@ -60,6 +60,22 @@ def steppo(
 
     Raises:
         ValueError, TypeError: naming the argument or the setting.
+
+    Example:
+        >>> import torch
+        >>> from verl.workers.config import ActorConfig
+        >>> actor = ActorConfig(
+        ...     strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1,
+        ...     clip_ratio_low=3e-4, clip_ratio_high=4e-4, loss_agg_mode="seq-mean-token-mean",
+        ... )
+        >>> from steppo_kernels.integrations.verl import steppo
+        >>> log_prob, mask = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3)
+        >>> advantages = torch.tensor([[1.0], [-3.0]]).expand(2, 3)
+        >>> loss, metrics = steppo(
+        ...     torch.zeros(2, 3), log_prob, advantages, mask, "seq-mean-token-mean", actor
+        ... )
+        >>> loss.item(), metrics["actor/step_ratio_mean"]
+        (1.0, 1.0)
     """
     return _policy_loss(
         "steppo",
@@ -87,6 +103,19 @@ def capo(
 
     Its center is the mean of the log-ratios over this call, unless `policy_loss.ratio_center` sets
     it. Arguments, results and errors are those of `steppo`.
+
+    Example:
+        >>> import torch
+        >>> from verl.workers.config import ActorConfig
+        >>> actor = ActorConfig(
+        ...     strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1,
+        ...     clip_ratio_low=3e-4, clip_ratio_high=4e-4, loss_agg_mode="seq-mean-token-mean",
+        ... )
+        >>> from steppo_kernels.integrations.verl import capo
+        >>> log_prob, mask = torch.full((1, 4), 0.0001, requires_grad=True), torch.ones(1, 4)
+        >>> loss, metrics = capo(torch.zeros(1, 4), log_prob, mask, mask, config=actor)
+        >>> round(loss.item(), 4)
+        -1.0001
     """
     return _policy_loss(
         "capo",

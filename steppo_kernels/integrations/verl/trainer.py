@@ -33,6 +33,16 @@ class StepTrainerMixin:
     `gamma` and `lam` of verl's `algorithm`, over the steps of each trajectory and without verl's
     padding. The critic is trained by `step_critic_loss`. Everything else is the trainer's own,
     rewards with KL and the correction of rollouts included.
+
+    Raises:
+        ValueError, TypeError: a setting does not go with steps; it is named.
+
+    Example:
+        >>> from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, register_trainer
+        >>> from steppo_kernels.integrations.verl import StepTrainerMixin
+        >>> @register_trainer("my_steps")
+        ... class MyTrainer(StepTrainerMixin, PPOTrainerColocateAsync):
+        ...     pass
     """
 
     config: DictConfig
@@ -157,7 +167,13 @@ class StepTrainerMixin:
 
 @register_trainer("steppo_sync")
 class StepPOTrainerSync(StepTrainerMixin, PPOTrainerSync):
-    """verl's synchronous trainer, with steps: ``trainer.v1.trainer_mode=steppo_sync``."""
+    """verl's synchronous trainer, with steps: ``trainer.v1.trainer_mode=steppo_sync``.
+
+    Example:
+        >>> from verl.trainer.ppo.v1 import get_trainer_cls
+        >>> get_trainer_cls("steppo_sync").__name__
+        'StepPOTrainerSync'
+    """
 
     def _build_replay_buffer(self) -> Any:
         # verl takes every mode of another name for an asynchronous one, whose replay buffer drops

@@ -34,6 +34,11 @@ class StepPOTrainerConfig:
 
     Raises:
         ValueError, TypeError: naming the setting.
+
+    Example:
+        >>> from steppo_kernels.integrations.verl import StepPOTrainerConfig
+        >>> StepPOTrainerConfig.of_node("steppo_sync", {"rewards": "last"}).rewards
+        'last'
     """
 
     rewards: Rewards | None = None

@@ -32,6 +32,30 @@ def step_critic_loss(
 
     Returns:
         The part of this micro-batch in the loss of the mini-batch, and metrics.
+
+    Example:
+        >>> import torch
+        >>> from verl.utils.tensordict_utils import get_tensordict
+        >>> from verl.workers.config import CriticConfig
+        >>> from steppo_kernels.integrations.verl import step_critic_loss
+        >>> def nested(*rows):
+        ...     tensors = list(map(torch.tensor, rows))
+        ...     return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
+        >>> data = get_tensordict(
+        ...     {
+        ...         "prompts": nested([5], [6, 7]),
+        ...         "responses": nested([8, 9], [8]),
+        ...         "response_mask": nested([1, 1], [1]),
+        ...         "values": nested([0.0, 0.0], [0.0]),
+        ...         "returns": nested([1.0, 1.0], [0.5]),
+        ...     },
+        ...     non_tensor_dict={"dp_size": 1, "global_batch_size": 2},
+        ... )
+        >>> model_output = {"values": nested([0.0, 4.0, 4.0], [4.0, 0.5, 4.0])}
+        >>> config = CriticConfig(strategy="fsdp2", ppo_micro_batch_size_per_gpu=1)
+        >>> loss, metrics = step_critic_loss(config, model_output, data)
+        >>> loss.item(), metrics["critic/vpred_mean"]
+        (0.25, 0.25)
     """
     values = no_padding_2_padding(model_output["values"], data)
     rows_of_rank = data["global_batch_size"] / data["dp_size"]

@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
+import ray
 import torch
 from skyrl.backends.skyrl_train.utils.ppo_utils import (
     PolicyLossRegistry,
     apply_loss_reduction_to_advantages_minibatch,
+    sync_registries,
 )
 from skyrl.train.config import AlgorithmConfig
 from torch import Tensor
@@ -144,6 +146,29 @@ def test_it_is_registered_and_survives_the_way_to_a_worker():
     assert pickle.loads(pickle.dumps(made)) == made
     with pytest.raises(ValueError, match="already registered"):
         register_steppo("steppo_of_test")
+
+
+def test_workers_of_ray_find_it():
+    """SkyRL's own registry actor hands it over, by the name that the driver registered."""
+    register_steppo("steppo_of_ray", token_clip=(0.1, 0.2))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        sync_registries()
+        assert ray.get(_found_by_a_worker.remote("steppo_of_ray")) == (("token_clip", (0.1, 0.2)),)
+    finally:
+        ray.shutdown()
+
+
+@ray.remote
+def _found_by_a_worker(name: str) -> Any:
+    import typing
+
+    import typing_extensions
+
+    typing.TypedDict = typing_extensions.TypedDict
+    from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
+
+    return PolicyLossRegistry.get(name).family
 
 
 def test_masked_positions_may_hold_anything():

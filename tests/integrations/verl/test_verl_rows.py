@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steppo_kernels import broadcast_to_tokens
 from steppo_kernels.integrations.verl import StepPOTrainerConfig
 from steppo_kernels.integrations.verl.estimator import step_gae, trainer_follows
 from steppo_kernels.integrations.verl.rows import Rows, Steps
@@ -146,6 +147,18 @@ def test_rows_that_cannot_be_raise(keys, extra, masked, says):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         Steps.of_rows(rows(keys, extra=extra, masked=masked), "s")
     assert str(caught.value).startswith(says)
+
+
+def test_padding_that_copies_a_row_trains_nothing():
+    """As the authors' code appends it: with its key and its mask."""
+    copied = Rows(["u_0_0", "u_0_1", "u_0_0"], [False, False, True], torch.ones(3, 3))
+    steps = Steps.of_rows(copied, None)
+    found = advantages(steps, torch.tensor([0.0, 1.0, 5.0]), torch.tensor([0.5, 0.5, 5.0]))
+    alone = Steps.of_rows(rows(["u_0_0", "u_0_1"]), None)
+    wanted = advantages(alone, torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]))
+    assert torch.equal(found.advantages[:2], wanted.advantages)
+    assert found.advantages[2] == found.returns[2] == 0
+    assert not broadcast_to_tokens(found.advantages, steps.layout)[2].any()
 
 
 @pytest.mark.parametrize("index", ["0", "1"])
