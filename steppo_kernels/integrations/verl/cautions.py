@@ -63,6 +63,15 @@ def of_padding(share: float) -> None:
     )
 
 
+def of_whole_trajectories() -> None:
+    """Warn of rows that hold whole trajectories where each is taken for a step."""
+    _warn(
+        "rows: got one for each trajectory, and several turns in some of them. steppo_sync takes a "
+        "row for a step, so that no advantage is that of a turn. Let the agent loop return a list "
+        "of outputs, one a turn; verl's own loop for tools returns one for all of them."
+    )
+
+
 def of_copied_rewards() -> None:
     """Warn of an outcome that stands in every row of its trajectory."""
     _warn(

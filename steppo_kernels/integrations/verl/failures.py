@@ -23,17 +23,10 @@ def reported(consequence: str) -> Iterator[None]:
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        if error.name == "verl":
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "verl":
             raise ModuleNotFoundError(
                 f"verl: it is not installed, expected {_INSTALL}", name="verl"
             ) from error
-        _log(consequence)
+        logging.getLogger(__name__).exception("steppo_kernels: %s", consequence)
         raise
-    except Exception:
-        _log(consequence)
-        raise
-
-
-def _log(consequence: str) -> None:
-    logging.getLogger(__name__).exception("steppo_kernels: %s", consequence)

@@ -153,6 +153,14 @@ class Steps:
         are_equal = all(bool((x == x[0]).all()) for x in several)
         return are_equal and any(bool(x[0] != 0) for x in several)
 
+    def look_whole(self) -> bool:
+        """Whether each trajectory is one row, and some of these rows have several turns."""
+        mask = self.rows.mask.bool()[self.is_step]
+        starts = mask[:, 1:] & ~mask[:, :-1]
+        turns = starts.sum(1) + mask[:, :1].sum(1)
+        is_one_row = self.layout.num_trajectories == len(mask)
+        return is_one_row and bool((turns > 1).any())
+
     def advantages(
         self, rewards: Tensor, values: Tensor, *, gamma: float, lam: float, whiten: bool
     ) -> StepAdvantages:

@@ -79,6 +79,8 @@ class StepTrainerMixin:
         rewards = steps.rewards(scores, self.step_config)
         if self.step_config.rewards is None and steps.look_copied(rewards):
             self._warn_once("rewards", cautions.of_copied_rewards)
+        if steps.look_whole():
+            self._warn_once("rows", cautions.of_whole_trajectories)
         if "token_level_rewards" in data.keys():  # noqa: SIM118
             # The scores less a KL penalty, of which the scores may be replaced.
             penalty = data["token_level_rewards"].float().sum(1) - scores

@@ -130,6 +130,20 @@ def test_rewards_that_stand_in_every_row_are_noticed(rewards, copied):
 
 
 @pytest.mark.parametrize(
+    ("keys", "mask", "whole"),
+    [
+        (["u_0_0", "u_1_0"], [[1, 0, 1], [1, 1, 0]], True),
+        (["u_0_0", "u_1_0"], [[0, 1, 1], [1, 1, 0]], False),
+        (["u_0_0", "u_0_1"], [[1, 0, 1], [1, 1, 0]], False),
+        (["u_0_0", "pad_0_0"], [[0, 1, 1], [1, 0, 1]], False),
+    ],
+)
+def test_whole_trajectories_in_a_row_are_noticed(keys, mask, whole):
+    given = Rows(keys, [key.startswith("pad") for key in keys], torch.tensor(mask))
+    assert Steps.of_rows(given, None).look_whole() is whole
+
+
+@pytest.mark.parametrize(
     ("keys", "extra", "masked", "says"),
     [
         (
