@@ -1,6 +1,6 @@
 # The two commands of the README are `make demo` and `make test`. Everything but `bench`,
-# `gpu-check`, `test-newest` and `test-oldest` runs in .venv; each environment is made when it is
-# first needed.
+# `gpu-check`, `test-newest`, `test-oldest` and the suites of trainers runs in .venv; each
+# environment is made when it is first needed.
 PYTHON ?= python3
 # PyPI's Linux wheels of torch carry CUDA. For the CPU build elsewhere:
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 PIP := pip==26.3
 UV := uv==0.13.9
 BIN := .venv/bin
-ENVIRONMENTS := .venv .venv-bench .venv-newest .venv-oldest
+TRAINERS := verl skyrl
+ENVIRONMENTS := .venv .venv-bench .venv-newest .venv-oldest $(TRAINERS:%=.venv-%)
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
 FORMATTED = $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(wildcard csrc/cuda/* tests/native/* tests/cuda/* \
 	tests/cuda/*/*))
@@ -16,8 +17,8 @@ TEST := pytest -n 2 --dist worksteal
 # Where the lock has one: on Linux and x86-64.
 PINNED = $(shell ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc 2> /dev/null)
 
-.PHONY: install demo compare example test test-newest test-oldest lint format bench sanitize
-.PHONY: gpu-check lock clean always
+.PHONY: install demo compare example test test-newest test-oldest $(TRAINERS:%=test-%) lint format
+.PHONY: bench sanitize gpu-check lock clean always
 # A list may be written where what it lists is not installed.
 .DELETE_ON_ERROR:
 
@@ -47,6 +48,11 @@ test-newest test-oldest: test-%: .venv-%/built
 
 # Old packages make deprecated calls of newer ones.
 test-oldest: OPTIONS = -W default
+
+# The integration of a trainer, with the trainer. pytest fails if it collects no test, as where the
+# trainer is missing. Trainers make deprecated calls of other packages.
+$(TRAINERS:%=test-%): test-%: .venv-%/built
+	HF_HUB_OFFLINE=1 .venv-$*/bin/pytest -W default tests/integrations/$*
 
 lint: install
 	$(BIN)/ruff check .
@@ -94,9 +100,9 @@ $(ENVIRONMENTS:%=%/built): %/built: %/packages setup.py $(wildcard building/*.py
 	touch $@
 
 # With an nvcc of the system, only the benchmarks ask for its kernels.
-.venv/built .venv-newest/built .venv-oldest/built: export STEPPO_BUILD_CUDA ?= 0
+$(filter-out .venv-bench/built,$(ENVIRONMENTS:%=%/built)): export STEPPO_BUILD_CUDA ?= 0
 
-.venv/built .venv-bench/built: HOW = --editable .
+.venv/built .venv-bench/built $(TRAINERS:%=.venv-%/built): HOW = --editable .
 # A copy: the module that these environments build is not that of the others.
 .venv-newest/built .venv-oldest/built: HOW = --force-reinstall .
 
@@ -108,8 +114,10 @@ RESOLVED = $(@D)/bin/uv pip compile --upgrade --all-extras --group test $(LIST)
 .venv/requirements.txt: uv.lock pyproject.toml .venv/tools
 	$(LOCKED) --all-extras --group test --group lint
 
-.venv-bench/requirements.txt: uv.lock pyproject.toml .venv-bench/tools
-	$(LOCKED) --group bench
+# Each is of the group that it is named after.
+NAMED := bench $(TRAINERS)
+$(NAMED:%=.venv-%/requirements.txt): .venv-%/requirements.txt: uv.lock pyproject.toml .venv-%/tools
+	$(LOCKED) --group $*
 
 .venv-newest/requirements.txt: .venv-newest/tools always
 	$(RESOLVED) pyproject.toml

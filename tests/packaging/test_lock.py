@@ -14,6 +14,8 @@ _ROOT = Path(__file__).parents[2]
 _LISTS = {
     "test": ("--all-extras", "--group", "test", "--group", "lint"),
     "bench": ("--group", "bench"),
+    "verl": ("--group", "verl"),
+    "skyrl": ("--group", "skyrl"),
     "weights": ("--only-group", "weights"),
 }
 
