@@ -59,10 +59,7 @@ class StepPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "steppo"]  # noqa: RUF012 - as in TRL
     _name = "StepPO"
-    _paper = {  # noqa: RUF012
-        "title": "StepPO: Step-Aligned Policy Optimization for Agentic Reinforcement Learning",
-        "id": "2604.18401",
-    }
+    _paper = {"title": "StepPO", "id": "2604.18401"}  # noqa: RUF012
 
     args: StepPOTrainingArguments
 
