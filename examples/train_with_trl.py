@@ -54,7 +54,7 @@ SHOWN = {
     "steps/ratio_max": "ratio",
     "steps/approx_kl_k3": "KL",
     "critic/explained_variance": "explained",
-    "step_time": "seconds",
+    "step_time": "s",
 }
 
 
@@ -154,21 +154,21 @@ def table(log: list[dict[str, Any]]) -> Table:
     names = {name: title for name, title in SHOWN.items() if any(name in one for one in found)}
     shown = Table(
         caption="of a step: mean reward; clipped: share of the steps; ratio: the largest of a "
-        "step; KL: approximate, to the policy that played; rewards are of new games alone"
+        "step; KL: approximate, to the policy that played; s: of the update, with its games"
     )
     for title in ("no.", *names.values()):
         shown.add_column(title, justify="right")
     for entry in found:
         cells = (entry.get(name) for name in names)
         shown.add_row(
-            str(entry["step"]), *("" if cell is None else f"{cell:.3g}" for cell in cells)
+            str(entry["step"]), *("" if cell is None else f"{cell:.2g}" for cell in cells)
         )
     return shown
 
 
 def main(
-    updates: Annotated[int, typer.Option(min=1)] = 6,
-    rows: Annotated[int, typer.Option(min=4, help="Games of an update, in groups of 4.")] = 16,
+    updates: Annotated[int, typer.Option(min=1)] = 4,
+    rows: Annotated[int, typer.Option(min=4, help="Games of an update, in groups of 4.")] = 8,
     critic: Annotated[bool, typer.Option(help="Train a value head, and take step GAE.")] = False,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-6,
     seed: int = 0,
@@ -197,6 +197,8 @@ def main(
             max_completion_length=256,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
+            # The batches are small, and memory is not what is short here.
+            gradient_checkpointing=False,
             step_gamma=0.9,
             step_critic=critic,
             logging_steps=1,
