@@ -128,11 +128,11 @@ class Manager:
         scores = torch.zeros(len(answer))
         scores[-1] = score
         both = torch.tensor(prompt + answer)
-        # Those of an inference engine differ from the trainer's.
-        noise = 0.05 * torch.randn(len(answer))
-        engine = (
-            {"rollout_log_probs": torch.tensor(log_probs) + noise} if self.scores_tokens else {}
-        )
+        engine = {}
+        if self.scores_tokens:
+            # Those of an inference engine differ from the trainer's.
+            noise = 0.05 * torch.randn(len(answer))
+            engine = {"rollout_log_probs": torch.tensor(log_probs) + noise}
         return engine | {
             "prompts": torch.tensor(prompt),
             "responses": torch.tensor(answer),
