@@ -78,6 +78,7 @@ class SkyRLPolicyLoss:
                 f"ratio_center: got {self.ratio_center!r} with the ratio {made.ratio!r}, expected "
                 "None: it is the center of the ratio 'centered'"
             )
+        checks.scalar("ratio_center", self.ratio_center, torch.device("cpu"))
 
     def __call__(
         self,

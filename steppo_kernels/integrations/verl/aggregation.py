@@ -55,7 +55,8 @@ def aggregation_of(
         return Aggregation("step_mean" if rows_are_steps else "trajectory_mean", rows)
     total: float | Tensor = mask.any(1).sum() if rows is None else rows
     if mode == "seq-mean-token-sum-norm":
-        total = total * (batch.get("loss_scale_factor") or mask.shape[1])
+        scale = batch.get("loss_scale_factor")
+        total = total * (mask.shape[1] if scale is None else scale)
     return Aggregation("token_mean", total)
 
 

@@ -31,13 +31,29 @@ def of_bounds(config: StepPOConfig) -> None:
         )
 
 
-def of_precision(log_probs: Tensor) -> None:
+def of_precision(log_probs: Mapping[str, Tensor]) -> None:
     """Warn of log-probs that are rounded by more than the bounds allow."""
-    if log_probs.dtype in HALF_DTYPES:
+    halves = [name for name, value in log_probs.items() if value.dtype in HALF_DTYPES]
+    if halves:
         _warn(
-            f"log_prob: got {log_probs.dtype}, whose rounding is larger than bounds such as 3e-4. "
-            "verl returns log-probs in the dtype of the logits where flash-attn is missing: "
-            "install flash-attn, or set actor.fsdp_config.mixed_precision.param_dtype=fp32."
+            f"{', '.join(halves)}: got {log_probs[halves[0]].dtype}, whose rounding is larger than "
+            "bounds such as 3e-4. verl returns log-probs in the dtype of the logits where "
+            "flash-attn is missing: install flash-attn, or set "
+            "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32."
+        )
+
+
+def of_width(mode: str, batch: Mapping[str, Any], num_rows: int) -> None:
+    """Warn of a sum by row that is divided by the width of a part of the mini-batch."""
+    total = batch.get("global_batch_size")
+    if mode != "seq-mean-token-sum-norm" or batch.get("loss_scale_factor") is not None:
+        return
+    if total is not None and num_rows < total:
+        _warn(
+            "actor.loss_scale_factor: got none with loss_agg_mode=seq-mean-token-sum-norm, which "
+            "divides by the longest response of each micro-batch then, so that the gradient "
+            "depends on how the mini-batch is split. Set actor.loss_scale_factor to a number, such "
+            "as data.max_response_length."
         )
 
 
@@ -57,9 +73,10 @@ def of_padding(share: float) -> None:
     """Warn of padding rows that count in the mean over rows."""
     _warn(
         f"ppo_mini_batch_size: got padding for {share:.0%} of the rows, which verl appends up to a "
-        "multiple of the mini-batches and counts in the means over rows (seq-mean-*), so that they "
-        "weaken the update. Choose a smaller mini-batch, or loss_agg_mode=token-mean, which does "
-        "not count them. The metric step/padding_fraction follows them."
+        "multiple of the mini-batches and counts in the means over rows, those of seq-mean-* and "
+        "of the critic, so that they weaken the update. Choose a smaller mini-batch. "
+        "loss_agg_mode=token-mean does not count them, for the actor alone. The metric "
+        "step/padding_fraction follows them."
     )
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
+from ... import checks
 from ...config import DEFAULT_CONFIG, RatioKind, Reduction, StepPOConfig, Surrogate, one_of
 
 # The ratio of each policy loss that is registered.
@@ -78,13 +80,14 @@ class StepPOPolicyLossConfig(PolicyLossConfig):
                 f"policy_loss.ratio_center: got {self.ratio_center!r} with the ratio {ratio!r}, "
                 "expected none: it is the center of the ratio 'centered'"
             )
+        checks.scalar("policy_loss.ratio_center", self.ratio_center, torch.device("cpu"))
         # Values that mean nothing raise where the configuration is made, in the driver.
         StepPOConfig(**self.family)
 
     @property
     def chosen_ratio(self) -> RatioKind:
         """The ratio, by itself or by the loss mode."""
-        return self.ratio or RATIO_OF_MODE[self.loss_mode]
+        return RATIO_OF_MODE[self.loss_mode] if self.ratio is None else self.ratio
 
     @property
     def family(self) -> dict[str, Any]:
@@ -95,9 +98,18 @@ class StepPOPolicyLossConfig(PolicyLossConfig):
 
 
 def settings_of(actor: ActorConfig, mode: str) -> StepPOPolicyLossConfig:
-    """Return the settings of a policy loss; the defaults where verl's own class stands."""
+    """Return the settings of a policy loss; the defaults where verl's own class stands.
+
+    Raises:
+        ValueError: the settings are those of the other loss.
+    """
     given = actor.policy_loss
     if isinstance(given, StepPOPolicyLossConfig):
+        if given.loss_mode != mode:
+            raise ValueError(
+                f"policy_loss.loss_mode: got {given.loss_mode!r} in a call of {mode!r}, expected "
+                "settings of the loss that is called"
+            )
         return given
     return StepPOPolicyLossConfig(loss_mode=mode)
 

@@ -147,7 +147,8 @@ def _policy_loss(
     aggregation = aggregation_of(loss_agg_mode, batch, mask, settings.rows_are_steps)
     config = loss_config(actor, settings, aggregation.reduction)
     cautions.of_bounds(config)
-    cautions.of_precision(log_prob)
+    cautions.of_precision({"log_prob": log_prob, "old_log_prob": old_log_prob})
+    cautions.of_width(loss_agg_mode, batch, mask.shape[0])
     if config.ratio == "centered" and settings.ratio_center is None:
         cautions.of_center(batch, mask.shape[0])
     if rollout_is_weights is not None:

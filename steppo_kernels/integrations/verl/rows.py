@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,12 +69,13 @@ class Rows:
         found = torch.zeros(len(self.keys))
         for row in needed.nonzero().flatten().tolist():
             value = (self.extra_fields or [{}] * len(self.keys))[row].get(key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value):
                 raise ValueError(
                     f"extra_fields: got {value!r} under {key!r} in row {self.keys[row]!r}, "
-                    "expected the reward of the step, a number"
+                    "expected the reward of the step, a finite number"
                 )
-            found[row] = value
+            found[row] = float(value)
         return found
 
 

@@ -122,8 +122,7 @@ class StepTrainerMixin:
     ) -> dict[str, float]:
         layout, kept = steps.layout, steps.is_step
         padding = sum(steps.rows.is_padding) / len(kept)
-        agg_mode = self.config.actor_rollout_ref.actor.loss_agg_mode
-        if padding > _PADDING and agg_mode.startswith("seq-mean"):
+        if padding > _PADDING:
             self._warn_once("padding", partial(cautions.of_padding, padding))
         num_steps = int(kept.sum())
         numbers = {

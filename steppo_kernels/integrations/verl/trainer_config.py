@@ -11,6 +11,8 @@ from ...config import one_of
 Rewards = Literal["rm_scores", "last", "extra_fields"]
 REWARDS = ("rm_scores", "last", "extra_fields")
 
+STEP_REWARD = "step_reward"
+
 # verl reads it from the node of a trainer.
 _OF_VERL = ("parameter_sync_step",)
 
@@ -42,7 +44,7 @@ class StepPOTrainerConfig:
     """
 
     rewards: Rewards | None = None
-    reward_key: str = "step_reward"
+    reward_key: str = STEP_REWARD
     bootstrap_key: str | None = None
     whiten: bool = True
 
@@ -53,6 +55,11 @@ class StepPOTrainerConfig:
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name == "bootstrap_key")):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a key, a string")
+        if self.reward_key != STEP_REWARD and self.rewards != "extra_fields":
+            raise ValueError(
+                f"reward_key: got {self.reward_key!r} with rewards={self.rewards}, expected "
+                "rewards=extra_fields: nothing else reads it"
+            )
         if not isinstance(self.whiten, bool):
             raise TypeError(f"whiten: got {type(self.whiten).__name__}, expected true or false")
 

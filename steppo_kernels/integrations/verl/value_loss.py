@@ -21,8 +21,9 @@ def step_critic_loss(
 
     Each row with an action token trains one value: that before its first token, at the end of the
     prompt. The returns are those that the trainer `steppo_sync` writes to every token of a row. The
-    loss is the mean over the rows of the mini-batch on all ranks, in each `loss_agg_mode`: with one
-    number a row, tokens and rows are the same.
+    loss is the mean over the rows of the mini-batch on all ranks, in each `loss_agg_mode`. Rows
+    without an action token, as of padding, add nothing to it but are counted: verl knows no other
+    number of rows.
 
     Args:
         config: of which this reads `cliprange_value`.

@@ -192,6 +192,7 @@ def test_masked_positions_may_hold_anything():
         ({"ratio": "median"}, "ratio: got 'median'"),
         ({"surrogate": "tv"}, "ratio: got 'geometric' with the surrogate 'tv'"),
         ({"ratio_center": 0.0}, "ratio_center: got 0.0 with the ratio 'geometric'"),
+        ({"ratio": "centered", "ratio_center": torch.nan}, "ratio_center: got nan, expected a fin"),
     ],
 )
 def test_settings_that_mean_nothing_raise_where_they_are_registered(options, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,7 +184,14 @@ def test_a_state_that_is_not_the_last_raises(index):
         advantages(steps, torch.zeros(2), torch.zeros(2))
 
 
-@pytest.mark.parametrize("given", [None, "1", True])
+@pytest.mark.parametrize("given", [2, 2.0, np.float32(2), np.float64(2), np.int64(2)])
+def test_a_reward_is_a_number_of_any_type(given):
+    steps = Steps.of_rows(rows(["u_0_0"], extra=[{"step_reward": given}]), None)
+    found = steps.rewards(torch.zeros(1), StepPOTrainerConfig(rewards="extra_fields"))
+    assert found.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("given", [None, "1", True, np.bool_(True), np.nan, np.inf])
 def test_a_step_without_a_reward_in_its_fields_raises(given):
     steps = Steps.of_rows(rows(["u_0_0"], extra=[{"step_reward": given}]), None)
     with pytest.raises(ValueError, match=r"under 'step_reward' in row 'u_0_0'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import warnings
@@ -99,6 +100,15 @@ def test_the_loss_mode_alone_is_enough(mode):
         ({"loss_mode": "capo", "ratio": "token"}, "policy_loss.ratio: got 'token'"),
         ({"ratio": "median"}, "ratio: got 'median'"),
         ({"ratio_center": 0.0}, "policy_loss.ratio_center: got 0.0 with the ratio 'geometric'"),
+        (
+            {"loss_mode": "capo", "ratio_center": "mean"},
+            "policy_loss.ratio_center: got str, expected a number",
+        ),
+        (
+            {"loss_mode": "capo", "ratio_center": math.nan},
+            "policy_loss.ratio_center: got nan, expected a finite number",
+        ),
+        ({"ratio": ""}, "ratio: got ''"),
         ({"dual_clip": 0.5}, "dual_clip: got 0.5"),
         ({"surrogate": "tv"}, "ratio: got 'geometric' with the surrogate 'tv'"),
         ({"token_clip": [0.1]}, "token_clip: got 1 of them"),
@@ -147,6 +157,19 @@ def test_ranks_without_the_count_of_the_mini_batch_raise(mode):
         answer("steppo", draw(2), actor(mode, {"dp_size": 2}))
 
 
+@pytest.mark.parametrize(("called", "set_to"), [("capo", "steppo"), ("steppo", "capo")])
+def test_settings_of_the_other_loss_raise(called, set_to):
+    config = actor(loss=StepPOPolicyLossConfig(loss_mode=set_to))
+    with pytest.raises(ValueError, match=f"policy_loss.loss_mode: got '{set_to}' in a call of"):
+        answer(called, draw(2), config)
+
+
+def test_a_scale_of_zero_raises():
+    counts = {"dp_size": 1, "global_batch_size": 12, "loss_scale_factor": 0}
+    with pytest.raises(ValueError, match="normalizer: got 0"):
+        answer("steppo", draw(2), actor("seq-mean-token-sum-norm", counts))
+
+
 def warned(name: str, batch, config: ActorConfig) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -156,7 +179,9 @@ def warned(name: str, batch, config: ActorConfig) -> list[str]:
 
 _CLIP = "actor.clip_ratio_low, actor.clip_ratio_high"
 _CENTER = "policy_loss.ratio_center"
+_WIDTH = "actor.loss_scale_factor"
 _PART = {"dp_size": 1, "batch_num_tokens": 500, "global_batch_size": 24}
+_SUMS = {"mode": "seq-mean-token-sum-norm"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +190,16 @@ _PART = {"dp_size": 1, "batch_num_tokens": 500, "global_batch_size": 24}
         ("steppo", {}, {"low": 3e-4, "high": 4e-4}, torch.float32, []),
         ("steppo", {}, {"low": 0.2, "high": 0.2}, torch.float32, [_CLIP]),
         ("steppo", {"ratio": "token"}, {"low": 0.2, "high": 0.2}, torch.float32, []),
-        ("steppo", {}, {}, torch.bfloat16, ["log_prob"]),
+        ("steppo", {}, {}, torch.bfloat16, ["log_prob, old_log_prob"]),
+        ("steppo", {}, _SUMS, torch.float32, []),
+        ("steppo", {}, _SUMS | {"mini_batch": _PART}, torch.float32, [_WIDTH]),
+        (
+            "steppo",
+            {},
+            _SUMS | {"mini_batch": _PART | {"loss_scale_factor": 20}},
+            torch.float32,
+            [],
+        ),
         ("capo", {}, {}, torch.float32, []),
         ("capo", {}, {"mini_batch": _PART}, torch.float32, [_CENTER]),
         ("capo", {"ratio_center": 0.0}, {"mini_batch": _PART}, torch.float32, []),
@@ -177,11 +211,24 @@ def test_what_is_rarely_meant_is_warned_of(name, settings, options, dtype, says)
     assert warned(name, draw(3).to(dtype), config) == says
 
 
+@pytest.mark.parametrize("name", ["log_prob", "old_log_prob"])
+def test_either_policy_may_be_rounded(name):
+    batch = draw(3)
+    rounded = batch._replace(**{name: getattr(batch, name).bfloat16()})
+    assert warned("steppo", rounded, actor()) == [name]
+
+
 @pytest.mark.parametrize(
     ("node", "error", "says"),
     [
         ({"rewards": "first"}, ValueError, "rewards: got 'first'"),
         ({"reward_key": 3}, TypeError, "reward_key: got int"),
+        ({"reward_key": "mine"}, ValueError, "reward_key: got 'mine' with rewards=None"),
+        (
+            {"reward_key": "mine", "rewards": "last"},
+            ValueError,
+            "reward_key: got 'mine' with rewards=last, expected rewards=extra_fields",
+        ),
         ({"whiten": "yes"}, TypeError, "whiten: got str"),
         ({"gamma": 0.9}, ValueError, "trainer.v1.steppo_sync: got gamma, expected"),
     ],

@@ -16,7 +16,12 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl_processes import train
 from verl_train import STEPPO
 
-from steppo_kernels.integrations.verl import StepPOTrainerConfig, StepPOTrainerSync
+from steppo_kernels.integrations.verl import (
+    StepPOTrainerConfig,
+    StepPOTrainerSync,
+    StepTrainerMixin,
+)
+from steppo_kernels.integrations.verl.rows import Rows, Steps
 
 GAMMA, LAM = 0.99, 0.95
 # Trajectories of an update, and the multiple that verl pads the rows of an update to.
@@ -46,7 +51,7 @@ def plain(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def with_all(tmp_path_factory) -> Run:
-    """Two ranks, rewards of steps in extra_fields, cut trajectories, KL in the rewards."""
+    """Two ranks, rewards of steps, cut trajectories, KL in the rewards, rollout correction."""
     return run(
         tmp_path_factory.mktemp("all"),
         "trainer.total_training_steps=2",
@@ -55,6 +60,10 @@ def with_all(tmp_path_factory) -> Run:
         "+trainer.v1.steppo_sync.bootstrap_key=is_state",
         "algorithm.use_kl_in_reward=True",
         "algorithm.kl_ctrl.kl_coef=0.1",
+        "actor_rollout_ref.rollout.calculate_log_probs=True",
+        "algorithm.rollout_correction.rollout_is=token",
+        "algorithm.rollout_correction.rollout_rs=seq_mean_k3",
+        "algorithm.rollout_correction.rollout_rs_threshold=1e-3",
     )
 
 
@@ -93,6 +102,19 @@ def test_advantages_and_returns_are_those_of_loops(name, request):
         whitened = (advantage - flat.mean()) / (flat.std() + 1e-8)
         assert advantages[mask].tolist() == pytest.approx([whitened.item()] * int(mask.sum()), 1e-4)
         assert returns.tolist() == pytest.approx([returned] * len(mask), 1e-4)
+
+
+def test_steps_whose_tokens_verl_rejects_stay_in_their_trajectories(with_all):
+    """verl masks them: they have rewards and values, and train nothing."""
+    for metrics in with_all.metrics:
+        assert 0 < metrics["rollout_corr/rollout_rs_masked_fraction"] < 1
+        assert metrics["rollout_corr/rollout_is_std"] > 0
+    rows, wanted = with_all.rows, in_loops(with_all.rows)
+    at = {key: row for row, key in enumerate(rows["keys"])}
+    rejected = [key for key in wanted if not rows["response_mask"][at[key]].any()]
+    assert rejected
+    for key in rejected:
+        assert not rows["advantages"][at[key]].any()
 
 
 def in_loops(rows: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -142,6 +164,18 @@ def test_it_is_a_synchronous_trainer_for_verl():
     assert made.trainer_mode == "sync"
     assert type(made.replay_buffer) is ReplayBuffer
     assert (made.parameter_sync_step, made.step_config) == (1, StepPOTrainerConfig())
+
+
+def test_padding_weakens_the_critic_in_every_mode():
+    steps = Steps.of_rows(Rows(["u_0_0", "x_0_0"], [False, True], torch.ones(2, 1)), None)
+    numbers, trainer = torch.zeros(2), object.__new__(StepTrainerMixin)
+    trainer.config = OmegaConf.create(
+        {"actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}}}
+    )
+    trainer._warned_of = set()
+    found = steps.advantages(numbers, numbers, gamma=1.0, lam=1.0, whiten=False)
+    with pytest.warns(UserWarning, match="ppo_mini_batch_size: got padding for 50%"):
+        trainer._step_metrics(steps, numbers, numbers, found)
 
 
 @pytest.mark.parametrize(

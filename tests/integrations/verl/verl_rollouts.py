@@ -34,6 +34,7 @@ class Manager:
         node = config.trainer.v1.get(config.trainer.v1.trainer_mode) or {}
         made.state_key = node.get("bootstrap_key")
         made.copies = node.get("rewards") in ("last", "extra_fields")
+        made.scores_tokens = config.actor_rollout_ref.rollout.calculate_log_probs
         made.random = random.Random(0)
         torch.manual_seed(0)
         return made
@@ -75,20 +76,20 @@ class Manager:
         played = []
         for _ in range(turns):
             prompt = self._prompt(game)
-            answer = self._answer(prompt)
+            answer, log_probs = self._answer(prompt)
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
-            played.append((prompt, answer, game.answer(text)))
+            played.append((prompt, answer, log_probs, game.answer(text)))
         rows = []
-        for turn, (prompt, answer, reward) in enumerate(played):
+        for turn, (prompt, answer, log_probs, reward) in enumerate(played):
             # verl's agent loop copies the score of the last row onto all others.
-            score = played[-1][2] if self.copies else reward
-            row = self._row(uid, turns, prompt, answer, score, [1] * len(answer))
+            score = played[-1][-1] if self.copies else reward
+            row = self._row(uid, turns, prompt, answer, score, [1] * len(answer), log_probs)
             row["extra_fields"]["step_reward"] = reward
             # Every second index: gaps mean nothing.
             rows.append((f"{trajectory}_{2 * turn}", row))
         if self.state_key and turns < game.turns:
             end = [self.tokenizer.eos_token_id]
-            row = self._row(uid, turns, self._prompt(game), end, played[-1][2], [0])
+            row = self._row(uid, turns, self._prompt(game), end, played[-1][-1], [0], [0.0])
             row["extra_fields"][self.state_key] = True
             rows.append((f"{trajectory}_{2 * turns}", row))
         return rows
@@ -98,7 +99,7 @@ class Manager:
         text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _answer(self, prompt: list[int]) -> list[int]:
+    def _answer(self, prompt: list[int]) -> tuple[list[int], list[float]]:
         found = self.model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -107,8 +108,12 @@ class Manager:
             max_new_tokens=_ANSWER,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        return found[0, len(prompt) :].tolist()
+        answer = found.sequences[0, len(prompt) :]
+        log_probs = torch.cat(found.logits).log_softmax(-1)
+        return answer.tolist(), log_probs.gather(1, answer[:, None])[:, 0].tolist()
 
     def _row(
         self,
@@ -118,11 +123,17 @@ class Manager:
         answer: list[int],
         score: float,
         mask: list[int],
+        log_probs: list[float],
     ) -> dict[str, Any]:
         scores = torch.zeros(len(answer))
         scores[-1] = score
         both = torch.tensor(prompt + answer)
-        return {
+        engine = {}
+        if self.scores_tokens:
+            # Those of an inference engine differ from the trainer's.
+            noise = 0.05 * torch.randn(len(answer))
+            engine = {"rollout_log_probs": torch.tensor(log_probs) + noise}
+        return engine | {
             "prompts": torch.tensor(prompt),
             "responses": torch.tensor(answer),
             "response_mask": torch.tensor(mask),

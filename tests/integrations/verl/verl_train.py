@@ -15,7 +15,6 @@ import pandas
 import verl
 import verl_toy
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
 # What a user changes of verl's defaults for StepPO.
@@ -106,7 +105,6 @@ def main(folder: Path, overrides: list[str]) -> None:
     with initialize_config_dir(config_dir=defaults, version_base=None):
         settings = (STEPPO + _SIZES + _ON_A_CPU).split()
         config = compose("ppo_trainer", overrides=[*settings, *paths, *overrides])
-    OmegaConf.set_struct(config, False)
     run_ppo(config, task_runner_class=TaskRunnerV1)
 
 
