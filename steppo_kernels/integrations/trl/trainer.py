@@ -93,6 +93,7 @@ class StepPOTrainer(GRPOTrainer):
         options.refuse_of_trainer(self)
         self._advantage_func = advantage_func
         policy = self.accelerator.unwrap_model(self.model)
+        options.warn_of_dropout(policy, args)
         self.step_fused = heads.choose_fused(policy, args)
         if self.step_fused and self.ref_model is not None:
             heads.patch(self.accelerator.unwrap_model(self.ref_model))
