@@ -71,6 +71,10 @@ def log_policy(
     config, accelerator = trainer.args.step_config, trainer.accelerator
     count = count_of(layout, config.reduction)
     found = over_ranks(output.metrics, count, normalizer, accelerator)
+    if config.reduction == "sum":
+        # What TRL logs by these names is a mean.
+        for name in ("kl_loss", "entropy"):
+            found[name] /= max(1.0, found["num_steps"])
     if config.kl_coef == 0:
         del found["kl_loss"]
     log = trainer._metrics[mode]

@@ -164,6 +164,20 @@ def test_a_model_that_is_patched_already_is_taken_as_it_is(tmp_path):
         torch.testing.assert_close(one.detach() - before[name], expected[name], msg=name)
 
 
+def test_means_of_trl_are_means_with_a_sum_too(tmp_path):
+    logs = []
+    for reduction in ("step_mean", "sum"):
+        policy = letter_game.on_disk(tmp_path / "model", initializer_range=0.3)
+        made = letter_game.trainer(tmp_path, policy, step_reduction=reduction, beta=0.1)
+        # The reference is another model.
+        torch.nn.init.zeros_(made.ref_model.lm_head.weight)
+        made.train()
+        logs.append(made.state.log_history[0])
+    for name in ("entropy", "kl"):
+        assert logs[0][name] > 0.1
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
+
+
 def test_an_evaluation_divides_by_its_own_steps(tmp_path):
     made = letter_game.trainer(
         tmp_path,
