@@ -39,6 +39,22 @@ def add_value_head(model: Any) -> None:
         model.add_module(NAME, ValueHead(width, model.get_input_embeddings().weight.device))
 
 
+def keep_from_engine(generation: Any) -> None:
+    """Leave the value head out of the weights that vLLM is sent, whose model has none.
+
+    Args:
+        generation: the `VLLMGeneration` of TRL.
+    """
+    every = generation._iter_named_params
+
+    def of_policy() -> Iterator[tuple[str, Tensor]]:
+        for name, one in every():
+            if NAME not in name.split("."):
+                yield name, one
+
+    generation._iter_named_params = of_policy
+
+
 def saved_with_adapter(peft_config: Any) -> Any:
     """Return a PEFT config that also trains and saves the value head."""
     config = copy.deepcopy(peft_config)

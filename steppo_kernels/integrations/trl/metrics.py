@@ -53,8 +53,9 @@ def over_ranks(
     every = accelerator.gather(own[None])
     parts = [Metrics(row[:-1], metrics.names, metrics.adds_up) for row in every]
     merged = Metrics.merge(parts).as_dict()
-    total = float(every[:, -1].sum())
-    if normalizer is not None and total:
+    # Nothing is counted for "sum", whose denominator is 1.
+    total = float(every[:, -1].sum()) or 1.0
+    if normalizer is not None:
         # The parts add up to a share of the update. Here they are means of their own.
         merged = {
             name: value * normalizer / total if name in _LOSSES else value
@@ -70,6 +71,10 @@ def log_policy(
     config, accelerator = trainer.args.step_config, trainer.accelerator
     count = count_of(layout, config.reduction)
     found = over_ranks(output.metrics, count, normalizer, accelerator)
+    if config.reduction == "sum":
+        # What TRL logs by these names is a mean.
+        for name in ("kl_loss", "entropy"):
+            found[name] /= max(1.0, found["num_steps"])
     if config.kl_coef == 0:
         del found["kl_loss"]
     log = trainer._metrics[mode]

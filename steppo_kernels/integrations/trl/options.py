@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
+
+from torch import nn
 
 _LOSS = "the loss is that of step_surrogate, step_ratio and step_reduction"
 _ENTROPY = "the weight of the entropy is entropy_coef alone"
@@ -98,6 +101,29 @@ def refuse_of_trainer(trainer: Any) -> None:
             f"gradient_accumulation_steps: got {args.gradient_accumulation_steps} with "
             f"steps_per_generation * num_iterations = {period} and sharded gradients, expected a "
             "divisor of it: gradients are rescaled where an update reaches into another generation"
+        )
+
+
+def warn_of_dropout(model: nn.Module, args: Any) -> None:
+    """Warn where dropout alone moves ratios: old log-probs have other masks than the new ones.
+
+    Args:
+        model: the policy.
+        args: `StepPOTrainingArguments`.
+    """
+    if not is_off_policy(args):
+        return
+    # Dropout of attention weights is a number, and no module.
+    rates = [
+        one.p if isinstance(one, nn.Dropout) else getattr(one, "attention_dropout", 0.0)
+        for one in model.modules()
+    ]
+    if (rate := max((one for one in rates if isinstance(one, float)), default=0.0)) > 0:
+        warnings.warn(
+            f"model: got dropout of {rate} with old log-probs, expected 0: the ratios of a policy "
+            "that has not changed leave narrow bounds then; disable_dropout=True sets that of "
+            "modules to 0",
+            stacklevel=3,
         )
 
 

@@ -138,12 +138,20 @@ def by_source(
         given: the rewards of steps; nothing is looked at for ``"final"``.
         runs: how many steps each completion has.
         scores: what reward functions gave each completion, NaN for nothing.
+
+    Raises:
+        ValueError: a score is infinite.
     """
     if source == "steps":
         return list(given)
     found: list[list[float] | None] = []
     for row, (count, score) in enumerate(zip(runs, scores, strict=True)):
         rewards = [0.0] * count if source == "final" else given[row]
+        if math.isinf(score):
+            raise ValueError(
+                f"reward_funcs: got {score} for completion {row}, expected finite numbers, or None "
+                "for a completion without a score"
+            )
         if rewards is None or math.isnan(score):
             found.append(None)
         else:
@@ -191,7 +199,11 @@ def own_reward_functions(environment: Any) -> list[Any] | None:
 def sum_of_step_rewards(
     *, step_rewards: Sequence[Any] = (), environments: Sequence[Any] | None = None, **_: Any
 ) -> list[float | None]:
-    """Return the sum over the steps of each completion, a reward function of TRL."""
+    """Return the sum over the steps of each completion, a reward function of TRL.
+
+    An environment with a reward of its own has None: before there is one, a factory that is no
+    class does not show whether it has.
+    """
     given: list[Any] = list(step_rewards)
     if not given:
         given = [getattr(one, NAME, None) for one in environments or ()]
@@ -200,4 +212,8 @@ def sum_of_step_rewards(
                 f"reward_funcs: got None without {NAME}, expected them of rollout_func or of each "
                 "environment, or a reward function"
             )
+        given = [
+            None if hasattr(one, "get_reward") else rewards
+            for one, rewards in zip(environments or (), given, strict=True)
+        ]
     return [None if one is None else float(sum(one)) for one in given]

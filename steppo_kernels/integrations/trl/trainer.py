@@ -93,6 +93,7 @@ class StepPOTrainer(GRPOTrainer):
         options.refuse_of_trainer(self)
         self._advantage_func = advantage_func
         policy = self.accelerator.unwrap_model(self.model)
+        options.warn_of_dropout(policy, args)
         self.step_fused = heads.choose_fused(policy, args)
         if self.step_fused and self.ref_model is not None:
             heads.patch(self.accelerator.unwrap_model(self.ref_model))
@@ -101,6 +102,11 @@ class StepPOTrainer(GRPOTrainer):
             base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
             critics.add_value_head(base)
             self._critic = critics.Critic(base, args.step_value_trains_body)
+            if args.sync_ref_model:
+                # TRL mixes the parameters of both models pair by pair.
+                critics.add_value_head(self.accelerator.unwrap_model(self.ref_model))
+            if self.use_vllm:
+                critics.keep_from_engine(self.vllm_generation)
         self._rewards = StepRewards()
         self._tool_masks: list[list[int]] | None = None
         self._scores: Tensor | None = None
@@ -266,8 +272,15 @@ def _prepare_critic(model: Any, args: StepPOTrainingArguments, grpo: dict[str, A
 
     Raises:
         TypeError: the model or its adapter is there too late or too early for that.
-        ValueError: DistributedDataParallel would look for unused parameters.
+        ValueError: DistributedDataParallel would look for unused parameters, or the optimizer does
+            not know the value head.
     """
+    optimizer, _ = grpo.get("optimizers") or (None, None)
+    if optimizer is not None:
+        raise ValueError(
+            f"optimizers: got {type(optimizer).__name__} with step_critic, expected None: it was "
+            "made before the value head was there, and would not train it"
+        )
     if hasattr(model, "peft_config"):
         raise TypeError(
             "model: got a PEFT model with step_critic, expected a plain one and peft_config: the "

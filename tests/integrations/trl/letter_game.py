@@ -234,7 +234,10 @@ def trainer(
     folder: Path | str, policy: Any = None, rollout: Any = None, **given: Any
 ) -> StepPOTrainer:
     """Return a trainer; what is no argument of the trainer is one of the training."""
-    names = ("peft_config", "environment_factory", "reward_funcs", "advantage_func", "tools")
+    names = (
+        *("peft_config", "environment_factory", "reward_funcs", "advantage_func", "tools"),
+        "optimizers",
+    )
     own = {name: given.pop(name) for name in names if name in given}
     if "environment_factory" not in own and rollout is not False:
         own["rollout_func"] = rollout or Scripted()

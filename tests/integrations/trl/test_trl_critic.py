@@ -14,6 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, TrainerCallback
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
 
 from steppo_kernels.integrations.trl import loss
 
@@ -168,6 +171,23 @@ def test_an_adapter_is_saved_with_the_value_head(tmp_path):
     assert float(saved[name].abs().max()) > 0
     # The config that was given is as it was.
     assert options["peft_config"].modules_to_save is None
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_an_engine_is_not_sent_the_value_head(peft, tmp_path, monkeypatch):
+    """By TRL's own walk over the weights, without vLLM."""
+
+    class Engine(VLLMGeneration):
+        def __init__(self, model: Any, accelerator: Any, **_: Any) -> None:
+            self.model, self._dist = model, DistributedBackend(accelerator)
+
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
+    config = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"])} if peft else {}
+    trainer = letter_game.trainer(
+        tmp_path, step_critic=True, use_vllm=True, vllm_mode="colocate", **config
+    )
+    sent = [name for name, _ in trainer.vllm_generation._iter_named_params()]
+    assert sorted(sent) == sorted(name for name, _ in letter_game.model().named_parameters())
 
 
 @pytest.mark.parametrize(

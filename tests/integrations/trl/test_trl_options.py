@@ -8,6 +8,7 @@ from typing import Any
 
 import letter_game
 import pytest
+import torch
 from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM
 from trl import GRPOConfig
 
@@ -122,6 +123,10 @@ OF_TRAINER: dict[str, tuple[dict[str, Any], str]] = {
     "fused where the head cannot": (
         {"step_fused": True, "cast_lm_head_to_fp32": True},
         "model: ",
+    ),
+    "critic and an optimizer that was made before": (
+        {"step_critic": True, "optimizers": (torch.optim.SGD([torch.zeros(1)]), None)},
+        "optimizers: got SGD with step_critic, expected None",
     ),
     "critic and unused parameters": (
         {"step_critic": True, "ddp_find_unused_parameters": True},

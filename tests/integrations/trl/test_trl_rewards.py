@@ -116,6 +116,11 @@ def test_sources(source, expected):
     assert by_source(source, given, [2, 1, 1, 0], scores) == expected
 
 
+def test_an_infinite_score_raises():
+    with pytest.raises(ValueError, match="reward_funcs: got inf for completion 1, expected finite"):
+        by_source("final", [], [1, 1], [1.0, math.inf])
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -134,6 +139,9 @@ def test_the_reward_function_of_its_own():
     held = Holds()
     held.step_rewards += [1.0, 0.5]
     assert rewards.sum_of_step_rewards(environments=[held]) == [1.5]
+    # TRL adds that reward by itself.
+    held.get_reward = lambda: 1.5
+    assert rewards.sum_of_step_rewards(environments=[held]) == [None]
     with pytest.raises(ValueError, match="reward_funcs: got None without step_rewards"):
         rewards.sum_of_step_rewards(environments=[object()])
 

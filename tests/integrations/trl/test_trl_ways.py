@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from typing import Any
 
 import letter_game
@@ -42,6 +43,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "step_critic": True,
         "peft_config": LoraConfig(**LORA),
         "learning_rate": 0.05,
+    },
+    "critic, synchronized reference": {
+        "step_critic": True,
+        "beta": 0.1,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        **OFF_POLICY,
     },
     "no tool mask": {"rollout": "one turn"},
 }
@@ -120,6 +128,30 @@ def test_a_head_that_asks_for_it_is_unfused_and_says_so(way, reason, tmp_path, c
     assert any(float(one.abs().max()) > 0 for one in moved.values())
 
 
+@pytest.mark.parametrize(
+    ("rate", "given", "warns"),
+    [
+        (0.05, {"num_iterations": 2}, True),
+        (0.05, {"num_iterations": 2, "disable_dropout": True}, False),
+        (0.05, {}, False),
+        (0.0, {"num_iterations": 2}, False),
+    ],
+)
+def test_dropout_with_old_log_probs_warns(rate, given, warns, tmp_path):
+    peft = LoraConfig(**LORA, lora_dropout=rate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        letter_game.trainer(tmp_path, peft_config=peft, **given)
+    found = [str(one.message) for one in caught if "model: got dropout" in str(one.message)]
+    assert len(found) == warns
+
+
+def test_dropout_of_attention_warns(tmp_path):
+    policy = letter_game.model(attention_dropout=0.1)
+    with pytest.warns(UserWarning, match=r"model: got dropout of 0.1 with old log-probs"):
+        letter_game.trainer(tmp_path, policy, num_iterations=2)
+
+
 def test_a_model_that_is_patched_already_is_taken_as_it_is(tmp_path):
     expected, _ = trained(tmp_path / "plain", True, {})
     policy = letter_game.on_disk(tmp_path / "model")
@@ -132,13 +164,33 @@ def test_a_model_that_is_patched_already_is_taken_as_it_is(tmp_path):
         torch.testing.assert_close(one.detach() - before[name], expected[name], msg=name)
 
 
+def test_means_of_trl_are_means_with_a_sum_too(tmp_path):
+    logs = []
+    for reduction in ("step_mean", "sum"):
+        policy = letter_game.on_disk(tmp_path / "model", initializer_range=0.3)
+        made = letter_game.trainer(tmp_path, policy, step_reduction=reduction, beta=0.1)
+        # The reference is another model.
+        torch.nn.init.zeros_(made.ref_model.lm_head.weight)
+        made.train()
+        logs.append(made.state.log_history[0])
+    for name in ("entropy", "kl"):
+        assert logs[0][name] > 0.1
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
+
+
 def test_an_evaluation_divides_by_its_own_steps(tmp_path):
-    made = letter_game.trainer(tmp_path, per_device_eval_batch_size=8, num_generations_eval=2)
+    made = letter_game.trainer(
+        tmp_path,
+        per_device_eval_batch_size=8,
+        num_generations_eval=2,
+        advantage_func=lambda samples: torch.ones_like(samples.rewards),
+    )
     made.train()
     # As the trainer's own does: evaluations have prompts of their own.
     found = made.evaluate(letter_game.prompts(4))
     assert found["eval_steps/num_steps"] > 8
-    assert abs(found["eval_loss"]) < 1e-6
+    # The mean over all steps, whose ratios and advantages are 1.
+    assert found["eval_loss"] == pytest.approx(-1.0, abs=1e-6)
     assert found["eval_entropy"] > 1
 
 
