@@ -26,10 +26,13 @@ def choose_fused(model: nn.Module, args: Any) -> bool:
     """
     if args.step_fused is False:
         return False
-    if args.step_fused is None and (why := _why_not(model, args)):
-        logger.warning("step_fused: %s; the loss takes TRL's log-probs.", why)
+    try:
+        patch(model)
+    except (TypeError, ValueError) as why:
+        if args.step_fused:
+            raise
+        logger.warning("step_fused: the loss takes TRL's log-probs, as there is no patch. %s", why)
         return False
-    patch(model)
     return True
 
 
@@ -37,17 +40,6 @@ def patch(model: nn.Module) -> None:
     """Patch a model that is not patched yet."""
     if patch_of(model) is None:
         patch_lm_head(model)
-
-
-def _why_not(model: Any, args: Any) -> str | None:
-    """Return why the head of a model asks for TRL's log-probs; None where it does not."""
-    if args.cast_lm_head_to_fp32:
-        return "cast_lm_head_to_fp32 replaces the forward of the output head"
-    head = model.get_output_embeddings()
-    # PEFT's `modules_to_save` puts a module with two heads in its place.
-    if head is not None and not isinstance(head, nn.Linear):
-        return f"the output head is a {type(head).__name__}, and no nn.Linear"
-    return None
 
 
 def fused_log_probs(

@@ -11,10 +11,11 @@ import letter_game
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from steppo_kernels.integrations.transformers import patch_lm_head, patch_of
+from steppo_kernels.integrations.trl import heads
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 OFF_POLICY = {"num_iterations": 2, "epsilon": 0.02, "max_steps": 3}
@@ -113,10 +114,10 @@ def test_fused_and_unfused_make_the_same_updates(way, tmp_path):
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 replaces the forward"),
+        ({"cast_lm_head_to_fp32": True}, "the forward of its output head was replaced"),
         (
             {"peft_config": LoraConfig(**LORA, modules_to_save=["lm_head"])},
-            "the output head is a ModulesToSaveWrapper",
+            "ModulesToSaveWrapper, expected a plain nn.Linear",
         ),
     ],
 )
@@ -126,6 +127,20 @@ def test_a_head_that_asks_for_it_is_unfused_and_says_so(way, reason, tmp_path, c
     assert made.step_fused is False
     assert reason in caplog.text
     assert any(float(one.abs().max()) > 0 for one in moved.values())
+
+
+def test_any_head_without_a_patch_is_unfused(caplog):
+    class Doubled(nn.Linear):
+        def forward(self, states):
+            return 2 * super().forward(states)
+
+    model = letter_game.model()
+    model.lm_head = Doubled(*reversed(model.lm_head.weight.shape), bias=False)
+    with caplog.at_level(logging.WARNING):
+        assert not heads.choose_fused(model, letter_game.arguments("out"))
+    assert "Doubled" in caplog.text
+    with pytest.raises(TypeError, match="Doubled"):
+        heads.choose_fused(model, letter_game.arguments("out", step_fused=True))
 
 
 @pytest.mark.parametrize(
