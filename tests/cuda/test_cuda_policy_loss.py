@@ -148,6 +148,35 @@ def test_fp32(cuda, method):
     check(policy_loss.policy_loss(cuda, *args), _REFERENCE(*in_fp64(args)), 3e-5)
 
 
+@pytest.mark.parametrize("tolerance", [1e-11, 3e-5], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("length", [1, 2, 4, 7, 8, 14, 15, 300])
+@pytest.mark.parametrize("method", ["geometric", "token", "centered"])
+def test_lanes_of_a_step(cuda, method, length, tolerance):
+    """How many lanes take a step depends on their mean length, here about twice `length`.
+
+    One step is longer than what its lanes load together. A reference makes a call that is not a
+    plain one.
+    """
+    mask = torch.zeros(7, 10 * length, dtype=torch.bool)
+    mask[:, :length] = True
+    mask[6, : 9 * length] = True
+    layout, generator = StepLayout.from_mask(mask), torch.Generator().manual_seed(length)
+    dtype = torch.float64 if tolerance < 1e-6 else torch.float32
+    new, old, reference, spread = (
+        torch.randn((4, mask.numel()), generator=generator, dtype=torch.float64) / 10
+    ).to(dtype)
+    config = StepPOConfig(ratio=method, clip_low=0.05, clip_high=0.05)
+    advantages = torch.randn(7, generator=generator, dtype=torch.float64).to(dtype)
+    steps = require_layout(layout).steps
+    for given, of_token in ((advantages, False), (spread, True)):
+        for other in (None, reference):
+            options = [other, *[None] * 6]
+            tail = steps, config.kernel, of_token, False, True, False
+            args = (new, None, old, given, *options, *tail)
+            exact = _REFERENCE(*in_fp64(args))
+            check(policy_loss.policy_loss(cuda, *args), exact, tolerance)
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 0), (2, 5000)], ids=str)
 def test_sizes(cuda, shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < 0.9
@@ -165,12 +194,16 @@ def test_sizes(cuda, shape):
     check(found, _REFERENCE_MASKED(*args), 1e-11)
 
 
-@pytest.mark.parametrize("length", [511, 512, 513, 1024, 1500])
+@pytest.mark.parametrize("length", [191, 192, 193, 384, 511, 512, 513, 1024, 1500])
 def test_runs_at_the_borders_of_chunks(cuda, length):
-    mask = torch.zeros(2, length, dtype=torch.bool)
-    for first, last in ((0, 3), (510, 514), (600, 601), (1000, length)):
-        mask[:, first:last] = True
-    mask[1, 100:] = True
+    """A chunk ends at a multiple of the words that a warp loads, whichever that is."""
+    mask = torch.zeros(5, length, dtype=torch.bool)
+    for border in range(32, length, 32):
+        mask[0, border - 2 : border + 2] = True
+        mask[1, border - 9 : border] = True
+        mask[2, border : border + 9] = True
+    mask[3, 100:] = True
+    mask[4, :-1] = True
     new = torch.randn(mask.numel(), dtype=torch.float64) / 10
     config = StepPOConfig(clip_low=0.05, clip_high=0.05, reduction="trajectory_mean")
     given = new, None, torch.zeros_like(new), torch.ones_like(new), *[None] * 4

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib.util
 import inspect
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
+from docstrings import run_example
 
 import steppo_kernels
 from steppo_kernels import Metrics, StepLayout, memory
-
-_OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-_SECTION = re.compile(r"^Example:\n+ +>>> ", re.MULTILINE)
 
 
 def public(module: Any) -> Iterator[tuple[str, Any]]:
@@ -52,14 +47,5 @@ OBJECTS = objects()
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_docstring_ends_with_an_example_that_runs(name):
-    text = inspect.getdoc(OBJECTS[name]) or ""
-    if not _SECTION.search(text):
-        pytest.fail(f"{name}: no section `Example:` with >>> lines", pytrace=False)
-    # Examples see torch and the public names, and import everything else.
-    seen = {"torch": torch, **{key: value for key, value in OBJECTS.items() if "." not in key}}
-    example = doctest.DocTestParser().get_doctest(text, seen, name, None, None)
-    output: list[str] = []
-    with torch.random.fork_rng(devices=[]):
-        result = doctest.DocTestRunner(optionflags=_OPTIONS).run(example, out=output.append)
-    assert result.attempted > 0
-    assert result.failed == 0, "".join(output)
+    public = {key: value for key, value in OBJECTS.items() if "." not in key}
+    run_example(name, OBJECTS[name], public)

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import doctest
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import re
 from pathlib import Path
 
 import pytest
-import torch
+from docstrings import run_example
 
 from steppo_kernels.integrations import trl
 
 _PAGE = Path(__file__).parents[3] / "docs/trl.md"
 _BLOCK = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.mark.parametrize("name", trl.__all__)
 def test_docstring_ends_with_an_example_that_runs(name):
-    text = inspect.getdoc(getattr(trl, name))
-    assert "\nExample:\n" in text
-    seen = {"torch": torch, **{key: getattr(trl, key) for key in trl.__all__}}
-    example = doctest.DocTestParser().get_doctest(text, seen, name, None, None)
-    output: list[str] = []
-    result = doctest.DocTestRunner(optionflags=_OPTIONS).run(example, out=output.append)
-    assert result.attempted > 0
-    assert result.failed == 0, "".join(output)
+    run_example(name, getattr(trl, name), {key: getattr(trl, key) for key in trl.__all__})
 
 
 @pytest.mark.parametrize(("code", "prints"), _BLOCK.findall(_PAGE.read_text()))
