@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ... import checks
 from ...config import StepPOConfig
-from ...layout.step_layout import StepLayout
 from ...losses.policy_loss import steppo_loss
+from ..masks import layout_of
 
 # Fields of `StepPOConfig` that SkyRL has settings for, and these.
 _OF_SKYRL = {
@@ -109,7 +109,7 @@ class SkyRLPolicyLoss:
             log_probs,
             old_log_probs,
             checks.as_many("advantages", advantages, mask.shape),
-            self._layout(mask),
+            layout_of(mask, rows_are_steps=self.rows_are_steps),
             config=self._config(config),
             is_weights=weights,
             normalizer=1.0,
@@ -122,11 +122,6 @@ class SkyRLPolicyLoss:
             "step_ratio_mean": numbers["ratio_mean"],
             "approx_kl": numbers["approx_kl"],
         }
-
-    def _layout(self, mask: Tensor) -> StepLayout:
-        if self.rows_are_steps:
-            return StepLayout.from_step_ids(torch.where(mask, 0, -1))
-        return StepLayout.from_mask(mask)
 
     def _config(self, config: Any) -> StepPOConfig:
         family = dict(self.family)

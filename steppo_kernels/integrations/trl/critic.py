@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The module of the causal LM that holds the head: it is trained, saved and sharded with the model.
+# The module of the causal LM that holds the head: it is trained and saved with the model.
 NAME = "steppo_value_head"
 
 

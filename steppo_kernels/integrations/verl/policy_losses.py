@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.workers.config import ActorConfig
 
 from ... import checks
-from ...layout.step_layout import StepLayout
 from ...losses.policy_loss import steppo_loss
 from ...outputs import Metrics
+from ..masks import layout_of
 from . import cautions
 from .aggregation import aggregation_of
 from .policy_config import loss_config, settings_of
@@ -157,7 +156,7 @@ def _policy_loss(
         log_prob,
         old_log_prob,
         _of_tokens("advantages", advantages, mask),
-        _layout(mask, settings.rows_are_steps),
+        layout_of(mask, rows_are_steps=settings.rows_are_steps),
         config=config,
         is_weights=rollout_is_weights,
         normalizer=aggregation.normalizer,
@@ -175,13 +174,6 @@ def _action_tokens(response_mask: Tensor, log_prob: Tensor) -> Tensor:
             f"{tuple(log_prob.shape)}"
         )
     return mask
-
-
-def _layout(mask: Tensor, rows_are_steps: bool) -> StepLayout:
-    if not rows_are_steps:
-        return StepLayout.from_mask(mask)
-    # One id for a whole row: gaps in its mask do not cut the step. A row without tokens is none.
-    return StepLayout.from_step_ids(torch.where(mask, 0, -1))
 
 
 def _of_tokens(name: str, values: Tensor, mask: Tensor) -> Tensor:
