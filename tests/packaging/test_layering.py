@@ -87,7 +87,16 @@ def test_the_reference_imports_only_torch():
 
 # The wings from the ground up, each a floor: a module imports from its own floor or one below.
 _FLOORS = (
-    ("config", "outputs", "checks", "_version", "_C_cpu", "backends.records", "backends.modules"),
+    (
+        "config",
+        "outputs",
+        "checks",
+        "ranks",
+        "_version",
+        "_C_cpu",
+        "backends.records",
+        "backends.modules",
+    ),
     ("backends.reference", "backends.compiled", "backends.triton", "backends.gpu"),
     ("backends.operators", "backends.derivatives", "backends.fakes"),
     ("backends.choice",),

@@ -1,0 +1,234 @@
+"""What the ranks of a process group say to each other, and how none waits for one that failed.
+
+Every word is a gather of a size that all ranks know: sums of what comes are formed by each of them
+in the order of the ranks, so that all have the same bits. A rank that fails says so in the place of
+its next word, and all of them raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+# What a rank says first: whether it failed, what it was given, and numbers of its own.
+_NUMBERS = 2
+_FINE, _FAILED = 0, 1
+
+
+class Ranks(NamedTuple):
+    """The ranks of a process group.
+
+    Attributes:
+        group: the group.
+        rank, size: the place of this process in it, and how many it has.
+    """
+
+    group: Any
+    rank: int
+    size: int
+
+    @staticmethod
+    def of(name: str, group: Any) -> Ranks:
+        """Return the ranks of a group, of a mesh with one dimension, or of all (None).
+
+        Raises:
+            TypeError, ValueError, RuntimeError: naming the argument.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                f"{name}: got {type(group).__name__} without torch.distributed, expected it after "
+                "torch.distributed.init_process_group"
+            )
+        if hasattr(group, "mesh_dim_names"):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"{name}: got a DeviceMesh of {group.ndim} dimensions, expected one: take "
+                    'mesh["tp"]'
+                )
+            group = group.get_group()
+        if group is None:
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            if group is dist.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError(f"{name}: got a group without this rank, expected one with it")
+            raise TypeError(
+                f"{name}: got {type(group).__name__}, expected a ProcessGroup or a DeviceMesh"
+            )
+        return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return what each rank gives, ``[R, *shape]``: one collective."""
+        part = part.contiguous()
+        every = part.new_empty((self.size, *part.shape))
+        dist.all_gather(list(every.unbind()), part, group=self.group)
+        return every
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """Return `part`, in place, as the sum over the ranks: one collective."""
+        dist.all_reduce(part, group=self.group)
+        return part
+
+    def words_device(self) -> torch.device:
+        """Return where a group exchanges numbers that the host wants to know."""
+        kinds = [one.partition(":")[0] for one in dist.get_backend_config(self.group).split(",")]
+        if "cpu" in kinds:
+            return torch.device("cpu")
+        kind = kinds[0]
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+class Call:
+    """One call of a function on all ranks of a group.
+
+    Within ``with`` it is: `agree` once; `open`; `gather` any number of times; `finish`. An error
+    before the end is told to the other ranks, which then raise too, so that the group can be used
+    again.
+    """
+
+    def __init__(self, function: str, name: str, ranks: Ranks) -> None:
+        """Begin a call; `name` is the argument that the group came as."""
+        self.ranks, self._function, self._name = ranks, function, name
+        self._word: Tensor | None = None
+        self._left: int | None = None
+        self._has_agreed = self._is_over = False
+        self._said = 0
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._is_over or not isinstance(error, Exception):
+            return
+        self._is_over = True
+        if not self._has_agreed:
+            self._compare(_FAILED, f"{type(error).__name__}: {error}", (0,) * _NUMBERS)
+        elif self._word is not None:
+            self._say(_FAILED, 0)
+
+    def agree(
+        self, facts: Mapping[str, object], numbers: tuple[int, int] = (0, 0)
+    ) -> list[tuple[int, ...]]:
+        """Return the numbers of each rank, if all ranks know the same facts: one collective.
+
+        The facts are what the next words depend on. Their texts must be short, and the same
+        wherever they mean the same.
+
+        Raises:
+            ValueError: ranks know different facts; on all of them.
+            RuntimeError: a rank failed before.
+        """
+        told = {"function": self._function, **{name: str(fact) for name, fact in facts.items()}}
+        self._has_agreed = True
+        try:
+            return self._compare(_FINE, told, numbers)
+        except (ValueError, RuntimeError):
+            self._is_over = True
+            raise
+
+    def open(self, rows: int, columns: int, device: torch.device, words: int | None = None) -> None:
+        """Say how large the next words are: fp64 ``[n, columns]`` with n up to `rows`.
+
+        There will be so many `words`, or an unknown number of them and then `finish`.
+        """
+        self._word = torch.zeros((rows + 1, max(columns, 3)), dtype=torch.float64, device=device)
+        self._left, self._is_over = words, words == 0
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the parts of all ranks, ``[R, n, columns]``: one collective.
+
+        Raises:
+            RuntimeError: a rank failed.
+        """
+        assert self._word is not None
+        count, columns = part.shape
+        self._word[:count, :columns] = part
+        if self._left is not None:
+            self._left -= 1
+            self._is_over = self._left == 0
+        return self._say(_FINE, count)[:, :count, :columns]
+
+    def finish(self, number: int = 0) -> None:
+        """Say that nothing failed, and a number that all ranks must have: one collective.
+
+        Raises:
+            RuntimeError: a rank failed.
+        """
+        self._is_over = True
+        self._say(_FINE, number)
+
+    def _say(self, status: int, number: int) -> Tensor:
+        assert self._word is not None
+        self._said += 1
+        self._word[-1, :3] = torch.tensor((status, self._said, number), dtype=torch.float64)
+        every = self.ranks.gather(self._word)
+        signed = every[:, -1, :3].tolist()
+        if status == _FAILED:
+            return every
+        failed = [rank for rank, one in enumerate(signed) if one[0] != _FINE]
+        if failed:
+            self._is_over = True
+            raise RuntimeError(
+                f"{self._function}: {_ranks(failed)} of {self._name} raised an error in it, "
+                "expected none: it stands in the log of that rank"
+            )
+        if any(one != signed[0] for one in signed):
+            self._is_over = True
+            raise RuntimeError(
+                f"{self._function}: ranks of {self._name} went different ways, expected the same "
+                "inputs on all of them"
+            )
+        return every
+
+    def _compare(
+        self, status: int, told: str | Mapping[str, str], numbers: tuple[int, ...]
+    ) -> list[tuple[int, ...]]:
+        digest = hashlib.sha256(repr(told).encode()).digest()[:8]
+        own = (status, int.from_bytes(digest, "little", signed=True), *numbers)
+        word = torch.tensor(own, dtype=torch.int64, device=self.ranks.words_device())
+        every = [tuple(one) for one in self.ranks.gather(word).tolist()]
+        if all(one[:2] == (_FINE, every[0][1]) for one in every):
+            return [one[2:] for one in every]
+        # All ranks know that they differ, and tell each other how.
+        texts: list[Any] = [None] * self.ranks.size
+        dist.all_gather_object(texts, told, group=self.ranks.group)
+        if status == _FAILED:
+            return []
+        failed = [rank for rank, one in enumerate(every) if one[0] != _FINE]
+        if failed:
+            raise RuntimeError(
+                f"{self._function}: {_ranks(failed)} of {self._name} raised "
+                f"{texts[failed[0]]} (expected none)"
+            )
+        raise ValueError(
+            f"{self._name}: its ranks got different arguments, expected the same: "
+            f"{_difference(texts)}"
+        )
+
+
+def _ranks(numbers: list[int]) -> str:
+    several = "s" if len(numbers) > 1 else ""
+    return f"rank{several} {', '.join(map(str, numbers))}"
+
+
+def _difference(texts: list[dict[str, str]]) -> str:
+    """Return which facts differ, and on which ranks."""
+    said = []
+    for name in {name: None for text in texts for name in text}:
+        holders: dict[str, list[int]] = {}
+        for rank, text in enumerate(texts):
+            holders.setdefault(text.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            each = (f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
+            said.append(f"{name} is {', '.join(each)}")
+    return "; ".join(said)

@@ -1,0 +1,141 @@
+"""Words of ranks to each other: what they hear, and what they do when one of them fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+from worlds import Worlds
+
+from steppo_kernels.ranks import Call, Ranks
+
+
+def error_of(run: Any) -> str:
+    try:
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def different_facts(rank: int, size: int) -> str:
+    def run() -> None:
+        with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
+            call.agree({"chunk_tokens": 64 if rank != 1 else 128, "dtype": "fp32"})
+
+    return error_of(run)
+
+
+def fail_before(rank: int, size: int) -> str:
+    def run() -> None:
+        with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
+            if rank == size - 1:
+                raise TypeError("hidden: wrong")
+            call.agree({})
+
+    return error_of(run)
+
+
+def fail_between(rank: int, size: int, words: int, at: int | None) -> tuple[str, list[Any]]:
+    heard = []
+
+    def run() -> None:
+        with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
+            call.agree({})
+            call.open(4, 2, torch.device("cpu"))
+            for word in range(words):
+                if rank == 0 and word == at:
+                    raise MemoryError("full")
+                part = torch.full((word % 4 + 1, 2), 10.0 * rank + word, dtype=torch.float64)
+                heard.append(call.gather(part)[:, 0, 0].tolist())
+            if rank == 0 and at == words:
+                raise MemoryError("full")
+            call.finish()
+
+    return error_of(run), heard
+
+
+def planned(rank: int, size: int, words: int) -> int:
+    with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
+        call.agree({})
+        call.open(1, 1, torch.device("cpu"), words)
+        for _ in range(words):
+            call.gather(torch.zeros(1, 1, dtype=torch.float64))
+    # It is over: nobody else listens to what fails from here on.
+    call.__exit__(ValueError, ValueError(), None)
+    return words
+
+
+def ways_apart(rank: int, size: int) -> str:
+    def run() -> None:
+        with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
+            call.agree({})
+            call.open(4, 2, torch.device("cpu"))
+            call.finish(number=rank)
+
+    return error_of(run)
+
+
+def wrong_groups(rank: int, size: int) -> list[str]:
+    alone = distributed.new_group([0])
+    mesh = distributed.init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "tp"))
+    assert Ranks.of("tp_group", mesh["tp"])[1:] == (rank, size)
+    found = [error_of(lambda: Ranks.of("tp_group", 7))]
+    found.append(error_of(lambda: Ranks.of("tp_group", mesh)))
+    if rank > 0:
+        found.append(error_of(lambda: Ranks.of("tp_group", alone)))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_difference_is_told_to_all(worlds: Worlds, size: int) -> None:
+    others = "0" if size == 2 else "s 0, 2"
+    wanted = (
+        "ValueError: tp_group: its ranks got different arguments, expected the same: chunk_tokens "
+        f"is 64 on rank{others}, 128 on rank 1"
+    )
+    assert worlds.run(size, different_facts) == [wanted.replace("rank0", "rank 0")] * size
+
+
+def test_failure_before_the_first_word(worlds: Worlds) -> None:
+    *others, own = worlds.run(3, fail_before)
+    assert own == "TypeError: hidden: wrong"
+    wanted = (
+        "RuntimeError: loss: rank 2 of tp_group raised TypeError: hidden: wrong (expected none)"
+    )
+    assert others == [wanted] * 2
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_failure_between_words_leaves_a_group_that_works(worlds: Worlds, at: int) -> None:
+    (own, _), *others = worlds.run(3, fail_between, 3, at)
+    assert own == "MemoryError: full"
+    for error, heard in others:
+        assert "rank 0 of tp_group raised an error in it" in error
+        assert len(heard) == at
+    for error, heard in worlds.run(3, fail_between, 3, None):
+        assert error == ""
+        assert heard == [[0.0, 10.0, 20.0], [1.0, 11.0, 21.0], [2.0, 12.0, 22.0]]
+
+
+@pytest.mark.parametrize("words", [0, 1, 3])
+def test_planned_words_end_the_call(worlds: Worlds, words: int) -> None:
+    assert worlds.run(2, planned, words) == [words] * 2
+
+
+def test_ranks_that_went_different_ways(worlds: Worlds) -> None:
+    assert all("went different ways" in error for error in worlds.run(2, ways_apart))
+
+
+def test_groups_that_are_none(worlds: Worlds) -> None:
+    first, second = worlds.run(2, wrong_groups)
+    assert first[0] == "TypeError: tp_group: got int, expected a ProcessGroup or a DeviceMesh"
+    assert first[1].startswith("ValueError: tp_group: got a DeviceMesh of 2 dimensions")
+    assert second[2].startswith("ValueError: tp_group: got a group without this rank")
+
+
+def test_group_without_torch_distributed() -> None:
+    with pytest.raises(RuntimeError, match=r"^tp_group: got str without torch\.distributed"):
+        Ranks.of("tp_group", "tp")

@@ -1,0 +1,109 @@
+"""Real processes that form a process group (gloo), kept for all tests of a session."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+# What a rank waits for the others, and a test for the ranks (they import torch first), in seconds.
+_PATIENCE, _LIMIT = 60, 180
+
+
+def is_possible() -> bool:
+    """Return whether this torch has what the tests need."""
+    return distributed.is_available() and distributed.is_gloo_available()
+
+
+def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
+    """Run what comes through the pipe on this rank, until None comes."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=_PATIENCE),
+    )
+    while (task := pipe.recv()) is not None:
+        run, arguments = task
+        try:
+            answer = (True, run(rank, size, *arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+    # Not through Python's own exit, in which a thread of gloo now and again ends the process.
+    os._exit(0)
+
+
+class World:
+    """Ranks that run functions together."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        rendezvous = str(Path(self._folder.name) / "rendezvous")
+        self._pipes, self._ranks = [], []
+        for rank in range(size):
+            pipe, end = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, size, rendezvous, end), daemon=True
+            )
+            process.start()
+            self._pipes.append(pipe)
+            self._ranks.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Return what ``function(rank, size, *arguments)`` returns on each rank.
+
+        The function is one of a module, and what goes in and out can be pickled.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(_LIMIT), f"rank {rank} takes too long"
+            answers.append(pipe.recv())
+        for rank, (is_good, answer) in enumerate(answers):
+            assert is_good, f"rank {rank}: {answer}"
+        return [answer for _, answer in answers]
+
+    def end(self) -> None:
+        """End the processes."""
+        for process in self._ranks:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+class Worlds:
+    """The worlds of a session by size, each made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, World] = {}
+
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run a function on so many ranks; after a failure these are made anew."""
+        world = self._made.get(size) or self._made.setdefault(size, World(size))
+        try:
+            return world.run(function, *arguments)
+        except BaseException:
+            # The ranks may wait for each other.
+            self._made.pop(size).end()
+            raise
+
+    def end(self) -> None:
+        """End all of them."""
+        for world in self._made.values():
+            world.end()
+        self._made.clear()
