@@ -416,12 +416,12 @@ def switch(name: str, value: object) -> bool:
     return value
 
 
-def count(name: str, value: object) -> int:
-    """Return `value` if it is an integer above 0, of any type."""
+def count(name: str, value: object, least: int = 1) -> int:
+    """Return `value` if it is an integer of at least `least`, of any type."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an integer")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected at least 1")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
     return int(value)
 
 

@@ -93,7 +93,7 @@ class Call:
 
     def __init__(self, function: str, name: str, ranks: Ranks) -> None:
         """Begin a call; `name` is the argument that the group came as."""
-        self.ranks, self._function, self._name = ranks, function, name
+        self.ranks, self._function, self.name = ranks, function, name
         self._word: Tensor | None = None
         self._left: int | None = None
         self._has_agreed = self._is_over = False
@@ -179,13 +179,13 @@ class Call:
         if failed:
             self._is_over = True
             raise RuntimeError(
-                f"{self._function}: {_ranks(failed)} of {self._name} raised an error in it, "
+                f"{self._function}: {_ranks(failed)} of {self.name} raised an error in it, "
                 "expected none: it stands in the log of that rank"
             )
         if any(one != signed[0] for one in signed):
             self._is_over = True
             raise RuntimeError(
-                f"{self._function}: ranks of {self._name} went different ways, expected the same "
+                f"{self._function}: ranks of {self.name} went different ways, expected the same "
                 "inputs on all of them"
             )
         return every
@@ -207,11 +207,11 @@ class Call:
         failed = [rank for rank, one in enumerate(every) if one[0] != _FINE]
         if failed:
             raise RuntimeError(
-                f"{self._function}: {_ranks(failed)} of {self._name} raised "
+                f"{self._function}: {_ranks(failed)} of {self.name} raised "
                 f"{texts[failed[0]]} (expected none)"
             )
         raise ValueError(
-            f"{self._name}: its ranks got different arguments, expected the same: "
+            f"{self.name}: its ranks got different arguments, expected the same: "
             f"{_difference(texts)}"
         )
 

@@ -10,10 +10,13 @@ from torch import Tensor
 from .. import checks
 from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
-from ..backends.reference import lm_head as reference
 from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
+from .plain_head import plain_log_probs
 from .saved import save, saved
+from .sharded_head import again, localized, on_shards, shared
 from .untraced import untraced
+
+_NAME = "linear_token_log_probs"
 
 
 def linear_token_log_probs(
@@ -27,6 +30,8 @@ def linear_token_log_probs(
     mask: Tensor | None = None,
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Return `token_log_probs` of ``hidden @ weight.T + bias`` without ever having those logits.
@@ -35,6 +40,12 @@ def linear_token_log_probs(
     forms them again, for the rows whose upstream gradient is not 0: 2 + 6f times M d V operations,
     with f the share of those among the M rows of `mask`. Without gradients (``torch.no_grad()``,
     for the old and the reference policy) it is 2. `torch.compile` breaks its graph here.
+
+    With `tp_group`, each of its ranks has the hidden states of all tokens and some rows of the
+    weight, and all get the same bits of log-probs. The ranks exchange a few numbers of each row of
+    a chunk, and backward adds up the gradient of the hidden states: no logits and no weights are
+    sent. Forward takes 1 collective for what the ranks were given and 1 for each chunk; backward
+    takes as many for its chunks, and 2 more, which are the sum and, before it, that all came here.
 
     Args:
         hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
@@ -48,6 +59,12 @@ def linear_token_log_probs(
             Their number is copied to the host.
         return_entropy: also return the entropies, differentiable as the log-probs are.
         chunk_tokens: rows of a chunk; None picks as `linear_steppo_loss` does.
+        tp_group: the ranks that the vocabulary is split over: a process group or a `DeviceMesh` of
+            one dimension. `weight` and `bias` are then this rank's rows, ``[V_r, d]`` and
+            ``[V_r]`` with V_r of at least 0, as plain tensors or as DTensors that are placed as
+            ``Shard(0)``; their gradients stay on their rank. Everything else is the same on all
+            ranks. Each rank gets the whole gradient of `hidden`.
+        vocab_start: the first id of this rank's rows; None if they lie in the order of the ranks.
         backend: implementation of what is not a matrix product.
 
     Returns:
@@ -56,7 +73,7 @@ def linear_token_log_probs(
     Raises:
         ValueError, TypeError: naming the argument.
         RuntimeError: in backward, where an input was changed in place since the forward pass, and
-            for second derivatives.
+            for second derivatives; with `tp_group`, where another rank raised.
 
     Example:
         >>> import torch
@@ -66,41 +83,40 @@ def linear_token_log_probs(
         >>> linear_token_log_probs(hidden, weight, torch.tensor([0, 1]))
         tensor([-1.3133, -0.3133])
     """
-    checks.switch("return_entropy", return_entropy)
-    hidden = checks.floating("hidden", hidden)
-    shape, device = checks.token_shape(token_ids, hidden.shape[:-1]), hidden.device
-    if mask is not None:
-        mask = checks.row_mask("mask", mask, shape, device)
-    tokens, head = check_head(
-        hidden, weight, bias, temperature, softcap, shape, mask, resolve(backend, device)
-    )
-    ids = checks.token_ids("token_ids", token_ids, shape, device)
-    index = torch.arange(len(tokens), device=device) if mask is None else mask.nonzero().squeeze(1)
-    chunk = check_chunk(chunk_tokens, len(index), head)
-    if head.backend == "reference":
-        log_probs, entropy = reference.linear_token_log_probs(
-            tokens,
-            head.weight,
-            head.bias,
-            ids,
-            index,
-            head.temperature if head.temperatures is None else head.temperatures,
-            head.softcap,
-            checks.compute_dtype(tokens),
+    with on_shards(_NAME, tp_group, vocab_start) as call:
+        checks.switch("return_entropy", return_entropy)
+        if call is not None:
+            hidden, weight, bias, vocab_start = localized(
+                hidden, weight, bias, vocab_start, call.ranks
+            )
+        hidden = checks.floating("hidden", hidden)
+        shape, device = checks.token_shape(token_ids, hidden.shape[:-1]), hidden.device
+        if mask is not None:
+            mask = checks.row_mask("mask", mask, shape, device)
+        chosen, is_shard = resolve(backend, device), call is not None
+        tokens, head = check_head(
+            hidden, weight, bias, temperature, softcap, shape, mask, chosen, is_shard=is_shard
         )
-    else:
-        given_temperature = temperature if isinstance(temperature, Tensor) else None
-        log_probs, entropy = _in_chunks(
-            tokens,
-            head.weight,
-            head.bias,
-            head,
-            given_temperature,
-            ids,
-            index,
-            chunk,
-            return_entropy,
-        )
+        ids = checks.token_ids("token_ids", token_ids, shape, device)
+        every = torch.arange(len(tokens), device=device)
+        index = every if mask is None else mask.nonzero().squeeze(1)
+        if call is not None:
+            head = shared(head, call, vocab_start, tokens, chunk_tokens, len(index), return_entropy)
+        chunk = check_chunk(chunk_tokens, len(index), head)
+        if head.backend == "reference":
+            log_probs, entropy = plain_log_probs(tokens, head, ids, index)
+        else:
+            log_probs, entropy = _in_chunks(
+                tokens,
+                head.weight,
+                head.bias,
+                head,
+                temperature if isinstance(temperature, Tensor) else None,
+                ids,
+                index,
+                chunk,
+                return_entropy,
+            )
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
 
@@ -121,6 +137,9 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         log_probs = hidden.new_zeros(len(token_ids), dtype=checks.compute_dtype(hidden))
         entropy = log_probs.new_zeros(len(token_ids) if need_entropy else 0)
+        if head.shard is not None:
+            words = -(-len(index) // chunk)
+            head.shard.open(min(chunk, len(index)), need_entropy, hidden.device, words)
         with head.buffer(min(chunk, len(index))) as buffer:
             for part in index.split(chunk) if len(index) else ():
                 rows = head.evaluate(hidden[part], token_ids, part, need_entropy, buffer)
@@ -144,7 +163,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    @first_only("linear_token_log_probs", lambda ctx: ctx.saved_tensors[:3])
+    @first_only(_NAME, lambda ctx: ctx.saved_tensors[:3])
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
         tensors: Any = saved(ctx, grad, grad_entropy)
         hidden, weight, bias, temperatures, token_ids, index = tensors
@@ -153,24 +172,49 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
         c = zeros if grad is None else grad[index]
         e = None if grad_entropy is None else grad_entropy[index]
-        live = live_rows(c, e, head.backend, ascending=True)
-        gradients = HeadGradients(
-            head, hidden, ctx.needs_input_grad[:3], -(-len(live) // ctx.chunk), len(live)
-        )
-        # Autocast would round what the forward did not. It may be on here where it was off there.
-        is_off = torch.autocast(hidden.device.type, enabled=False)
-        with is_off, head.buffer(min(ctx.chunk, len(live))) as buffer:
-            for part in live.split(ctx.chunk) if len(live) else ():
-                at = index[part]
-                rows = head.evaluate(hidden[at], token_ids, at, e is not None, buffer)
-                of_log_probs, of_entropy = c[part], None if e is None else e[part]
-                units = None
-                if gradients.takes_units:
-                    of_log_probs, of_entropy, units = head.in_units(of_log_probs, of_entropy, at)
-                    units = units.to(torch.float32)
-                grad_logits = head.differentiate(rows, of_log_probs, of_entropy)
-                gradients.add(grad_logits, rows.hidden, at, units)
-        return *gradients.finish(), None, None, None, None, None, None
+        with again(f"{_NAME} (backward)", head.shard) as call:
+            live = live_rows(c, e, head.backend, ascending=True)
+            if call is not None and head.shard is not None:
+                facts = {"rows with a gradient": len(live), "gradient of entropy": e is not None}
+                call.agree(facts)
+                shard = head.shard._replace(call=call)
+                shard.open(min(ctx.chunk, len(live)), e is not None, hidden.device)
+                head = head._replace(shard=shard)
+            gradients = _gradients(ctx, head, hidden, token_ids, index, live, c, e)
+        return *gradients, None, None, None, None, None, None
+
+
+def _gradients(
+    ctx: Any,
+    head: Head,
+    hidden: Tensor,
+    token_ids: Tensor,
+    index: Tensor,
+    live: Tensor,
+    c: Tensor,
+    e: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of hidden states, weight and bias.
+
+    The rows `live` of `index` have the upstream gradients c and e, of log-probs and entropies.
+    """
+    chunks = -(-len(live) // ctx.chunk)
+    needed = ctx.needs_input_grad[:3]
+    gradients = HeadGradients(head, hidden, needed, chunks, len(live), len(live))
+    # Autocast would round what the forward did not. It may be on here where it was off there.
+    is_off = torch.autocast(hidden.device.type, enabled=False)
+    with is_off, head.buffer(min(ctx.chunk, len(live))) as buffer:
+        for part in live.split(ctx.chunk) if len(live) else ():
+            at = index[part]
+            rows = head.evaluate(hidden[at], token_ids, at, e is not None, buffer)
+            of_log_probs, of_entropy = c[part], None if e is None else e[part]
+            units = None
+            if gradients.takes_units:
+                of_log_probs, of_entropy, units = head.in_units(of_log_probs, of_entropy, at)
+                units = units.to(torch.float32)
+            grad_logits = head.differentiate(rows, of_log_probs, of_entropy)
+            gradients.add(grad_logits, rows.hidden, at, units)
+    return gradients.finish()
 
 
 _in_chunks = untraced(_LinearTokenLogProbs.apply)

@@ -17,8 +17,11 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.gpu.products import KEEPS_FP32
+from ..backends.reference.token_log_probs import check_ids
+from ..backends.reference.vocabulary_shard import gradient_without_token, local_ids
 from .memory import KEPT_BYTES, scratch
 from .token_log_probs import Targets
+from .vocabulary_shard import HiddenRows, Shard, nothing, of_all
 from .weight_gradient import CPU_SLICE, slice_rows, weight_gradient
 
 # Logits of a chunk: few enough to leave memory to the model, and so many that the sum of the
@@ -35,11 +38,12 @@ class Head(NamedTuple):
     """A linear output head, checked.
 
     Attributes:
-        weight: ``[V, d]``.
+        weight: ``[V, d]``; of a shard, its rows.
         bias: ``[V]`` or None.
         temperatures: fp64 ``[N]``, or None: then `temperature` is that of all rows.
         softcap: logits are capped to +- this before they are divided; 0 is off.
         backend: what runs the row kernels.
+        shard: which part of the vocabulary these rows are; None if they are all.
     """
 
     weight: Tensor
@@ -48,6 +52,16 @@ class Head(NamedTuple):
     temperature: float
     softcap: float
     backend: str
+    shard: Shard | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are, on all ranks together."""
+        return len(self.weight) if self.shard is None else self.shard.vocabulary
+
+    def temperature_of(self, index: Tensor) -> float | Tensor:
+        """Return the temperature of the tokens at `index`: fp64 ``[n]``, or a number for all."""
+        return self.temperature if self.temperatures is None else self.temperatures[index]
 
     def buffer(self, rows: int) -> AbstractContextManager[Tensor]:
         """Lend uninitialised memory for the logits of `rows` rows, and perhaps a few more columns.
@@ -65,16 +79,27 @@ class Head(NamedTuple):
     ) -> Evaluated:
         """Return what ``[n, d]`` hidden states, of the flat positions `index`, give.
 
-        Their logits take the first n rows of `buffer`.
+        Their logits take the first n rows of `buffer`. With a shard, that is one collective.
         """
         logits = buffer[: len(hidden), : len(self.weight)]
-        operators.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
+        ids, is_away = token_ids[index], None
+        if self.shard is not None:
+            check_ids(ids, self.vocabulary)
+            ids, is_away = local_ids(ids, self.shard.start, self.shard.size)
         temperatures = None if self.temperatures is None else self.temperatures[index]
-        targets = Targets(token_ids[index], None, temperatures, self.temperature, self.softcap)
-        found = operators.call(
-            "token_log_probs", self.backend, logits.unsqueeze(0), *targets, need_entropy
-        )
-        return Evaluated(hidden, index, logits, targets, *found)
+        targets = Targets(ids, None, temperatures, self.temperature, self.softcap)
+        if len(self.weight):
+            operators.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
+            found = operators.call(
+                "token_log_probs", self.backend, logits.unsqueeze(0), *targets, need_entropy
+            )
+        else:
+            found = nothing(len(hidden), checks.compute_dtype(hidden), hidden.device)
+        if self.shard is not None:
+            assert is_away is not None
+            found = of_all(self.shard, found, is_away, self.temperature_of(index), need_entropy)
+        log_probs, entropy, top, log_sum = found
+        return Evaluated(hidden, index, logits, targets, log_probs, entropy, top, log_sum, is_away)
 
     def differentiate(
         self,
@@ -89,6 +114,9 @@ class Head(NamedTuple):
         the dtype of the weight; where that is narrower, they take the first half of each row's
         memory.
         """
+        if not len(self.weight):
+            return rows.logits if order is None else rows.logits[: len(order)]
+        first = self._away_from(rows, grad_log_probs, grad_entropy)
         logits = grad_logits = rows.logits
         if logits.dtype != self.weight.dtype:
             grad_logits = logits.view(self.weight.dtype)[:, : logits.shape[1]]
@@ -105,7 +133,34 @@ class Head(NamedTuple):
             grad_entropy,
             order,
         )
-        return grad_logits if order is None else grad_logits[: len(order)]
+        grad_logits = grad_logits if order is None else grad_logits[: len(order)]
+        if first is not None and rows.is_away is not None:
+            is_away = rows.is_away
+            if order is not None:
+                first, is_away = first[order], is_away[order]
+            column = grad_logits[:, 0]
+            column.copy_(torch.where(is_away, first.to(column.dtype), column))
+        return grad_logits
+
+    def _away_from(
+        self, rows: Evaluated, grad_log_probs: Tensor, grad_entropy: Tensor | None
+    ) -> Tensor | None:
+        """Return the gradients of the first column ``[n]`` where the token is on another rank.
+
+        Kernels know rows with their token. Of the others they are told that it is this column.
+        """
+        if rows.is_away is None:
+            return None
+        return gradient_without_token(
+            rows.logits[:, 0],
+            self.temperature_of(rows.index),
+            self.softcap,
+            rows.top,
+            rows.log_sum,
+            None if grad_entropy is None else rows.entropy,
+            grad_log_probs,
+            grad_entropy,
+        )
 
     def in_units(
         self, grad_log_probs: Tensor, grad_entropy: Tensor | None, index: Tensor
@@ -120,7 +175,7 @@ class Head(NamedTuple):
         size = grad_log_probs.abs().to(torch.float64)
         if grad_entropy is not None:
             size = torch.maximum(size, grad_entropy.abs())
-        size = size / (self.temperature if self.temperatures is None else self.temperatures[index])
+        size = size / self.temperature_of(index)
         # What is not finite stays as it is. Every fp32 number has a reciprocal in fp64.
         exponent = torch.frexp(torch.where(size.isfinite(), size, 1.0)).exponent
         units = torch.ldexp(torch.ones_like(size), exponent - _UNIT_BITS)
@@ -144,6 +199,7 @@ class Evaluated:
         targets: what was taken from them.
         log_probs, entropy: ``[n]``; entropy is empty where it was not needed.
         top, log_sum: fp64 ``[n]``, what backward needs.
+        is_away: bool ``[n]``, whether the token is on another rank; None without a shard.
     """
 
     hidden: Tensor
@@ -154,6 +210,7 @@ class Evaluated:
     entropy: Tensor
     top: Tensor
     log_sum: Tensor
+    is_away: Tensor | None
 
 
 class HeadGradients:
@@ -172,13 +229,15 @@ class HeadGradients:
         hidden: Tensor,
         needed: tuple[bool, bool, bool],
         num_chunks: int,
+        most_rows: int,
         num_rows: int | None = None,
         *,
         scaled_later: bool = False,
     ) -> None:
         """Start with nothing; `needed` says which of hidden, weight and bias want a gradient.
 
-        There are at most `num_chunks` chunks, and `num_rows` rows in them if that is known yet.
+        There are at most `num_chunks` chunks and `most_rows` rows in them, and `num_rows` if that
+        is known yet.
         With `scaled_later` the upstream gradient is not known yet: then sums stay in fp32 where the
         dtype is fp16, whose range asks for that gradient first.
         """
@@ -190,8 +249,11 @@ class HeadGradients:
         self.takes_units = is_fp16 and (scaled_later or weight.device.type == "cpu")
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.hidden = self.weight = self.bias = None
+        self._rows: HiddenRows | None = None
         if need_hidden:
             self.hidden = torch.zeros_like(hidden, dtype=wide if self.keeps_fp32 else hidden.dtype)
+            if head.shard is not None:
+                self._rows = HiddenRows(head.shard.call.ranks, most_rows, hidden)
         if need_weight:
             self.weight = weight_gradient(
                 weight, head.backend, num_chunks, num_rows, takes_units=self.takes_units
@@ -217,7 +279,10 @@ class HeadGradients:
 
         if self.hidden is not None:
             product = in_full(self._hidden_product(grad_logits))
-            self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
+            if self._rows is not None:
+                self._rows.add(product, index)
+            else:
+                self.hidden.index_copy_(0, index, product.to(self.hidden.dtype))
         if self.bias is not None:
             if units is None:
                 self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
@@ -247,8 +312,13 @@ class HeadGradients:
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of hidden states, weight and bias.
 
-        They have the dtypes of the inputs, or are fp32 (`keeps_fp32`).
+        They have the dtypes of the inputs, or are fp32 (`keeps_fp32`). Those of hidden states are
+        added up over the ranks of a shard, after all of them have come here.
         """
+        if self.head.shard is not None:
+            self.head.shard.call.finish(0 if self._rows is None else len(self._rows))
+        if self._rows is not None and self.hidden is not None:
+            self._rows.finish(self.hidden)
         weight = None if self.weight is None else self.weight.finish()
         bias = self.bias
         if not self.keeps_fp32:
@@ -276,16 +346,20 @@ def check_head(
     shape: torch.Size,
     mask: Tensor | None,
     backend: str,
+    *,
+    is_shard: bool = False,
 ) -> tuple[Tensor, Head]:
     """Return hidden states ``[N, d]`` and the head; under autocast, both in its dtype.
 
     Temperatures are of the token shape; where `mask` (bool ``[N]``) is False they may be anything.
+    With `is_shard`, the head may have no row.
     """
     hidden = checks.floating("hidden", hidden)
     device = hidden.device
     weight = checks.floating("weight", weight, device)
     checks.dims("weight", weight, (2,))
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+    sizes = weight.shape[1:] if is_shard else weight.shape
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or 0 in sizes:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)} with hidden of shape {tuple(hidden.shape)}, "
             "expected [V, d] with [..., d], V and d above 0"
@@ -317,20 +391,24 @@ def check_head(
 def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:
     """Return the rows of a chunk: as given, or as many as fit into a share of the memory.
 
-    Not of what is free: results would differ in their last bits from call to call.
+    Not of what is free: results would differ in their last bits from call to call. Of a shard, the
+    whole vocabulary counts: all ranks have the same chunks.
     """
     if chunk_tokens is None:
-        device = head.weight.device
-        budget = _CPU_BYTES
-        if device.type == "cuda":
-            budget = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
-        chunk_tokens = rows_within(budget, head)
+        chunk_tokens = rows_within(chunk_budget(head.weight.device), head)
     return max(1, min(checks.count("chunk_tokens", chunk_tokens), num_rows))
+
+
+def chunk_budget(device: torch.device) -> int:
+    """Return how many bytes the logits of a chunk take where nothing else is said."""
+    if device.type != "cuda":
+        return _CPU_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE)
 
 
 def rows_within(budget: int, head: Head) -> int:
     """Return how many rows have logits of at most `budget` bytes, if not fewer than is sensible."""
-    rows = budget // (len(head.weight) * logits_dtype(head.backend, head.weight.dtype).itemsize)
+    rows = budget // (head.vocabulary * logits_dtype(head.backend, head.weight.dtype).itemsize)
     return max(_MIN_ROWS, rows - rows % 64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,6 @@ from .. import checks
 from ..backends.choice import Backend
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.records import Steps
-from ..backends.reference import lm_head as reference
 from ..backends.reference.reductions import reduction_weights
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
@@ -24,12 +24,16 @@ from ..log_probs.lm_head import (
     check_head,
     live_rows,
 )
+from ..log_probs.plain_head import plain_log_probs
 from ..log_probs.saved import save, saved
+from ..log_probs.sharded_head import localized, on_shards, shared
 from ..log_probs.untraced import untraced
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_loss_inputs
 from .policy_loss import loss_of, run_operator
 from .scaled_gradient import scaled_gradient
+
+_NAME = "linear_steppo_loss"
 
 
 def linear_steppo_loss(
@@ -44,6 +48,8 @@ def linear_steppo_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     config: StepPOConfig = DEFAULT_CONFIG,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
@@ -64,6 +70,11 @@ def linear_steppo_loss(
     than a chunk takes its logits twice, as all steps do with the ratio ``"centered"`` if
     `ratio_center` is not given. Gradients are formed in the forward pass; backward scales them.
     `torch.compile` breaks its graph here, as the work depends on what is found.
+
+    With `tp_group`, the vocabulary is split over ranks as in `linear_token_log_probs`. All of it
+    happens in the forward pass: 1 collective for what the ranks were given, 1 for each chunk whose
+    logits are formed, and 2 in the end, which are that all came here and the sum of the gradient of
+    the hidden states.
 
     Args:
         hidden: ``[*shape, d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``,
@@ -87,6 +98,8 @@ def linear_steppo_loss(
             have a gradient it forms one product of these in the end. On a CPU, up to 256 MiB stay
             allocated for the next call, and so does a gradient of the weight of up to 2 GiB after
             it was dropped (`steppo_kernels.memory.release`).
+        tp_group: as in `linear_token_log_probs`.
+        vocab_start: as in `linear_token_log_probs`.
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
         is_weights: as in `steppo_loss`.
@@ -104,7 +117,7 @@ def linear_steppo_loss(
     Raises:
         ValueError, TypeError: naming the argument.
         RuntimeError: in backward, where the temperature was changed in place since the forward
-            pass, and for second derivatives.
+            pass, and for second derivatives; with `tp_group`, where another rank raised.
 
     Example:
         >>> import torch
@@ -118,52 +131,87 @@ def linear_steppo_loss(
         >>> weight.grad[:, 0]
         tensor([ 1.2500, -0.5000, -0.5000, -0.2500])
     """
-    checks.switch("report_entropy", report_entropy)
-    _, inputs = check_loss_inputs(
-        "hidden",
-        hidden,
-        old_log_probs,
-        advantages,
-        layout,
-        config,
-        ref_log_probs,
-        is_weights,
-        step_weights,
-        normalizer,
-        ratio_center,
-        clip_low,
-        clip_high,
-        backend,
-    )
-    hidden = checks.in_order("hidden", checks.tensor("hidden", hidden), inputs.shape, "hidden size")
-    if inputs.mask is not None:
-        made = require_layout(StepLayout.from_mask(inputs.mask, backend=backend))
-        constants = inputs.constants._replace(steps=made.steps)
-        inputs = inputs._replace(layout=made, mask=None, constants=constants)
-    assert inputs.layout is not None
-    is_action = inputs.layout.step_ids.reshape(-1) >= 0
-    rows, head = check_head(
-        hidden, weight, bias, temperature, softcap, inputs.shape, is_action, inputs.backend
-    )
-    ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
-    chunk = check_chunk(chunk_tokens, inputs.layout.num_tokens, head)
-    index = inputs.layout.token_index
-    if head.backend == "reference":
-        log_probs, entropy = reference.linear_token_log_probs(
-            rows,
-            head.weight,
-            head.bias,
-            ids,
-            index,
-            head.temperature if head.temperatures is None else head.temperatures,
-            head.softcap,
-            inputs.dtype,
+    with on_shards(_NAME, tp_group, vocab_start) as call:
+        checks.switch("report_entropy", report_entropy)
+        if call is not None:
+            hidden, weight, bias, vocab_start = localized(
+                hidden, weight, bias, vocab_start, call.ranks
+            )
+        _, inputs = check_loss_inputs(
+            "hidden",
+            hidden,
+            old_log_probs,
+            advantages,
+            layout,
+            config,
+            ref_log_probs,
+            is_weights,
+            step_weights,
+            normalizer,
+            ratio_center,
+            clip_low,
+            clip_high,
+            backend,
         )
-        if config.entropy_coef != 0:
+        hidden = checks.in_order(
+            "hidden", checks.tensor("hidden", hidden), inputs.shape, "hidden size"
+        )
+        inputs = _with_layout(inputs, backend)
+        assert inputs.layout is not None
+        is_action = inputs.layout.step_ids.reshape(-1) >= 0
+        rows, head = check_head(
+            hidden,
+            weight,
+            bias,
+            temperature,
+            softcap,
+            inputs.shape,
+            is_action,
+            inputs.backend,
+            is_shard=call is not None,
+        )
+        ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
+        count = inputs.layout.num_tokens
+        if call is not None:
+            need_entropy = config.entropy_coef != 0 or report_entropy
+            facts = _facts(inputs)
+            head = shared(head, call, vocab_start, rows, chunk_tokens, count, need_entropy, facts)
+        chunk = check_chunk(chunk_tokens, count, head)
+        if head.backend == "reference":
+            log_probs, entropy = plain_log_probs(rows, head, ids, inputs.layout.token_index)
+            if config.entropy_coef == 0:
+                constant = checks.constant(entropy) if report_entropy else None
+                return loss_of(inputs, log_probs, constant)
             return loss_of(inputs, log_probs, entropy)
-        return loss_of(inputs, log_probs, checks.constant(entropy) if report_entropy else None)
-    given_temperature = temperature if isinstance(temperature, Tensor) else None
-    return _in_one_pass(rows, head, given_temperature, inputs, report_entropy, ids, chunk)
+        given_temperature = temperature if isinstance(temperature, Tensor) else None
+        return _in_one_pass(rows, head, given_temperature, inputs, report_entropy, ids, chunk)
+
+
+def _with_layout(inputs: LossInputs, backend: Backend) -> LossInputs:
+    """Return arguments with a layout; of a mask, it is made."""
+    if inputs.mask is None:
+        return inputs
+    made = require_layout(StepLayout.from_mask(inputs.mask, backend=backend))
+    constants = inputs.constants._replace(steps=made.steps)
+    return inputs._replace(layout=made, mask=None, constants=constants)
+
+
+def _facts(inputs: LossInputs) -> dict[str, object]:
+    """Return what ranks that share a head must know alike of the objective."""
+    layout, given = inputs.layout, inputs.constants
+    assert layout is not None
+    lengths = layout.step_lengths.tolist()
+    # No text of all lengths: there may be many.
+    of_steps = hashlib.sha256(repr(lengths).encode()).hexdigest()[:8]
+    optional = [name for name, value in given._asdict().items() if value is None]
+    return {
+        "config": inputs.config,
+        "steps": len(lengths),
+        "lengths of steps": of_steps,
+        "not given": ", ".join(optional),
+        "advantages by token": given.advantages_per_token,
+        "is_weights by token": given.is_weights_per_token,
+    }
 
 
 @untraced
@@ -290,10 +338,13 @@ class _Pass:
         products = sum(
             -(-(steps.borders[end] - steps.borders[begin]) // chunk) for begin, end in self.groups
         )
-        self.gradients = HeadGradients(head, hidden, needed, products, scaled_later=True)
+        self.gradients = HeadGradients(head, hidden, needed, products, num_rows, scaled_later=True)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, metrics and step log-ratios; the gradients add up in `gradients`."""
+        if self.head.shard is not None:
+            rows = min(self.chunk, len(self.steps.index))
+            self.head.shard.open(rows, self.need_entropy, self.hidden.device)
         with self.head.buffer(min(self.chunk, len(self.steps.index))) as logits:
             for begin, end in self.groups:
                 first, last = self.steps.borders[begin], self.steps.borders[end]
@@ -416,7 +467,7 @@ class _LinearStepPO(torch.autograd.Function):
         return loss, metrics, step_log_ratio
 
     @staticmethod
-    @first_only("linear_steppo_loss", kept_inputs)
+    @first_only(_NAME, kept_inputs)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
         gradients = (
             grad

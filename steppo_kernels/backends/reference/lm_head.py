@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .token_log_probs import token_log_probs
+from .token_log_probs import check_ids, scaled_logits, token_log_probs
+from .vocabulary_shard import combined, local_ids, told_of_rows
 
 
 def linear_token_log_probs(
@@ -22,14 +26,68 @@ def linear_token_log_probs(
 
     Everything is computed in `dtype`; differentiable. `temperature` is a number or ``[N]``.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden[index].to(dtype) @ weight.to(dtype).t()
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    if isinstance(temperature, Tensor):
-        temperature = temperature[index]
+    logits, temperature = _logits(hidden, weight, bias, index, temperature, dtype)
     every = torch.arange(len(index), device=hidden.device)
     found = token_log_probs(logits, token_ids[index], every, temperature, softcap, dtype)
     zeros = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
     log_probs, entropy = (zeros.index_put((index,), values) for values in found)
     return log_probs, entropy
+
+
+def sharded_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    index: Tensor,
+    temperature: float | Tensor,
+    softcap: float,
+    dtype: torch.dtype,
+    start: int,
+    vocabulary: int,
+    gather: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return `linear_token_log_probs` of a weight of which this rank holds rows from `start` on.
+
+    `gather` returns what each rank tells, and the gradient goes to this rank's part: the gradient
+    of `hidden` is that of these rows of the weight, and is to be added up over the ranks.
+    """
+    logits, temperature = _logits(hidden, weight, bias, index, temperature, dtype)
+    ids = token_ids[index]
+    check_ids(ids, vocabulary)
+    columns, is_away = local_ids(ids, start, len(weight))
+    if len(weight):
+        top = logits.detach().amax(-1).to(torch.float64)
+        if softcap:
+            top = softcap * torch.tanh(top / softcap)
+        z = scaled_logits(logits, temperature, softcap, dtype)
+        log_sum = torch.logsumexp(z, -1)
+        log_p = z - log_sum.unsqueeze(-1)
+        chosen = log_p.gather(-1, columns.unsqueeze(-1)).squeeze(-1)
+        p = log_p.exp()
+        entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+    else:
+        # Without a column, but with a graph.
+        chosen = entropy = logits.sum(-1)
+        top = log_sum = torch.full_like(chosen, -math.inf, requires_grad=False)
+    every = gather(told_of_rows(top, log_sum, chosen, entropy, is_away))
+    found = combined(every, temperature)[:2]
+    zeros = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+    log_probs, entropy = (zeros.index_put((index,), values.to(dtype)) for values in found)
+    return log_probs, entropy
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    temperature: float | Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, float | Tensor]:
+    """Return the logits ``[n, V]`` of the rows at `index`, and their temperature."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden[index].to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return logits, temperature[index] if isinstance(temperature, Tensor) else temperature

@@ -1,0 +1,27 @@
+"""Log-probs of a checked head in plain PyTorch: the reference, with or without shards."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import checks
+from ..backends.reference import lm_head as reference
+from .lm_head import Head
+from .vocabulary_shard import on_every_rank
+
+
+def plain_log_probs(
+    hidden: Tensor, head: Head, token_ids: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies ``[N]`` of ``[N, d]`` hidden states, 0 except at `index`."""
+    temperature = head.temperature if head.temperatures is None else head.temperatures
+    dtype = checks.compute_dtype(hidden)
+    given = (token_ids, index, temperature, head.softcap, dtype)
+    shard = head.shard
+    if shard is None:
+        return reference.linear_token_log_probs(hidden, head.weight, head.bias, *given)
+    shard.open(len(index), True, hidden.device, words=1)
+    copied = on_every_rank(hidden, shard.call.ranks)
+    return reference.sharded_token_log_probs(
+        copied, head.weight, head.bias, *given, shard.start, shard.vocabulary, shard.gather
+    )

@@ -1,0 +1,86 @@
+"""What a call with `tp_group` does before and around the head: arguments, and the first word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..ranks import Call, Ranks
+from .lm_head import Head, chunk_budget, logits_dtype
+from .vocabulary_shard import Shard, local_hidden, local_rows
+
+
+def on_shards(
+    function: str, tp_group: Any, vocab_start: int | None
+) -> AbstractContextManager[Call | None]:
+    """Return the context of a call of the ranks of `tp_group`; without one, that of None."""
+    if tp_group is not None:
+        return Call(function, "tp_group", Ranks.of("tp_group", tp_group))
+    if vocab_start is not None:
+        raise ValueError("vocab_start: got it without tp_group, expected None or both")
+    return nullcontext()
+
+
+def localized(
+    hidden: Any, weight: Any, bias: Any, vocab_start: int | None, ranks: Ranks
+) -> tuple[Any, Any, Any, int | None]:
+    """Return this rank's part of DTensors, and where its rows of the weight begin."""
+    if vocab_start is not None:
+        vocab_start = checks.count("vocab_start", vocab_start, 0)
+    weight, start = local_rows("weight", weight, ranks)
+    bias, bias_start = local_rows("bias", bias, ranks)
+    if None not in (start, bias_start) and start != bias_start:
+        raise ValueError(f"bias: got rows from {bias_start} on, expected {start} as of weight")
+    if start is not None and vocab_start not in (None, start):
+        raise ValueError(
+            f"vocab_start: got {vocab_start} with a weight whose rows begin at {start}, expected "
+            "None or that"
+        )
+    return local_hidden(hidden, ranks), weight, bias, start if vocab_start is None else vocab_start
+
+
+def shared(
+    head: Head,
+    call: Call,
+    vocab_start: int | None,
+    hidden: Tensor,
+    chunk_tokens: int | None,
+    num_rows: int,
+    need_entropy: bool,
+    facts: Mapping[str, object] | None = None,
+) -> Head:
+    """Return the head as a shard, after all ranks have said that they were given the same.
+
+    `facts` are what they must know beside the head and its ``[N, d]`` hidden states.
+    """
+    weight = head.weight
+    told: dict[str, object] = {
+        "shape of hidden": tuple(hidden.shape),
+        "dtype": hidden.dtype,
+        "dtype of weight": weight.dtype,
+        "rows": num_rows,
+        "chunk_tokens": chunk_tokens,
+        "bytes of a chunk": chunk_budget(hidden.device),
+        "dtype of logits": logits_dtype(head.backend, weight.dtype),
+        "reference": head.backend == "reference",
+        "bias": head.bias is not None,
+        "temperature": head.temperature if head.temperatures is None else "by token",
+        "softcap": head.softcap,
+        "entropy": need_entropy,
+        "gradients": torch.is_grad_enabled(),
+        "gradient of hidden": hidden.requires_grad,
+        **(facts or {}),
+    }
+    return head._replace(shard=Shard.agreed(call, vocab_start, len(weight), told))
+
+
+def again(function: str, shard: Shard | None) -> AbstractContextManager[Call | None]:
+    """Return the context of another call of the ranks of a shard, as backward is one."""
+    if shard is None:
+        return nullcontext()
+    return Call(function, shard.call.name, shard.call.ranks)
