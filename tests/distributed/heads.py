@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from collectives import counted
 from head_cases import HeadCase, head_case
-from torch import Tensor, distributed
+from torch import distributed
 
 from steppo_kernels import StepPOConfig, linear_steppo_loss, linear_token_log_probs
 
-# Of the loss: what may differ from default, by name.
+_WIDE = {"clip_low": 0.2, "clip_high": 0.2}
+# Of the loss: what differs from the default, by name.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "bonus": {
-        "config": StepPOConfig(clip_low=0.05, clip_high=0.05, entropy_coef=0.01, kl_coef=0.1),
-        "ref": True,
+    "all terms": {
+        "config": StepPOConfig(**_WIDE, entropy_coef=0.01, kl_coef=0.1),
+        "ref_log_probs": "of the case",
     },
-    "centered": {"config": StepPOConfig(ratio="centered", clip_low=0.2, clip_high=0.2)},
-    "token": {
-        "config": StepPOConfig(ratio="token", clip_low=0.2, clip_high=0.2, reduction="token_mean")
-    },
-    "entropy-reported": {"report_entropy": True},
+    "centered": {"config": StepPOConfig(ratio="centered", **_WIDE)},
+    "token": {"config": StepPOConfig(ratio="token", **_WIDE, reduction="token_mean")},
+    "entropy reported": {"report_entropy": True},
 }
+# Of the head.
+HEADS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "in chunks": {"chunk_tokens": 7},
+    "all options": {"softcap": 2.0, "temperature": "of the case", "chunk_tokens": 5, "bias": True},
+}
+
+
+class Task(NamedTuple):
+    """One call.
+
+    Attributes:
+        drawn: arguments of `head_case`.
+        dtype, backend: of the call.
+        what: "loss" or "log-probs".
+        objective, head: names in `OBJECTIVES` and `HEADS`.
+        wanted: what wants a gradient.
+    """
+
+    drawn: dict[str, Any]
+    dtype: torch.dtype
+    backend: str
+    what: str = "loss"
+    objective: str = "plain"
+    head: str = "usual"
+    wanted: tuple[str, ...] = ("hidden", "weight", "bias")
 
 
 def bounds(vocabulary: int, size: int) -> list[int]:
@@ -34,123 +58,65 @@ def bounds(vocabulary: int, size: int) -> list[int]:
     return [min(rank * part, vocabulary) for rank in range(size)] + [vocabulary]
 
 
-@contextlib.contextmanager
-def counted() -> Iterator[list[tuple[str, int]]]:
-    """Note each collective and the bytes that this rank gives to it."""
-    found: list[tuple[str, int]] = []
-    whole = {
-        name: getattr(distributed, name)
-        for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast", "barrier")
-    }
-
-    def noting(name: str) -> Any:
-        def run(*args: Any, **options: Any) -> Any:
-            given = args[1] if name == "all_gather" else args[0]
-            found.append((name, given.nbytes if isinstance(given, Tensor) else 0))
-            return whole[name](*args, **options)
-
-        return run
-
-    for name in whole:
-        setattr(distributed, name, noting(name))
-    try:
-        yield found
-    finally:
-        for name, original in whole.items():
-            setattr(distributed, name, original)
-
-
-def options_of(case: HeadCase, backend: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments of a loss."""
-    options = {**extra, "backend": backend}
-    if options.pop("ref", False):
-        options["ref_log_probs"] = case.ref_log_probs
-    if options.get("temperature") == "by token":
-        options["temperature"] = case.temperatures
-    return options
-
-
-def shard_of(case: HeadCase, first: int, last: int) -> HeadCase:
-    """Return the case with rows `first` to `last` of the head alone."""
+def shard_of(case: HeadCase, rank: int, size: int) -> HeadCase:
+    """Return the case with the rows of the head that a rank has."""
+    ends = bounds(len(case.weight), size)
+    rows = slice(ends[rank], ends[rank + 1])
     part = replace(case)
-    part.weight = case.weight.detach()[first:last].clone().requires_grad_()
-    part.bias = case.bias.detach()[first:last].clone().requires_grad_()
     part.hidden = case.hidden.detach().clone().requires_grad_()
+    part.weight = case.weight.detach()[rows].clone().requires_grad_()
+    part.bias = case.bias.detach()[rows].clone().requires_grad_()
     return part
 
 
-def loss_of(case: HeadCase, has_bias: bool, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the loss and what there is to compare of it."""
-    bias = case.bias if has_bias else None
-    out = linear_steppo_loss(
-        case.hidden,
-        case.weight,
-        case.token_ids,
-        case.old_log_probs,
-        case.advantages,
-        case.layout,
-        bias=bias,
-        **options,
-    )
-    names = ("hidden", "weight", "bias") if has_bias else ("hidden", "weight")
-    found = case.gradients(1.5 * out.loss, *names)
-    found["loss"], found["metrics"] = out.loss.detach(), out.metrics.values
-    return out, found
-
-
-def log_probs_of(case: HeadCase, has_bias: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Return log-probs, entropies and gradients of a function of both."""
-    log_probs, entropy = linear_token_log_probs(
-        case.hidden,
-        case.weight,
-        case.token_ids,
-        bias=case.bias if has_bias else None,
-        mask=case.mask,
-        return_entropy=True,
-        **options,
-    )
-    weights = case.token_weights.to(log_probs.dtype) * case.mask
-    names = ("hidden", "weight", "bias") if has_bias else ("hidden", "weight")
-    found = case.gradients((weights * log_probs + (weights - 1) * entropy).sum(), *names)
-    found["log_probs"], found["entropy"] = log_probs.detach(), entropy.detach()
+def found_in(task: Task, case: HeadCase, **more: Any) -> dict[str, Any]:
+    """Return what there is to compare of a call, `more` being further arguments of it."""
+    options = {**HEADS[task.head], **more, "backend": task.backend}
+    if options.get("temperature") == "of the case":
+        options["temperature"] = case.temperatures
+    has_bias = options.pop("bias", False)
+    if has_bias:
+        options["bias"] = case.bias
+    for name in ("hidden", "weight", "bias"):
+        getattr(case, name).requires_grad_(name in task.wanted)
+    names = [name for name in task.wanted if name != "bias" or has_bias]
+    given = case.hidden, case.weight, case.token_ids
+    if task.what == "loss":
+        options |= OBJECTIVES[task.objective]
+        if "ref_log_probs" in options:
+            options["ref_log_probs"] = case.ref_log_probs
+        objective = case.old_log_probs, case.advantages, case.layout
+        out = linear_steppo_loss(*given, *objective, **options)
+        metrics = out.metrics.values[: len(out.metrics.names)]
+        found = {"loss": out.loss.detach(), "metrics": metrics}
+        found["step_log_ratio"] = out.step_log_ratio
+        upstream = 1.5 * out.loss
+    else:
+        options |= {"mask": case.mask, "return_entropy": True}
+        log_probs, entropy = linear_token_log_probs(*given, **options)
+        found = {"log_probs": log_probs.detach(), "entropy": entropy.detach()}
+        weights = case.token_weights.to(log_probs.dtype) * case.mask
+        # Some rows are dead.
+        weights[..., ::3] = 0
+        upstream = (weights * (log_probs - 0.5 * entropy)).sum()
+    if names:
+        found |= case.gradients(upstream, *names)
     return found
 
 
-def one_rank(
-    rank: int,
-    size: int,
-    drawn: dict[str, Any],
-    dtype: torch.dtype,
-    backend: str,
-    what: str,
-    has_bias: bool,
-    extra: dict[str, Any],
-) -> tuple[dict[str, Any], list[tuple[str, int]]]:
-    """Return what a rank with its shard finds, and which collectives it took part in."""
-    case = head_case(**drawn).to(dtype)
-    ends = bounds(len(case.weight), size)
-    part = shard_of(case, ends[rank], ends[rank + 1])
-    options = options_of(case, backend, extra)
-    options["tp_group"] = distributed.group.WORLD
-    with counted() as collectives:
-        if what == "loss":
-            _, found = loss_of(part, has_bias, options)
-        else:
-            found = log_probs_of(part, has_bias, options)
-    return found, collectives
+def on_ranks(
+    rank: int, size: int, tasks: list[Task]
+) -> list[tuple[dict[str, Any], list[tuple[str, int]]]]:
+    """Return what a rank with its shard finds in each call, and its collectives."""
+    answers = []
+    for task in tasks:
+        case = shard_of(head_case(**task.drawn).to(task.dtype), rank, size)
+        with counted() as collectives:
+            found = found_in(task, case, tp_group=distributed.group.WORLD)
+        answers.append((found, collectives))
+    return answers
 
 
-def whole(
-    drawn: dict[str, Any],
-    dtype: torch.dtype,
-    backend: str,
-    what: str,
-    has_bias: bool,
-    extra: dict[str, Any],
-) -> dict[str, Any]:
+def alone(task: Task) -> dict[str, Any]:
     """Return what one process finds with all of the head."""
-    case = head_case(**drawn).to(dtype)
-    options = options_of(case, backend, extra)
-    if what == "loss":
-        return loss_of(case, has_bias, options)[1]
-    return log_probs_of(case, has_bias, options)
+    return found_in(task, head_case(**task.drawn).to(task.dtype))

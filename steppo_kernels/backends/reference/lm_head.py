@@ -57,19 +57,24 @@ def sharded_token_log_probs(
     check_ids(ids, vocabulary)
     columns, is_away = local_ids(ids, start, len(weight))
     if len(weight):
-        top = logits.detach().amax(-1).to(torch.float64)
-        if softcap:
-            top = softcap * torch.tanh(top / softcap)
-        z = scaled_logits(logits, temperature, softcap, dtype)
+        top = logits.detach().amax(-1)
+        # Ids of probability 0 have no gradient, and what they differ by is no number.
+        is_out = top == -math.inf
+        z = scaled_logits(
+            torch.where(is_out.unsqueeze(-1), 0.0, logits), temperature, softcap, dtype
+        )
         log_sum = torch.logsumexp(z, -1)
         log_p = z - log_sum.unsqueeze(-1)
         chosen = log_p.gather(-1, columns.unsqueeze(-1)).squeeze(-1)
+        chosen = chosen.masked_fill(is_out, -math.inf)
         p = log_p.exp()
         entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+        log_sum = log_sum.masked_fill(is_out, -math.inf)
+        top = softcap * torch.tanh(top / softcap) if softcap else top
     else:
         # Without a column, but with a graph.
         chosen = entropy = logits.sum(-1)
-        top = log_sum = torch.full_like(chosen, -math.inf, requires_grad=False)
+        top = log_sum = torch.full_like(chosen.detach(), -math.inf)
     every = gather(told_of_rows(top, log_sum, chosen, entropy, is_away))
     found = combined(every, temperature)[:2]
     zeros = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
