@@ -1,0 +1,450 @@
+"""How shards of a head are given, what is refused, and how ranks fail together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from collectives import counted
+from head_cases import HeadCase, head_case
+from heads import Task, alone, bounds, found_in, shard_of
+from targets import Target
+from torch import Tensor, distributed
+from worlds import Worlds
+
+from steppo_kernels import (
+    StepLayout,
+    StepPOConfig,
+    linear_steppo_loss,
+    linear_token_log_probs,
+)
+from steppo_kernels.backends import operators
+
+_DRAWN = {"seed": 4, "rows": 2, "vocabulary": 7}
+
+
+def error_of(run: Callable[[], Any]) -> str:
+    try:
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def log_probs_of(case: HeadCase, **options: Any) -> Tensor:
+    options = {"mask": case.mask, "tp_group": distributed.group.WORLD, **options}
+    found = linear_token_log_probs(case.hidden, case.weight, case.token_ids, **options)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def works(rank: int, size: int) -> bool:
+    """Whether the ranks still understand each other."""
+    case = head_case(**_DRAWN).to(torch.float64)
+    part = shard_of(case, rank, size)
+    log_probs = log_probs_of(part)
+    log_probs.sum().backward()
+    whole = linear_token_log_probs(case.hidden, case.weight, case.token_ids, mask=case.mask)
+    whole.sum().backward()
+    assert part.hidden.grad is not None
+    torch.testing.assert_close(log_probs, whole)
+    torch.testing.assert_close(part.hidden.grad, case.hidden.grad)
+    return True
+
+
+# Ways to give shards.
+
+
+def in_another_order(rank: int, size: int) -> dict[str, Tensor]:
+    """The last rank has the first ids, and each rank another number of them."""
+    case = head_case(**_DRAWN).to(torch.float64)
+    ends = [0, 1, 3, 7] if size == 3 else [0, 2, 7]
+    place = size - 1 - rank
+    case.weight = case.weight.detach()[ends[place] : ends[place + 1]].clone().requires_grad_()
+    task = Task(_DRAWN, torch.float64, "cpu", wanted=("hidden", "weight"))
+    return found_in(task, case, tp_group=distributed.group.WORLD, vocab_start=ends[place])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_shards_in_any_order_and_of_any_size(worlds: Worlds, size: int) -> None:
+    answers = worlds.run(size, in_another_order)
+    exact = alone(Task(_DRAWN, torch.float64, "cpu", wanted=("hidden", "weight")))
+    for found in answers:
+        torch.testing.assert_close(found["grad_hidden"], exact["grad_hidden"], equal_nan=True)
+    rows = torch.cat([one["grad_weight"] for one in reversed(answers)])
+    torch.testing.assert_close(rows, exact["grad_weight"])
+
+
+def as_dtensors(rank: int, size: int, vocabulary: int, backend: str) -> list[float]:
+    """A head as `parallelize_module` leaves it, and hidden states on every rank."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = distributed.init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    drawn = {**_DRAWN, "vocabulary": vocabulary}
+    errors = []
+    for what in ("loss", "log-probs"):
+        task = Task(drawn, torch.float64, backend, what, "all terms", "all options")
+        case = head_case(**drawn).to(torch.float64)
+        for name, placement in (("weight", Shard(0)), ("bias", Shard(0)), ("hidden", Replicate())):
+            given = getattr(case, name).detach()
+            setattr(case, name, distribute_tensor(given, mesh, [placement]).requires_grad_())
+        found, exact = found_in(task, case, tp_group=mesh["tp"]), alone(task)
+        for name, value in exact.items():
+            got = found[name]
+            if isinstance(got, DTensor):
+                placement = Replicate() if name == "grad_hidden" else Shard(0)
+                assert got.placements == (placement,), name
+                got = got.full_tensor()
+            errors.append(float((got - value).nan_to_num().abs().max()))
+    return errors
+
+
+@pytest.mark.parametrize("vocabulary", [25, 7, 4])
+def test_dtensors(worlds: Worlds, vocabulary: int) -> None:
+    for errors in worlds.run(3, as_dtensors, vocabulary, "cpu"):
+        assert max(errors) < 1e-12
+
+
+def dtensors_that_are_refused(rank: int, size: int) -> list[str]:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = distributed.init_device_mesh("cpu", (size,))
+    case = head_case(**_DRAWN).to(torch.float64)
+    weight, hidden, found = case.weight.detach(), case.hidden.detach().nan_to_num(), []
+    for given, states in (
+        (distribute_tensor(weight, mesh, [Replicate()]), hidden),
+        (distribute_tensor(weight, mesh, [Shard(1)]), hidden),
+        (distribute_tensor(weight, mesh, [Shard(0)]), distribute_tensor(hidden, mesh, [Shard(0)])),
+    ):
+        case.weight, case.hidden = given, states
+        found.append(error_of(lambda: log_probs_of(case)))
+    case.weight, case.hidden = distribute_tensor(weight, mesh, [Shard(0)]), hidden
+    found.append(error_of(lambda: log_probs_of(case, vocab_start=(1, 5)[rank])))
+    found.append(error_of(lambda: log_probs_of(case, tp_group=None)))
+    assert works(rank, size)
+    return found
+
+
+def test_dtensors_that_are_refused(worlds: Worlds) -> None:
+    for found in worlds.run(2, dtensors_that_are_refused):
+        for error, start in zip(
+            found,
+            (
+                "ValueError: weight: got a DTensor placed as (Replicate(),), expected Shard(0)",
+                "ValueError: weight: got a DTensor placed as (Shard(dim=1),), expected Shard(0)",
+                "ValueError: hidden: got a DTensor placed as (Shard(dim=0),), expected all of it",
+                "ValueError: vocab_start: got ",
+                "TypeError: weight: got a DTensor, expected a whole tensor",
+            ),
+            strict=True,
+        ):
+            assert error.startswith(start), error
+        assert "tp_group" in found[-1]
+
+
+# What is refused.
+
+
+def starts_that_are_refused(rank: int, size: int) -> list[str]:
+    found = []
+    for starts in ([0, 2], [0, 4], [1, 4], [-1, 3], [0, None]):
+        case = shard_of(head_case(**{**_DRAWN, "vocabulary": 6}).to(torch.float64), rank, size)
+        found.append(error_of(lambda: log_probs_of(case, vocab_start=starts[rank])))  # noqa: B023
+    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    found.append(error_of(lambda: log_probs_of(case, tp_group=None, vocab_start=3)))
+    empty = head_case(**_DRAWN).to(torch.float64)
+    empty.weight = empty.weight.detach()[:0]
+    found.append(error_of(lambda: log_probs_of(empty)))
+    found.append(error_of(lambda: log_probs_of(empty, tp_group=None)))
+    assert works(rank, size)
+    return found
+
+
+_RANGES = ("0 to 2, 2 to 4", "0 to 2, 4 to 6", "1 to 3, 4 to 6")
+
+
+def test_parts_that_are_no_whole(worlds: Worlds) -> None:
+    first, second = worlds.run(2, starts_that_are_refused)
+    for found in (first, second):
+        for error, ranges in zip(found[:3], _RANGES, strict=True):
+            assert error == (
+                f"ValueError: vocab_start: got ids {ranges} on the ranks, expected every id from 0 "
+                "on once"
+            )
+        assert "vocab_start is " in found[4]
+        assert found[5] == "ValueError: vocab_start: got it without tp_group, expected None or both"
+        assert found[6].startswith("ValueError: weight: got no row on any rank")
+        assert found[7].startswith("ValueError: weight: got shape (0, 5)")
+    assert first[3] == "ValueError: vocab_start: got -1, expected at least 0"
+    assert "rank 0 of tp_group raised ValueError: vocab_start: got -1" in second[3]
+
+
+def differences(rank: int, size: int) -> dict[str, str]:
+    """One rank is given something else than the others."""
+    found = {}
+    is_odd = rank == size - 1
+
+    def attempt(name: str, change: Callable[[HeadCase, dict[str, Any]], None]) -> None:
+        case = shard_of(head_case(**_DRAWN).to(torch.float32), rank, size)
+        options: dict[str, Any] = {"tp_group": distributed.group.WORLD}
+        if is_odd:
+            change(case, options)
+
+        def run() -> None:
+            linear_steppo_loss(
+                case.hidden,
+                case.weight,
+                case.token_ids,
+                case.old_log_probs,
+                case.advantages,
+                case.layout,
+                **options,
+            )
+
+        found[name] = error_of(run)
+
+    def shorter(case: HeadCase, options: dict[str, Any]) -> None:
+        case.layout = case.layout.keep(torch.arange(case.mask.numel()).view_as(case.mask) > 4)
+
+    attempt("chunk_tokens", lambda case, options: options.update(chunk_tokens=3))
+    attempt("config", lambda case, options: options.update(config=StepPOConfig(clip_low=0.1)))
+    attempt("temperature", lambda case, options: options.update(temperature=0.5))
+    attempt("softcap", lambda case, options: options.update(softcap=3.0))
+    attempt("entropy", lambda case, options: options.update(report_entropy=True))
+    attempt("rows", shorter)
+    attempt("gradient of hidden", lambda case, options: case.hidden.requires_grad_(False))
+    attempt("shape of hidden", lambda case, options: widen(case))
+    attempt("not given", lambda case, options: vars(case).update(old_log_probs=None))
+    assert works(rank, size)
+    return found
+
+
+def widen(case: HeadCase) -> None:
+    case.hidden = torch.cat([case.hidden, case.hidden], -1)
+    case.weight = torch.cat([case.weight, case.weight], -1)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_were_given_different_arguments(worlds: Worlds, size: int) -> None:
+    answers = worlds.run(size, differences)
+    for name, error in answers[0].items():
+        assert error.startswith(
+            "ValueError: tp_group: its ranks got different arguments, expected the same: "
+        ), (name, error)
+        assert f"{name} is " in error, (name, error)
+        assert error.count(f"on rank {size - 1}") >= 1
+        assert all(other[name] == error for other in answers[1:])
+
+
+# How ranks fail together.
+
+
+def bad_ids(rank: int, size: int, backend: str) -> list[str]:
+    """An id beyond the vocabulary, on one rank and on all."""
+    found = []
+    for ranks in ([0], range(size)):
+        case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+        if rank in ranks:
+            case.token_ids[case.mask] = 7
+        found.append(error_of(lambda: log_probs_of(case, backend=backend)))  # noqa: B023
+    assert works(rank, size)
+    return found
+
+
+def test_ids_out_of_range(target: Target, worlds: Worlds) -> None:
+    own = "ValueError: token_ids: got 7, expected ids from 0 to 6"
+    first, second = worlds.run(2, bad_ids, target.backend)
+    assert first == [own, own]
+    assert "rank 0 of tp_group raised an error in it" in second[0]
+    assert second[1] == own
+
+
+def fail_at(rank: int, size: int, name: str, number: int, what: str) -> str:
+    """One rank is out of memory in the call `number` of an operator."""
+    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    original, seen = operators.call, [0]
+
+    def failing(called: str, *args: Any) -> Any:
+        seen[0] += called == name
+        if rank == size - 1 and called == name and seen[0] == number:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(called, *args)
+
+    def run() -> None:
+        options = {"chunk_tokens": 5, "tp_group": distributed.group.WORLD}
+        if what == "loss":
+            linear_steppo_loss(
+                case.hidden,
+                case.weight,
+                case.token_ids,
+                case.old_log_probs,
+                case.advantages,
+                case.layout,
+                config=StepPOConfig(clip_low=0.9, clip_high=9.0),
+                **options,
+            )
+        else:
+            log_probs_of(case, **options).sum().backward()
+
+    operators.call = failing
+    try:
+        found = error_of(run)
+    finally:
+        operators.call = original
+    assert works(rank, size)
+    assert seen[0] >= number or rank < size - 1, "it did not come so far"
+    return found
+
+
+@pytest.mark.parametrize("what", ["loss", "log-probs"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("head_logits", 1),
+        ("head_logits", 2),
+        ("token_log_probs", 3),
+        ("order_live_rows", 1),
+        ("token_log_probs_backward", 1),
+        ("token_log_probs_backward", 2),
+    ],
+)
+def test_a_rank_that_fails_leaves_none_waiting(
+    worlds: Worlds, what: str, name: str, number: int
+) -> None:
+    *others, own = worlds.run(3, fail_at, name, number, what)
+    assert own == "OutOfMemoryError: out of memory"
+    for error in others:
+        assert error.startswith("RuntimeError: linear_")
+        assert "rank 2 of tp_group raised" in error
+
+
+def other_upstream(rank: int, size: int) -> str:
+    """Ranks whose losses differ have other rows with a gradient."""
+    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    log_probs = log_probs_of(case)
+    part = log_probs[:, :5] if rank == 0 else log_probs
+    found = error_of(lambda: part.sum().backward())
+    assert works(rank, size)
+    return found
+
+
+def test_ranks_with_other_losses_raise(worlds: Worlds) -> None:
+    for error in worlds.run(2, other_upstream):
+        assert "rows with a gradient is " in error
+
+
+def other_function(rank: int, size: int) -> str:
+    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    layout = StepLayout.from_mask(case.mask)
+    group = {"tp_group": distributed.group.WORLD}
+    given = case.hidden, case.weight, case.token_ids
+
+    def loss() -> Any:
+        return linear_steppo_loss(*given, None, case.advantages, layout, **group)
+
+    found = error_of(loss if rank == 0 else lambda: log_probs_of(case))
+    assert works(rank, size)
+    return found
+
+
+def test_ranks_that_call_different_functions_raise(worlds: Worlds) -> None:
+    for error in worlds.run(2, other_function):
+        assert "function is linear_steppo_loss on rank 0, linear_token_log_probs on rank 1" in error
+
+
+# The rules of all gradients.
+
+
+def derivatives(rank: int, size: int, backend: str) -> list[str]:
+    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    log_probs = log_probs_of(case, backend=backend, chunk_tokens=4)
+    total = (log_probs * torch.linspace(-1, 1, log_probs.shape[1])).sum()
+    first = torch.autograd.grad(total, [case.hidden, case.weight], retain_graph=True)
+    again = torch.autograd.grad(3 * total, [case.hidden, case.weight], create_graph=True)
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(3 * one, other, equal_nan=True)
+    twice = error_of(lambda: again[0].nansum().backward())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = log_probs_of(case_in(case, torch.float32), backend=backend)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), log_probs.detach(), rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        quiet = log_probs_of(case, backend=backend)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, log_probs_of(case, backend=backend))
+    return [twice]
+
+
+def case_in(case: HeadCase, dtype: torch.dtype) -> HeadCase:
+    return case.to(dtype)
+
+
+def test_second_derivatives_autocast_and_no_grad(target: Target, worlds: Worlds) -> None:
+    for (twice,) in worlds.run(2, derivatives, target.backend):
+        if target.backend != "reference":
+            assert "got a second derivative" in twice
+
+
+# Collectives.
+
+
+def words_of(rank: int, size: int, chunk: int) -> dict[str, list[tuple[str, int]]]:
+    found = {}
+    drawn = {"seed": 1, "rows": 3, "length": 40, "vocabulary": 26, "mean_step": 9.0}
+    case = shard_of(head_case(**drawn).to(torch.float32), rank, size)
+    options = {"chunk_tokens": chunk, "tp_group": distributed.group.WORLD}
+    given = case.hidden, case.weight, case.token_ids
+    objective = case.old_log_probs, case.advantages, case.layout
+    with counted() as found["loss"]:
+        # Nothing is clipped: all rows are live.
+        wide = StepPOConfig(clip_low=0.9, clip_high=9.0)
+        out = linear_steppo_loss(*given, *objective, config=wide, **options)
+    with counted() as found["backward of loss"]:
+        out.loss.backward()
+    with counted() as found["log-probs"]:
+        log_probs = log_probs_of(case, **options)
+    with counted() as found["backward of log-probs"]:
+        log_probs.sum().backward()
+    return found
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(2, 12), (3, 12), (2, 1000)])
+def test_collectives_are_those_that_the_docstrings_say(
+    worlds: Worlds, size: int, chunk: int
+) -> None:
+    drawn = {"seed": 1, "rows": 3, "length": 40, "vocabulary": 26, "mean_step": 9.0}
+    case = head_case(**drawn)
+    count, lengths = case.layout.num_tokens, case.layout.step_lengths.tolist()
+    assert max(lengths) > 12, "no step is longer than a chunk"
+    chunks = math.ceil(count / min(chunk, count))
+    for found in worlds.run(size, words_of, chunk):
+        names = {what: [name for name, _ in words] for what, words in found.items()}
+        assert names["log-probs"] == ["all_gather"] * (1 + chunks)
+        assert names["backward of log-probs"] == ["all_gather"] * (2 + chunks) + ["all_reduce"]
+        assert names["backward of loss"] == []
+        *gathers, last = names["loss"]
+        assert (set(gathers), last) == ({"all_gather"}, "all_reduce")
+        assert len(gathers) == 2 + evaluations(lengths, chunk)
+        # The gradient of the hidden states, in fp32: a row for each live token.
+        assert found["loss"][-1][1] == count * case.hidden.shape[-1] * 4
+
+
+def evaluations(lengths: list[int], chunk: int) -> int:
+    """Return how many chunks of logits are formed: whole steps together, long ones twice."""
+    total, open_tokens = 0, 0
+    for length in lengths:
+        if open_tokens and open_tokens + length > chunk:
+            total, open_tokens = total + 1, 0
+        if length > chunk:
+            total += 2 * math.ceil(length / chunk)
+        else:
+            open_tokens += length
+    return total + (open_tokens > 0)
+
+
+def test_bounds_are_those_of_dtensor() -> None:
+    assert bounds(25, 3) == [0, 9, 18, 25]
+    assert bounds(4, 3) == [0, 2, 4, 4]
