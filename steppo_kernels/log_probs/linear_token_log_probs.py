@@ -101,7 +101,8 @@ def linear_token_log_probs(
         every = torch.arange(len(tokens), device=device)
         index = every if mask is None else mask.nonzero().squeeze(1)
         if call is not None:
-            head = shared(head, call, vocab_start, tokens, chunk_tokens, len(index), return_entropy)
+            given = tokens, chunk_tokens, len(index), return_entropy
+            head = shared(head, call, vocab_start, *given, once=True)
         chunk = check_chunk(chunk_tokens, len(index), head)
         if head.backend == "reference":
             log_probs, entropy = plain_log_probs(tokens, head, ids, index)
@@ -137,9 +138,6 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         log_probs = hidden.new_zeros(len(token_ids), dtype=checks.compute_dtype(hidden))
         entropy = log_probs.new_zeros(len(token_ids) if need_entropy else 0)
-        if head.shard is not None:
-            words = -(-len(index) // chunk)
-            head.shard.open(min(chunk, len(index)), need_entropy, hidden.device, words)
         with head.buffer(min(chunk, len(index))) as buffer:
             for part in index.split(chunk) if len(index) else ():
                 rows = head.evaluate(hidden[part], token_ids, part, need_entropy, buffer)

@@ -20,7 +20,6 @@ def plain_log_probs(
     shard = head.shard
     if shard is None:
         return reference.linear_token_log_probs(hidden, head.weight, head.bias, *given)
-    shard.open(len(index), True, hidden.device, words=1)
     copied = on_every_rank(hidden, shard.call.ranks)
     return reference.sharded_token_log_probs(
         copied, head.weight, head.bias, *given, shard.start, shard.vocabulary, shard.gather

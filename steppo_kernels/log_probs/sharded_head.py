@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..ranks import Call, Ranks
-from .lm_head import Head, chunk_budget, logits_dtype
+from .lm_head import Head, check_chunk, chunk_budget, logits_dtype
 from .vocabulary_shard import Shard, local_hidden, local_rows
 
 
@@ -53,10 +53,13 @@ def shared(
     num_rows: int,
     need_entropy: bool,
     facts: Mapping[str, object] | None = None,
+    *,
+    once: bool = False,
 ) -> Head:
     """Return the head as a shard, after all ranks have said that they were given the same.
 
-    `facts` are what they must know beside the head and its ``[N, d]`` hidden states.
+    `facts` are what they must know beside the head and its ``[N, d]`` hidden states. The next words
+    are those of chunks of `num_rows` rows, each of them taken `once` or an unknown number of times.
     """
     weight = head.weight
     told: dict[str, object] = {
@@ -76,7 +79,16 @@ def shared(
         "gradient of hidden": hidden.requires_grad,
         **(facts or {}),
     }
-    return head._replace(shard=Shard.agreed(call, vocab_start, len(weight), told))
+    shard = Shard.agreed(call, vocab_start, len(weight), told)
+    head = head._replace(shard=shard)
+    if head.backend == "reference":
+        # All rows at once, with their entropies.
+        shard.open(num_rows, True, hidden.device, words=1)
+        return head
+    chunk = check_chunk(chunk_tokens, num_rows, head)
+    words = -(-num_rows // chunk) if once else None
+    shard.open(min(chunk, num_rows), need_entropy, hidden.device, words)
+    return head
 
 
 def again(function: str, shard: Shard | None) -> AbstractContextManager[Call | None]:

@@ -342,9 +342,6 @@ class _Pass:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, metrics and step log-ratios; the gradients add up in `gradients`."""
-        if self.head.shard is not None:
-            rows = min(self.chunk, len(self.steps.index))
-            self.head.shard.open(rows, self.need_entropy, self.hidden.device)
         with self.head.buffer(min(self.chunk, len(self.steps.index))) as logits:
             for begin, end in self.groups:
                 first, last = self.steps.borders[begin], self.steps.borders[end]

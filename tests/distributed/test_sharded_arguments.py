@@ -321,6 +321,42 @@ def test_a_rank_that_fails_leaves_none_waiting(
         assert "rank 2 of tp_group raised" in error
 
 
+def without_memory(rank: int, size: int, what: str) -> str:
+    """One rank has no memory for its gradients, after all have said what they were given."""
+    from steppo_kernels.log_probs import lm_head
+
+    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    original = lm_head.weight_gradient
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if rank == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*args, **options)
+
+    def run() -> None:
+        if what == "loss":
+            given = case.hidden, case.weight, case.token_ids
+            objective = case.old_log_probs, case.advantages, case.layout
+            linear_steppo_loss(*given, *objective, tp_group=distributed.group.WORLD)
+        else:
+            log_probs_of(case).sum().backward()
+
+    lm_head.weight_gradient = failing
+    try:
+        found = error_of(run)
+    finally:
+        lm_head.weight_gradient = original
+    assert works(rank, size)
+    return found
+
+
+@pytest.mark.parametrize("what", ["loss", "log-probs"])
+def test_a_rank_without_memory_for_its_gradients(worlds: Worlds, what: str) -> None:
+    own, other = worlds.run(2, without_memory, what)
+    assert own == "OutOfMemoryError: out of memory"
+    assert "rank 0 of tp_group raised an error in it" in other
+
+
 def other_upstream(rank: int, size: int) -> str:
     """Ranks whose losses differ have other rows with a gradient."""
     case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
