@@ -1,0 +1,106 @@
+"""Collectives, bytes and memory of the functions that talk to other ranks, by formulas.
+
+`tests/distributed/test_account.py` compares them with collectives that it counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from steppo_kernels.backends.reference.vocabulary_shard import COLUMNS
+
+# The first word of a call: whether the rank failed, a digest, and two numbers.
+_NUMBER = 8
+_FIRST_WORD = 4 * _NUMBER
+
+
+class Sent(NamedTuple):
+    """Collectives of one kind.
+
+    Attributes:
+        collective: "all_gather" or "all_reduce".
+        count: how many.
+        bytes: what a rank gives to each.
+    """
+
+    collective: str
+    count: int
+    bytes: int
+
+    def received(self, ranks: int) -> float:
+        """Return the bytes that a rank receives, an all-reduce being two passes over a ring."""
+        share = ranks - 1 if self.collective == "all_gather" else 2 * (ranks - 1) / ranks
+        return self.count * self.bytes * share
+
+
+def received(sent: Iterable[Sent], ranks: int) -> float:
+    """Return the bytes that a rank receives in all."""
+    return sum(each.received(ranks) for each in sent)
+
+
+def collectives(sent: Iterable[Sent]) -> int:
+    """Return how many collectives there are."""
+    return sum(each.count for each in sent)
+
+
+class Head(NamedTuple):
+    """A call of a head whose vocabulary is split over ranks.
+
+    Attributes:
+        rows: action tokens M.
+        size: hidden size d.
+        chunk: `chunk_tokens`, at most M.
+        entropy: whether entropies are formed.
+        live: rows with a gradient.
+        itemsize: bytes of a number of the hidden states.
+    """
+
+    rows: int
+    size: int
+    chunk: int
+    entropy: bool
+    live: int
+    itemsize: int = 2
+
+    def _words(self, count: int) -> list[Sent]:
+        columns = COLUMNS if self.entropy else COLUMNS - 1
+        return [Sent("all_gather", count, (min(self.chunk, self.rows) + 1) * columns * _NUMBER)]
+
+    def _sum(self) -> list[Sent]:
+        # Added up in fp32, or in fp64 if that is what the hidden states are.
+        wide = max(4, self.itemsize)
+        return [Sent("all_reduce", 1, self.live * self.size * wide)] if self.live else []
+
+    def loss(self, evaluations: int) -> list[Sent]:
+        """Return what `linear_steppo_loss` sends that forms so many chunks of logits."""
+        first = [Sent("all_gather", 1, _FIRST_WORD)]
+        return [*first, *self._words(evaluations + 1), *self._sum()]
+
+    def log_probs(self) -> list[Sent]:
+        """Return what the forward pass of `linear_token_log_probs` sends."""
+        chunks = math.ceil(self.rows / self.chunk)
+        return [Sent("all_gather", 1, _FIRST_WORD), *self._words(chunks)]
+
+    def log_probs_backward(self) -> list[Sent]:
+        """Return what its backward pass sends."""
+        again = self._replace(rows=self.live, chunk=min(self.chunk, self.live))
+        chunks = math.ceil(again.rows / again.chunk) if again.rows else 0
+        return [Sent("all_gather", 1, _FIRST_WORD), *again._words(chunks + 1), *again._sum()]
+
+    def memory(self, ranks: int, vocabulary: int, positions: int) -> dict[str, float]:
+        """Return bytes of a rank beside its inputs, in a call that forms all gradients.
+
+        There are `positions` hidden states, action tokens or not.
+        """
+        part = math.ceil(vocabulary / ranks)
+        words = (ranks + 1) * (min(self.chunk, self.rows) + 1) * COLUMNS * _NUMBER
+        found = {
+            "logits of a chunk": min(self.chunk, self.rows) * part * 4,
+            "gradient of the weight": part * self.size * self.itemsize,
+            "gradient of the hidden states": positions * self.size * self.itemsize,
+        }
+        if ranks > 1:
+            found |= {"its rows before the sum": self.rows * self.size * 4, "words": words}
+        return found
