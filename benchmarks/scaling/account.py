@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from steppo_kernels.backends.reference.vocabulary_shard import COLUMNS
+from steppo_kernels.distributed.blocks import ALIGNMENT, WORD_BYTES
+from steppo_kernels.outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
 
-# The first word of a call: whether the rank failed, a digest, and two numbers.
 _NUMBER = 8
-_FIRST_WORD = 4 * _NUMBER
 
 
 class Sent(NamedTuple):
@@ -43,6 +43,27 @@ def received(sent: Iterable[Sent], ranks: int) -> float:
 def collectives(sent: Iterable[Sent]) -> int:
     """Return how many collectives there are."""
     return sum(each.count for each in sent)
+
+
+def first_word(numbers: int = 2) -> Sent:
+    """Return the first word of a call: whether the rank failed, a digest, and some numbers."""
+    return Sent("all_gather", 1, (2 + numbers) * _NUMBER)
+
+
+# Once an optimizer step, over the ranks that have batches of their own.
+OF_A_BATCH = {
+    "batch_reduction": [first_word()],
+    "ratio_center": [first_word()],
+    "step_gae": [first_word(3)],
+    "merge_metrics": [first_word(max(NUM_POLICY_METRICS, NUM_VALUE_METRICS) + 3)],
+}
+
+
+def whole(tokens: int, arrays: int = 1, itemsize: int = 4) -> list[Sent]:
+    """Return what `ContextShard.whole` sends of so many arrays; a rank has up to `tokens`."""
+    array = -(-tokens * itemsize // ALIGNMENT) * ALIGNMENT
+    rows = -(-arrays * array // WORD_BYTES) + 1
+    return [first_word(), Sent("all_gather", 1, rows * WORD_BYTES)]
 
 
 class Head(NamedTuple):
@@ -75,19 +96,19 @@ class Head(NamedTuple):
 
     def loss(self, evaluations: int) -> list[Sent]:
         """Return what `linear_steppo_loss` sends that forms so many chunks of logits."""
-        first = [Sent("all_gather", 1, _FIRST_WORD)]
+        first = [first_word()]
         return [*first, *self._words(evaluations + 1), *self._sum()]
 
     def log_probs(self) -> list[Sent]:
         """Return what the forward pass of `linear_token_log_probs` sends."""
         chunks = math.ceil(self.rows / self.chunk)
-        return [Sent("all_gather", 1, _FIRST_WORD), *self._words(chunks)]
+        return [first_word(), *self._words(chunks)]
 
     def log_probs_backward(self) -> list[Sent]:
         """Return what its backward pass sends."""
         again = self._replace(rows=self.live, chunk=min(self.chunk, self.live))
         chunks = math.ceil(again.rows / again.chunk) if again.rows else 0
-        return [Sent("all_gather", 1, _FIRST_WORD), *again._words(chunks + 1), *again._sum()]
+        return [first_word(), *again._words(chunks + 1), *again._sum()]
 
     def memory(self, ranks: int, vocabulary: int, positions: int) -> dict[str, float]:
         """Return bytes of a rank beside its inputs, in a call that forms all gradients.
