@@ -51,6 +51,10 @@ NUM_POLICY_METRICS = len(POLICY_METRICS) + len(_HIDDEN[POLICY_METRICS])
 NUM_VALUE_METRICS = len(VALUE_METRICS) + len(_HIDDEN[VALUE_METRICS])
 
 
+# Those that add up with the ones of other parts, if they were divided by a number of the whole.
+_LOSSES = ("policy_loss", "kl_loss", "entropy", "value_loss")
+
+
 @dataclass(frozen=True, eq=False)
 class Metrics:
     """Named scalars that stay on the device until they are asked for.
@@ -157,6 +161,16 @@ class Metrics:
         return self.names
 
 
+def with_divided_losses(metrics: Metrics, number: int) -> Metrics:
+    """Return metrics as if the normalizer had been `number` times as large, if losses add up."""
+    if not metrics.adds_up:
+        return metrics
+    names = metrics.names + _HIDDEN[metrics.names]
+    factors = {**dict.fromkeys(_LOSSES, 1 / number), "denominator": float(number)}
+    scale = [factors.get(name, 1.0) for name in names]
+    return replace(metrics, values=metrics.values * metrics.values.new_tensor(scale))
+
+
 class _Parts:
     """The metric vectors of several parts, by the names of their entries.
 
@@ -260,7 +274,7 @@ def _check_part(name: str, part: object, first: Metrics) -> None:
 
 
 def _policy(parts: _Parts) -> dict[str, Tensor]:
-    losses = {name: parts.loss(name) for name in ("policy_loss", "kl_loss", "entropy")}
+    losses = {name: parts.loss(name) for name in _LOSSES if name in parts.names}
     over_steps = ("clip_fraction", "clip_fraction_low", "clip_fraction_high")
     over_tokens = ("token_clip_fraction", "approx_kl", "approx_kl_k3", "dead_token_fraction")
     return {

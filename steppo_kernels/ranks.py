@@ -8,7 +8,7 @@ its next word, and all of them raise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# What a rank says first: whether it failed, what it was given, and numbers of its own.
+# How many numbers of its own a rank says with its first word, if nothing else was agreed upon.
 _NUMBERS = 2
 _FINE, _FAILED = 0, 1
 
@@ -91,9 +91,13 @@ class Call:
     again.
     """
 
-    def __init__(self, function: str, name: str, ranks: Ranks) -> None:
-        """Begin a call; `name` is the argument that the group came as."""
+    def __init__(self, function: str, name: str, ranks: Ranks, numbers: int = _NUMBERS) -> None:
+        """Begin a call; `name` is the argument that the group came as.
+
+        A rank says so many `numbers` of 64 bits when it agrees.
+        """
         self.ranks, self._function, self.name = ranks, function, name
+        self._numbers = numbers
         self._word: Tensor | None = None
         self._left: int | None = None
         self._has_agreed = self._is_over = False
@@ -112,12 +116,12 @@ class Call:
             return
         self._is_over = True
         if not self._has_agreed:
-            self._compare(_FAILED, f"{type(error).__name__}: {error}", (0,) * _NUMBERS)
+            self._compare(_FAILED, f"{type(error).__name__}: {error}", (0,) * self._numbers)
         elif self._word is not None:
             self._say(_FAILED, 0)
 
     def agree(
-        self, facts: Mapping[str, object], numbers: tuple[int, int] = (0, 0)
+        self, facts: Mapping[str, object], numbers: Sequence[int] | None = None
     ) -> list[tuple[int, ...]]:
         """Return the numbers of each rank, if all ranks know the same facts: one collective.
 
@@ -129,6 +133,8 @@ class Call:
             RuntimeError: a rank failed before.
         """
         told = {"function": self._function, **{name: str(fact) for name, fact in facts.items()}}
+        numbers = (0,) * self._numbers if numbers is None else tuple(numbers)
+        assert len(numbers) == self._numbers
         self._has_agreed = True
         try:
             return self._compare(_FINE, told, numbers)

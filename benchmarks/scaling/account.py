@@ -123,5 +123,5 @@ class Head(NamedTuple):
             "gradient of the hidden states": positions * self.size * self.itemsize,
         }
         if ranks > 1:
-            found |= {"its rows before the sum": self.rows * self.size * 4, "words": words}
+            found |= {"its rows before the sum": self.rows * self.size * 4, "words of ranks": words}
         return found

@@ -109,7 +109,7 @@ def meshes() -> list[str]:
 def heads() -> list[str]:
     """Return what a call of `linear_steppo_loss` sends and holds, by the ranks of its group."""
     lines: list[list[object]] = [
-        ["model", "tp", "collectives", "words", "sum", *Head(1, 1, 1, False, 1).memory(2, 1, 1)]
+        ["model", "tp", "collectives", "gathers", "sum", *Head(1, 1, 1, False, 1).memory(2, 1, 1)]
     ]
     for model in MODELS:
         head = Head(ROWS, model.size, CHUNK, False, live=ROWS)
@@ -145,6 +145,7 @@ def peers() -> list[str]:
     """Return what others send for the log-probs of the same rows on 8 ranks, as their code says."""
     ranks, size, logits = 8, 4096, 2
     head = Head(ROWS, size, CHUNK, True, live=ROWS)
+
     def row(name: str, forward: list[account.Sent], backward: list[account.Sent]) -> list[object]:
         every = [*forward, *backward]
         got = (sized(account.received(one, ranks)) for one in (forward, backward))
@@ -154,6 +155,8 @@ def peers() -> list[str]:
         return account.Sent("all_reduce", count, numbers * itemsize)
 
     chunks = -(-ROWS // 512)
+    # Parts of the vocabulary of a rank, whose largest logits are reduced one by one.
+    splits = -(-VOCABULARY // ranks // 1024)
     layer_sum = reduced(1, ROWS * size, 2)
     lines = [
         ["log-probs and entropies of a head, 8 ranks", "collectives", "forward", "backward"],
@@ -166,7 +169,7 @@ def peers() -> list[str]:
         ),
         row(
             "verl 0.9.1, its Triton head under Megatron",
-            [reduced(1, ROWS * -(-VOCABULARY // ranks // 1024)), reduced(1, ROWS), reduced(1, 2 * ROWS)],
+            [reduced(1, splits * ROWS), reduced(1, ROWS), reduced(1, 2 * ROWS)],
             [layer_sum],
         ),
         row(

@@ -111,9 +111,9 @@ def on_ranks(
     answers = []
     for task in tasks:
         case = shard_of(head_case(**task.drawn).to(task.dtype), rank, size)
-        with counted() as collectives:
+        with counted() as said:
             found = found_in(task, case, tp_group=distributed.group.WORLD)
-        answers.append((found, collectives))
+        answers.append((found, said.words()))
     return answers
 
 

@@ -6,18 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from collectives import error_of
 from torch import distributed
 from worlds import Worlds
 
 from steppo_kernels.ranks import Call, Ranks
-
-
-def error_of(run: Any) -> str:
-    try:
-        run()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def different_facts(rank: int, size: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from collectives import counted
+from collectives import counted, error_of
 from head_cases import HeadCase, head_case
 from heads import Task, alone, bounds, found_in, shard_of
 from targets import Target
@@ -24,14 +24,6 @@ from steppo_kernels import (
 from steppo_kernels.backends import operators
 
 _DRAWN = {"seed": 4, "rows": 2, "vocabulary": 7}
-
-
-def error_of(run: Callable[[], Any]) -> str:
-    try:
-        run()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def log_probs_of(case: HeadCase, **options: Any) -> Tensor:
@@ -428,23 +420,23 @@ def test_second_derivatives_autocast_and_no_grad(target: Target, worlds: Worlds)
 
 
 def words_of(rank: int, size: int, chunk: int) -> dict[str, list[tuple[str, int]]]:
-    found = {}
+    said = {}
     drawn = {"seed": 1, "rows": 3, "length": 40, "vocabulary": 26, "mean_step": 9.0}
     case = shard_of(head_case(**drawn).to(torch.float32), rank, size)
     options = {"chunk_tokens": chunk, "tp_group": distributed.group.WORLD}
     given = case.hidden, case.weight, case.token_ids
     objective = case.old_log_probs, case.advantages, case.layout
-    with counted() as found["loss"]:
+    with counted() as said["loss"]:
         # Nothing is clipped: all rows are live.
         wide = StepPOConfig(clip_low=0.9, clip_high=9.0)
         out = linear_steppo_loss(*given, *objective, config=wide, **options)
-    with counted() as found["backward of loss"]:
+    with counted() as said["backward of loss"]:
         out.loss.backward()
-    with counted() as found["log-probs"]:
+    with counted() as said["log-probs"]:
         log_probs = log_probs_of(case, **options)
-    with counted() as found["backward of log-probs"]:
+    with counted() as said["backward of log-probs"]:
         log_probs.sum().backward()
-    return found
+    return {name: one.words() for name, one in said.items()}
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(2, 12), (3, 12), (2, 1000)])

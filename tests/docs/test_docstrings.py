@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from docstrings import run_example
+from worlds import is_possible
 
 import steppo_kernels
-from steppo_kernels import Metrics, StepLayout, memory
+from steppo_kernels import Metrics, StepLayout, distributed, memory
 
 
 def public(module: Any) -> Iterator[tuple[str, Any]]:
@@ -35,6 +36,10 @@ def objects() -> dict[str, Any]:
         *methods(Metrics),
         *((f"memory.{name}", value) for name, value in public(memory)),
     ]
+    # Their examples make a group of one process.
+    if is_possible():
+        found += ((f"distributed.{name}", value) for name, value in public(distributed))
+        found += methods(distributed.ContextShard)
     if importlib.util.find_spec("transformers") is not None:
         from steppo_kernels.integrations import transformers
 

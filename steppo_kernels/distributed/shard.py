@@ -1,0 +1,432 @@
+"""Which tokens each rank of a context-parallel group holds, and the way to the whole and back."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any, NoReturn, overload
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends.derivatives import first_only, keep_inputs, kept_inputs
+from ..layout import integers
+from ..ranks import Call, Ranks
+from .blocks import Blocks
+
+
+class ContextShard:
+    """The tokens of a batch that this rank of a context-parallel group holds.
+
+    Attention over long rows splits the token dimension of a batch over ranks, so that the tokens of
+    one step lie on several of them. Its ratio, and whether it is clipped, depend on all of them.
+    `whole` brings the log-probs of all ranks together, and from there on every function of the
+    package is called with the whole batch on every rank: all of them compute the same numbers from
+    the same bits. That is 4 bytes for each fp32 log-prob, next to the d numbers per token and layer
+    that attention exchanges itself.
+
+    Objectives from hidden states have `context_linear_steppo_loss`, and values go through `whole`
+    like log-probs: before `step_gae`, `step_value_loss` or `rollout_weights`.
+
+    The loss on each rank is that of the whole batch, and its gradient by parameters is that through
+    the tokens of the rank. The gradients of the ranks of the group are therefore to be **summed**.
+    What averages them (DDP, FSDP over a mesh with this group in it) wants the normalizer divided by
+    `size`.
+
+    Position i of hidden states predicts token i + 1, which may lie on another rank: token ids (and
+    the mask of the layout) are shifted before `local` is taken of them.
+
+    Attributes:
+        columns: int64 ``[T_r]``, the places of the tokens of this rank in the token dimension, in
+            the order in which it holds them.
+        length: T, the length of the token dimension.
+        dim: the token dimension: 1 of ``[B, T, ...]``, 0 of packed ``[N, ...]``.
+        ranks: the group, the place of this rank in it, and how many it has.
+        rank, size: those two numbers.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from steppo_kernels.distributed import ContextShard
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 1, 1]])
+        >>> taken, layout = ids[:, 1:], StepLayout.from_mask(mask[:, 1:])  # shifted as a whole
+        >>> shard = ContextShard.zigzag(3)
+        >>> own = shard.local(taken)  # of these, this rank has hidden states
+        >>> log_probs = (-0.1 * own).requires_grad_()  # and computes log-probs
+        >>> old, advantages = torch.full((1, 3), -0.7), torch.tensor([2.0])
+        >>> steppo_loss(shard.whole(log_probs), old, advantages, layout).loss.backward()
+        >>> log_probs.grad
+        tensor([[-0.6667, -0.6667, -0.6667]])
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, *args: Any, **fields: Any) -> NoReturn:
+        raise TypeError(
+            "ContextShard: got a call, expected one of its constructors: ContextShard.contiguous, "
+            "zigzag or of_columns"
+        )
+
+    @classmethod
+    def contiguous(cls, length: int, *, dim: int = 1, group: Any = None) -> ContextShard:
+        """Give rank r the r-th of R chunks, as ``torch.chunk`` makes them.
+
+        All but the last have ``ceil(T / R)`` tokens; the last ranks may have fewer, or none. All
+        ranks call it. It speaks to the other ranks once, in a gather of 32 bytes a rank.
+
+        Args:
+            length: T, at least 0; the same on all ranks.
+            dim: the token dimension, 0 or 1.
+            group: the context-parallel group, a ProcessGroup or a DeviceMesh of one dimension; None
+                is all ranks.
+
+        Raises:
+            ValueError, TypeError: naming the argument; or ranks got different arguments.
+            RuntimeError: another rank raised an error, or there is no process group.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from steppo_kernels.distributed import ContextShard
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> ContextShard.contiguous(4).columns
+            tensor([0, 1, 2, 3])
+            >>> dist.destroy_process_group()
+        """
+        return cls._of_chunks("contiguous", length, dim, group)
+
+    @classmethod
+    def zigzag(cls, length: int, *, dim: int = 1, group: Any = None) -> ContextShard:
+        """Give rank r the chunks r and 2R - 1 - r of 2R, which balances causal attention.
+
+        ``torch.distributed.tensor.experimental.context_parallel`` splits so, and ring attention.
+        Chunks have ``ceil(T / 2R)`` tokens, and the last of them may be shorter or empty. All ranks
+        call it. It speaks to the other ranks once, in a gather of 32 bytes a rank. For packed rows
+        that are each split in this way, see `of_columns`.
+
+        Args:
+            length: T, at least 0; the same on all ranks.
+            dim: the token dimension, 0 or 1.
+            group: as in `contiguous`.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `contiguous`.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from steppo_kernels.distributed import ContextShard
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> ContextShard.zigzag(4).columns
+            tensor([0, 1, 2, 3])
+            >>> dist.destroy_process_group()
+        """
+        return cls._of_chunks("zigzag", length, dim, group)
+
+    @classmethod
+    def of_columns(
+        cls,
+        columns: Tensor | Sequence[int],
+        length: int,
+        *,
+        dim: int = 1,
+        group: Any = None,
+    ) -> ContextShard:
+        """Make a shard of any places; each place is that of one token of one rank.
+
+        All ranks call it. It speaks to the other ranks twice: in a gather of 32 bytes a rank, and
+        in one of 8 bytes for each token of the rank that has the most. A shard can be used for as
+        many batches as are split in the same way.
+
+        Args:
+            columns: int ``[T_r]``, the places of the tokens of this rank in the token dimension, in
+                the order in which it holds them; may be empty.
+            length: T, at least 0; the same on all ranks.
+            dim: the token dimension, 0 or 1.
+            group: as in `contiguous`.
+
+        Raises:
+            ValueError, TypeError: naming the argument; or ranks got different arguments; or a place
+                is that of no token, or of two: on all ranks.
+            RuntimeError: as `contiguous`.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from steppo_kernels.distributed import ContextShard
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> shard = ContextShard.of_columns([2, 0, 1], 3)
+            >>> shard.local(torch.tensor([[5, 6, 7]]))
+            tensor([[7, 5, 6]])
+            >>> shard.whole(torch.tensor([[7, 5, 6]]))
+            tensor([[5, 6, 7]])
+            >>> dist.destroy_process_group()
+        """
+        ranks = Ranks.of("group", group)
+        with Call("ContextShard.of_columns", "group", ranks) as call:
+            own = integers.vector("columns", columns)
+            own = checks.dims("columns", own, (1,)).to("cpu", torch.int64)
+            length, dim = _length(length), _dim(dim)
+            if len(own) and not 0 <= int(own.min()) <= int(own.max()) < length:
+                bad = own[(own < 0) | (own >= length)][0].item()
+                raise ValueError(f"columns: got {bad}, expected places of a length of {length}")
+            said = call.agree({"length": length, "dim": dim}, (len(own), 0))
+            lengths = [count for count, _ in said]
+            call.open(max(lengths), 1, ranks.words_device(), words=1)
+            padded = torch.zeros((max(lengths), 1), dtype=torch.float64, device="cpu")
+            padded[: len(own), 0] = own.to(torch.float64)
+            heard = call.gather(padded)[..., 0].to("cpu", torch.int64)
+        every = [row[:count] for row, count in zip(heard, lengths, strict=True)]
+        _check_cover(every, length)
+        return _made(ranks, every, length, dim)
+
+    @classmethod
+    def _of_chunks(cls, kind: str, length: int, dim: int, group: Any) -> ContextShard:
+        ranks = Ranks.of("group", group)
+        with Call(f"ContextShard.{kind}", "group", ranks) as call:
+            length, dim = _length(length), _dim(dim)
+            call.agree({"length": length, "dim": dim})
+        chunks = ranks.size * (2 if kind == "zigzag" else 1)
+        parts = torch.arange(length, device="cpu").split(max(-(-length // chunks), 1))
+        empty = parts[0][:0]
+        parts = (*parts, *[empty] * (chunks - len(parts)))
+        if kind == "zigzag":
+            every = [torch.cat((parts[r], parts[-1 - r])) for r in range(ranks.size)]
+        else:
+            every = list(parts)
+        return _made(ranks, every, length, dim)
+
+    # What follows is set by `_made`.
+    columns: Tensor
+    length: int
+    dim: int
+    ranks: Ranks
+    _blocks: Blocks
+    _index: dict[torch.device, Tensor]
+
+    @property
+    def rank(self) -> int:
+        """The place of this rank in the group."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks of the group."""
+        return self.ranks.size
+
+    def __repr__(self) -> str:
+        return (
+            f"ContextShard({len(self.columns)} of {self.length} tokens of dimension {self.dim} "
+            f"on rank {self.rank} of {self.size})"
+        )
+
+    def local_shape(self, shape: torch.Size) -> torch.Size:
+        """Return the token shape of this rank, ``[B, T_r]`` or ``[N_r]``, of that of the whole.
+
+        Raises:
+            ValueError: the token dimension has another length, or there is none.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from steppo_kernels.distributed import ContextShard
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> ContextShard.contiguous(4).local_shape(torch.Size([2, 4]))
+            torch.Size([2, 4])
+            >>> dist.destroy_process_group()
+        """
+        if len(shape) != self.dim + 1 or shape[self.dim] != self.length:
+            wanted = f"[B, {self.length}]" if self.dim else f"[{self.length}]"
+            raise ValueError(
+                f"layout: got the token shape {list(shape)}, expected {wanted} of the shard"
+            )
+        return torch.Size((*shape[: self.dim], len(self.columns)))
+
+    @overload
+    def local(self, part: Tensor, /) -> Tensor: ...
+    @overload
+    def local(self, part: Tensor, second: Tensor, /, *more: Tensor) -> tuple[Tensor, ...]: ...
+    def local(self, *parts: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the tokens of this rank of tensors of the whole batch.
+
+        It does not speak to the other ranks.
+
+        Args:
+            *parts: ``[B, T, ...]`` (``[N, ...]`` with ``dim=0``) of any dtype.
+
+        Returns:
+            ``[B, T_r, ...]`` of one tensor, or a tuple of several. Gradients flow back.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from steppo_kernels.distributed import ContextShard
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> shard = ContextShard.zigzag(2, dim=0)
+            >>> shard.local(torch.tensor([3, 4]), torch.ones(2, 3))[1].shape
+            torch.Size([2, 3])
+            >>> dist.destroy_process_group()
+        """
+        found = tuple(
+            checked.index_select(self.dim, self._index_on(checked.device))
+            for checked in self._checked(parts, self.length)
+        )
+        return found[0] if len(found) == 1 else found
+
+    @overload
+    def whole(self, part: Tensor, /) -> Tensor: ...
+    @overload
+    def whole(self, part: Tensor, second: Tensor, /, *more: Tensor) -> tuple[Tensor, ...]: ...
+    def whole(self, *parts: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return tensors of the whole batch, of those of the tokens of each rank.
+
+        All ranks call it. It speaks to the other ranks twice, however many tensors there are: in a
+        gather of 32 bytes a rank, in which they agree on shapes and dtypes, and in one of the bytes
+        of the tensors of the rank that has the most tokens. Backward does not speak to them: the
+        gradient of the tokens of this rank is taken out of that of the whole. That is right if all
+        ranks compute the same from what is returned, and sum the gradients of parameters.
+
+        Args:
+            *parts: ``[B, T_r, ...]`` (``[N_r, ...]`` with ``dim=0``) of any dtype; they differ over
+                the ranks in T_r alone. T_r and B may be 0.
+
+        Returns:
+            ``[B, T, ...]`` of one tensor, or a tuple of several: the same bits on all ranks.
+
+        Raises:
+            ValueError, TypeError: naming the argument; or ranks got different arguments.
+            RuntimeError: another rank raised an error; or in backward, for second derivatives.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from steppo_kernels.distributed import ContextShard
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> shard = ContextShard.contiguous(2)
+            >>> log_probs, values = shard.whole(torch.zeros(3, 2), torch.ones(3, 2))
+            >>> values.sum()
+            tensor(6.)
+            >>> dist.destroy_process_group()
+        """
+        with Call("ContextShard.whole", "group", self.ranks) as call:
+            given = self._checked(parts, len(self.columns))
+            facts = {
+                f"parts[{place}]": (part.dtype, *_others(part.shape, self.dim), part.device.type)
+                for place, part in enumerate(given)
+            }
+            call.agree({**shard_facts(self), **facts})
+            announce(self, call, given)
+            found = put_together(self, call, given)
+        return found[0] if len(found) == 1 else found
+
+    def _moved(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors with the token dimension in front."""
+        return [part.movedim(self.dim, 0) for part in parts]
+
+    def _index_on(self, device: torch.device) -> Tensor:
+        if device not in self._index:
+            self._index[device] = self.columns.to(device)
+        return self._index[device]
+
+    def _checked(self, parts: Sequence[object], length: int) -> list[Tensor]:
+        if not parts:
+            raise TypeError("parts: got none, expected at least one torch.Tensor")
+        found: list[Tensor] = []
+        for place, part in enumerate(parts):
+            name = f"parts[{place}]"
+            checked = checks.tensor(name, part)
+            if checked.dim() <= self.dim or checked.shape[self.dim] != length:
+                raise ValueError(
+                    f"{name}: got shape {tuple(checked.shape)}, expected {length} tokens in "
+                    f"dimension {self.dim}"
+                )
+            found.append(checks.on_device(name, checked, found[0].device) if found else checked)
+        return found
+
+
+def shard_facts(shard: ContextShard) -> dict[str, object]:
+    """Return what the ranks must know alike of a shard."""
+    return {"length": shard.length, "dim": shard.dim, "order of columns": shard._blocks.mark()}
+
+
+def announce(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> None:
+    """Say to a call how large the word of `put_together` is, which is its last one.
+
+    Only dtypes, shapes and the device of the parts are read.
+    """
+    rows, columns = shard._blocks.word(shard._moved(parts))
+    call.open(rows, columns, parts[0].device, words=1)
+
+
+def put_together(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the parts of all ranks as those of the whole: one collective."""
+    found: tuple[Tensor, ...] = _Whole.apply(shard, call, *parts)
+    return found
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: ContextShard, call: Call, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.shard = shard
+        keep_inputs(ctx, *parts)
+        dim = shard.dim
+        wholes = shard._blocks.gather(call, shard._moved(parts))
+        found = tuple(one.movedim(0, dim).contiguous() for one in wholes)
+        ctx.mark_non_differentiable(*[one for one in found if not one.is_floating_point()])
+        return found
+
+    @staticmethod
+    @first_only("ContextShard.whole", kept_inputs)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        shard = ctx.shard
+        needed = ctx.needs_input_grad[2:]
+        return (
+            None,
+            None,
+            *(
+                grad.index_select(shard.dim, shard._index_on(grad.device))
+                if need and grad is not None
+                else None
+                for need, grad in zip(needed, grads, strict=True)
+            ),
+        )
+
+
+def _made(ranks: Ranks, every: Sequence[Tensor], length: int, dim: int) -> ContextShard:
+    """Return the shard of a rank; `every` has the places of each."""
+    shard: Any = object.__new__(ContextShard)  # type: ignore[arg-type]
+    shard.columns, shard.length, shard.dim = every[ranks.rank], length, dim
+    shard.ranks, shard._blocks, shard._index = ranks, Blocks(every, length), {}
+    made: ContextShard = shard
+    return made
+
+
+def _others(shape: torch.Size, dim: int) -> tuple[object, ...]:
+    """Return a shape with a name in the place of the tokens, of which ranks have different ones."""
+    return (*shape[:dim], "T", *shape[dim + 1 :])
+
+
+def _length(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"length: got {type(value).__name__}, expected an integer")
+    if int(value) < 0:
+        raise ValueError(f"length: got {value}, expected at least 0")
+    return int(value)
+
+
+def _dim(value: object) -> int:
+    if isinstance(value, bool) or value not in (0, 1):
+        raise ValueError(f"dim: got {value!r}, expected 0 or 1")
+    return int(value)
+
+
+def _check_cover(every: Sequence[Tensor], length: int) -> None:
+    """Check that each place is that of one token of one rank; all ranks see the same."""
+    holders = torch.bincount(torch.cat(list(every)), minlength=length)
+    wrong = (holders != 1).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        ranks = [
+            str(rank)
+            for rank, columns in enumerate(every)
+            for _ in range(int((columns == place).sum()))
+        ]
+        held = f"on ranks {', '.join(ranks)}" if ranks else "on no rank"
+        raise ValueError(f"columns: got place {place} {held}, expected each place on one rank")

@@ -1,0 +1,282 @@
+"""Wrong or different arguments of some ranks raise on all of them, and the next call works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from collectives import error_of
+from worlds import Worlds
+
+from steppo_kernels import StepLayout, StepPOConfig, rollout_weights, step_value_loss, steppo_loss
+from steppo_kernels.distributed import (
+    ContextShard,
+    batch_reduction,
+    context_linear_steppo_loss,
+    merge_metrics,
+    ratio_center,
+    step_gae,
+)
+
+MASK = torch.tensor([[0, 1, 1, 0, 1, 1]])
+LAYOUT = StepLayout.from_mask(MASK)
+ZEROS = torch.zeros(1, 6)
+STEPS = torch.zeros(2)
+
+
+def reduction(call: dict[str, Any]) -> Any:
+    return batch_reduction(**{"layouts": LAYOUT, "reduction": "trajectory_mean", **call})
+
+
+def center(call: dict[str, Any]) -> Any:
+    given = {"log_probs": ZEROS, "old_log_probs": ZEROS, "layouts": LAYOUT}
+    return ratio_center(**{**given, **call})
+
+
+def gae(call: dict[str, Any]) -> Any:
+    return step_gae(**{"rewards": STEPS, "values": STEPS, "layout": LAYOUT, **call})
+
+
+def metrics(call: dict[str, Any]) -> Any:
+    kinds: dict[str, Callable[[], Any]] = {
+        "policy": lambda: steppo_loss(ZEROS, None, STEPS, LAYOUT).metrics,
+        "adds up": lambda: steppo_loss(ZEROS, None, STEPS, LAYOUT, normalizer=2.0).metrics,
+        "value": lambda: step_value_loss(STEPS, STEPS, LAYOUT).metrics,
+        "rollout": lambda: rollout_weights(ZEROS, ZEROS, LAYOUT, level="step").metrics,
+        "none": list,
+        "number": lambda: 7,
+    }
+    kind = call.get("kind", "policy")
+    rest = {name: value for name, value in call.items() if name != "kind"}
+    return merge_metrics(kinds[kind](), **rest)
+
+
+def contiguous(call: dict[str, Any]) -> Any:
+    return ContextShard.contiguous(**{"length": 6, **call})
+
+
+def columns(call: dict[str, Any]) -> Any:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return ContextShard.of_columns(**{"columns": list(range(6))[rank::size], "length": 6, **call})
+
+
+def whole(call: dict[str, Any]) -> Any:
+    make = ContextShard.zigzag if call.get("kind") == "zigzag" else ContextShard.contiguous
+    shard = make(6)
+    part = torch.zeros(call.get("rows", 1), len(shard.columns) + call.get("more", 0))
+    return shard.whole(*[part.to(dtype) for dtype in call.get("dtypes", [torch.float32])])
+
+
+def head(call: dict[str, Any]) -> Any:
+    shard = ContextShard.zigzag(6)
+    own = len(shard.columns)
+    given = {
+        "hidden": torch.ones(1, own, 3),
+        "weight": torch.zeros(4, 3),
+        "token_ids": torch.zeros(1, own, dtype=torch.int64),
+        "old_log_probs": ZEROS,
+        "advantages": STEPS,
+        "layout": LAYOUT,
+        "shard": shard,
+    }
+    return context_linear_steppo_loss(**{**given, **call})
+
+
+# A function, what one rank gives it in place of what is right, and what that rank and the others
+# must hear: the same, if None.
+CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str, str | None]] = {
+    "no such reduction": (
+        reduction,
+        {"reduction": "mean"},
+        "ValueError: reduction: got 'mean', expected one of",
+        "RuntimeError: batch_reduction: rank {} of group raised ValueError: reduction: got 'mean'",
+    ),
+    "another reduction": (
+        reduction,
+        {"reduction": "step_mean"},
+        "ValueError: group: its ranks got different arguments, expected the same: reduction is",
+        None,
+    ),
+    "ids": (
+        reduction,
+        {"trajectory_ids": [3]},
+        "trajectory_ids is",
+        None,
+    ),
+    "too many ids": (
+        reduction,
+        {"trajectory_ids": [3, 4]},
+        "ValueError: trajectory_ids[0]: got 2 entries, expected 1, one per trajectory",
+        "RuntimeError: batch_reduction: rank {} of group raised ValueError: trajectory_ids[0]",
+    ),
+    "no layout": (
+        reduction,
+        {"layouts": [ZEROS]},
+        "TypeError: layouts: got Tensor, expected StepLayout or a list of it",
+        "raised TypeError: layouts: got Tensor",
+    ),
+    "other gradients": (reduction, {"gradients": "sum"}, "gradients is", None),
+    "no gradients": (
+        reduction,
+        {"gradients": "avg"},
+        "ValueError: gradients: got 'avg', expected one of 'mean', 'sum'",
+        "raised ValueError: gradients: got 'avg'",
+    ),
+    "lists of two lengths": (
+        center,
+        {"log_probs": [ZEROS, ZEROS]},
+        "ValueError: log_probs: got 2, expected 1, one per layout",
+        "raised ValueError: log_probs: got 2",
+    ),
+    "a shape": (
+        center,
+        {"old_log_probs": torch.zeros(1, 5)},
+        "ValueError: old_log_probs: got shape (1, 5)",
+        "raised ValueError: old_log_probs: got shape (1, 5)",
+    ),
+    "gamma out of range": (
+        gae,
+        {"gamma": 1.5},
+        "ValueError: gamma: got 1.5",
+        "raised ValueError: gamma: got 1.5",
+    ),
+    "another gamma": (gae, {"gamma": 0.5}, "gamma is", None),
+    "whitened or not": (gae, {"whiten": False}, "whiten is", None),
+    "another dtype": (gae, {"values": STEPS.double()}, "dtype is torch.float", None),
+    "no metrics": (
+        metrics,
+        {"kind": "number"},
+        "TypeError: metrics: got int, expected Metrics or a list of it",
+        "raised TypeError: metrics: got int",
+    ),
+    "another kind of metrics": (
+        metrics,
+        {"kind": "value"},
+        "ValueError: metrics: got metrics of a",
+        None,
+    ),
+    "metrics that add up": (
+        metrics,
+        {"kind": "adds up"},
+        "with denominators of their own on rank",
+        None,
+    ),
+    "another length": (contiguous, {"length": 7}, "length is", None),
+    "no length": (
+        contiguous,
+        {"length": -1},
+        "ValueError: length: got -1, expected at least 0",
+        "raised ValueError: length: got -1",
+    ),
+    "no dimension": (
+        contiguous,
+        {"dim": 2},
+        "ValueError: dim: got 2, expected 0 or 1",
+        "raised ValueError: dim: got 2",
+    ),
+    "a column twice": (
+        columns,
+        {"columns": [0, 1, 2, 2]},
+        "ValueError: columns: got place",
+        None,
+    ),
+    "a column on no rank": (
+        columns,
+        {"columns": []},
+        " on no rank, expected each place on one rank",
+        None,
+    ),
+    "a column too far": (
+        columns,
+        {"columns": [6]},
+        "ValueError: columns: got 6, expected places of a length of 6",
+        "raised ValueError: columns: got 6",
+    ),
+    "columns that are none": (
+        columns,
+        {"columns": [0.5]},
+        "TypeError: columns: got",
+        "raised TypeError: columns: got",
+    ),
+    "tokens too many": (
+        whole,
+        {"more": 1},
+        "ValueError: parts[0]: got shape (1, ",
+        "raised ValueError: parts[0]: got shape (1, ",
+    ),
+    "other rows": (whole, {"rows": 2}, "parts[0] is (torch.float32, ", None),
+    "other dtypes": (whole, {"dtypes": [torch.float64]}, "parts[0] is (torch.float", None),
+    "more tensors": (whole, {"dtypes": [torch.float32] * 2}, "parts[1] is ", None),
+    "another head": (head, {"weight": torch.zeros(5, 3)}, "weight is (torch.float32, (", None),
+    "another config": (head, {"config": StepPOConfig(clip_low=0.5)}, "config is", None),
+    "another normalizer": (head, {"normalizer": 3.0}, "normalizer is", None),
+    "other advantages": (head, {"advantages": ZEROS}, "advantages is", None),
+    "another layout": (
+        head,
+        {"layout": LAYOUT.per_trajectory(), "advantages": STEPS[:1]},
+        "layout is ((1, 6), ",
+        None,
+    ),
+    "a layout of another length": (
+        head,
+        {"layout": StepLayout.from_mask(torch.cat((MASK, MASK[:, :1]), 1)), "old_log_probs": None},
+        "ValueError: layout: got the token shape [1, 7], expected [B, 6] of the shard",
+        "raised ValueError: layout: got the token shape [1, 7]",
+    ),
+    "hidden states of other tokens": (
+        head,
+        {"hidden": torch.ones(1, 6, 3)},
+        "ValueError: hidden: got shape (1, 6, 3)",
+        "raised ValueError: hidden: got shape (1, 6, 3)",
+    ),
+    "an error in the head": (
+        head,
+        {"temperature": -1.0},
+        "ValueError: temperature: got -1.0",
+        "RuntimeError: context_linear_steppo_loss: rank {} of group raised an error in it",
+    ),
+}
+
+
+def fail(rank: int, size: int, guilty: int) -> dict[str, str]:
+    heard = {}
+    for name, (function, wrong, *_) in CASES.items():
+        heard[name] = error_of(lambda: function(wrong if rank == guilty else {}))  # noqa: B023
+        # The ranks still understand each other.
+        function({})
+    heard["none"] = error_of(lambda: metrics({"kind": "none"}))
+    return heard
+
+
+@pytest.mark.parametrize(("size", "guilty"), [(2, 0), (2, 1), (3, 1)])
+def test_all_ranks_raise_and_go_on(worlds: Worlds, size: int, guilty: int) -> None:
+    heard = worlds.run(size, fail, guilty)
+    for name, (_, _, own, others) in CASES.items():
+        for rank, errors in enumerate(heard):
+            wanted = own if rank == guilty or others is None else others.format(guilty)
+            assert wanted in errors[name], f"{name}, on rank {rank}: {errors[name]!r}"
+    for errors in heard:
+        assert errors["none"].startswith("ValueError: metrics: got none on any rank of group")
+
+
+def other_shards(rank: int, size: int) -> list[str]:
+    def made() -> list[ContextShard]:
+        return [ContextShard.contiguous(8), ContextShard.zigzag(8)]
+
+    part = torch.zeros(1, 4)
+    first = error_of(lambda: whole({"kind": "zigzag"} if rank else {}))
+    second = error_of(lambda: made()[rank].whole(part))
+    # Where all use the same one, either works.
+    for shard in made():
+        shard.whole(part)
+    return [first, second]
+
+
+def test_shards_of_two_kinds(worlds: Worlds) -> None:
+    """Their lengths are the same, and so are the numbers of tokens of the ranks."""
+    for made, used in worlds.run(2, other_shards):
+        assert "ContextShard.contiguous on rank 0, ContextShard.zigzag on rank 1" in made
+        assert used.startswith("ValueError: group: its ranks got different arguments")
+        assert "order of columns is" in used
