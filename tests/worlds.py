@@ -74,8 +74,10 @@ class World:
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(_LIMIT), f"rank {rank} takes too long"
             answers.append(pipe.recv())
-        for rank, (is_good, answer) in enumerate(answers):
-            assert is_good, f"rank {rank}: {answer}"
+        failed = [
+            f"rank {r}: {answer}" for r, (is_good, answer) in enumerate(answers) if not is_good
+        ]
+        assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
 
     def end(self) -> None:

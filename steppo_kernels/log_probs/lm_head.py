@@ -114,25 +114,24 @@ class Head(NamedTuple):
         the dtype of the weight; where that is narrower, they take the first half of each row's
         memory.
         """
-        if not len(self.weight):
-            return rows.logits if order is None else rows.logits[: len(order)]
         first = self._away_from(rows, grad_log_probs, grad_entropy)
         logits = grad_logits = rows.logits
         if logits.dtype != self.weight.dtype:
             grad_logits = logits.view(self.weight.dtype)[:, : logits.shape[1]]
-        operators.call(
-            "token_log_probs_backward",
-            self.backend,
-            grad_logits.unsqueeze(0),
-            logits.unsqueeze(0),
-            *rows.targets,
-            rows.top,
-            rows.log_sum,
-            None if grad_entropy is None else rows.entropy,
-            grad_log_probs,
-            grad_entropy,
-            order,
-        )
+        if len(self.weight):
+            operators.call(
+                "token_log_probs_backward",
+                self.backend,
+                grad_logits.unsqueeze(0),
+                logits.unsqueeze(0),
+                *rows.targets,
+                rows.top,
+                rows.log_sum,
+                None if grad_entropy is None else rows.entropy,
+                grad_log_probs,
+                grad_entropy,
+                order,
+            )
         grad_logits = grad_logits if order is None else grad_logits[: len(order)]
         if first is not None and rows.is_away is not None:
             is_away = rows.is_away
@@ -149,7 +148,7 @@ class Head(NamedTuple):
 
         Kernels know rows with their token. Of the others they are told that it is this column.
         """
-        if rows.is_away is None:
+        if rows.is_away is None or not len(self.weight):
             return None
         return gradient_without_token(
             rows.logits[:, 0],

@@ -25,6 +25,16 @@ _VOCABULARIES = (25, 26, 7, 4)
 _SHARDED = ("grad_weight", "grad_bias")
 
 
+# Of what is compared with the largest: what rounding inputs and gradients of a dtype may do. Halves
+# are held to the error of plain PyTorch below.
+_ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+}
+
+
 def tasks_of(target: Target) -> list[Task]:
     """Every objective, head and vocabulary; fewer of them where kernels are emulated."""
     found = []
@@ -32,10 +42,14 @@ def tasks_of(target: Target) -> list[Task]:
         drawn = {"seed": 3 + vocabulary, "vocabulary": vocabulary}
         if target.interpreted:
             drawn |= {"rows": 1, "length": 13}
-        for dtype in (torch.float64, torch.float32):
+        for dtype in _ROUNDING:
+            # The interpreter of Triton drops bits of bf16, and takes its time.
+            if target.interpreted and (dtype.itemsize == 2 or number % 2):
+                continue
             found.append(Task(drawn, dtype, target.backend, "log-probs", head=head))
             for place, objective in enumerate(OBJECTIVES):
-                if not target.emulated or (number + place) % len(OBJECTIVES) == 0:
+                is_turn = (number + place) % len(OBJECTIVES) == 0
+                if is_turn or (not target.emulated and dtype.itemsize > 2):
                     found.append(Task(drawn, dtype, target.backend, "loss", objective, head))
     return found
 
@@ -68,8 +82,7 @@ def test_shards_give_what_the_whole_gives(target: Target, worlds: Worlds, size: 
                 Error.between(one.nan_to_num(), exact[name].nan_to_num()).largest
                 for one in (value, plain[name])
             )
-            rounding = 1e-12 if task.dtype == torch.float64 else 2e-6
-            assert error <= 4 * allowed + rounding, (task, name, error, allowed)
+            assert error <= 4 * allowed + _ROUNDING[task.dtype], (task, name, error, allowed)
 
 
 _SEEDS = range(6)
