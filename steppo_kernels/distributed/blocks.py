@@ -60,8 +60,10 @@ class Blocks:
 
     def mark(self) -> int:
         """Return a number of 64 bits that other ways to put tokens together hardly share."""
-        keys = torch.arange(len(self._sources), device="cpu") * 0x9E3779B97F4A7C1 + 1
-        # It wraps around.
+        # The same keys on all ranks. The sum wraps around.
+        generator = torch.Generator("cpu").manual_seed(0)
+        bounds = torch.iinfo(torch.int64)
+        keys = torch.empty_like(self._sources).random_(bounds.min, bounds.max, generator=generator)
         return int(((self._sources + 1) * keys).sum())
 
     def _places(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
