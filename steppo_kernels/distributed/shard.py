@@ -353,7 +353,7 @@ class ContextShard:
 
 def shard_facts(shard: ContextShard) -> dict[str, object]:
     """Return what the ranks must know alike of a shard."""
-    return {"length": shard.length, "dim": shard.dim, "order of columns": shard._blocks.mark()}
+    return {"length": shard.length, "dim": shard.dim, "order of columns": shard._blocks.mark}
 
 
 def announce(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> None:

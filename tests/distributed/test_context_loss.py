@@ -85,6 +85,7 @@ def every_method(rank: int, size: int) -> list[Any]:
             "softcap": 3.0 if seed % 5 == 2 else None,
             "report_entropy": seed % 3 == 0,
             "masked": seed % 7 == 3,
+            "backend": "reference" if seed % 6 == 5 else "auto",
         }
         if method.ratio == "centered" and seed % 2:
             options["ratio_center"] = 0.01
@@ -142,8 +143,10 @@ def shapes_of_steps(rank: int, size: int) -> list[Any]:
                 shard = ContextShard.of_columns(list(columns), 17)
             else:
                 shard = getattr(ContextShard, kind)(17)
-            config = StepPOConfig(clip_low=0.9, clip_high=3.0)
-            found.append(compare(case, shard, f"{name}, {kind}", config=config, biased=True))
+            options: Any = {"config": StepPOConfig(clip_low=0.9, clip_high=3.0), "biased": True}
+            for backend in ("auto", "reference"):
+                what = f"{name}, {kind}, {backend}"
+                found.append(compare(case, shard, what, backend=backend, **options))
     return found
 
 
