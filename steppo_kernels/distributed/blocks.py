@@ -20,6 +20,9 @@ class Blocks:
     """Puts tensors ``[T_r, ...]`` of the ranks together to ``[T, ...]``.
 
     A block has room for the tokens of the rank that has the most.
+
+    Attributes:
+        mark: a number of 64 bits that other ways to put tokens together hardly share.
     """
 
     def __init__(self, every: Sequence[Tensor], length: int) -> None:
@@ -31,6 +34,11 @@ class Blocks:
             own = torch.arange(len(places), device="cpu")
             self._sources[places] = rank * self._most + own
         self._on: dict[torch.device, Tensor] = {}
+        # The same keys on all ranks. The sum wraps around.
+        generator = torch.Generator("cpu").manual_seed(0)
+        bounds = torch.iinfo(torch.int64)
+        keys = torch.empty_like(self._sources).random_(bounds.min, bounds.max, generator=generator)
+        self.mark = int(((self._sources + 1) * keys).sum())
 
     def word(self, parts: Sequence[Tensor]) -> tuple[int, int]:
         """Return the rows and columns of the word that such parts need."""
@@ -57,12 +65,6 @@ class Blocks:
             ordered = block.index_select(0, self._on[device])
             found.append(ordered.view(len(ordered), *part.shape[1:]))
         return found
-
-    def mark(self) -> int:
-        """Return a number of 64 bits that other ways to put tokens together hardly share."""
-        keys = torch.arange(len(self._sources), device="cpu") * 0x9E3779B97F4A7C1 + 1
-        # It wraps around.
-        return int(((self._sources + 1) * keys).sum())
 
     def _places(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
         """Yield where the bytes of each part begin and end, with what is behind them."""

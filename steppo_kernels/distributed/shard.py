@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, overload
 
 import torch
@@ -13,6 +12,7 @@ from .. import checks
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..layout import integers
 from ..ranks import Call, Ranks
+from . import columns as columns_of
 from .blocks import Blocks
 
 
@@ -92,19 +92,28 @@ class ContextShard:
             tensor([0, 1, 2, 3])
             >>> dist.destroy_process_group()
         """
-        return cls._of_chunks("contiguous", length, dim, group)
+        return cls._of_chunks(columns_of.contiguous, length, None, dim, group)
 
     @classmethod
-    def zigzag(cls, length: int, *, dim: int = 1, group: Any = None) -> ContextShard:
+    def zigzag(
+        cls,
+        length: int,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        dim: int = 1,
+        group: Any = None,
+    ) -> ContextShard:
         """Give rank r the chunks r and 2R - 1 - r of 2R, which balances causal attention.
 
         ``torch.distributed.tensor.experimental.context_parallel`` splits so, and ring attention.
         Chunks have ``ceil(T / 2R)`` tokens, and the last of them may be shorter or empty. All ranks
-        call it. It speaks to the other ranks once, in a gather of 32 bytes a rank. For packed rows
-        that are each split in this way, see `of_columns`.
+        call it. It speaks to the other ranks once, in a gather of 32 bytes a rank.
 
         Args:
             length: T, at least 0; the same on all ranks.
+            cu_seqlens: int ``[rows + 1]``, where packed rows begin in the token dimension: each row
+                is split in this way by itself, and a rank holds its two chunks of the first row,
+                then those of the second one. None: the token dimension is split as a whole.
             dim: the token dimension, 0 or 1.
             group: as in `contiguous`.
 
@@ -115,11 +124,11 @@ class ContextShard:
             >>> import torch.distributed as dist
             >>> from steppo_kernels.distributed import ContextShard
             >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-            >>> ContextShard.zigzag(4).columns
-            tensor([0, 1, 2, 3])
+            >>> ContextShard.zigzag(6, cu_seqlens=[0, 4, 6], dim=0)
+            ContextShard(6 of 6 tokens of dimension 0 on rank 0 of 1)
             >>> dist.destroy_process_group()
         """
-        return cls._of_chunks("zigzag", length, dim, group)
+        return cls._of_chunks(columns_of.zigzag, length, cu_seqlens, dim, group)
 
     @classmethod
     def of_columns(
@@ -163,7 +172,7 @@ class ContextShard:
         with Call("ContextShard.of_columns", "group", ranks) as call:
             own = integers.vector("columns", columns)
             own = checks.dims("columns", own, (1,)).to("cpu", torch.int64)
-            length, dim = _length(length), _dim(dim)
+            length, dim = columns_of.check_length(length), columns_of.check_dim(dim)
             if len(own) and not 0 <= int(own.min()) <= int(own.max()) < length:
                 bad = own[(own < 0) | (own >= length)][0].item()
                 raise ValueError(f"columns: got {bad}, expected places of a length of {length}")
@@ -174,24 +183,25 @@ class ContextShard:
             padded[: len(own), 0] = own.to(torch.float64)
             heard = call.gather(padded)[..., 0].to("cpu", torch.int64)
         every = [row[:count] for row, count in zip(heard, lengths, strict=True)]
-        _check_cover(every, length)
+        columns_of.check_cover(every, length)
         return _made(ranks, every, length, dim)
 
     @classmethod
-    def _of_chunks(cls, kind: str, length: int, dim: int, group: Any) -> ContextShard:
+    def _of_chunks(
+        cls,
+        split: Callable[[Sequence[tuple[int, int]], int], list[Tensor]],
+        length: int,
+        cu_seqlens: Tensor | Sequence[int] | None,
+        dim: int,
+        group: Any,
+    ) -> ContextShard:
         ranks = Ranks.of("group", group)
-        with Call(f"ContextShard.{kind}", "group", ranks) as call:
-            length, dim = _length(length), _dim(dim)
-            call.agree({"length": length, "dim": dim})
-        chunks = ranks.size * (2 if kind == "zigzag" else 1)
-        parts = torch.arange(length, device="cpu").split(max(-(-length // chunks), 1))
-        empty = parts[0][:0]
-        parts = (*parts, *[empty] * (chunks - len(parts)))
-        if kind == "zigzag":
-            every = [torch.cat((parts[r], parts[-1 - r])) for r in range(ranks.size)]
-        else:
-            every = list(parts)
-        return _made(ranks, every, length, dim)
+        with Call(f"ContextShard.{split.__name__}", "group", ranks) as call:
+            length, dim = columns_of.check_length(length), columns_of.check_dim(dim)
+            every = split(columns_of.rows_of(length, cu_seqlens), ranks.size)
+            shard = _made(ranks, every, length, dim)
+            call.agree(shard_facts(shard))
+        return shard
 
     # What follows is set by `_made`.
     columns: Tensor
@@ -343,7 +353,7 @@ class ContextShard:
 
 def shard_facts(shard: ContextShard) -> dict[str, object]:
     """Return what the ranks must know alike of a shard."""
-    return {"length": shard.length, "dim": shard.dim, "order of columns": shard._blocks.mark()}
+    return {"length": shard.length, "dim": shard.dim, "order of columns": shard._blocks.mark}
 
 
 def announce(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> None:
@@ -401,32 +411,3 @@ def _made(ranks: Ranks, every: Sequence[Tensor], length: int, dim: int) -> Conte
 def _others(shape: torch.Size, dim: int) -> tuple[object, ...]:
     """Return a shape with a name in the place of the tokens, of which ranks have different ones."""
     return (*shape[:dim], "T", *shape[dim + 1 :])
-
-
-def _length(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"length: got {type(value).__name__}, expected an integer")
-    if int(value) < 0:
-        raise ValueError(f"length: got {value}, expected at least 0")
-    return int(value)
-
-
-def _dim(value: object) -> int:
-    if isinstance(value, bool) or value not in (0, 1):
-        raise ValueError(f"dim: got {value!r}, expected 0 or 1")
-    return int(value)
-
-
-def _check_cover(every: Sequence[Tensor], length: int) -> None:
-    """Check that each place is that of one token of one rank; all ranks see the same."""
-    holders = torch.bincount(torch.cat(list(every)), minlength=length)
-    wrong = (holders != 1).nonzero()
-    if len(wrong):
-        place = int(wrong[0])
-        ranks = [
-            str(rank)
-            for rank, columns in enumerate(every)
-            for _ in range(int((columns == place).sum()))
-        ]
-        held = f"on ranks {', '.join(ranks)}" if ranks else "on no rank"
-        raise ValueError(f"columns: got place {place} {held}, expected each place on one rank")

@@ -15,7 +15,13 @@ from torch import Tensor
 from worlds import Worlds
 
 from steppo_kernels import StepLayout, StepPOConfig, linear_steppo_loss
-from steppo_kernels.distributed import ContextShard, context_linear_steppo_loss
+from steppo_kernels.config import REDUCTIONS
+from steppo_kernels.distributed import (
+    ContextShard,
+    batch_reduction,
+    context_linear_steppo_loss,
+    merge_metrics,
+)
 
 SIZES = (2, 3)
 CONFIG = StepPOConfig(clip_low=0.05, clip_high=0.05)
@@ -79,6 +85,7 @@ def every_method(rank: int, size: int) -> list[Any]:
             "softcap": 3.0 if seed % 5 == 2 else None,
             "report_entropy": seed % 3 == 0,
             "masked": seed % 7 == 3,
+            "backend": "reference" if seed % 6 == 5 else "auto",
         }
         if method.ratio == "centered" and seed % 2:
             options["ratio_center"] = 0.01
@@ -136,8 +143,10 @@ def shapes_of_steps(rank: int, size: int) -> list[Any]:
                 shard = ContextShard.of_columns(list(columns), 17)
             else:
                 shard = getattr(ContextShard, kind)(17)
-            config = StepPOConfig(clip_low=0.9, clip_high=3.0)
-            found.append(compare(case, shard, f"{name}, {kind}", config=config, biased=True))
+            options: Any = {"config": StepPOConfig(clip_low=0.9, clip_high=3.0), "biased": True}
+            for backend in ("auto", "reference"):
+                what = f"{name}, {kind}, {backend}"
+                found.append(compare(case, shard, what, backend=backend, **options))
     return found
 
 
@@ -146,31 +155,48 @@ def test_shapes_of_steps(worlds: Worlds, size: int) -> None:
     check_sums(worlds.run(size, shapes_of_steps))
 
 
-def averaged(rank: int, size: int) -> None:
-    """What averages over the ranks of the shard wants the normalizer divided by their number."""
-    case = head_case(2).to(torch.float64)
-    shard = ContextShard.zigzag(17)
-    normalizer = case.layout.reduction_weights("step_mean")[1]
+def data_and_context(rank: int, size: int) -> None:
+    """Two data-parallel ranks with rows of their own, and two or one ranks for the tokens of each.
+
+    The gradients of all ranks are averaged, as FSDP does over such a mesh.
+    """
+    shape = (2, size // 2)
+    mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=("data", "context"))
+    case = head_case(2, rows=5).to(torch.float64)
     constants = (case.old_log_probs, case.advantages, case.layout)
-    exact = linear_steppo_loss(case.hidden, case.weight, case.token_ids, *constants, config=CONFIG)
-    (expected,) = torch.autograd.grad(exact.loss, case.weight)
-    found = context_linear_steppo_loss(
-        shard.local(case.hidden),
-        case.weight,
-        shard.local(case.token_ids),
-        *constants,
-        shard,
-        config=CONFIG,
-        normalizer=normalizer / shard.size,
-    )
-    found.loss.backward()
-    torch.distributed.all_reduce(case.weight.grad)
-    close(case.weight.grad / size, expected)
+    for reduction in REDUCTIONS:
+        config = dataclasses.replace(CONFIG, reduction=reduction)
+        exact = linear_steppo_loss(
+            case.hidden, case.weight, case.token_ids, *constants, config=config
+        )
+        (expected,) = torch.autograd.grad(exact.loss, case.weight)
+        rows = slice(0, 4) if mesh["data"].get_local_rank() == 0 else slice(4, 5)
+        layout = StepLayout.from_mask(case.mask[rows])
+        normalizer = batch_reduction(layout, reduction, group=mesh["data"]).normalizer
+        shard = ContextShard.zigzag(17, group=mesh["context"])
+        found = context_linear_steppo_loss(
+            shard.local(case.hidden[rows]),
+            case.weight,
+            shard.local(case.token_ids[rows]),
+            case.old_log_probs[rows],
+            case.advantages[case.layout.step_ids[rows].long()],
+            layout,
+            shard,
+            config=config,
+            normalizer=normalizer / shard.size,
+        )
+        (grad,) = torch.autograd.grad(found.loss, case.weight)
+        torch.distributed.all_reduce(grad)
+        close(grad / size, expected, reduction)
+        merged = merge_metrics(found.metrics, group=mesh["data"])
+        # These still have the factor that makes up for the average over the ranks of the shard.
+        close(merged["policy_loss"] / shard.size, exact.metrics["policy_loss"], reduction)
+        close(merged["ratio_mean"], exact.metrics["ratio_mean"], reduction)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_gradients_that_are_averaged(worlds: Worlds, size: int) -> None:
-    worlds.run(size, averaged)
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_that_are_averaged_over_data_and_context(worlds: Worlds, size: int) -> None:
+    worlds.run(size, data_and_context)
 
 
 def half_precision(rank: int, size: int) -> list[Tensor]:

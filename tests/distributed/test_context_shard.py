@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,6 +64,37 @@ def test_columns_of_the_ranks(worlds: Worlds, size: int) -> None:
             assert columns["contiguous"] == whole[rank].tolist(), length
             expected = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]).tolist()
             assert columns["zigzag"] == expected, length
+
+
+def packed_rows(rank: int, size: int) -> list[list[int]]:
+    return [
+        ContextShard.zigzag(length, cu_seqlens=offsets, dim=0).columns.tolist()
+        for length, offsets in PACKED
+    ]
+
+
+PACKED: list[tuple[int, Any]] = [
+    (36, [0, 12, 12, 36]),
+    (36, torch.tensor([0, 24, 36], dtype=torch.int32)),
+    (17, [0, 1, 4, 17]),
+    (0, [0]),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_packed_rows_are_split_one_by_one(worlds: Worlds, size: int) -> None:
+    every = worlds.run(size, packed_rows)
+    for case, (length, offsets) in enumerate(PACKED):
+        found = sorted(place for columns in every for place in columns[case])
+        assert found == list(range(length)), offsets
+        for rank, columns in enumerate(every):
+            if length % 12:
+                continue
+            expected = []
+            for begin, end in pairwise([int(end) for end in offsets]):
+                chunks = torch.arange(begin, end).view(2 * size, (end - begin) // (2 * size))
+                expected += chunks[[rank, -1 - rank]].flatten().tolist()
+            assert columns[case] == expected, (offsets, rank)
 
 
 # Small ones stand before large ones.

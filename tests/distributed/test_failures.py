@@ -57,6 +57,10 @@ def contiguous(call: dict[str, Any]) -> Any:
     return ContextShard.contiguous(**{"length": 6, **call})
 
 
+def zigzag(call: dict[str, Any]) -> Any:
+    return ContextShard.zigzag(**{"length": 6, "cu_seqlens": [0, 4, 6], "dim": 0, **call})
+
+
 def columns(call: dict[str, Any]) -> Any:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return ContextShard.of_columns(**{"columns": list(range(6))[rank::size], "length": 6, **call})
@@ -176,6 +180,13 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str, str
         "ValueError: dim: got 2, expected 0 or 1",
         "raised ValueError: dim: got 2",
     ),
+    "rows that end too early": (
+        zigzag,
+        {"cu_seqlens": [0, 2, 5]},
+        "ValueError: cu_seqlens: got offsets from 0 to 5, expected offsets from 0 to 6",
+        "raised ValueError: cu_seqlens: got offsets from 0 to 5",
+    ),
+    "other rows of a pack": (zigzag, {"cu_seqlens": [0, 2, 6]}, "order of columns is", None),
     "a column twice": (
         columns,
         {"columns": [0, 1, 2, 2]},
