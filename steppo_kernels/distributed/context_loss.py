@@ -32,6 +32,8 @@ def context_linear_steppo_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
+    tp_group: Any = None,
+    vocab_start: int | None = None,
     config: StepPOConfig = DEFAULT_CONFIG,
     ref_log_probs: Tensor | None = None,
     is_weights: Tensor | None = None,
@@ -57,12 +59,13 @@ def context_linear_steppo_loss(
     It speaks to the other ranks twice: in a gather of 32 bytes a rank, in which they agree on
     shapes, dtypes and hyper-parameters, and in one of 4 bytes (8 for fp64) for each token of the
     rank that has the most, twice as many with entropies. The host waits for both. Backward does not
-    speak to them.
+    speak to them. With `tp_group`, `linear_token_log_probs` speaks to the ranks of that group.
 
     Args:
         hidden: ``[B, T_r, d]``, or ``[N_r, d]`` with a shard of ``dim=0``, the states of
             ``shard.columns``; fp32, fp64, fp16 or bf16. Position i predicts ``token_ids[i]``.
-        weight: ``[V, d]``, the whole head on all ranks; as in `linear_steppo_loss`.
+        weight: ``[V, d]``, the whole head on all ranks; as in `linear_steppo_loss`. With
+            `tp_group`, this rank's rows of it.
         token_ids: int ``[B, T_r]`` or ``[N_r]``; ``shard.local`` of ids that were shifted as a
             whole, as the token that the last position of a rank predicts may lie on another one.
         old_log_probs: of the token shape of the whole; as in `steppo_loss`.
@@ -75,6 +78,9 @@ def context_linear_steppo_loss(
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
         chunk_tokens: rows of a chunk; as in `linear_token_log_probs`. Ranks may have different
             ones.
+        tp_group: as in `linear_token_log_probs`: ranks that have the same tokens, and other rows of
+            the head.
+        vocab_start: as in `linear_token_log_probs`.
         config: as in `steppo_loss`.
         ref_log_probs: of the token shape of the whole; as in `steppo_loss`.
         is_weights: ``[S]`` or of the token shape of the whole; as in `steppo_loss`.
@@ -166,6 +172,8 @@ def context_linear_steppo_loss(
             mask=shard.local(held.is_action().view(held.shape)),
             return_entropy=need_entropy,
             chunk_tokens=chunk_tokens,
+            tp_group=tp_group,
+            vocab_start=vocab_start,
             backend=backend,
         )
         log_probs, *entropy = put_together(
