@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .. import checks
 from ..layout.step_layout import StepLayout, require_layout
+from ..log_probs.untraced import untraced
 from ..ranks import Call, Ranks
 from .words import as_many, bits_of, listed, numbers_of
 
 
+@untraced
 def ratio_center(
     log_probs: Tensor | Iterable[Tensor],
     old_log_probs: Tensor | Iterable[Tensor],

@@ -12,6 +12,7 @@ from ..backends.choice import Backend
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..log_probs.linear_token_log_probs import linear_token_log_probs
+from ..log_probs.untraced import untraced
 from ..losses.inputs import check_loss_inputs
 from ..losses.policy_loss import steppo_loss
 from ..outputs import StepPOOutput
@@ -19,6 +20,7 @@ from ..ranks import Call
 from .shard import ContextShard, announce, put_together, shard_facts
 
 
+@untraced
 def context_linear_steppo_loss(
     hidden: Tensor,
     weight: Tensor,

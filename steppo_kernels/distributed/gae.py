@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends.choice import Backend
 from ..layout.step_layout import StepLayout, require_layout
+from ..log_probs.untraced import untraced
 from ..losses.gae import step_gae as gae_of_this_rank
 from ..outputs import StepAdvantages
 from ..ranks import Call, Ranks
@@ -20,6 +21,7 @@ _EPS = 1e-8
 _UNDIVIDED = 1 - _EPS
 
 
+@untraced
 def step_gae(
     rewards: Tensor,
     values: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..log_probs.untraced import untraced
 from ..outputs import (
     NUM_POLICY_METRICS,
     NUM_VALUE_METRICS,
@@ -26,6 +27,7 @@ _ROOM = max(NUM_POLICY_METRICS, NUM_VALUE_METRICS)
 _NONE = -1
 
 
+@untraced
 def merge_metrics(
     metrics: Metrics | Iterable[Metrics], *, gradients: Gradients = "mean", group: Any = None
 ) -> Metrics:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import REDUCTIONS, Reduction, one_of
 from ..layout import integers
 from ..layout.step_layout import StepLayout, require_layout
+from ..log_probs.untraced import untraced
 from ..ranks import Call, Ranks
 from .words import Gradients, as_many, divisor, listed
 
@@ -42,6 +43,7 @@ class BatchReduction(NamedTuple):
     normalizer: Tensor
 
 
+@untraced
 def batch_reduction(
     layouts: StepLayout | Iterable[StepLayout],
     reduction: Reduction,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..layout import integers
+from ..log_probs.untraced import untraced
 from ..ranks import Call, Ranks
 from . import columns as columns_of
 from .blocks import Blocks
@@ -131,6 +132,7 @@ class ContextShard:
         return cls._of_chunks(columns_of.zigzag, length, cu_seqlens, dim, group)
 
     @classmethod
+    @untraced
     def of_columns(
         cls,
         columns: Tensor | Sequence[int],
@@ -187,6 +189,7 @@ class ContextShard:
         return _made(ranks, every, length, dim)
 
     @classmethod
+    @untraced
     def _of_chunks(
         cls,
         split: Callable[[Sequence[tuple[int, int]], int], list[Tensor]],
@@ -285,6 +288,7 @@ class ContextShard:
     def whole(self, part: Tensor, /) -> Tensor: ...
     @overload
     def whole(self, part: Tensor, second: Tensor, /, *more: Tensor) -> tuple[Tensor, ...]: ...
+    @untraced
     def whole(self, *parts: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return tensors of the whole batch, of those of the tokens of each rank.
 

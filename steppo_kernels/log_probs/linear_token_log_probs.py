@@ -14,11 +14,12 @@ from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
 from .plain_head import plain_log_probs
 from .saved import save, saved
 from .sharded_head import again, localized, on_shards, shared
-from .untraced import untraced
+from .untraced import untraced, untraced_with
 
 _NAME = "linear_token_log_probs"
 
 
+@untraced_with("tp_group")
 def linear_token_log_probs(
     hidden: Tensor,
     weight: Tensor,

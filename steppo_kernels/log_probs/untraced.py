@@ -27,3 +27,17 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return function(*args, **kwargs)
 
     return run
+
+
+def untraced_with(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return a decorator of functions at which a graph breaks if they are given that keyword."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            is_given = kwargs.get(name) is not None
+            return (untraced(function) if is_given else function)(*args, **kwargs)
+
+        return run
+
+    return decorate

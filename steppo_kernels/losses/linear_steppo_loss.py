@@ -27,7 +27,7 @@ from ..log_probs.lm_head import (
 from ..log_probs.plain_head import plain_log_probs
 from ..log_probs.saved import save, saved
 from ..log_probs.sharded_head import localized, on_shards, shared
-from ..log_probs.untraced import untraced
+from ..log_probs.untraced import untraced, untraced_with
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_loss_inputs
 from .policy_loss import loss_of, run_operator
@@ -36,6 +36,7 @@ from .scaled_gradient import scaled_gradient
 _NAME = "linear_steppo_loss"
 
 
+@untraced_with("tp_group")
 def linear_steppo_loss(
     hidden: Tensor,
     weight: Tensor,

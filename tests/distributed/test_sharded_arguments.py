@@ -22,6 +22,7 @@ from steppo_kernels import (
     linear_token_log_probs,
 )
 from steppo_kernels.backends import operators
+from steppo_kernels.distributed import ContextShard
 
 _DRAWN = {"seed": 4, "rows": 2, "vocabulary": 7}
 
@@ -414,6 +415,41 @@ def test_second_derivatives_autocast_and_no_grad(target: Target, worlds: Worlds)
     for (twice,) in worlds.run(2, derivatives, target.backend):
         if target.backend != "reference":
             assert "got a second derivative" in twice
+
+
+def compiled(rank: int, size: int) -> None:
+    """Compiled code breaks its graph at what speaks to other ranks, and gives the same bits."""
+    case = shard_of(head_case(**_DRAWN).to(torch.float32), rank, size)
+    group = {"tp_group": distributed.group.WORLD, "chunk_tokens": 5}
+
+    def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
+        given = 1.0 * hidden, weight, case.token_ids
+        found = linear_token_log_probs(*given, mask=case.mask, **group)
+        assert isinstance(found, Tensor)
+        return (2 * found).sum()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        objective = case.old_log_probs, case.advantages, case.layout
+        return (
+            2 * linear_steppo_loss(1.0 * hidden, weight, case.token_ids, *objective, **group).loss
+        )
+
+    def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
+        shard = ContextShard.contiguous(hidden.shape[1])
+        whole = shard.whole(2 * shard.local(hidden).nan_to_num().sum(-1))
+        return whole.square().sum() + weight.sum()
+
+    for function in (log_probs, loss, tokens):
+        found = []
+        for run in (function, torch.compile(function, backend="eager")):
+            value = run(case.hidden, case.weight)
+            found.append((value, *torch.autograd.grad(value, [case.hidden, case.weight])))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num()), function.__name__
+
+
+def test_compiled_code(worlds: Worlds) -> None:
+    worlds.run(2, compiled)
 
 
 # Collectives.
