@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .tensor_parallel import local
+
 # They treat all elements of a tensor alike, if their other arguments are single numbers.
 _ALIKE = {"mul", "mul_", "div", "div_", "tanh", "tanh_", "_to_copy", "clone", "detach"}
 
@@ -67,20 +69,23 @@ class Watch(TorchDispatchMode):
             # A view shares what it is a view of, until something is written.
             if _address(value) not in self._seen:
                 self._note(value, reason)
-        for value in _written(func, args, kwargs):
+        for value in map(local, _written(func, args, kwargs)):
             is_part = value.numel() * value.itemsize != value.untyped_storage().nbytes()
             self._note(value, f"{func} on a part" if is_part and reason is None else reason)
         return made
 
     def _note(self, value: Tensor, reason: str | None) -> None:
         if address := _address(value):
-            self._seen[address] = value.untyped_storage(), reason
+            self._seen[address] = local(value).untyped_storage(), reason
 
 
 def _address(value: Tensor) -> int:
-    """Return the address of the storage of a tensor; 0 if it has none, as a sparse one."""
+    """Return the address of the storage of a tensor; 0 if it has none, as a sparse one.
+
+    Of a DTensor, it is that of what this rank has.
+    """
     try:
-        return int(value.untyped_storage()._cdata)
+        return int(local(value).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return 0
 
