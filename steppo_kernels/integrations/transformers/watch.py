@@ -60,15 +60,17 @@ class Watch(TorchDispatchMode):
         given = [value for value in inputs if _address(value) in self._seen]
         if not given:
             return made
-        is_alike = func.__name__.partition(".")[0] in _ALIKE
+        # A view of a DTensor may have memory of its own.
+        is_alike = func.__name__.partition(".")[0] in _ALIKE or _is_view(func)
         # Beside the logits, single numbers.
         is_alike &= sum(value.numel() != 1 for value in inputs) == 1
         reasons = [reason for value in given if (reason := self.why_unknown(value))]
         reason = reasons[0] if reasons else None if is_alike else str(func)
         for value in _tensors(made):
-            # A view shares what it is a view of, until something is written.
+            # A view shares what it is a view of, until something is written. Of logits whose ids
+            # are all on other ranks there is nothing.
             if _address(value) not in self._seen:
-                self._note(value, reason)
+                self._note(value, reason if value.numel() else None)
         for value in map(local, _written(func, args, kwargs)):
             is_part = value.numel() * value.itemsize != value.untyped_storage().nbytes()
             self._note(value, f"{func} on a part" if is_part and reason is None else reason)
@@ -88,6 +90,13 @@ def _address(value: Tensor) -> int:
         return int(local(value).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return 0
+
+
+def _is_view(func: Any) -> bool:
+    """Return whether an operation returns a view of an argument."""
+    schema = getattr(func, "_schema", None)
+    aliases = [] if schema is None else [returned.alias_info for returned in schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
