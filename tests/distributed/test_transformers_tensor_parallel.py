@@ -149,9 +149,14 @@ def spoiled(what: str, batch: Batch, values: dict[str, Any], model: Any) -> tupl
     if what == "kind":
         return LogProbBatch(batch.layout), None
 
+    calls = []
+
     def after_head(*given: Any) -> Any:
-        if what == "error after the head":
+        calls.append(what)
+        if what == "error after the head" or len(calls) == 2:
             raise OSError("a disk is full")
+        if what == "error in the second evaluation":
+            return None
         made = given[-1].clone()
         made[..., 0] += 1
         return made
@@ -161,6 +166,11 @@ def spoiled(what: str, batch: Batch, values: dict[str, Any], model: Any) -> tupl
 
 # What the ranks raise of which one is given something wrong: that one, and the others.
 FAILURES = {
+    # The first call, which finds that there is a scale.
+    "error in the second evaluation": (
+        "OSError: a disk is full",
+        "RuntimeError: model: rank 1 of its tensor-parallel group raised OSError: a disk is full",
+    ),
     "layout": (r"ValueError: layout: got shape \(3, 13\)", r"rank 1 of tp_group raised ValueError"),
     "advantages": ("ValueError: advantages: got", "rank 1 of tp_group raised ValueError"),
     "token ids": ("ValueError: input_ids|ValueError: token_ids", "rank 1 of tp_group raised"),

@@ -33,8 +33,9 @@ class FusedCall:
     with what was assumed when the batch was evaluated. Where that differs, as in the first call of
     a model that scales its logits, the batch is evaluated once more.
 
-    Ranks that share a head say one word to each other after the model's forward, so that all of
-    them go the same way, and so that none waits for one that failed in it after the head.
+    Ranks that share a head say one word to each other after the model's forward, and another one
+    after a second evaluation, so that all of them go the same way, and so that none waits for one
+    that failed after the head.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class FusedCall:
                 self.attention_mask,
             )
         )
-        self._owes_word = part.ranks is not None and not self._is_again
+        self._owes_word = part.ranks is not None
         standing: Tensor = _HeadOutput.apply(
             probe(self._width, self._device), *self._found.values()
         )
@@ -217,7 +218,12 @@ class FusedCall:
         """Return the output of a second call of the head: only within it are its weights whole."""
         self._is_again = True
         self._found, self._steppo, self._output, self._node = {}, None, None, None
-        output: Tensor = run_within(self, model.get_output_embeddings(), (self._hidden,), {})
+        with self._heard_by_ranks():
+            output: Tensor = run_within(self, model.get_output_embeddings(), (self._hidden,), {})
+        if self._owes_word:
+            # All of them know now what the model does, or none does.
+            with self._word() as word:
+                word.agree({})
         return output
 
 

@@ -251,8 +251,6 @@ class LMHeadPatch:
         call = FusedCall(
             batch, self._present_head(), tokens, given.get("attention_mask"), self._logit_map
         )
-        # If it fails, ranks that share the head begin alike again.
-        self._logit_map = LogitMap()
         output = call.run(self.model, forward, args, kwargs)
         self._logit_map = call.logit_map
         if not asked.has_hooks:
