@@ -79,8 +79,8 @@ def make(family: str = "qwen2", dtype: torch.dtype = torch.float64, **more: Any)
 class Batch:
     """Right-padded rows of two or three steps, with an old and a reference policy nearby."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        random = torch.Generator().manual_seed(1)
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 1) -> None:
+        random = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(1, VOCAB, (ROWS, LENGTH), generator=random)
         self.attention = torch.ones(ROWS, LENGTH, dtype=torch.int64)
         self.attention[1, 11:] = 0

@@ -170,7 +170,7 @@ class FusedCall:
         self._owes_word = False
         assert self._part is not None
         assert self._part.ranks is not None
-        return Call("model", "its tensor-parallel group", self._part.ranks)
+        return Call("model", "model's tensor-parallel group", self._part.ranks)
 
     def _measure(self, logits: Any) -> LogitMap:
         """Return what the model did to its logits, and raise where that is more than a map.
