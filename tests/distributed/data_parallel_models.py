@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from steppo_kernels import StepLayout
 from steppo_kernels.integrations.transformers import LogProbBatch, StepPOBatch, patch_lm_head
 
+# On a CPU, with this torch.
+FSDP_RUNS = hasattr(torch.cpu.Stream, "record_event")
+
 # The rows of each micro-batch, by ranks: some are of a row that another rank has too, some of none.
 ROWS_OF: dict[int, list[list[list[int]]]] = {
     1: [[[0], [1], [2]]],

@@ -6,8 +6,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="the demo's extra is not installed")
 
-from data_parallel_models import EVERY, SHARDED, check_data, two_dimensional
+from data_parallel_models import EVERY, FSDP_RUNS, SHARDED, check_data, two_dimensional
 from worlds import Worlds
+
+pytestmark = pytest.mark.skipif(not FSDP_RUNS, reason="FSDP2 of this torch needs a GPU")
 
 
 def wrong_cases(rank: int, size: int, names: list[str]) -> list[str]:
