@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +14,21 @@ from tiny_models import Batch, fused_batch, gradients, make, old_and_ref
 from torch import Tensor, distributed, nn
 
 from steppo_kernels.integrations.transformers import LogProbBatch, patch_lm_head
+
+# Releases before lose the plan of the head, and 4 cannot run one of a layer with a bias.
+SPLITS_HEADS = importlib.util.find_spec("transformers.distributed.tensor_parallel") is not None
+
+
+@contextlib.contextmanager
+def launched(rank: int, size: int) -> Iterator[None]:
+    """Set what a launcher sets, which transformers reads."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
 
 
 def mesh_of(size: int) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
+import copy
 import inspect
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,12 @@ from heads import counted
 from split_models import (
     BY_SEQUENCE,
     CASES,
+    SPLITS_HEADS,
     check_case,
     cut_after,
     differences,
     found_by,
+    launched,
     mesh_of,
     split_head,
 )
@@ -32,7 +32,7 @@ from torch import distributed, nn
 from worlds import Worlds
 
 from steppo_kernels import StepLayout, StepPOConfig
-from steppo_kernels.integrations.transformers import LogProbBatch, patch_lm_head
+from steppo_kernels.integrations.transformers import LogProbBatch, patch_lm_head, patch_of
 
 # What splits a model cannot be pickled: ranks are told names.
 EVERY = {case.name: case for case in (*CASES, BY_SEQUENCE)}
@@ -50,22 +50,6 @@ def test_as_in_one_process(worlds: Worlds, size: int) -> None:
 
 
 # The plans of transformers
-
-
-# Releases before lose the plan of the head, and 4 cannot run one of a layer with a bias.
-SPLITS_HEADS = importlib.util.find_spec("transformers.distributed.tensor_parallel") is not None
-
-
-@contextlib.contextmanager
-def launched(rank: int, size: int) -> Iterator[None]:
-    """Set what a launcher sets, which transformers reads."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    try:
-        yield
-    finally:
-        for name in names:
-            del os.environ[name]
 
 
 def by_plan(rank: int, size: int, folder: str, families: list[str]) -> list[str]:
@@ -281,3 +265,44 @@ def test_words_of_a_call(worlds: Worlds) -> None:
         assert log_probs == ["all_gather"] * (1 + 1 + 1)
         assert chunked_loss.count("all_gather") == 1 + 4 + 1 + 1
         assert chunked_log_probs == ["all_gather"] * (1 + -(-tokens // 8) + 1)
+
+
+# What else may be around it
+
+
+def surrounded(rank: int, size: int) -> list[str]:
+    """Return what is wrong with copies, hooks, compiled and checkpointed models."""
+    batch, wrong = Batch(), []
+    model = make("llama")
+    split_head("shard", is_local=False)(model, mesh_of(size))
+    patch = patch_lm_head(model)
+    values = old_and_ref(make("llama"), batch)
+    expected = found_by(model, batch, values)
+
+    def compare(what: str, other: Any) -> None:
+        found = found_by(other, batch, values)
+        found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+        wrong.extend(f"{what}: {one}" for one in differences(found, expected))
+
+    twin = copy.deepcopy(model)
+    if patch_of(twin) in (None, patch):
+        wrong.append("a copy has no patch of its own")
+    compare("copy", twin)
+    compare("compiled", torch.compile(twin, backend="eager"))
+    twin.gradient_checkpointing_enable({"use_reentrant": False})
+    compare("checkpointed", twin)
+    seen: list[str] = []
+    for where, add in (
+        ("before", model.lm_head.register_forward_pre_hook),
+        ("after", model.lm_head.register_forward_hook),
+        ("back", model.lm_head.register_full_backward_hook),
+    ):
+        add(lambda *_, where=where: seen.append(where))
+    model(**batch.inputs, steppo=fused_batch(batch, values)).loss.backward()
+    if seen != ["before", "after", "back"]:
+        wrong.append(f"hooks of the head: {seen}")
+    return wrong
+
+
+def test_what_else_may_be_around_it(worlds: Worlds) -> None:
+    assert worlds.run(2, surrounded) == [[], []]

@@ -172,6 +172,7 @@ class FusedCall:
         assert self._part.ranks is not None
         return Call("model", "model's tensor-parallel group", self._part.ranks)
 
+    @torch.compiler.disable
     def _measure(self, logits: Any) -> LogitMap:
         """Return what the model did to its logits, and raise where that is more than a map.
 
