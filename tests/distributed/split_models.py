@@ -105,6 +105,16 @@ class SplitCase:
     width: int | None = None
 
 
+def replicate(model: Any, mesh: Any) -> None:
+    """Make the weight of the head a DTensor that all ranks have whole."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module
+
+    def place(_: Any, inputs: Any, mesh: Any) -> Any:
+        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+    distribute_module(model.lm_head, mesh, None, place, lambda _, made, __: made.to_local())
+
+
 def cut_after(
     split: Callable[[nn.Module, Any], None], width: int
 ) -> Callable[[nn.Module, Any], None]:
@@ -138,6 +148,7 @@ CASES = [
     SplitCase("softcap-shard-dtensor", "gemma2", split_head("shard", is_local=False), {}),
     SplitCase("scale", "granite", split_head(), {}),
     SplitCase("scale-shard", "cohere", split_head("shard"), {}),
+    SplitCase("whole-dtensor", "phi", replicate, {}),
     SplitCase("cut", "llama", cut_after(split_head(), 40), {}, width=40),
     # Fewer ids than the first rank has.
     SplitCase("cut-short", "granite", cut_after(split_head(), 12), {}, width=12),

@@ -202,6 +202,28 @@ def test_ranks_hear_of_failures(worlds: Worlds, size: int, layout: str) -> None:
             assert wrong == [], f"after {what} on rank {rank}"
 
 
+def spread(head: nn.Module, size: int) -> None:
+    """Split the rows of a head over the second of two dimensions of a mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_module,
+        distribute_tensor,
+    )
+
+    def split(_: Any, module: Any, mesh: Any) -> None:
+        module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [whole_on, Shard(0)]))
+
+    def place(_: Any, inputs: Any, mesh: Any) -> Any:
+        return DTensor.from_local(inputs[0], mesh, [whole_on] * 2, run_check=False)
+
+    whole_on = Replicate()
+    mesh = init_device_mesh("cpu", (1, size))
+    distribute_module(head, mesh, split, place, lambda _, made, __: made.full_tensor())
+
+
 def refused(rank: int, size: int) -> list[str]:
     """Return the errors for heads that are split in another way."""
     from torch.distributed.tensor import Replicate
@@ -224,6 +246,9 @@ def refused(rank: int, size: int) -> list[str]:
     parts: Any = make("llama")
     parts.lm_head._hf_device_mesh = mesh
     add(parts)
+    in_two = make("llama")
+    spread(in_two.lm_head, size)
+    add(in_two)
     # As many ids as a rank has of its own.
     ambiguous = make("llama")
     cut_after(split_head(), -(-53 // size))(ambiguous, mesh)
@@ -232,7 +257,8 @@ def refused(rank: int, size: int) -> list[str]:
 
 
 def test_other_splits_are_refused(worlds: Worlds) -> None:
-    for by_columns, parts, ambiguous in worlds.run(2, refused):
+    for by_columns, parts, in_two, ambiguous in worlds.run(2, refused):
+        assert "output head is a DTensor over 2 dimensions of a mesh in its forward" in in_two
         assert "model: the weight of its output head: got a DTensor placed as (S" in by_columns
         assert "expected Shard(0)" in by_columns
         assert parts.startswith("TypeError: model: the weight of its output head is a plain tensor")

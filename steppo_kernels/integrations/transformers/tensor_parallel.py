@@ -145,16 +145,17 @@ def part_of(head: nn.Linear, mesh: Any) -> Part:
             "one: that of tensor parallelism"
         )
     if all(placement.is_replicate() for placement in weight.placements):
-        whole = [
-            None if value is None else value.to_local(grad_placements=value.placements)
-            for value in (weight, bias)
-        ]
-        assert whole[0] is not None
-        return Part(whole[0], whole[1], len(weight), mesh)
+        return Part(_replica(weight), _replica(bias), len(weight), mesh)
     ranks = _ranks_of(mesh)
     rows, first = local_rows(_HEAD, weight, ranks)
     bias, _ = local_rows("model: the bias of its output head", bias, ranks)
     return Part(rows, bias, len(weight), mesh, ranks, first)
+
+
+def _replica(value: Any) -> Any:
+    """Return a DTensor that every rank has whole, whose gradient they all have whole too."""
+    is_placed = hasattr(value, "full_tensor")
+    return value.to_local(grad_placements=value.placements) if is_placed else value
 
 
 def local(tensor: Any) -> Tensor:
