@@ -106,8 +106,8 @@ def dense(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name}: got a DTensor, expected a whole tensor. Of a sharded parameter that is "
             'full_tensor(grad_placements=[Partial("avg")]), or Partial("sum") where the gradients '
-            "of ranks add up: without grad_placements, its gradient is that of one rank alone. A "
-            "head that ranks share takes tp_group"
+            "of ranks add up: without grad_placements, its gradient is that of one rank alone. The "
+            "rows of an output head that is split over ranks, Shard(0), come with tp_group"
         )
     what = None
     if value.is_nested:

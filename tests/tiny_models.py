@@ -53,13 +53,19 @@ FAMILIES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 CONFIG = StepPOConfig(clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.05)
 
 
-def make(family: str = "qwen2", dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def make(family: str = "qwen2", dtype: torch.dtype = torch.float64, **more: Any) -> PreTrainedModel:
     name, tied, extra = FAMILIES[family]
     config = getattr(transformers, f"{name}TextConfig", None) or getattr(
         transformers, f"{name}Config"
     )
     torch.manual_seed(0)
-    settings = {**SIZES, "tie_word_embeddings": tied, "attn_implementation": "sdpa", **extra}
+    settings = {
+        **SIZES,
+        "tie_word_embeddings": tied,
+        "attn_implementation": "sdpa",
+        **extra,
+        **more,
+    }
     model = getattr(transformers, f"{name}ForCausalLM", None) or getattr(
         transformers, f"{name}LMHeadModel"
     )
@@ -73,8 +79,8 @@ def make(family: str = "qwen2", dtype: torch.dtype = torch.float64) -> PreTraine
 class Batch:
     """Right-padded rows of two or three steps, with an old and a reference policy nearby."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        random = torch.Generator().manual_seed(1)
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 1) -> None:
+        random = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(1, VOCAB, (ROWS, LENGTH), generator=random)
         self.attention = torch.ones(ROWS, LENGTH, dtype=torch.int64)
         self.attention[1, 11:] = 0

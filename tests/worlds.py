@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import tempfile
 import traceback
@@ -45,13 +46,30 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
     os._exit(0)
 
 
+def _context() -> multiprocessing.context.BaseContext:
+    """Return what starts processes: from one that has imported what takes seconds."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # What is not installed is left out.
+    context.set_forkserver_preload(
+        [
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor.parallel",
+            "transformers.models.llama.modeling_llama",
+            "steppo_kernels.integrations.transformers",
+        ]
+    )
+    return context
+
+
 class World:
     """Ranks that run functions together."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         rendezvous = str(Path(self._folder.name) / "rendezvous")
         self._pipes, self._ranks = [], []
         for rank in range(size):

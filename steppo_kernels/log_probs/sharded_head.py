@@ -41,7 +41,8 @@ def localized(
             f"vocab_start: got {vocab_start} with a weight whose rows begin at {start}, expected "
             "None or that"
         )
-    return local_hidden(hidden, ranks), weight, bias, start if vocab_start is None else vocab_start
+    hidden = local_hidden("hidden", hidden, ranks)
+    return hidden, weight, bias, start if vocab_start is None else vocab_start
 
 
 def shared(

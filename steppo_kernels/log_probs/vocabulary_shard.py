@@ -157,14 +157,18 @@ class _OnEveryRank(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
-def local_hidden(hidden: Any, ranks: Ranks) -> Any:
-    """Return hidden states as this rank has them; those that are no DTensor are returned."""
+def local_hidden(name: str, hidden: Any, ranks: Ranks) -> Any:
+    """Return hidden states as this rank has them; those that are no DTensor are returned.
+
+    Raises:
+        ValueError: a DTensor is not whole on every rank.
+    """
     if not hasattr(hidden, "full_tensor"):
         return hidden
-    _check_mesh("hidden", hidden, ranks)
+    _check_mesh(name, hidden, ranks)
     if not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(
-            f"hidden: got a DTensor placed as {hidden.placements}, expected all of it on every "
+            f"{name}: got a DTensor placed as {hidden.placements}, expected all of it on every "
             "rank, Replicate()"
         )
     # Each rank is handed the gradient of the whole.

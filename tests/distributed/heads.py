@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from collectives import counted
 from head_cases import HeadCase, head_case
-from torch import distributed
+from torch import Tensor, distributed
 
 from steppo_kernels import StepPOConfig, linear_steppo_loss, linear_token_log_probs
 
@@ -120,3 +120,29 @@ def on_ranks(
 def alone(task: Task) -> dict[str, Any]:
     """Return what one process finds with all of the head."""
     return found_in(task, head_case(**task.drawn).to(task.dtype))
+
+
+# Of the tests of arguments and failures.
+DRAWN = {"seed": 4, "rows": 2, "vocabulary": 7}
+
+
+def log_probs_of(case: HeadCase, **options: Any) -> Tensor:
+    """Return log-probs of a rank's shard."""
+    options = {"mask": case.mask, "tp_group": distributed.group.WORLD, **options}
+    found = linear_token_log_probs(case.hidden, case.weight, case.token_ids, **options)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def works(rank: int, size: int) -> bool:
+    """Whether the ranks still understand each other."""
+    case = head_case(**DRAWN).to(torch.float64)
+    part = shard_of(case, rank, size)
+    log_probs = log_probs_of(part)
+    log_probs.sum().backward()
+    whole = linear_token_log_probs(case.hidden, case.weight, case.token_ids, mask=case.mask)
+    whole.sum().backward()
+    assert part.hidden.grad is not None
+    torch.testing.assert_close(log_probs, whole)
+    torch.testing.assert_close(part.hidden.grad, case.hidden.grad)
+    return True

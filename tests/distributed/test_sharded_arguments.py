@@ -1,4 +1,4 @@
-"""How shards of a head are given, what is refused, and how ranks fail together."""
+"""How shards of a head are given, what is refused, and what ranks say."""
 
 from __future__ import annotations
 
@@ -10,61 +10,35 @@ import pytest
 import torch
 from collectives import counted, error_of
 from head_cases import HeadCase, head_case
-from heads import Task, alone, bounds, found_in, shard_of
+from heads import DRAWN, Task, alone, bounds, found_in, log_probs_of, shard_of, works
 from targets import Target
 from torch import Tensor, distributed
 from worlds import Worlds
 
 from steppo_kernels import (
-    StepLayout,
     StepPOConfig,
     linear_steppo_loss,
     linear_token_log_probs,
 )
-from steppo_kernels.backends import operators
 from steppo_kernels.distributed import ContextShard
-
-_DRAWN = {"seed": 4, "rows": 2, "vocabulary": 7}
-
-
-def log_probs_of(case: HeadCase, **options: Any) -> Tensor:
-    options = {"mask": case.mask, "tp_group": distributed.group.WORLD, **options}
-    found = linear_token_log_probs(case.hidden, case.weight, case.token_ids, **options)
-    assert isinstance(found, Tensor)
-    return found
-
-
-def works(rank: int, size: int) -> bool:
-    """Whether the ranks still understand each other."""
-    case = head_case(**_DRAWN).to(torch.float64)
-    part = shard_of(case, rank, size)
-    log_probs = log_probs_of(part)
-    log_probs.sum().backward()
-    whole = linear_token_log_probs(case.hidden, case.weight, case.token_ids, mask=case.mask)
-    whole.sum().backward()
-    assert part.hidden.grad is not None
-    torch.testing.assert_close(log_probs, whole)
-    torch.testing.assert_close(part.hidden.grad, case.hidden.grad)
-    return True
-
 
 # Ways to give shards.
 
 
 def in_another_order(rank: int, size: int) -> dict[str, Tensor]:
     """The last rank has the first ids, and each rank another number of them."""
-    case = head_case(**_DRAWN).to(torch.float64)
+    case = head_case(**DRAWN).to(torch.float64)
     ends = [0, 1, 3, 7] if size == 3 else [0, 2, 7]
     place = size - 1 - rank
     case.weight = case.weight.detach()[ends[place] : ends[place + 1]].clone().requires_grad_()
-    task = Task(_DRAWN, torch.float64, "cpu", wanted=("hidden", "weight"))
+    task = Task(DRAWN, torch.float64, "cpu", wanted=("hidden", "weight"))
     return found_in(task, case, tp_group=distributed.group.WORLD, vocab_start=ends[place])
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_shards_in_any_order_and_of_any_size(worlds: Worlds, size: int) -> None:
     answers = worlds.run(size, in_another_order)
-    exact = alone(Task(_DRAWN, torch.float64, "cpu", wanted=("hidden", "weight")))
+    exact = alone(Task(DRAWN, torch.float64, "cpu", wanted=("hidden", "weight")))
     for found in answers:
         torch.testing.assert_close(found["grad_hidden"], exact["grad_hidden"], equal_nan=True)
     rows = torch.cat([one["grad_weight"] for one in reversed(answers)])
@@ -76,7 +50,7 @@ def as_dtensors(rank: int, size: int, vocabulary: int, backend: str) -> list[flo
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     mesh = distributed.init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
-    drawn = {**_DRAWN, "vocabulary": vocabulary}
+    drawn = {**DRAWN, "vocabulary": vocabulary}
     errors = []
     for what in ("loss", "log-probs"):
         task = Task(drawn, torch.float64, backend, what, "all terms", "all options")
@@ -105,7 +79,7 @@ def dtensors_that_are_refused(rank: int, size: int) -> list[str]:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = distributed.init_device_mesh("cpu", (size,))
-    case = head_case(**_DRAWN).to(torch.float64)
+    case = head_case(**DRAWN).to(torch.float64)
     weight, hidden, found = case.weight.detach(), case.hidden.detach().nan_to_num(), []
     for given, states in (
         (distribute_tensor(weight, mesh, [Replicate()]), hidden),
@@ -144,11 +118,11 @@ def test_dtensors_that_are_refused(worlds: Worlds) -> None:
 def starts_that_are_refused(rank: int, size: int) -> list[str]:
     found = []
     for starts in ([0, 2], [0, 4], [1, 4], [-1, 3], [0, None]):
-        case = shard_of(head_case(**{**_DRAWN, "vocabulary": 6}).to(torch.float64), rank, size)
+        case = shard_of(head_case(**{**DRAWN, "vocabulary": 6}).to(torch.float64), rank, size)
         found.append(error_of(lambda: log_probs_of(case, vocab_start=starts[rank])))  # noqa: B023
-    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    case = shard_of(head_case(**DRAWN).to(torch.float64), rank, size)
     found.append(error_of(lambda: log_probs_of(case, tp_group=None, vocab_start=3)))
-    empty = head_case(**_DRAWN).to(torch.float64)
+    empty = head_case(**DRAWN).to(torch.float64)
     empty.weight = empty.weight.detach()[:0]
     found.append(error_of(lambda: log_probs_of(empty)))
     found.append(error_of(lambda: log_probs_of(empty, tp_group=None)))
@@ -181,7 +155,7 @@ def differences(rank: int, size: int) -> dict[str, str]:
     is_odd = rank == size - 1
 
     def attempt(name: str, change: Callable[[HeadCase, dict[str, Any]], None]) -> None:
-        case = shard_of(head_case(**_DRAWN).to(torch.float32), rank, size)
+        case = shard_of(head_case(**DRAWN).to(torch.float32), rank, size)
         options: dict[str, Any] = {"tp_group": distributed.group.WORLD}
         if is_odd:
             change(case, options)
@@ -232,163 +206,11 @@ def test_ranks_that_were_given_different_arguments(worlds: Worlds, size: int) ->
         assert all(other[name] == error for other in answers[1:])
 
 
-# How ranks fail together.
-
-
-def bad_ids(rank: int, size: int, backend: str) -> list[str]:
-    """An id beyond the vocabulary, on one rank and on all."""
-    found = []
-    for ranks in ([0], range(size)):
-        case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
-        if rank in ranks:
-            case.token_ids[case.mask] = 7
-        found.append(error_of(lambda: log_probs_of(case, backend=backend)))  # noqa: B023
-    assert works(rank, size)
-    return found
-
-
-def test_ids_out_of_range(target: Target, worlds: Worlds) -> None:
-    own = "ValueError: token_ids: got 7, expected ids from 0 to 6"
-    first, second = worlds.run(2, bad_ids, target.backend)
-    assert first == [own, own]
-    assert "rank 0 of tp_group raised an error in it" in second[0]
-    assert second[1] == own
-
-
-def fail_at(rank: int, size: int, name: str, number: int, what: str) -> str:
-    """One rank is out of memory in the call `number` of an operator."""
-    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
-    original, seen = operators.call, [0]
-
-    def failing(called: str, *args: Any) -> Any:
-        seen[0] += called == name
-        if rank == size - 1 and called == name and seen[0] == number:
-            raise torch.OutOfMemoryError("out of memory")
-        return original(called, *args)
-
-    def run() -> None:
-        options = {"chunk_tokens": 5, "tp_group": distributed.group.WORLD}
-        if what == "loss":
-            linear_steppo_loss(
-                case.hidden,
-                case.weight,
-                case.token_ids,
-                case.old_log_probs,
-                case.advantages,
-                case.layout,
-                config=StepPOConfig(clip_low=0.9, clip_high=9.0),
-                **options,
-            )
-        else:
-            log_probs_of(case, **options).sum().backward()
-
-    operators.call = failing
-    try:
-        found = error_of(run)
-    finally:
-        operators.call = original
-    assert works(rank, size)
-    assert seen[0] >= number or rank < size - 1, "it did not come so far"
-    return found
-
-
-@pytest.mark.parametrize("what", ["loss", "log-probs"])
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("head_logits", 1),
-        ("head_logits", 2),
-        ("token_log_probs", 3),
-        ("order_live_rows", 1),
-        ("token_log_probs_backward", 1),
-        ("token_log_probs_backward", 2),
-    ],
-)
-def test_a_rank_that_fails_leaves_none_waiting(
-    worlds: Worlds, what: str, name: str, number: int
-) -> None:
-    *others, own = worlds.run(3, fail_at, name, number, what)
-    assert own == "OutOfMemoryError: out of memory"
-    for error in others:
-        assert error.startswith("RuntimeError: linear_")
-        assert "rank 2 of tp_group raised" in error
-
-
-def without_memory(rank: int, size: int, what: str) -> str:
-    """One rank has no memory for its gradients, after all have said what they were given."""
-    from steppo_kernels.log_probs import lm_head
-
-    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
-    original = lm_head.weight_gradient
-
-    def failing(*args: Any, **options: Any) -> Any:
-        if rank == 0:
-            raise torch.OutOfMemoryError("out of memory")
-        return original(*args, **options)
-
-    def run() -> None:
-        if what == "loss":
-            given = case.hidden, case.weight, case.token_ids
-            objective = case.old_log_probs, case.advantages, case.layout
-            linear_steppo_loss(*given, *objective, tp_group=distributed.group.WORLD)
-        else:
-            log_probs_of(case).sum().backward()
-
-    lm_head.weight_gradient = failing
-    try:
-        found = error_of(run)
-    finally:
-        lm_head.weight_gradient = original
-    assert works(rank, size)
-    return found
-
-
-@pytest.mark.parametrize("what", ["loss", "log-probs"])
-def test_a_rank_without_memory_for_its_gradients(worlds: Worlds, what: str) -> None:
-    own, other = worlds.run(2, without_memory, what)
-    assert own == "OutOfMemoryError: out of memory"
-    assert "rank 0 of tp_group raised an error in it" in other
-
-
-def other_upstream(rank: int, size: int) -> str:
-    """Ranks whose losses differ have other rows with a gradient."""
-    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
-    log_probs = log_probs_of(case)
-    part = log_probs[:, :5] if rank == 0 else log_probs
-    found = error_of(lambda: part.sum().backward())
-    assert works(rank, size)
-    return found
-
-
-def test_ranks_with_other_losses_raise(worlds: Worlds) -> None:
-    for error in worlds.run(2, other_upstream):
-        assert "rows with a gradient is " in error
-
-
-def other_function(rank: int, size: int) -> str:
-    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
-    layout = StepLayout.from_mask(case.mask)
-    group = {"tp_group": distributed.group.WORLD}
-    given = case.hidden, case.weight, case.token_ids
-
-    def loss() -> Any:
-        return linear_steppo_loss(*given, None, case.advantages, layout, **group)
-
-    found = error_of(loss if rank == 0 else lambda: log_probs_of(case))
-    assert works(rank, size)
-    return found
-
-
-def test_ranks_that_call_different_functions_raise(worlds: Worlds) -> None:
-    for error in worlds.run(2, other_function):
-        assert "function is linear_steppo_loss on rank 0, linear_token_log_probs on rank 1" in error
-
-
 # The rules of all gradients.
 
 
 def derivatives(rank: int, size: int, backend: str) -> list[str]:
-    case = shard_of(head_case(**_DRAWN).to(torch.float64), rank, size)
+    case = shard_of(head_case(**DRAWN).to(torch.float64), rank, size)
     log_probs = log_probs_of(case, backend=backend, chunk_tokens=4)
     total = (log_probs * torch.linspace(-1, 1, log_probs.shape[1])).sum()
     first = torch.autograd.grad(total, [case.hidden, case.weight], retain_graph=True)
@@ -419,7 +241,7 @@ def test_second_derivatives_autocast_and_no_grad(target: Target, worlds: Worlds)
 
 def compiled(rank: int, size: int) -> None:
     """Compiled code breaks its graph at what speaks to other ranks, and gives the same bits."""
-    case = shard_of(head_case(**_DRAWN).to(torch.float32), rank, size)
+    case = shard_of(head_case(**DRAWN).to(torch.float32), rank, size)
     group = {"tp_group": distributed.group.WORLD, "chunk_tokens": 5}
 
     def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from context_attention import of_all_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from worlds import Worlds
@@ -29,24 +30,6 @@ STEPS, RANKS, ROWS, LENGTH, SIZE, VOCABULARY = 20, 2, 5, 16, 8, 13
 CONFIG = StepPOConfig(clip_low=0.02, clip_high=0.02, reduction="token_mean")
 
 
-class Gathered(torch.autograd.Function):
-    """Keys and values of all tokens ``[2, B, T, d]``, as attention over ranks has them.
-
-    Each rank makes something else of them, so that their gradients are summed over the ranks.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, shard: ContextShard) -> Tensor:
-        ctx.shard = shard
-        return shard.whole(own.movedim(2, 1)).movedim(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        torch.distributed.all_reduce(total)
-        return total[:, :, ctx.shard.columns], None
-
-
 class Model(nn.Module):
     """One layer of causal attention, a head and a value head."""
 
@@ -68,8 +51,7 @@ class Model(nn.Module):
         queries, keys, values = self.attention(x).chunk(3, -1)
         of_keys = places
         if shard is not None:
-            both = Gathered.apply(torch.stack((keys, values)), shard)
-            keys, values = both.unbind()
+            keys, values = (of_all_ranks(one, 1, shard) for one in (keys, values))
             of_keys = torch.arange(LENGTH)
         scores = queries @ keys.transpose(1, 2)
         scores = scores.masked_fill(of_keys[None, :] > places[:, None], -torch.inf)

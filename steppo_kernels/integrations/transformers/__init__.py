@@ -9,7 +9,7 @@
 The call is the model's own, so that the hooks of what wraps it run: DDP, FSDP, PEFT, accelerate,
 gradient checkpointing. Only the output head does something else in it, for this call and its thread
 alone. It computes the loss from its hidden states (`steppo_kernels.linear_steppo_loss`) where its
-weight is whole, and returns a few rows of known numbers in the place of logits. What the model
+weight is in place, and returns a few rows of known numbers in the place of logits. What the model
 makes of them shows what it does to logits: that is part of the loss, or an error.
 
 Positions are those of `input_ids`, and nothing is shifted by the caller: whatever is given or

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ... import checks
@@ -9,6 +11,7 @@ from ...backends.choice import Backend
 from ...config import DEFAULT_CONFIG, StepPOConfig
 from ...layout.step_layout import StepLayout
 from ...log_probs.linear_token_log_probs import linear_token_log_probs
+from ...log_probs.sharded_head import on_shards
 from ...losses.linear_steppo_loss import linear_steppo_loss
 from ...outputs import StepPOOutput
 from .placement import Placed, States
@@ -16,6 +19,20 @@ from .placement import Placed, States
 
 def _count(name: str, value: int | None) -> int | None:
     return None if value is None else checks.count(name, value)
+
+
+def _shifted(shifted: bool, logits_to_keep: int | None, token_ids: Tensor | None) -> bool:
+    """Return a switch that goes with some arguments alone."""
+    if checks.switch("shifted", shifted):
+        if token_ids is None:
+            raise ValueError(
+                "token_ids: got None with shifted=True, expected the tokens that the states predict"
+            )
+        if logits_to_keep is not None:
+            raise ValueError(
+                f"logits_to_keep: got {logits_to_keep} with shifted=True, expected None"
+            )
+    return shifted
 
 
 # What travels through a model's arguments is neither dataclass, tuple nor mapping: wrappers look
@@ -33,6 +50,12 @@ class StepPOBatch:
         logits_to_keep: C of trainers whose `input_ids` are prompt and completion, ``[B, P + C]``,
             and all else is of the completion: the layout and whatever is given per token are then
             ``[B, C]``, of the last C tokens of each row. The first of these may be an action.
+        shifted: whether everything per token stands at the place of the state that predicts the
+            token already, one before the token's own: the layout, the token ids, which must be
+            given, and all else. A context-parallel rank has some columns of each row, and its last
+            state may predict a token that another rank has. Such a loss is that of the steps as
+            this rank's part has them: a step that lies on several ranks has its ratio from
+            log-probs of all of them.
         token_ids: the tokens. None takes the `labels` that the model is called with, of which only
             those at action tokens are looked at, or else its `input_ids`. With `logits_to_keep`
             they are ``[B, C]`` or of the shape of `input_ids`.
@@ -74,6 +97,7 @@ class StepPOBatch:
         layout: StepLayout | Tensor,
         *,
         logits_to_keep: int | None = None,
+        shifted: bool = False,
         token_ids: Tensor | None = None,
         temperature: float | Tensor = 1.0,
         chunk_tokens: int | None = None,
@@ -92,6 +116,7 @@ class StepPOBatch:
         self.advantages = advantages
         self.layout = layout
         self.logits_to_keep = _count("logits_to_keep", logits_to_keep)
+        self.shifted = _shifted(shifted, logits_to_keep, token_ids)
         self.token_ids = token_ids
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
@@ -108,23 +133,30 @@ class StepPOBatch:
 
     def evaluate(self, states: States) -> tuple[dict[str, Tensor], StepPOOutput | None]:
         """Return the output's tensors that come from the states before the head, and metrics."""
-        placed = Placed(self.layout, states, self.logits_to_keep, self.backend)
+        part = states.part
+        with on_shards("linear_steppo_loss", part.tp_group, None):
+            placed = Placed(self.layout, states, self.logits_to_keep, self.shifted, self.backend)
+            at_states: dict[str, Any] = {
+                "token_ids": placed.token_ids,
+                "old_log_probs": placed.tokens("old_log_probs", self.old_log_probs),
+                "advantages": placed.tokens("advantages", self.advantages, or_steps=True),
+                "layout": placed.layout,
+                "ref_log_probs": placed.tokens("ref_log_probs", self.ref_log_probs),
+                "is_weights": placed.tokens("is_weights", self.is_weights, or_steps=True),
+                "temperature": states.logit_map.temperature(
+                    placed.tokens("temperature", self.temperature)
+                ),
+            }
         found = linear_steppo_loss(
             states.hidden,
-            states.weight,
-            placed.token_ids,
-            placed.tokens("old_log_probs", self.old_log_probs),
-            placed.tokens("advantages", self.advantages, or_steps=True),
-            placed.layout,
-            bias=states.bias,
-            temperature=states.logit_map.temperature(
-                placed.tokens("temperature", self.temperature)
-            ),
+            part.weight,
+            **at_states,
+            bias=part.bias,
             softcap=states.logit_map.softcap,
             chunk_tokens=self.chunk_tokens,
+            tp_group=part.tp_group,
+            vocab_start=part.start,
             config=self.config,
-            ref_log_probs=placed.tokens("ref_log_probs", self.ref_log_probs),
-            is_weights=placed.tokens("is_weights", self.is_weights, or_steps=True),
             step_weights=self.step_weights,
             normalizer=self.normalizer,
             ratio_center=self.ratio_center,
@@ -145,6 +177,8 @@ class LogProbBatch:
     Args:
         layout: as in `StepPOBatch`; other tokens cost nothing and get 0.
         logits_to_keep: as in `StepPOBatch`; the log-probs and entropies are then ``[B, C]`` too.
+        shifted: as in `StepPOBatch`; the log-probs and entropies are then at the places of the
+            states too.
         token_ids: as in `StepPOBatch`.
         temperature: as in `StepPOBatch`.
         return_entropy: also return the entropies.
@@ -174,6 +208,7 @@ class LogProbBatch:
         layout: StepLayout | Tensor,
         *,
         logits_to_keep: int | None = None,
+        shifted: bool = False,
         token_ids: Tensor | None = None,
         temperature: float | Tensor = 1.0,
         return_entropy: bool = False,
@@ -182,6 +217,7 @@ class LogProbBatch:
     ) -> None:
         self.layout = layout
         self.logits_to_keep = _count("logits_to_keep", logits_to_keep)
+        self.shifted = _shifted(shifted, logits_to_keep, token_ids)
         self.token_ids = token_ids
         self.temperature = temperature
         self.return_entropy = return_entropy
@@ -190,19 +226,22 @@ class LogProbBatch:
 
     def evaluate(self, states: States) -> tuple[dict[str, Tensor], StepPOOutput | None]:
         """Return the output's tensors that come from the states before the head, and metrics."""
-        placed = Placed(self.layout, states, self.logits_to_keep, self.backend)
+        part = states.part
+        with on_shards("linear_token_log_probs", part.tp_group, None):
+            placed = Placed(self.layout, states, self.logits_to_keep, self.shifted, self.backend)
+            temperature = placed.tokens("temperature", self.temperature)
         found = linear_token_log_probs(
             states.hidden,
-            states.weight,
+            part.weight,
             placed.token_ids,
-            bias=states.bias,
-            temperature=states.logit_map.temperature(
-                placed.tokens("temperature", self.temperature)
-            ),
+            bias=part.bias,
+            temperature=states.logit_map.temperature(temperature),
             softcap=states.logit_map.softcap,
             mask=placed.layout.step_ids >= 0,
             return_entropy=self.return_entropy,
             chunk_tokens=self.chunk_tokens,
+            tp_group=part.tp_group,
+            vocab_start=part.start,
             backend=self.backend,
         )
         values = found if isinstance(found, tuple) else (found,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...outputs import StepPOOutput
+from ...ranks import Call
 from .batches import LogProbBatch, StepPOBatch
-from .head import run_within, whole_weight
+from .head import present_part, run_within
 from .outputs import StepPOCausalLMOutput, check_output, output_like
 from .placement import States, Tokens
 from .probe import WAY_OUT, LogitMap, check, measure, probe
+from .tensor_parallel import Part, local
 from .watch import Watch
 
 
@@ -28,6 +32,10 @@ class FusedCall:
     The head returns a `probe` in the place of logits, and what the model makes of it is compared
     with what was assumed when the batch was evaluated. Where that differs, as in the first call of
     a model that scales its logits, the batch is evaluated once more.
+
+    Ranks that share a head say one word to each other after the model's forward, and another one
+    after a second evaluation, so that all of them go the same way, and so that none waits for one
+    that failed after the head.
     """
 
     def __init__(
@@ -42,6 +50,10 @@ class FusedCall:
         self.tokens, self.attention_mask = tokens, attention_mask
         self.logit_map = logit_map
         self._hidden: Tensor | None = None
+        self._part: Part | None = None
+        self._owes_word = False
+        # What hooks of the model see of logits that no rank has all of.
+        self._own: Tensor | None = None
         self._found: dict[str, Tensor] = {}
         self._steppo: StepPOOutput | None = None
         self._output: Tensor | None = None
@@ -54,16 +66,15 @@ class FusedCall:
         self, model: PreTrainedModel, forward: Any, args: Any, kwargs: Any
     ) -> StepPOCausalLMOutput:
         """Return the output of the model's forward, with the probe as its logits."""
-        own = check_output(self._forward(forward, args, kwargs))
+        with self._heard_by_ranks():
+            own = check_output(self._forward(forward, args, kwargs))
         if self._output is None:
             raise RuntimeError(
                 f"model: {type(model).__name__} did not call its output head, expected one call "
                 "with the hidden states of all positions"
             )
         logits: Any = getattr(own, "logits", None)
-        measured = measure(logits, self._width, self._device)
-        _check_graph(logits, self._node)
-        self._check_operations(logits)
+        measured = self._measure(logits)
         # What the hooks of the model see, and what must not keep the first evaluation.
         kept = output_like(own, {"logits": logits.detach()})
         del own
@@ -71,7 +82,7 @@ class FusedCall:
             del logits
             self.logit_map = measured
             logits = self._evaluate_again(model)
-        tied = _AfterLogits.apply(logits, *self._found.values())
+        tied = _AfterLogits.apply(local(logits), *self._found.values())
         found: dict[str, Any] = dict(zip(self._found, tied, strict=True))
         if self._steppo is not None:
             found["steppo"] = replace(self._steppo, loss=found["loss"])
@@ -89,8 +100,12 @@ class FusedCall:
                 f"model: a forward hook made a {type(output).__name__} of its output, expected a "
                 "StepPOCausalLMOutput in a call with steppo"
             )
-        check(self.logit_map, output.logits, probe(self._width, self._device))
-        _check_graph(output.logits, None)
+        logits: Any = output.logits
+        if self._own is None:
+            check(self.logit_map, local(logits), probe(self._width, self._device))
+        elif self._own.numel():
+            check(LogitMap(), local(logits), self._own)
+        _check_graph(logits, None)
         return with_values(output, {"logits": None})
 
     def at_head(self, hidden: Tensor) -> Tensor:
@@ -99,18 +114,28 @@ class FusedCall:
             if not self._is_again:
                 raise _CalledTwice("model: called its output head again, expected one call")
             # The hooks before the forward ran once more, and may have changed them once more.
-            if not torch.equal(hidden, self._hidden):
+            if not torch.equal(local(hidden), local(self._hidden)):
                 hidden = self._hidden
-        weight, bias = whole_weight(self.head)
-        self._hidden, self._width, self._device = hidden, len(weight), hidden.device
-        if (width := self.logit_map.width) is not None:
-            weight, bias = weight[:width], None if bias is None else bias[:width]
+        part = present_part(self.head)
+        states = part.plain(hidden)
+        self._hidden, self._part = hidden, part
+        self._width, self._device = part.vocabulary, states.device
         self._found, self._steppo = self.batch.evaluate(
-            States(hidden, weight, bias, self.logit_map, self.tokens, self.attention_mask)
+            States(
+                states,
+                part.cut(self.logit_map.width),
+                self.logit_map,
+                self.tokens,
+                self.attention_mask,
+            )
         )
-        output: Tensor = _HeadOutput.apply(probe(self._width, self._device), *self._found.values())
+        self._owes_word = part.ranks is not None
+        standing: Tensor = _HeadOutput.apply(
+            probe(self._width, self._device), *self._found.values()
+        )
         # Kept apart: what is done to the output in place makes another node of it.
-        self._output, self._node = output, output.grad_fn
+        self._node = standing.grad_fn
+        self._output = output = part.as_logits(standing)
         if not self._is_again:
             self._watch = Watch(output)
             self._watch.start()
@@ -131,6 +156,56 @@ class FusedCall:
             if self._watch is not None:
                 self._watch.stop()
 
+    @contextmanager
+    def _heard_by_ranks(self) -> Iterator[None]:
+        """Let the ranks that share the head hear of an error, in the place of the word to come."""
+        try:
+            yield
+        except Exception as error:
+            if self._owes_word:
+                self._word().__exit__(type(error), error, None)
+            raise
+
+    def _word(self) -> Call:
+        self._owes_word = False
+        assert self._part is not None
+        assert self._part.ranks is not None
+        return Call("model", "model's tensor-parallel group", self._part.ranks)
+
+    @torch.compiler.disable
+    def _measure(self, logits: Any) -> LogitMap:
+        """Return what the model did to its logits, and raise where that is more than a map.
+
+        Ranks that share a head find the same, or all of them raise.
+        """
+        part = self._part
+        assert part is not None
+        if part.ranks is None:
+            return self._measured(logits)
+        measured = None
+        with self._word() as word:
+            if part.is_own(logits):
+                self._check(logits)
+                self._own = local(logits).detach().to(torch.float64, copy=True)
+                facts = {"logits": f"those of its own ids, as a {type(logits).__name__}"}
+            else:
+                measured = self._measured(logits)
+                facts = {name: repr(value) for name, value in measured._asdict().items()}
+            word.agree(facts)
+        if measured is None:
+            measured = measure(part.gathered(logits), self._width, self._device)
+        return measured
+
+    def _measured(self, logits: Any) -> LogitMap:
+        measured = measure(local(logits), self._width, self._device)
+        self._check(logits)
+        return measured
+
+    def _check(self, logits: Any) -> None:
+        """Raise where logits are made in another way than by operations that can be measured."""
+        _check_graph(logits, self._node)
+        self._check_operations(logits)
+
     def _check_operations(self, logits: Tensor) -> None:
         """Raise where logits of other positions may have been treated in another way."""
         reason = None if self._watch is None else self._watch.why_unknown(logits)
@@ -144,7 +219,12 @@ class FusedCall:
         """Return the output of a second call of the head: only within it are its weights whole."""
         self._is_again = True
         self._found, self._steppo, self._output, self._node = {}, None, None, None
-        output: Tensor = run_within(self, model.get_output_embeddings(), (self._hidden,), {})
+        with self._heard_by_ranks():
+            output: Tensor = run_within(self, model.get_output_embeddings(), (self._hidden,), {})
+        if self._owes_word:
+            # All of them know now what the model does, or none does.
+            with self._word() as word:
+                word.agree({})
         return output
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from types import MethodType
-from typing import Any, Protocol
+from types import CellType, FunctionType, MethodType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .tensor_parallel import Part, part_of
 
 _WAY_OUT = (
     "keep the head out of what changed it, or use steppo_loss_from_logits and token_log_probs on "
@@ -70,32 +72,78 @@ def _in_place_of(call: AtHead, hidden: Tensor) -> Tensor:
     return call.at_head(hidden)
 
 
+class _Seat(NamedTuple):
+    """Where the forward of a head is: in an attribute of it, or in what stands in its place.
+
+    Attributes:
+        name: of the attribute. accelerate moves weights around a forward that it keeps aside.
+        cell: where transformers' tensor parallelism keeps the forward that it surrounds, or None.
+        mesh: the ranks of that.
+    """
+
+    name: str
+    cell: CellType | None = None
+    mesh: Any = None
+
+    def found(self, head: nn.Module) -> Any:
+        """Return the forward, or None where it is that of the class."""
+        return head.__dict__.get(self.name) if self.cell is None else self.cell.cell_contents
+
+    def put(self, head: nn.Module, forward: Any) -> None:
+        """Put a forward there."""
+        if self.cell is None:
+            setattr(head, self.name, forward)
+        else:
+            self.cell.cell_contents = forward
+
+
+def _seat(head: nn.Module) -> _Seat:
+    name = "_old_forward" if "_old_forward" in head.__dict__ else "forward"
+    own = head.__dict__.get(name)
+    if not isinstance(own, FunctionType) or str(own.__module__).split(".")[0] != "transformers":
+        return _Seat(name)
+    # What its variables hold says which is which.
+    cells = own.__closure__ or ()
+    meshes = [cell for cell in cells if hasattr(cell.cell_contents, "mesh_dim_names")]
+    forwards = [cell for cell in cells if _is_forward_of(head, cell.cell_contents)]
+    if len(meshes) != 1 or len(forwards) != 1:
+        return _Seat(name)
+    return _Seat(name, forwards[0], meshes[0].cell_contents)
+
+
+def _is_forward_of(head: nn.Module, value: object) -> bool:
+    """Return whether a value is the forward of a head, as it is or while its model is patched."""
+    return isinstance(value, MethodType) and value in (
+        MethodType(nn.Linear.forward, head),
+        MethodType(head_forward, head),
+    )
+
+
 def install(head: nn.Linear) -> None:
     """Put `head_forward` in the place of the forward of `head`."""
-    setattr(head, _forward_name(head), MethodType(head_forward, head))
+    _seat(head).put(head, MethodType(head_forward, head))
 
 
 def uninstall(head: nn.Linear) -> None:
     """Restore the forward of `head`."""
-    name = _forward_name(head)
+    seat = _seat(head)
     if not is_installed(head):
         return
-    if name == "forward":
-        delattr(head, name)
+    if seat.name == "forward" and seat.cell is None:
+        delattr(head, seat.name)
     else:
-        setattr(head, name, MethodType(type(head).forward, head))
+        seat.put(head, MethodType(type(head).forward, head))
 
 
 def is_installed(head: nn.Module) -> bool:
     """Return whether the forward of `head` is `head_forward`."""
-    own = head.__dict__.get(_forward_name(head))
-    return getattr(own, "__func__", None) is head_forward
+    return getattr(_seat(head).found(head), "__func__", None) is head_forward
 
 
 def adopt(head: nn.Module) -> None:
     """Let a copy of a head, which shares the forward of another, have its own."""
     if is_installed(head):
-        setattr(head, _forward_name(head), MethodType(head_forward, head))
+        _seat(head).put(head, MethodType(head_forward, head))
 
 
 def plain_head(model: Any) -> nn.Linear:
@@ -107,11 +155,8 @@ def plain_head(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
     head = getattr(head, "_fsdp_wrapped_module", head)
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
-        own = head.__dict__.get(_forward_name(head))
-        if own is not None and own not in (
-            MethodType(nn.Linear.forward, head),
-            MethodType(head_forward, head),
-        ):
+        own = _seat(head).found(head)
+        if own is not None and not _is_forward_of(head, own):
             raise TypeError(
                 "model: the forward of its output head was replaced, expected that of nn.Linear: "
                 "what the replacement does, such as a cast to fp32, would be left out (log-probs "
@@ -138,21 +183,11 @@ def check_weight(weight: Tensor) -> None:
         )
 
 
-def whole_weight(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of a head, from within its forward.
+def present_part(head: nn.Linear) -> Part:
+    """Return the weight and the bias of a head, from within its forward.
 
-    Only there do FSDP, ZeRO-3 and the offloading of accelerate have them whole and in place.
+    Only there do FSDP, ZeRO-3 and the offloading of accelerate have them in place: whole, or with
+    the rows of this rank of a tensor-parallel group.
     """
-    weight, bias = head.weight, head.bias
-    check_weight(weight)
-    if hasattr(weight, "full_tensor"):
-        raise TypeError(
-            "model: the weight of its output head is a DTensor in its forward, expected a whole "
-            "one: tensor parallelism of the head is not supported"
-        )
-    return weight, bias
-
-
-def _forward_name(head: nn.Module) -> str:
-    """Return where the forward of `head` is: accelerate moves weights around one it keeps aside."""
-    return "_old_forward" if "_old_forward" in head.__dict__ else "forward"
+    check_weight(head.weight)
+    return part_of(head, _seat(head).mesh)

@@ -39,6 +39,13 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
     evaluates its batch twice. Each call waits for the device: where the action tokens are, and what
     became of the four rows, is looked at on the host.
 
+    The rows of the head may be split over ranks by tensor parallelism, as `ColwiseParallel` of
+    torch and transformers' `tp_plan` do it: the ranks are called with the same batch, and each has
+    the gradient of its rows. Beside what the functions of the head say to the other ranks, a call
+    takes 1 collective after the model's forward, and 2 where it evaluates its batch twice; logits
+    that stay split take 1 more, of four rows. An error of one rank at the head or behind it raises
+    on all.
+
     Patch the model itself; wrap it before or after. What wraps it is handed no logits. A deep copy
     of a patched model is patched too, and `patch_of` finds its handle. A pickle of one
     (``torch.save(model)``) raises; its `state_dict` and `save_pretrained` are those of the model.
@@ -53,7 +60,8 @@ def patch_lm_head(model: nn.Module) -> LMHeadPatch:
         A handle; its `remove()`, or leaving it as a context, restores the model.
 
     Raises:
-        TypeError, ValueError: the model is none that this works for; the text says why.
+        TypeError, ValueError: the model is none that this works for; the text says why. Whether a
+            head is split in a way that is supported shows in calls with `steppo`.
         RuntimeError: it is patched already; `patch_of` returns its handle.
 
     Example:

@@ -12,6 +12,7 @@ from ...backends.choice import Backend
 from ...layout.predictors import padded_left, shifted_left
 from ...layout.step_layout import StepLayout
 from .probe import LogitMap
+from .tensor_parallel import Part
 
 
 class Tokens(NamedTuple):
@@ -25,8 +26,7 @@ class States(NamedTuple):
     """What there is at the head: its input, itself, and what the call says about the tokens."""
 
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    part: Part
     logit_map: LogitMap
     tokens: Tokens
     attention_mask: object
@@ -37,7 +37,8 @@ class Placed:
 
     The states themselves stay where they are, as the largest of the tensors; and rows follow each
     other, so that the first place of a row, which is no action's, takes the last place of the row
-    before. What is given for the last tokens of each row alone is padded for that.
+    before. What is given for the last tokens of each row alone is padded for that. A batch that is
+    `shifted` has everything at those places already.
 
     Attributes:
         layout: the steps.
@@ -49,9 +50,11 @@ class Placed:
         layout: StepLayout | Tensor,
         states: States,
         logits_to_keep: int | None,
+        shifted: bool,
         backend: Backend,
     ) -> None:
         """Check which tokens are actions, and move them."""
+        self._is_shifted = shifted
         name, ids = states.tokens
         device = states.hidden.device
         tokens = checks.integer(name, ids, device)
@@ -80,7 +83,10 @@ class Placed:
         if self._padding:
             layout = padded_left(layout, self._shape, self._padding)
         index = checks.on_device("layout", layout.token_index, device)
-        allowed = _predicted(layout, tokens.shape, states.attention_mask)
+        if shifted:
+            allowed = _in_rows(tokens.shape, states.attention_mask, device)
+        else:
+            allowed = _predicted(layout, tokens.shape, states.attention_mask)
         # Both at once, as each look at values waits for the device.
         flat = tokens.reshape(-1)
         bad = index[~allowed[index] | (flat[index] < 0)]
@@ -93,12 +99,13 @@ class Placed:
                     f"{name}: got {int(flat[first])} in row {row}, column "
                     f"{kept if has_kept_ids else column}, expected token ids at action tokens"
                 )
+            wanted = "the state there" if shifted else "it and the token before it"
             raise ValueError(
-                f"layout: got an action token in row {row}, column {kept}, expected it and the "
-                "token before it to be in the row and in attention_mask"
+                f"layout: got an action token in row {row}, column {kept}, expected {wanted} to be "
+                "in the row and in attention_mask"
             )
-        self.layout = shifted_left(layout)
-        self.token_ids = flat.roll(-1).view(tokens.shape)
+        self.layout = layout if shifted else shifted_left(layout)
+        self.token_ids = (flat if shifted else flat.roll(-1)).view(tokens.shape)
 
     def tokens(self, name: str, values: Any, *, or_steps: bool = False) -> Any:
         """Return what is given per token at the places of the states; all else as it is.
@@ -121,10 +128,12 @@ class Placed:
             )
         if not is_whole:
             values = _padded(values.reshape(self._shape), self._padding)
-        return values.reshape(-1).roll(-1).view(values.shape)
+        return values if self._is_shifted else values.reshape(-1).roll(-1).view(values.shape)
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """Return what is at the places of the states at the tokens that they predict."""
+        if self._is_shifted:
+            return values
         moved = values.reshape(-1).roll(1).view(values.shape)
         return moved[:, self._padding :] if self._padding else moved
 
@@ -171,7 +180,12 @@ def _predicted(layout: StepLayout, shape: torch.Size, attention_mask: object) ->
     found = torch.ones(num_tokens, dtype=torch.bool, device=device)
     found[layout.row_offsets[:-1][layout.row_offsets.diff() > 0]] = False
     found.view(-1, max(shape[-1], 1))[:, 0] = False
+    seen = _in_rows(shape, attention_mask, device)
+    return found & seen & seen.roll(1)
+
+
+def _in_rows(shape: torch.Size, attention_mask: object, device: torch.device) -> Tensor:
+    """Return which places ``[N]`` are no padding, as far as the attention mask says."""
     if isinstance(attention_mask, Tensor) and attention_mask.shape == shape:
-        seen = attention_mask.reshape(-1) != 0
-        found &= seen & seen.roll(1)
-    return found
+        return attention_mask.reshape(-1) != 0
+    return torch.ones(shape.numel(), dtype=torch.bool, device=device)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .tensor_parallel import local
+
 # They treat all elements of a tensor alike, if their other arguments are single numbers.
 _ALIKE = {"mul", "mul_", "div", "div_", "tanh", "tanh_", "_to_copy", "clone", "detach"}
 
@@ -58,31 +60,43 @@ class Watch(TorchDispatchMode):
         given = [value for value in inputs if _address(value) in self._seen]
         if not given:
             return made
-        is_alike = func.__name__.partition(".")[0] in _ALIKE
+        # A view of a DTensor may have memory of its own.
+        is_alike = func.__name__.partition(".")[0] in _ALIKE or _is_view(func)
         # Beside the logits, single numbers.
         is_alike &= sum(value.numel() != 1 for value in inputs) == 1
         reasons = [reason for value in given if (reason := self.why_unknown(value))]
         reason = reasons[0] if reasons else None if is_alike else str(func)
         for value in _tensors(made):
-            # A view shares what it is a view of, until something is written.
+            # A view shares what it is a view of, until something is written. Of logits whose ids
+            # are all on other ranks there is nothing.
             if _address(value) not in self._seen:
-                self._note(value, reason)
-        for value in _written(func, args, kwargs):
+                self._note(value, reason if value.numel() else None)
+        for value in map(local, _written(func, args, kwargs)):
             is_part = value.numel() * value.itemsize != value.untyped_storage().nbytes()
             self._note(value, f"{func} on a part" if is_part and reason is None else reason)
         return made
 
     def _note(self, value: Tensor, reason: str | None) -> None:
         if address := _address(value):
-            self._seen[address] = value.untyped_storage(), reason
+            self._seen[address] = local(value).untyped_storage(), reason
 
 
 def _address(value: Tensor) -> int:
-    """Return the address of the storage of a tensor; 0 if it has none, as a sparse one."""
+    """Return the address of the storage of a tensor; 0 if it has none, as a sparse one.
+
+    Of a DTensor, it is that of what this rank has.
+    """
     try:
-        return int(value.untyped_storage()._cdata)
+        return int(local(value).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return 0
+
+
+def _is_view(func: Any) -> bool:
+    """Return whether an operation returns a view of an argument."""
+    schema = getattr(func, "_schema", None)
+    aliases = [] if schema is None else [returned.alias_info for returned in schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
