@@ -1,7 +1,7 @@
 """What the ranks of a process group say to each other, and how none waits for one that failed.
 
-Every word is a gather of a size that all ranks know: sums of what comes are formed by each of them
-in the order of the ranks, so that all have the same bits. A rank that fails says so in the place of
+Every word is a gather of a size that all ranks know: what they need alike to the last bit is formed
+of the words by each of them, in the order of the ranks. A rank that fails says so in the place of
 its next word, and all of them raise.
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# How many numbers of its own a rank says with its first word, if nothing else was agreed upon.
-_NUMBERS = 2
+# How many numbers of its own a rank may say with its first word: as many as the longest metrics.
+NUMBERS = 19
 _FINE, _FAILED = 0, 1
 
 
@@ -62,11 +62,10 @@ class Ranks(NamedTuple):
             )
         return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
 
-    def gather(self, part: Tensor) -> Tensor:
+    def gather(self, part: Tensor, into: Tensor | None = None) -> Tensor:
         """Return what each rank gives, ``[R, *shape]``: one collective."""
-        part = part.contiguous()
-        every = part.new_empty((self.size, *part.shape))
-        dist.all_gather(list(every.unbind()), part, group=self.group)
+        every = part.new_empty((self.size, *part.shape)) if into is None else into
+        dist.all_gather(list(every.unbind()), part.contiguous(), group=self.group)
         return every
 
     def add_up(self, part: Tensor) -> Tensor:
@@ -86,21 +85,21 @@ class Ranks(NamedTuple):
 class Call:
     """One call of a function on all ranks of a group.
 
-    Within ``with`` it is: `agree` once; `open`; `gather` any number of times; `finish`. An error
-    before the end is told to the other ranks, which then raise too, so that the group can be used
-    again.
+    Within ``with`` it is: `agree` once; `open`; `gather` any number of times; `finish`, or a last
+    `gather`. What is raised until then is told to the other ranks, which raise too, so that the
+    group can be used again. Between `agree` and `open` is nothing that may fail on one rank alone.
     """
 
-    def __init__(self, function: str, name: str, ranks: Ranks, numbers: int = _NUMBERS) -> None:
-        """Begin a call; `name` is the argument that the group came as.
-
-        A rank says so many `numbers` of 64 bits when it agrees.
-        """
+    def __init__(self, function: str, name: str, ranks: Ranks) -> None:
+        """Begin a call; `name` is the argument that the group came as."""
         self.ranks, self._function, self.name = ranks, function, name
-        self._numbers = numbers
+        self._size: tuple[int, int] | None = None
+        self._device = torch.device("cpu")
         self._word: Tensor | None = None
-        self._left: int | None = None
-        self._has_agreed = self._is_over = False
+        self._every: Tensor | None = None
+        # Whether the other ranks no longer listen, or may not.
+        self._is_over = False
+        self._has_agreed = False
         self._said = 0
 
     def __enter__(self) -> Call:
@@ -112,57 +111,47 @@ class Call:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._is_over or not isinstance(error, Exception):
+        if error is None or self._is_over:
             return
-        self._is_over = True
         if not self._has_agreed:
-            self._compare(_FAILED, f"{type(error).__name__}: {error}", (0,) * self._numbers)
-        elif self._word is not None:
+            self._compare(_FAILED, f"{type(error).__name__}: {error}", ())
+        elif self._size is not None:
             self._say(_FAILED, 0)
 
     def agree(
-        self, facts: Mapping[str, object], numbers: Sequence[int] | None = None
+        self, facts: Mapping[str, object], numbers: Sequence[int] = ()
     ) -> list[tuple[int, ...]]:
         """Return the numbers of each rank, if all ranks know the same facts: one collective.
 
         The facts are what the next words depend on. Their texts must be short, and the same
-        wherever they mean the same.
+        wherever they mean the same. There are up to `NUMBERS` numbers of 64 bits.
 
         Raises:
             ValueError: ranks know different facts; on all of them.
             RuntimeError: a rank failed before.
         """
         told = {"function": self._function, **{name: str(fact) for name, fact in facts.items()}}
-        numbers = (0,) * self._numbers if numbers is None else tuple(numbers)
-        assert len(numbers) == self._numbers
-        self._has_agreed = True
-        try:
-            return self._compare(_FINE, told, numbers)
-        except (ValueError, RuntimeError):
-            self._is_over = True
-            raise
+        return [one[: len(numbers)] for one in self._compare(_FINE, told, numbers)]
 
-    def open(self, rows: int, columns: int, device: torch.device, words: int | None = None) -> None:
-        """Say how large the next words are: fp64 ``[n, columns]`` with n up to `rows`.
+    def open(self, rows: int, columns: int, device: torch.device) -> None:
+        """Say how large the next words are: fp64 ``[n, columns]`` with n up to `rows`."""
+        # Known before there is memory for it, so that a rank without memory can say so.
+        self._size, self._device = (rows + 1, max(columns, 3)), device
+        self._allocate()
 
-        There will be so many `words`, or an unknown number of them and then `finish`.
-        """
-        self._word = torch.zeros((rows + 1, max(columns, 3)), dtype=torch.float64, device=device)
-        self._left, self._is_over = words, words == 0
-
-    def gather(self, part: Tensor) -> Tensor:
+    def gather(self, part: Tensor, *, last: bool = False) -> Tensor:
         """Return the parts of all ranks, ``[R, n, columns]``: one collective.
+
+        The next word overwrites them. What is raised after the `last` one is told to no rank.
 
         Raises:
             RuntimeError: a rank failed.
         """
-        assert self._word is not None
-        count, columns = part.shape
-        self._word[:count, :columns] = part
-        if self._left is not None:
-            self._left -= 1
-            self._is_over = self._left == 0
-        return self._say(_FINE, count)[:, :count, :columns]
+        word, count, columns = self._allocate(), *part.shape
+        word[:count, :columns] = part
+        every = self._say(_FINE, count)[:, :count, :columns]
+        self._is_over = last
+        return every
 
     def finish(self, number: int = 0) -> None:
         """Say that nothing failed, and a number that all ranks must have: one collective.
@@ -170,40 +159,54 @@ class Call:
         Raises:
             RuntimeError: a rank failed.
         """
-        self._is_over = True
         self._say(_FINE, number)
+        self._is_over = True
+
+    def _allocate(self) -> Tensor:
+        """Return the memory of a word; that of all ranks' words is there with it."""
+        if self._word is None or self._every is None:
+            assert self._size is not None
+            options: Any = {"dtype": torch.float64, "device": self._device}
+            self._every = torch.zeros((self.ranks.size, *self._size), **options)
+            self._word = torch.zeros(self._size, **options)
+        return self._word
 
     def _say(self, status: int, number: int) -> Tensor:
-        assert self._word is not None
+        word = self._allocate()
         self._said += 1
-        self._word[-1, :3] = torch.tensor((status, self._said, number), dtype=torch.float64)
-        every = self.ranks.gather(self._word)
+        word[-1, :3] = torch.tensor((status, self._said, number), dtype=torch.float64)
+        # A collective that fails is not begun once more.
+        self._is_over = True
+        every = self.ranks.gather(word, self._every)
         signed = every[:, -1, :3].tolist()
         if status == _FAILED:
             return every
         failed = [rank for rank, one in enumerate(signed) if one[0] != _FINE]
         if failed:
-            self._is_over = True
             raise RuntimeError(
                 f"{self._function}: {_ranks(failed)} of {self.name} raised an error in it, "
                 "expected none: it stands in the log of that rank"
             )
         if any(one != signed[0] for one in signed):
-            self._is_over = True
             raise RuntimeError(
                 f"{self._function}: ranks of {self.name} went different ways, expected the same "
                 "inputs on all of them"
             )
+        self._is_over = False
         return every
 
     def _compare(
-        self, status: int, told: str | Mapping[str, str], numbers: tuple[int, ...]
+        self, status: int, told: str | Mapping[str, str], numbers: Sequence[int]
     ) -> list[tuple[int, ...]]:
         digest = hashlib.sha256(repr(told).encode()).digest()[:8]
-        own = (status, int.from_bytes(digest, "little", signed=True), *numbers)
+        own = [status, int.from_bytes(digest, "little", signed=True), *numbers]
+        # Of one size, whichever functions the ranks call.
+        own += [0] * (2 + NUMBERS - len(own))
         word = torch.tensor(own, dtype=torch.int64, device=self.ranks.words_device())
+        self._has_agreed = self._is_over = True
         every = [tuple(one) for one in self.ranks.gather(word).tolist()]
         if all(one[:2] == (_FINE, every[0][1]) for one in every):
+            self._is_over = False
             return [one[2:] for one in every]
         # All ranks know that they differ, and tell each other how.
         texts: list[Any] = [None] * self.ranks.size

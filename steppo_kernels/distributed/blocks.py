@@ -53,7 +53,7 @@ class Blocks:
         for part, (begin, _) in zip(parts, self._places(parts), strict=True):
             stored = part.detach().contiguous().view(-1).view(torch.uint8)
             sent[begin : begin + len(stored)] = stored
-        every = call.gather(sent.view(torch.float64).view(rows, columns))
+        every = call.gather(sent.view(torch.float64).view(rows, columns), last=True)
         heard = every.contiguous().view(len(every), -1).view(torch.uint8)
         if device not in self._on:
             self._on[device] = self._sources.to(device)

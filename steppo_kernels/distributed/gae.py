@@ -74,7 +74,7 @@ def step_gae(
         >>> dist.destroy_process_group()
     """
     ranks = Ranks.of("group", group)
-    with Call("step_gae", "group", ranks, numbers=3) as call:
+    with Call("step_gae", "group", ranks) as call:
         checks.switch("whiten", whiten)
         found = gae_of_this_rank(
             rewards,

@@ -73,7 +73,7 @@ def merge_metrics(
         >>> dist.destroy_process_group()
     """
     ranks = Ranks.of("group", group)
-    with Call("merge_metrics", "group", ranks, numbers=3 + _ROOM) as call:
+    with Call("merge_metrics", "group", ranks) as call:
         shares = divisor(gradients, ranks)
         given = listed("metrics", metrics, Metrics)
         own, device = (_NONE, 0, 0, *(0,) * _ROOM), torch.device("cpu")

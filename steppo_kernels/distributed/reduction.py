@@ -145,12 +145,12 @@ def _of_all(call: Call, counts: Counter[int], most: int) -> Counter[int]:
 
     An id travels in two halves, which fp64 holds exactly.
     """
-    call.open(most, 3, call.ranks.words_device(), words=1)
+    call.open(most, 3, call.ranks.words_device())
     rows = [(*divmod(key, _HALF), count) for key, count in counts.items()]
     rows += [(0, 0, 0)] * (most - len(rows))
     part = torch.tensor(rows, dtype=torch.float64, device="cpu").view(most, 3)
     found: Counter[int] = Counter()
-    for high, low, count in call.gather(part).reshape(-1, 3).tolist():
+    for high, low, count in call.gather(part, last=True).reshape(-1, 3).tolist():
         found[int(high) * _HALF + int(low)] += int(count)
     return +found
 

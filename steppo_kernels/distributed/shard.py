@@ -180,10 +180,10 @@ class ContextShard:
                 raise ValueError(f"columns: got {bad}, expected places of a length of {length}")
             said = call.agree({"length": length, "dim": dim}, (len(own), 0))
             lengths = [count for count, _ in said]
-            call.open(max(lengths), 1, ranks.words_device(), words=1)
+            call.open(max(lengths), 1, ranks.words_device())
             padded = torch.zeros((max(lengths), 1), dtype=torch.float64, device="cpu")
             padded[: len(own), 0] = own.to(torch.float64)
-            heard = call.gather(padded)[..., 0].to("cpu", torch.int64)
+            heard = call.gather(padded, last=True)[..., 0].to("cpu", torch.int64)
         every = [row[:count] for row, count in zip(heard, lengths, strict=True)]
         columns_of.check_cover(every, length)
         return _made(ranks, every, length, dim)
@@ -366,7 +366,7 @@ def announce(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> None:
     Only dtypes, shapes and the device of the parts are read.
     """
     rows, columns = shard._blocks.word(shard._moved(parts))
-    call.open(rows, columns, parts[0].device, words=1)
+    call.open(rows, columns, parts[0].device)
 
 
 def put_together(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:

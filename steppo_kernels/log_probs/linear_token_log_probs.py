@@ -103,7 +103,7 @@ def linear_token_log_probs(
         index = every if mask is None else mask.nonzero().squeeze(1)
         if call is not None:
             given = tokens, chunk_tokens, len(index), return_entropy
-            head = shared(head, call, vocab_start, *given, once=True)
+            head = shared(head, call, vocab_start, *given)
         chunk = check_chunk(chunk_tokens, len(index), head)
         if head.backend == "reference":
             log_probs, entropy = plain_log_probs(tokens, head, ids, index)

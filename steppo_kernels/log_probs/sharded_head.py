@@ -54,13 +54,11 @@ def shared(
     num_rows: int,
     need_entropy: bool,
     facts: Mapping[str, object] | None = None,
-    *,
-    once: bool = False,
 ) -> Head:
     """Return the head as a shard, after all ranks have said that they were given the same.
 
     `facts` are what they must know beside the head and its ``[N, d]`` hidden states. The next words
-    are those of chunks of `num_rows` rows, each of them taken `once` or an unknown number of times.
+    are those of chunks of `num_rows` rows, and one that says that nothing failed.
     """
     weight = head.weight
     told: dict[str, object] = {
@@ -78,17 +76,18 @@ def shared(
         "entropy": need_entropy,
         "gradients": torch.is_grad_enabled(),
         "gradient of hidden": hidden.requires_grad,
+        "gradient of weight": weight.requires_grad,
+        "gradient of bias": head.bias is not None and head.bias.requires_grad,
         **(facts or {}),
     }
     shard = Shard.agreed(call, vocab_start, len(weight), told)
     head = head._replace(shard=shard)
     if head.backend == "reference":
         # All rows at once, with their entropies.
-        shard.open(num_rows, True, hidden.device, words=1)
+        shard.open(num_rows, True, hidden.device)
         return head
     chunk = check_chunk(chunk_tokens, num_rows, head)
-    words = -(-num_rows // chunk) if once else None
-    shard.open(min(chunk, num_rows), need_entropy, hidden.device, words)
+    shard.open(min(chunk, num_rows), need_entropy, hidden.device)
     return head
 
 

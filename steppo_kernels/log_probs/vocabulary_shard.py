@@ -62,11 +62,9 @@ class Shard(NamedTuple):
             raise ValueError("weight: got no row on any rank, expected [V, d] with V above 0")
         return Shard(call, starts[call.ranks.rank], count, end)
 
-    def open(
-        self, rows: int, need_entropy: bool, device: torch.device, words: int | None = None
-    ) -> None:
-        """Say how many rows a chunk has at most, and how many chunks there are if that is known."""
-        self.call.open(rows, COLUMNS if need_entropy else COLUMNS - 1, device, words)
+    def open(self, rows: int, need_entropy: bool, device: torch.device) -> None:
+        """Say how many rows a chunk has at most."""
+        self.call.open(rows, COLUMNS if need_entropy else COLUMNS - 1, device)
 
     def gather(self, own: Tensor) -> Tensor:
         """Return what all ranks tell; of this rank, with its graph."""
