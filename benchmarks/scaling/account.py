@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from steppo_kernels.backends.reference.vocabulary_shard import COLUMNS
 from steppo_kernels.distributed.blocks import ALIGNMENT, WORD_BYTES
-from steppo_kernels.outputs import NUM_POLICY_METRICS, NUM_VALUE_METRICS
+from steppo_kernels.ranks import NUMBERS
 
 _NUMBER = 8
 
@@ -45,18 +45,17 @@ def collectives(sent: Iterable[Sent]) -> int:
     return sum(each.count for each in sent)
 
 
-def first_word(numbers: int = 2) -> Sent:
-    """Return the first word of a call: whether the rank failed, a digest, and some numbers."""
-    return Sent("all_gather", 1, (2 + numbers) * _NUMBER)
+def first_word() -> Sent:
+    """Return the first word of a call: whether the rank failed, a digest, and some numbers.
+
+    It has room for the most numbers that any function says, so that all words are of one size.
+    """
+    return Sent("all_gather", 1, (2 + NUMBERS) * _NUMBER)
 
 
 # Once an optimizer step, over the ranks that have batches of their own.
-OF_A_BATCH = {
-    "batch_reduction": [first_word()],
-    "ratio_center": [first_word()],
-    "step_gae": [first_word(3)],
-    "merge_metrics": [first_word(max(NUM_POLICY_METRICS, NUM_VALUE_METRICS) + 3)],
-}
+_OF_A_BATCH = ("batch_reduction", "ratio_center", "step_gae", "merge_metrics")
+OF_A_BATCH = {name: [first_word()] for name in _OF_A_BATCH}
 
 
 def whole(tokens: int, arrays: int = 1, itemsize: int = 4) -> list[Sent]:

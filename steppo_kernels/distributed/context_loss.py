@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..log_probs.linear_token_log_probs import linear_token_log_probs
 from ..log_probs.untraced import untraced
+from ..log_probs.vocabulary_shard import local_hidden
 from ..losses.inputs import check_loss_inputs
 from ..losses.policy_loss import steppo_loss
 from ..outputs import StepPOOutput
-from ..ranks import Call
-from .shard import ContextShard, announce, put_together, shard_facts
+from ..ranks import Call, Ranks
+from .shard import ContextShard, put_together, shard_facts, word_of
+from .words import value_of
 
 
 @untraced
@@ -58,7 +61,7 @@ def context_linear_steppo_loss(
     on every step. The work is 2 + 6f times M_r d V operations for the M_r action tokens of this
     rank of which f are live: their logits are formed again in backward.
 
-    It speaks to the other ranks twice: in a gather of 32 bytes a rank, in which they agree on
+    It speaks to the other ranks twice: in a gather of 168 bytes a rank, in which they agree on
     shapes, dtypes and hyper-parameters, and in one of 4 bytes (8 for fp64) for each token of the
     rank that has the most, twice as many with entropies. The host waits for both. Backward does not
     speak to them. With `tp_group`, `linear_token_log_probs` speaks to the ranks of that group.
@@ -75,8 +78,8 @@ def context_linear_steppo_loss(
         layout: the steps of the whole batch, or their mask.
         shard: the tokens of this rank.
         bias: ``[V]``.
-        temperature: above 0, what logits are divided by; a number, or one for each token of this
-            rank.
+        temperature: above 0, what logits are divided by; a number that is the same on all ranks,
+            or one for each token of this rank.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
         chunk_tokens: rows of a chunk; as in `linear_token_log_probs`. Ranks may have different
             ones.
@@ -138,6 +141,10 @@ def context_linear_steppo_loss(
     }
     with Call("context_linear_steppo_loss", "group", shard.ranks) as call:
         checks.switch("report_entropy", report_entropy)
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: got {type(weight).__name__}, expected a torch.Tensor")
+        if tp_group is not None:
+            hidden = local_hidden("hidden", hidden, Ranks.of("tp_group", tp_group))
         if isinstance(layout, Tensor):
             layout = StepLayout.from_mask(layout, backend=backend)
         held = require_layout(layout)
@@ -148,22 +155,28 @@ def context_linear_steppo_loss(
         hidden = checks.in_order("hidden", hidden, shape, "hidden size")
         ids = checks.token_ids("token_ids", token_ids, shape, held.device).view(shape)
         need_entropy = report_entropy or config.entropy_coef != 0
+        # Of this shape and dtype are log-probs and entropies, which are not there yet.
+        alike = torch.empty(shape, dtype=inputs.dtype, device="meta")
+        size = word_of(shard, [alike, alike] if need_entropy else [alike])
         call.agree(
             {
                 **shard_facts(shard),
                 "layout": (tuple(held.shape), held.num_steps, held.num_tokens),
                 "hidden": (inputs.dtype, hidden.dtype, hidden.shape[-1]),
                 "weight": (weight.dtype, tuple(weight.shape)),
-                "softcap": softcap,
+                "softcap": value_of(softcap),
                 "report_entropy": report_entropy,
-                **{name: _kind(value) for name, value in options.items()},
-                "old_log_probs": _kind(old_log_probs),
-                "advantages": _kind(advantages),
+                # A rank may have temperatures of as many tokens as it has.
+                "temperature": value_of(
+                    "by token" if isinstance(temperature, Tensor) else temperature
+                ),
+                **{f"config.{name}": value_of(value) for name, value in asdict(config).items()},
+                **{name: value_of(value) for name, value in options.items() if name != "config"},
+                "old_log_probs": value_of(old_log_probs),
+                "advantages": value_of(advantages),
             }
         )
-        count = 2 if need_entropy else 1
-        alike = torch.empty(shape, dtype=inputs.dtype, device=held.device)
-        announce(shard, call, [alike] * count)
+        call.open(*size, held.device)
         found = linear_token_log_probs(
             hidden.reshape(*shape, hidden.shape[-1]),
             weight,
@@ -189,8 +202,3 @@ def context_linear_steppo_loss(
         entropy=entropy[0] if need_entropy else None,
         **options,
     )
-
-
-def _kind(value: object) -> object:
-    """Return what ranks must have in common of an argument: of tensors dtype and shape."""
-    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value

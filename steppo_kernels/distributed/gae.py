@@ -38,7 +38,7 @@ def step_gae(
 
     Trajectories are whole on their rank. All ranks call it, also one without a row, for which a
     layout of shape ``[0, T]`` or of masked tokens alone does. It speaks to the other ranks once, in
-    a gather of 40 bytes a rank (with ``whiten=False`` too, as ranks are to agree on that), for
+    a gather of 168 bytes a rank (with ``whiten=False`` too, as ranks are to agree on that), for
     which the host waits.
 
     Args:

@@ -58,7 +58,7 @@ def batch_reduction(
     of all micro-batches of all ranks have the gradient of one loss of the whole batch. All ranks
     call it, once an optimizer step.
 
-    It speaks to the other ranks once, in a gather of 32 bytes a rank; with ``"trajectory_mean"``
+    It speaks to the other ranks once, in a gather of 168 bytes a rank; with ``"trajectory_mean"``
     and `trajectory_ids` once more, in a gather of 24 bytes for each trajectory of the rank that has
     the most of them, and 24 more. The host waits for both.
 
@@ -122,12 +122,14 @@ def batch_reduction(
                 for place, key in enumerate(one):
                     counts[key] += sum(nonempty[offsets[place] : offsets[place + 1]])
         total = sum(int(part) for _, part in own)
+        weights, device = tuple(weight for weight, _ in own), ranks.words_device()
         said = call.agree(facts, (total, len(counts)))
-        weights = tuple(weight for weight, _ in own)
         if reduction == "sum":
             total = 1
         elif reduction == "trajectory_mean" and trajectory_ids is not None:
-            counts = _of_all(call, counts, max(entries for _, entries in said))
+            most = max(entries for _, entries in said)
+            call.open(most, 3, device)
+            counts = _of_all(call, counts, most)
             total = len(counts)
             weights = tuple(
                 _weights(layout, [counts[key] for key in one])
@@ -145,7 +147,6 @@ def _of_all(call: Call, counts: Counter[int], most: int) -> Counter[int]:
 
     An id travels in two halves, which fp64 holds exactly.
     """
-    call.open(most, 3, call.ranks.words_device())
     rows = [(*divmod(key, _HALF), count) for key, count in counts.items()]
     rows += [(0, 0, 0)] * (most - len(rows))
     part = torch.tensor(rows, dtype=torch.float64, device="cpu").view(most, 3)

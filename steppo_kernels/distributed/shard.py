@@ -73,7 +73,7 @@ class ContextShard:
         """Give rank r the r-th of R chunks, as ``torch.chunk`` makes them.
 
         All but the last have ``ceil(T / R)`` tokens; the last ranks may have fewer, or none. All
-        ranks call it. It speaks to the other ranks once, in a gather of 32 bytes a rank.
+        ranks call it. It speaks to the other ranks once, in a gather of 168 bytes a rank.
 
         Args:
             length: T, at least 0; the same on all ranks.
@@ -108,7 +108,7 @@ class ContextShard:
 
         ``torch.distributed.tensor.experimental.context_parallel`` splits so, and ring attention.
         Chunks have ``ceil(T / 2R)`` tokens, and the last of them may be shorter or empty. All ranks
-        call it. It speaks to the other ranks once, in a gather of 32 bytes a rank.
+        call it. It speaks to the other ranks once, in a gather of 168 bytes a rank.
 
         Args:
             length: T, at least 0; the same on all ranks.
@@ -143,7 +143,7 @@ class ContextShard:
     ) -> ContextShard:
         """Make a shard of any places; each place is that of one token of one rank.
 
-        All ranks call it. It speaks to the other ranks twice: in a gather of 32 bytes a rank, and
+        All ranks call it. It speaks to the other ranks twice: in a gather of 168 bytes a rank, and
         in one of 8 bytes for each token of the rank that has the most. A shard can be used for as
         many batches as are split in the same way.
 
@@ -178,9 +178,10 @@ class ContextShard:
             if len(own) and not 0 <= int(own.min()) <= int(own.max()) < length:
                 bad = own[(own < 0) | (own >= length)][0].item()
                 raise ValueError(f"columns: got {bad}, expected places of a length of {length}")
-            said = call.agree({"length": length, "dim": dim}, (len(own), 0))
-            lengths = [count for count, _ in said]
-            call.open(max(lengths), 1, ranks.words_device())
+            device = ranks.words_device()
+            said = call.agree({"length": length, "dim": dim}, (len(own),))
+            lengths = [count for (count,) in said]
+            call.open(max(lengths), 1, device)
             padded = torch.zeros((max(lengths), 1), dtype=torch.float64, device="cpu")
             padded[: len(own), 0] = own.to(torch.float64)
             heard = call.gather(padded, last=True)[..., 0].to("cpu", torch.int64)
@@ -293,10 +294,10 @@ class ContextShard:
         """Return tensors of the whole batch, of those of the tokens of each rank.
 
         All ranks call it. It speaks to the other ranks twice, however many tensors there are: in a
-        gather of 32 bytes a rank, in which they agree on shapes and dtypes, and in one of the bytes
-        of the tensors of the rank that has the most tokens. Backward does not speak to them: the
-        gradient of the tokens of this rank is taken out of that of the whole. That is right if all
-        ranks compute the same from what is returned, and sum the gradients of parameters.
+        gather of 168 bytes a rank, in which they agree on shapes and dtypes, and in one of the
+        bytes of the tensors of the rank that has the most tokens. Backward does not speak to them:
+        the gradient of the tokens of this rank is taken out of that of the whole. That is right if
+        all ranks compute the same from what is returned, and sum the gradients of parameters.
 
         Args:
             *parts: ``[B, T_r, ...]`` (``[N_r, ...]`` with ``dim=0``) of any dtype; they differ over
@@ -321,12 +322,19 @@ class ContextShard:
         """
         with Call("ContextShard.whole", "group", self.ranks) as call:
             given = self._checked(parts, len(self.columns))
+            for place, part in enumerate(given):
+                if part.is_conj():
+                    raise ValueError(
+                        f"parts[{place}]: got the conjugate view of a complex tensor, expected one "
+                        "whose memory holds its values: resolve_conj() of it"
+                    )
             facts = {
                 f"parts[{place}]": (part.dtype, *_others(part.shape, self.dim), part.device.type)
                 for place, part in enumerate(given)
             }
+            size = word_of(self, given)
             call.agree({**shard_facts(self), **facts})
-            announce(self, call, given)
+            call.open(*size, given[0].device)
             found = put_together(self, call, given)
         return found[0] if len(found) == 1 else found
 
@@ -360,13 +368,12 @@ def shard_facts(shard: ContextShard) -> dict[str, object]:
     return {"length": shard.length, "dim": shard.dim, "order of columns": shard._blocks.mark}
 
 
-def announce(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> None:
-    """Say to a call how large the word of `put_together` is, which is its last one.
+def word_of(shard: ContextShard, parts: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the rows and columns of the word of `put_together`, which is the last of its call.
 
-    Only dtypes, shapes and the device of the parts are read.
+    Only dtypes and shapes of the parts are read.
     """
-    rows, columns = shard._blocks.word(shard._moved(parts))
-    call.open(rows, columns, parts[0].device)
+    return shard._blocks.word(shard._moved(parts))
 
 
 def put_together(shard: ContextShard, call: Call, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -383,7 +390,9 @@ class _Whole(torch.autograd.Function):
         dim = shard.dim
         wholes = shard._blocks.gather(call, shard._moved(parts))
         found = tuple(one.movedim(0, dim).contiguous() for one in wholes)
-        ctx.mark_non_differentiable(*[one for one in found if not one.is_floating_point()])
+        ctx.mark_non_differentiable(
+            *[one for one in found if not (one.is_floating_point() or one.is_complex())]
+        )
         return found
 
     @staticmethod

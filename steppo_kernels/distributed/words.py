@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, Literal, TypeVar
+
+from torch import Tensor
 
 from ..config import one_of
 from ..ranks import Ranks
@@ -14,6 +17,24 @@ Gradients = Literal["mean", "sum"]
 _GRADIENTS = ("mean", "sum")
 
 _T = TypeVar("_T")
+
+
+def value_of(argument: object) -> object:
+    """Return what ranks must have in common of an argument, equal where it means the same.
+
+    Of a tensor that is dtype and shape. Numbers are compared by value: 3 is 3.0.
+    """
+    if isinstance(argument, Tensor):
+        return argument.dtype, tuple(argument.shape)
+    if isinstance(argument, tuple):
+        return tuple(map(value_of, argument))
+    if isinstance(argument, Real) and not isinstance(argument, bool):
+        try:
+            # Of 0 there are two, which are equal.
+            return float(argument) + 0.0
+        except OverflowError:
+            return argument
+    return argument
 
 
 def bits_of(numbers: Sequence[float]) -> tuple[int, ...]:

@@ -149,7 +149,7 @@ def there_and_back(rank: int, size: int) -> None:
     shard = ContextShard.contiguous(6000)
     with counted() as said:
         shard.whole(shard.local(torch.zeros(2, 6000)))
-    assert said.bytes[0] == 32
+    assert said.bytes[0] == 168
     assert 4 * 2 * 6000 / size <= said.bytes[1] <= 4 * 2 * 6000 / size + 1024
 
 
@@ -270,6 +270,21 @@ def shapes_of_steps(rank: int, size: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_shapes_of_steps(worlds: Worlds, size: int) -> None:
     worlds.run(size, shapes_of_steps)
+
+
+def complex_parts(rank: int, size: int) -> None:
+    shard = ContextShard.zigzag(5)
+    whole = torch.complex(torch.arange(5.0), torch.arange(5.0) + 1).unsqueeze(0)
+    own = shard.local(whole.conj()).resolve_conj().requires_grad_()
+    found = shard.whole(own)
+    assert torch.equal(found, whole.conj())
+    weights = torch.complex(torch.ones(5), torch.arange(5.0))
+    (grad,) = torch.autograd.grad((weights * found).sum().real, own)
+    assert torch.equal(grad, weights.conj()[shard.columns].unsqueeze(0))
+
+
+def test_complex_numbers(worlds: Worlds) -> None:
+    worlds.run(2, complex_parts)
 
 
 def second_derivative(rank: int, size: int) -> str:

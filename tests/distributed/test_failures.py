@@ -4,89 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from calls import (
+    LAYOUT,
+    MASK,
+    STEPS,
+    ZEROS,
+    center,
+    columns,
+    contiguous,
+    gae,
+    head,
+    metrics,
+    reduction,
+    whole,
+    zigzag,
+)
 from collectives import error_of
 from worlds import Worlds
 
-from steppo_kernels import StepLayout, StepPOConfig, rollout_weights, step_value_loss, steppo_loss
-from steppo_kernels.distributed import (
-    ContextShard,
-    batch_reduction,
-    context_linear_steppo_loss,
-    merge_metrics,
-    ratio_center,
-    step_gae,
-)
-
-MASK = torch.tensor([[0, 1, 1, 0, 1, 1]])
-LAYOUT = StepLayout.from_mask(MASK)
-ZEROS = torch.zeros(1, 6)
-STEPS = torch.zeros(2)
-
-
-def reduction(call: dict[str, Any]) -> Any:
-    return batch_reduction(**{"layouts": LAYOUT, "reduction": "trajectory_mean", **call})
-
-
-def center(call: dict[str, Any]) -> Any:
-    given = {"log_probs": ZEROS, "old_log_probs": ZEROS, "layouts": LAYOUT}
-    return ratio_center(**{**given, **call})
-
-
-def gae(call: dict[str, Any]) -> Any:
-    return step_gae(**{"rewards": STEPS, "values": STEPS, "layout": LAYOUT, **call})
-
-
-def metrics(call: dict[str, Any]) -> Any:
-    kinds: dict[str, Callable[[], Any]] = {
-        "policy": lambda: steppo_loss(ZEROS, None, STEPS, LAYOUT).metrics,
-        "adds up": lambda: steppo_loss(ZEROS, None, STEPS, LAYOUT, normalizer=2.0).metrics,
-        "value": lambda: step_value_loss(STEPS, STEPS, LAYOUT).metrics,
-        "rollout": lambda: rollout_weights(ZEROS, ZEROS, LAYOUT, level="step").metrics,
-        "none": list,
-        "number": lambda: 7,
-    }
-    kind = call.get("kind", "policy")
-    rest = {name: value for name, value in call.items() if name != "kind"}
-    return merge_metrics(kinds[kind](), **rest)
-
-
-def contiguous(call: dict[str, Any]) -> Any:
-    return ContextShard.contiguous(**{"length": 6, **call})
-
-
-def zigzag(call: dict[str, Any]) -> Any:
-    return ContextShard.zigzag(**{"length": 6, "cu_seqlens": [0, 4, 6], "dim": 0, **call})
-
-
-def columns(call: dict[str, Any]) -> Any:
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return ContextShard.of_columns(**{"columns": list(range(6))[rank::size], "length": 6, **call})
-
-
-def whole(call: dict[str, Any]) -> Any:
-    make = ContextShard.zigzag if call.get("kind") == "zigzag" else ContextShard.contiguous
-    shard = make(6)
-    part = torch.zeros(call.get("rows", 1), len(shard.columns) + call.get("more", 0))
-    return shard.whole(*[part.to(dtype) for dtype in call.get("dtypes", [torch.float32])])
-
-
-def head(call: dict[str, Any]) -> Any:
-    shard = ContextShard.zigzag(6)
-    own = len(shard.columns)
-    given = {
-        "hidden": torch.ones(1, own, 3),
-        "weight": torch.zeros(4, 3),
-        "token_ids": torch.zeros(1, own, dtype=torch.int64),
-        "old_log_probs": ZEROS,
-        "advantages": STEPS,
-        "layout": LAYOUT,
-        "shard": shard,
-    }
-    return context_linear_steppo_loss(**{**given, **call})
-
+from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels.distributed import ContextShard
 
 # A function, what one rank gives it in place of what is right, and what that rank and the others
 # must hear: the same, if None.
@@ -133,6 +75,36 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str, str
         {"log_probs": [ZEROS, ZEROS]},
         "ValueError: log_probs: got 2, expected 1, one per layout",
         "raised ValueError: log_probs: got 2",
+    ),
+    "clamped or not": (
+        center,
+        {"config": StepPOConfig(ratio="centered", token_clip=(0.1, 0.2)), "advantages": STEPS},
+        "config.token_clip is ",
+        None,
+    ),
+    "clamped without advantages": (
+        center,
+        {"config": StepPOConfig(ratio="centered", token_clip=(0.1, 0.2))},
+        "ValueError: advantages: got None, expected a tensor or a list of it, as config.token_clip",
+        "raised ValueError: advantages: got None",
+    ),
+    "no config": (
+        center,
+        {"config": {"token_clip": (0.1, 0.2)}},
+        "TypeError: config: got dict, expected a StepPOConfig",
+        "raised TypeError: config: got dict",
+    ),
+    "advantages of other steps": (
+        center,
+        {"advantages": STEPS[:1]},
+        "ValueError: advantages: got shape (1,), expected one entry per step (2,)",
+        "raised ValueError: advantages: got shape (1,)",
+    ),
+    "advantages of more layouts": (
+        center,
+        {"advantages": [STEPS, STEPS]},
+        "ValueError: advantages: got 2, expected 1, one per layout",
+        "raised ValueError: advantages: got 2",
     ),
     "a shape": (
         center,
@@ -219,10 +191,39 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str, str
     ),
     "other rows": (whole, {"rows": 2}, "parts[0] is (torch.float32, ", None),
     "other dtypes": (whole, {"dtypes": [torch.float64]}, "parts[0] is (torch.float", None),
+    "a conjugate view": (
+        whole,
+        {"dtypes": [torch.complex64]},
+        "ValueError: parts[0]: got the conjugate view of a complex tensor, expected one whose",
+        "raised ValueError: parts[0]: got the conjugate view",
+    ),
     "more tensors": (whole, {"dtypes": [torch.float32] * 2}, "parts[1] is ", None),
     "another head": (head, {"weight": torch.zeros(5, 3)}, "weight is (torch.float32, (", None),
-    "another config": (head, {"config": StepPOConfig(clip_low=0.5)}, "config is", None),
-    "another normalizer": (head, {"normalizer": 3.0}, "normalizer is", None),
+    "a head that is none": (
+        head,
+        {"weight": [0.0]},
+        "TypeError: weight: got list, expected a torch.Tensor",
+        "raised TypeError: weight: got list",
+    ),
+    "another hidden size": (head, {"size": [2]}, "hidden is (torch.float32, torch.float32, ", None),
+    "another dtype of hidden states": (
+        head,
+        {"dtype": torch.bfloat16},
+        "hidden is (torch.float32, torch.",
+        None,
+    ),
+    "another config": (
+        head,
+        {"config": StepPOConfig(clip_low=0.5)},
+        "expected the same: config.clip_low is ",
+        None,
+    ),
+    "another normalizer": (head, {"normalizer": 3.0}, "normalizer is ", None),
+    "another center": (head, {"ratio_center": 3.0}, "ratio_center is ", None),
+    "another softcap": (head, {"softcap": 3.0}, "softcap is ", None),
+    "another temperature": (head, {"temperature": 3.0}, "temperature is ", None),
+    "on-policy or not": (head, {"old_log_probs": None}, "old_log_probs is ", None),
+    "entropies or none": (head, {"report_entropy": True}, "report_entropy is ", None),
     "other advantages": (head, {"advantages": ZEROS}, "advantages is", None),
     "another layout": (
         head,
@@ -244,8 +245,8 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str, str
     ),
     "an error in the head": (
         head,
-        {"temperature": -1.0},
-        "ValueError: temperature: got -1.0",
+        {"chunk_tokens": 0},
+        "ValueError: chunk_tokens: got 0",
         "RuntimeError: context_linear_steppo_loss: rank {} of group raised an error in it",
     ),
 }
@@ -270,6 +271,49 @@ def test_all_ranks_raise_and_go_on(worlds: Worlds, size: int, guilty: int) -> No
             assert wanted in errors[name], f"{name}, on rank {rank}: {errors[name]!r}"
     for errors in heard:
         assert errors["none"].startswith("ValueError: metrics: got none on any rank of group")
+
+
+# What means the same is no difference.
+ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({name: 3}, {name: np.float64(3.0)})
+    for name in ("normalizer", "ratio_center", "softcap", "temperature")
+]
+ALIKE += [
+    ({"ratio_center": 0.0}, {"ratio_center": -0.0}),
+    (
+        {"config": StepPOConfig(clip_high=1, token_clip=(1, 2))},
+        {"config": StepPOConfig(clip_high=1.0, token_clip=(1.0, 2.0))},
+    ),
+]
+
+
+def say_the_same(rank: int, size: int) -> list[list[float]]:
+    return [[float(head(pair[0 if rank else 1]).loss), float(head(pair[0]).loss)] for pair in ALIKE]
+
+
+def test_numbers_are_compared_by_value(worlds: Worlds) -> None:
+    first, second = worlds.run(2, say_the_same)
+    assert first == second
+    assert all(mixed == plain for mixed, plain in first)
+
+
+def elsewhere(rank: int, size: int) -> str:
+    shard = ContextShard.contiguous(6)
+    part = torch.zeros(1, len(shard.columns))
+    if rank == 0:
+        return error_of(lambda: shard.whole(part))
+
+    def moved(self: ContextShard, parts: Any, length: int) -> list[torch.Tensor]:
+        return [one.to("meta") for one in parts]
+
+    with mock.patch.object(ContextShard, "_checked", moved):
+        return error_of(lambda: shard.whole(part))
+
+
+def test_devices_of_two_kinds(worlds: Worlds) -> None:
+    for error in worlds.run(2, elsewhere):
+        assert error.startswith("ValueError: group: its ranks got different arguments"), error
+        assert "'cpu') on rank 0, (torch.float32, 1, 'T', 'meta') on rank 1" in error
 
 
 def other_shards(rank: int, size: int) -> list[str]:

@@ -46,7 +46,7 @@ def some_splits(rank: int, size: int) -> list[str]:
                 bootstrap_values=own.bootstrap_values,
                 **options,
             )
-        assert (said.names, said.bytes) == (["all_gather"], [40]), what
+        assert (said.names, said.bytes) == (["all_gather"], [168]), what
         offsets = batch.layout.trajectory_offsets.tolist()
         steps = [s for row in split[rank] for s in range(offsets[row], offsets[row + 1])]
         assert found.advantages.dtype == dtype, what
