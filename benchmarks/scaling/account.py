@@ -65,6 +65,15 @@ def whole(tokens: int, arrays: int = 1, itemsize: int = 4) -> list[Sent]:
     return [first_word(), Sent("all_gather", 1, rows * WORD_BYTES)]
 
 
+def whole_memory(ranks: int, tokens: int, itemsize: int = 4) -> float:
+    """Return the bytes that `ContextShard.whole` holds at most of one array; ranks are several.
+
+    A rank has up to `tokens`. Those of all ranks are there as words, as bytes, as the block of the
+    array and in their order; its own are there in the order of tokens, as bytes and as a word.
+    """
+    return (4 * ranks + 3) * tokens * itemsize
+
+
 class Head(NamedTuple):
     """A call of a head whose vocabulary is split over ranks.
 
@@ -109,18 +118,27 @@ class Head(NamedTuple):
         chunks = math.ceil(again.rows / again.chunk) if again.rows else 0
         return [first_word(), *again._words(chunks + 1), *again._sum()]
 
-    def memory(self, ranks: int, vocabulary: int, positions: int) -> dict[str, float]:
-        """Return bytes of a rank beside its inputs, in a call that forms all gradients.
+    def memory(
+        self, ranks: int, vocabulary: int, positions: int, *, of_loss: bool = True
+    ) -> dict[str, float]:
+        """Return the bytes that a rank holds at most beside its inputs, where all rows are live.
 
-        There are `positions` hidden states, action tokens or not.
+        That is while `linear_steppo_loss` runs, or backward of `linear_token_log_probs` if not
+        `of_loss`, with one chunk and all gradients, of a dtype that is not fp16. There are
+        `positions` hidden states, action tokens or not.
         """
-        part = math.ceil(vocabulary / ranks)
-        words = (ranks + 1) * (min(self.chunk, self.rows) + 1) * COLUMNS * _NUMBER
+        if self.chunk < self.rows or self.live < self.rows:
+            raise ValueError("chunk, live: got fewer than all rows, expected all of them")
+        part, wide = math.ceil(vocabulary / ranks), max(4, self.itemsize)
+        rows = self.rows * self.size
         found = {
-            "logits of a chunk": min(self.chunk, self.rows) * part * 4,
+            "logits": self.rows * part * wide,
             "gradient of the weight": part * self.size * self.itemsize,
             "gradient of the hidden states": positions * self.size * self.itemsize,
+            # The hidden states themselves, again in the order of their gradients, and these.
+            "copies of rows": (3 if of_loss else 2) * rows * self.itemsize,
         }
         if ranks > 1:
-            found |= {"its rows before the sum": self.rows * self.size * 4, "words of ranks": words}
+            sent = sum(one.bytes for one in self._words(1))
+            found |= {"rows before their sum": rows * wide, "words of ranks": (ranks + 1) * sent}
         return found

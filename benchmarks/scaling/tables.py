@@ -19,15 +19,13 @@ _RESULTS = Path(__file__).parents[1] / "results" / "scaling.json"
 
 
 class Model(NamedTuple):
-    """A model: its name, hidden size, layers, key and value heads times their size."""
+    """A model: its name, and its hidden size."""
 
     name: str
     size: int
-    layers: int
-    keys: int
 
 
-MODELS = (Model("8B", 4096, 36, 1024), Model("70B", 8192, 80, 1024))
+MODELS = (Model("8B", 4096), Model("70B", 8192))
 
 
 class Mesh(NamedTuple):
@@ -89,9 +87,7 @@ def meshes() -> list[str]:
             got = account.received(of_head, mesh.tp) + account.received(of_context, mesh.cp)
             count = account.collectives(of_head) + account.collectives(of_context)
             of_batch = sum(account.received(sent, mesh.dp) for sent in account.OF_A_BATCH.values())
-            held = sum(head.memory(mesh.tp, VOCABULARY, POSITIONS).values())
-            if mesh.cp > 1:
-                held += mesh.cp * POSITIONS * 4 * 3
+            held = head.memory(mesh.tp, VOCABULARY, POSITIONS, of_loss=mesh.cp == 1)
             lines.append(
                 [
                     f"{model.name}, {mesh.gpus:,}",
@@ -100,7 +96,7 @@ def meshes() -> list[str]:
                     sized(got),
                     sized(got / ROWS),
                     sized(of_batch),
-                    sized(held),
+                    sized(sum(held.values())),
                 ]
             )
     return _rows(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -120,6 +121,19 @@ def on_ranks(
 def alone(task: Task) -> dict[str, Any]:
     """Return what one process finds with all of the head."""
     return found_in(task, head_case(**task.drawn).to(task.dtype))
+
+
+def evaluations(lengths: list[int], chunk: int) -> int:
+    """Return how many chunks of logits are formed: whole steps together, long ones twice."""
+    total, open_tokens = 0, 0
+    for length in lengths:
+        if open_tokens and open_tokens + length > chunk:
+            total, open_tokens = total + 1, 0
+        if length > chunk:
+            total += 2 * math.ceil(length / chunk)
+        else:
+            open_tokens += length
+    return total + (open_tokens > 0)
 
 
 # Of the tests of arguments and failures.

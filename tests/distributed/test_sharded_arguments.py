@@ -10,7 +10,7 @@ import pytest
 import torch
 from collectives import counted, error_of
 from head_cases import HeadCase, head_case
-from heads import DRAWN, Task, alone, bounds, found_in, log_probs_of, shard_of, works
+from heads import DRAWN, Task, alone, bounds, evaluations, found_in, log_probs_of, shard_of, works
 from targets import Target
 from torch import Tensor, distributed
 from worlds import Worlds
@@ -316,19 +316,6 @@ def test_collectives_are_those_that_the_docstrings_say(
         assert len(gathers) == 2 + evaluations(lengths, chunk)
         # The gradient of the hidden states, in fp32: a row for each live token.
         assert found["loss"][-1][1] == count * case.hidden.shape[-1] * 4
-
-
-def evaluations(lengths: list[int], chunk: int) -> int:
-    """Return how many chunks of logits are formed: whole steps together, long ones twice."""
-    total, open_tokens = 0, 0
-    for length in lengths:
-        if open_tokens and open_tokens + length > chunk:
-            total, open_tokens = total + 1, 0
-        if length > chunk:
-            total += 2 * math.ceil(length / chunk)
-        else:
-            open_tokens += length
-    return total + (open_tokens > 0)
 
 
 def test_bounds_are_those_of_dtensor() -> None:
