@@ -19,6 +19,8 @@ from torch import distributed as dist
 # How many numbers of its own a rank may say with its first word: as many as the longest metrics.
 NUMBERS = 19
 _FINE, _FAILED = 0, 1
+# What a later word is.
+_PART, _END = 0, 1
 
 
 class Ranks(NamedTuple):
@@ -92,7 +94,7 @@ class Call:
 
     def __init__(self, function: str, name: str, ranks: Ranks) -> None:
         """Begin a call; `name` is the argument that the group came as."""
-        self.ranks, self._function, self.name = ranks, function, name
+        self.ranks, self.function, self.name = ranks, function, name
         self._size: tuple[int, int] | None = None
         self._device = torch.device("cpu")
         self._word: Tensor | None = None
@@ -100,7 +102,6 @@ class Call:
         # Whether the other ranks no longer listen, or may not.
         self._is_over = False
         self._has_agreed = False
-        self._said = 0
 
     def __enter__(self) -> Call:
         return self
@@ -116,7 +117,7 @@ class Call:
         if not self._has_agreed:
             self._compare(_FAILED, f"{type(error).__name__}: {error}", ())
         elif self._size is not None:
-            self._say(_FAILED, 0)
+            self._say(_FAILED, 0, 0)
 
     def agree(
         self, facts: Mapping[str, object], numbers: Sequence[int] = ()
@@ -130,7 +131,7 @@ class Call:
             ValueError: ranks know different facts; on all of them.
             RuntimeError: a rank failed before.
         """
-        told = {"function": self._function, **{name: str(fact) for name, fact in facts.items()}}
+        told = {"function": self.function, **{name: str(fact) for name, fact in facts.items()}}
         return [one[: len(numbers)] for one in self._compare(_FINE, told, numbers)]
 
     def open(self, rows: int, columns: int, device: torch.device) -> None:
@@ -149,7 +150,7 @@ class Call:
         """
         word, count, columns = self._allocate(), *part.shape
         word[:count, :columns] = part
-        every = self._say(_FINE, count)[:, :count, :columns]
+        every = self._say(_FINE, _PART, count)[:, :count, :columns]
         self._is_over = last
         return every
 
@@ -159,7 +160,7 @@ class Call:
         Raises:
             RuntimeError: a rank failed.
         """
-        self._say(_FINE, number)
+        self._say(_FINE, _END, number)
         self._is_over = True
 
     def _allocate(self) -> Tensor:
@@ -171,10 +172,9 @@ class Call:
             self._word = torch.zeros(self._size, **options)
         return self._word
 
-    def _say(self, status: int, number: int) -> Tensor:
+    def _say(self, status: int, kind: int, number: int) -> Tensor:
         word = self._allocate()
-        self._said += 1
-        word[-1, :3] = torch.tensor((status, self._said, number), dtype=torch.float64)
+        word[-1, :3] = torch.tensor((status, kind, number), dtype=torch.float64)
         # A collective that fails is not begun once more.
         self._is_over = True
         every = self.ranks.gather(word, self._every)
@@ -184,12 +184,12 @@ class Call:
         failed = [rank for rank, one in enumerate(signed) if one[0] != _FINE]
         if failed:
             raise RuntimeError(
-                f"{self._function}: {_ranks(failed)} of {self.name} raised an error in it, "
+                f"{self.function}: {_ranks(failed)} of {self.name} raised an error in it, "
                 "expected none: it stands in the log of that rank"
             )
         if any(one != signed[0] for one in signed):
             raise RuntimeError(
-                f"{self._function}: ranks of {self.name} went different ways, expected the same "
+                f"{self.function}: ranks of {self.name} went different ways, expected the same "
                 "inputs on all of them"
             )
         self._is_over = False
@@ -216,7 +216,7 @@ class Call:
         failed = [rank for rank, one in enumerate(every) if one[0] != _FINE]
         if failed:
             raise RuntimeError(
-                f"{self._function}: {_ranks(failed)} of {self.name} raised "
+                f"{self.function}: {_ranks(failed)} of {self.name} raised "
                 f"{texts[failed[0]]} (expected none)"
             )
         raise ValueError(

@@ -110,7 +110,7 @@ class Head(NamedTuple):
     def log_probs(self) -> list[Sent]:
         """Return what the forward pass of `linear_token_log_probs` sends."""
         chunks = math.ceil(self.rows / self.chunk)
-        return [first_word(), *self._words(chunks)]
+        return [first_word(), *self._words(chunks + 1)]
 
     def log_probs_backward(self) -> list[Sent]:
         """Return what its backward pass sends."""

@@ -45,8 +45,9 @@ def linear_token_log_probs(
     With `tp_group`, each of its ranks has the hidden states of all tokens and some rows of the
     weight, and all get the same bits of log-probs. The ranks exchange a few numbers of each row of
     a chunk, and backward adds up the gradient of the hidden states: no logits and no weights are
-    sent. Forward takes 1 collective for what the ranks were given and 1 for each chunk; backward
-    takes as many for its chunks, and 2 more, which are the sum and, before it, that all came here.
+    sent. Forward and backward each take 1 collective for what the ranks were given, 1 for each
+    chunk, and 1 in the end that says that none failed; backward takes 1 more for that sum. The
+    reference forms all rows at once, and its backward is autograd's: 1 collective and the sum.
 
     Args:
         hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
@@ -119,6 +120,8 @@ def linear_token_log_probs(
                 chunk,
                 return_entropy,
             )
+        if call is not None:
+            call.finish()
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
 
@@ -164,14 +167,15 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     @staticmethod
     @first_only(_NAME, lambda ctx: ctx.saved_tensors[:3])
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        tensors: Any = saved(ctx, grad, grad_entropy)
-        hidden, weight, bias, temperatures, token_ids, index = tensors
         # The head of the forward pass, with the tensors that autograd has watched since.
-        head: Head = ctx.head._replace(weight=weight, bias=bias, temperatures=temperatures)
-        zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
-        c = zeros if grad is None else grad[index]
-        e = None if grad_entropy is None else grad_entropy[index]
-        with again(f"{_NAME} (backward)", head.shard) as call:
+        head: Head = ctx.head
+        with again(_NAME, head.shard) as call:
+            tensors: Any = saved(ctx, grad, grad_entropy)
+            hidden, weight, bias, temperatures, token_ids, index = tensors
+            head = head._replace(weight=weight, bias=bias, temperatures=temperatures)
+            zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
+            c = zeros if grad is None else grad[index]
+            e = None if grad_entropy is None else grad_entropy[index]
             live = live_rows(c, e, head.backend, ascending=True)
             if call is not None and head.shard is not None:
                 facts = {"rows with a gradient": len(live), "gradient of entropy": e is not None}

@@ -297,7 +297,10 @@ class HeadGradients:
 
     def _hidden_product(self, grad_logits: Tensor) -> Tensor:
         weight = self.head.weight
-        if not self.takes_units or (grad_logits.is_cuda and not KEEPS_FP32):
+        # What ranks add up is rounded once, after the sum.
+        is_part = self._rows is not None and weight.dtype in checks.HALF_DTYPES
+        is_wide = self.takes_units or is_part
+        if not is_wide or (grad_logits.is_cuda and not KEEPS_FP32):
             return torch.mm(grad_logits, weight)
         if grad_logits.is_cuda:
             return torch.mm(grad_logits, weight, out_dtype=torch.float32)

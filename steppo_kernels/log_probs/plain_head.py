@@ -20,7 +20,8 @@ def plain_log_probs(
     shard = head.shard
     if shard is None:
         return reference.linear_token_log_probs(hidden, head.weight, head.bias, *given)
-    copied = on_every_rank(hidden, shard.call.ranks)
+    # In the dtype of the computation: the sum of the gradients is rounded once.
+    copied = on_every_rank(hidden.to(dtype), shard.call)
     return reference.sharded_token_log_probs(
         copied, head.weight, head.bias, *given, shard.start, shard.vocabulary, shard.gather
     )

@@ -14,6 +14,9 @@ from ..ranks import Call, Ranks
 from .lm_head import Head, check_chunk, chunk_budget, logits_dtype
 from .vocabulary_shard import Shard, local_hidden, local_rows
 
+# More than any vocabulary has; ranks exchange numbers of 64 bits.
+_MOST_IDS = 2**62
+
 
 def on_shards(
     function: str, tp_group: Any, vocab_start: int | None
@@ -32,6 +35,8 @@ def localized(
     """Return this rank's part of DTensors, and where its rows of the weight begin."""
     if vocab_start is not None:
         vocab_start = checks.count("vocab_start", vocab_start, 0)
+        if vocab_start > _MOST_IDS:
+            raise ValueError(f"vocab_start: got {vocab_start}, expected at most {_MOST_IDS}")
     weight, start = local_rows("weight", weight, ranks)
     bias, bias_start = local_rows("bias", bias, ranks)
     if None not in (start, bias_start) and start != bias_start:
@@ -92,7 +97,7 @@ def shared(
 
 
 def again(function: str, shard: Shard | None) -> AbstractContextManager[Call | None]:
-    """Return the context of another call of the ranks of a shard, as backward is one."""
+    """Return the context of another call of the ranks of a shard, that of a backward pass."""
     if shard is None:
         return nullcontext()
-    return Call(function, shard.call.name, shard.call.ranks)
+    return Call(f"{function} (backward)", shard.call.name, shard.call.ranks)

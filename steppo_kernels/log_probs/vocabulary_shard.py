@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.reference.vocabulary_shard import COLUMNS, combined, told_of_rows
 from ..ranks import Call, Ranks
 
@@ -49,11 +50,10 @@ class Shard(NamedTuple):
         if start is None:
             starts = [sum(counts[:rank]) for rank in range(len(counts))]
         end = 0
-        for first, size in sorted(zip(starts, counts, strict=True)):
+        held = [(first, size) for first, size in zip(starts, counts, strict=True) if size]
+        for first, size in sorted(held):
             if first != end:
-                ranges = ", ".join(
-                    f"{a} to {a + b - 1}" for a, b in zip(starts, counts, strict=True) if b
-                )
+                ranges = ", ".join(f"{a} to {a + b - 1}" for a, b in held)
                 raise ValueError(
                     f"vocab_start: got ids {ranges} on the ranks, expected every id from 0 on once"
                 )
@@ -69,10 +69,8 @@ class Shard(NamedTuple):
     def gather(self, own: Tensor) -> Tensor:
         """Return what all ranks tell; of this rank, with its graph."""
         every = self.call.gather(own.detach())
-        if not own.requires_grad:
-            return every
-        rank = self.call.ranks.rank
-        return torch.cat([every[:rank], own.unsqueeze(0), every[rank + 1 :]])
+        gathered: Tensor = _OfThisRank.apply(own, every, self.call.ranks.rank)
+        return gathered
 
 
 def nothing(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -134,25 +132,52 @@ class HiddenRows:
             into.index_copy_(0, torch.cat(self._index), rows.to(into.dtype))
 
 
-def on_every_rank(hidden: Tensor, ranks: Ranks) -> Tensor:
-    """Return hidden states whose gradient is the sum of those of the ranks: one collective."""
-    copied: Tensor = _OnEveryRank.apply(hidden, ranks)
+def on_every_rank(hidden: Tensor, call: Call) -> Tensor:
+    """Return hidden states whose gradient is the sum of those of the ranks."""
+    copied: Tensor = _OnEveryRank.apply(hidden, call)
     return copied
 
 
+# The name in errors of the reference, whose backward is made of these two.
+_NAME = "tp_group"
+
+
 class _OnEveryRank(torch.autograd.Function):
-    """Hidden states as they are; their gradient is the sum of those of the ranks."""
+    """Hidden states as they are; their gradient is the sum of those of the ranks.
+
+    Backward speaks to them twice: that all came here, and the sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
+    def forward(ctx: Any, hidden: Tensor, call: Call) -> Tensor:
+        ctx.call = call
+        keep_inputs(ctx, hidden)
         return hidden.view_as(hidden)
 
     @staticmethod
+    @first_only(_NAME, kept_inputs)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total = ctx.ranks.add_up(grad.to(wide, copy=True).contiguous())
-        return total.to(grad.dtype), None
+        before: Call = ctx.call
+        with Call(f"{before.function} (backward)", before.name, before.ranks) as call:
+            total = grad.clone(memory_format=torch.contiguous_format)
+            call.agree({"shape of hidden": tuple(grad.shape), "dtype": grad.dtype})
+            before.ranks.add_up(total)
+        return total, None
+
+
+class _OfThisRank(torch.autograd.Function):
+    """What all ranks tell, of which this one made a part."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, every: Tensor, rank: int) -> Tensor:
+        ctx.rank = rank
+        keep_inputs(ctx, own)
+        return every.clone()
+
+    @staticmethod
+    @first_only(_NAME, kept_inputs)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.rank], None, None
 
 
 def local_hidden(name: str, hidden: Any, ranks: Ranks) -> Any:
@@ -183,22 +208,21 @@ def local_rows(name: str, value: Any, ranks: Ranks) -> tuple[Any, int | None]:
         return value, None
     _check_mesh(name, value, ranks)
     (placement,) = value.placements
-    if not placement.is_shard(0) or type(placement).__name__ != "Shard":
+    if not placement.is_shard(0):
         raise ValueError(
             f"{name}: got a DTensor placed as {value.placements}, expected Shard(0): rows of the "
             "vocabulary"
         )
-    (place,) = value.device_mesh.get_coordinate()
     size = -(-len(value) // ranks.size)
-    return value.to_local(grad_placements=value.placements), min(place * size, len(value))
+    return value.to_local(grad_placements=value.placements), ranks.rank * size
 
 
 def _check_mesh(name: str, value: Any, ranks: Ranks) -> None:
-    """Raise unless the ranks of a DTensor are those of the group."""
+    """Raise unless the ranks of a DTensor are those of the group, in the same order."""
     mesh = value.device_mesh
-    own = sorted(mesh.mesh.flatten().tolist())
-    if mesh.ndim != 1 or own != sorted(dist.get_process_group_ranks(ranks.group)):
+    own, wanted = mesh.mesh.flatten().tolist(), dist.get_process_group_ranks(ranks.group)
+    if mesh.ndim != 1 or own != wanted:
         raise ValueError(
-            f"{name}: got a DTensor over ranks {own} in {mesh.ndim} dimensions, expected the ranks "
-            "of tp_group in one"
+            f"{name}: got a DTensor over ranks {own} in {mesh.ndim} dimensions, expected those of "
+            f"tp_group in one, {wanted}"
         )

@@ -74,8 +74,8 @@ def linear_steppo_loss(
 
     With `tp_group`, the vocabulary is split over ranks as in `linear_token_log_probs`. All of it
     happens in the forward pass: 1 collective for what the ranks were given, 1 for each chunk whose
-    logits are formed, and 2 in the end, which are that all came here and the sum of the gradient of
-    the hidden states.
+    logits are formed, 1 in the end that says that none failed, and 1 for the sum of the gradient of
+    the hidden states, if these want one. The reference speaks as `linear_token_log_probs` does.
 
     Args:
         hidden: ``[*shape, d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``,
@@ -180,10 +180,12 @@ def linear_steppo_loss(
         chunk = check_chunk(chunk_tokens, count, head)
         if head.backend == "reference":
             log_probs, entropy = plain_log_probs(rows, head, ids, inputs.layout.token_index)
-            if config.entropy_coef == 0:
-                constant = checks.constant(entropy) if report_entropy else None
-                return loss_of(inputs, log_probs, constant)
-            return loss_of(inputs, log_probs, entropy)
+            has_bonus = config.entropy_coef != 0
+            constant = checks.constant(entropy) if report_entropy else None
+            out = loss_of(inputs, log_probs, entropy if has_bonus else constant)
+            if call is not None:
+                call.finish()
+            return out
         given_temperature = temperature if isinstance(temperature, Tensor) else None
         return _in_one_pass(rows, head, given_temperature, inputs, report_entropy, ids, chunk)
 

@@ -50,23 +50,72 @@ def fail_between(rank: int, size: int, words: int, at: int | None) -> tuple[str,
     return error_of(run), heard
 
 
-def planned(rank: int, size: int, words: int) -> int:
+def with_a_last_word(rank: int, size: int) -> list[float]:
     with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
         call.agree({})
-        call.open(1, 1, torch.device("cpu"), words)
-        for _ in range(words):
+        call.open(1, 1, torch.device("cpu"))
+        heard = call.gather(torch.full((1, 1), float(rank), dtype=torch.float64), last=True)
+        if rank == 0:
+            # Nobody listens to what fails from here on.
+            call.__exit__(ValueError, ValueError(), None)
+    return heard.flatten().tolist()
+
+
+def interrupted(rank: int, size: int, at: str) -> str:
+    """Ctrl-C on one rank; and a rank that has no memory for its word."""
+
+    def run() -> None:
+        with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
+            if rank == 0 and at == "checks":
+                raise KeyboardInterrupt
+            call.agree({})
+            zeros = torch.zeros
+            if rank == 0 and at == "memory":
+                torch.zeros = without_memory
+            try:
+                call.open(2, 1, torch.device("cpu"))
+            finally:
+                torch.zeros = zeros
+            if rank == 0 and at == "words":
+                raise KeyboardInterrupt
             call.gather(torch.zeros(1, 1, dtype=torch.float64))
-    # It is over: nobody else listens to what fails from here on.
-    call.__exit__(ValueError, ValueError(), None)
-    return words
+            call.finish()
+
+    try:
+        found = error_of(run)
+    except KeyboardInterrupt:
+        found = "KeyboardInterrupt"
+    assert with_a_last_word(rank, size) == [0.0, 1.0]
+    return found
 
 
-def ways_apart(rank: int, size: int) -> str:
+def without_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("full")
+
+
+def ways_apart(rank: int, size: int, way: str) -> str:
     def run() -> None:
         with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
             call.agree({})
             call.open(4, 2, torch.device("cpu"))
-            call.finish(number=rank)
+            if way == "number":
+                call.finish(number=rank)
+            elif way == "rows":
+                call.gather(torch.zeros(rank + 1, 2, dtype=torch.float64))
+            elif rank == 0:
+                call.finish(number=2)
+            else:
+                call.gather(torch.zeros(2, 2, dtype=torch.float64))
+
+    return error_of(run)
+
+
+def two_fail(rank: int, size: int) -> str:
+    def run() -> None:
+        with Call("loss", "tp_group", Ranks.of("tp_group", None)) as call:
+            if rank != 1:
+                raise ValueError(f"of rank {rank}")
+            call.agree({})
 
     return error_of(run)
 
@@ -113,13 +162,25 @@ def test_failure_between_words_leaves_a_group_that_works(worlds: Worlds, at: int
         assert heard == [[0.0, 10.0, 20.0], [1.0, 11.0, 21.0], [2.0, 12.0, 22.0]]
 
 
-@pytest.mark.parametrize("words", [0, 1, 3])
-def test_planned_words_end_the_call(worlds: Worlds, words: int) -> None:
-    assert worlds.run(2, planned, words) == [words] * 2
+def test_a_last_word_ends_the_call(worlds: Worlds) -> None:
+    assert worlds.run(2, with_a_last_word) == [[0.0, 1.0]] * 2
 
 
-def test_ranks_that_went_different_ways(worlds: Worlds) -> None:
-    assert all("went different ways" in error for error in worlds.run(2, ways_apart))
+@pytest.mark.parametrize("at", ["checks", "memory", "words"])
+def test_interrupts_and_no_memory_are_told(worlds: Worlds, at: str) -> None:
+    own, other = worlds.run(2, interrupted, at)
+    assert own == ("OutOfMemoryError: full" if at == "memory" else "KeyboardInterrupt")
+    assert "rank 0 of tp_group raised" in other
+
+
+@pytest.mark.parametrize("way", ["number", "rows", "kind"])
+def test_ranks_that_went_different_ways(worlds: Worlds, way: str) -> None:
+    assert all("went different ways" in error for error in worlds.run(2, ways_apart, way))
+
+
+def test_the_first_of_two_failures_is_told(worlds: Worlds) -> None:
+    other = worlds.run(3, two_fail)[1]
+    assert "ranks 0, 2 of tp_group raised ValueError: of rank 0 (expected none)" in other
 
 
 def test_groups_that_are_none(worlds: Worlds) -> None:

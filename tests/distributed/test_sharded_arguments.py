@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from worlds import Worlds
 
 from steppo_kernels import (
+    StepLayout,
     StepPOConfig,
     linear_steppo_loss,
     linear_token_log_probs,
@@ -69,13 +70,14 @@ def as_dtensors(rank: int, size: int, vocabulary: int, backend: str) -> list[flo
     return errors
 
 
-@pytest.mark.parametrize("vocabulary", [25, 7, 4])
+@pytest.mark.parametrize("vocabulary", [25, 7, 4, 1])
 def test_dtensors(worlds: Worlds, vocabulary: int) -> None:
     for errors in worlds.run(3, as_dtensors, vocabulary, "cpu"):
         assert max(errors) < 1e-12
 
 
 def dtensors_that_are_refused(rank: int, size: int) -> list[str]:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = distributed.init_device_mesh("cpu", (size,))
@@ -90,6 +92,13 @@ def dtensors_that_are_refused(rank: int, size: int) -> list[str]:
         found.append(error_of(lambda: log_probs_of(case)))
     case.weight, case.hidden = distribute_tensor(weight, mesh, [Shard(0)]), hidden
     found.append(error_of(lambda: log_probs_of(case, vocab_start=(1, 5)[rank])))
+    other = distribute_tensor(case.bias.detach(), mesh, [Shard(0)])
+    case.weight = weight[[slice(0, 3), slice(3, 7)][rank]]
+    found.append(error_of(lambda: log_probs_of(case, bias=other, vocab_start=(0, 3)[rank])))
+    turned = DeviceMesh("cpu", [1, 0])
+    case.weight = distribute_tensor(weight, turned, [Shard(0)])
+    found.append(error_of(lambda: log_probs_of(case)))
+    case.weight = distribute_tensor(weight, mesh, [Shard(0)])
     found.append(error_of(lambda: log_probs_of(case, tp_group=None)))
     assert works(rank, size)
     return found
@@ -104,6 +113,8 @@ def test_dtensors_that_are_refused(worlds: Worlds) -> None:
                 "ValueError: weight: got a DTensor placed as (Shard(dim=1),), expected Shard(0)",
                 "ValueError: hidden: got a DTensor placed as (Shard(dim=0),), expected all of it",
                 "ValueError: vocab_start: got ",
+                "ValueError: bias: got shape ",
+                "ValueError: weight: got a DTensor over ranks [1, 0] in 1 dimensions, expected ",
                 "TypeError: weight: got a DTensor, expected a whole tensor",
             ),
             strict=True,
@@ -117,7 +128,7 @@ def test_dtensors_that_are_refused(worlds: Worlds) -> None:
 
 def starts_that_are_refused(rank: int, size: int) -> list[str]:
     found = []
-    for starts in ([0, 2], [0, 4], [1, 4], [-1, 3], [0, None]):
+    for starts in ([0, 2], [0, 4], [1, 4], [-1, 3], [0, None], [2**70, 0]):
         case = shard_of(head_case(**{**DRAWN, "vocabulary": 6}).to(torch.float64), rank, size)
         found.append(error_of(lambda: log_probs_of(case, vocab_start=starts[rank])))  # noqa: B023
     case = shard_of(head_case(**DRAWN).to(torch.float64), rank, size)
@@ -142,9 +153,10 @@ def test_parts_that_are_no_whole(worlds: Worlds) -> None:
                 "on once"
             )
         assert "vocab_start is " in found[4]
-        assert found[5] == "ValueError: vocab_start: got it without tp_group, expected None or both"
-        assert found[6].startswith("ValueError: weight: got no row on any rank")
-        assert found[7].startswith("ValueError: weight: got shape (0, 5)")
+        assert found[6] == "ValueError: vocab_start: got it without tp_group, expected None or both"
+        assert found[7].startswith("ValueError: weight: got no row on any rank")
+        assert found[8].startswith("ValueError: weight: got shape (0, 5)")
+    assert first[5] == f"ValueError: vocab_start: got {2**70}, expected at most {2**62}"
     assert first[3] == "ValueError: vocab_start: got -1, expected at least 0"
     assert "rank 0 of tp_group raised ValueError: vocab_start: got -1" in second[3]
 
@@ -156,11 +168,14 @@ def differences(rank: int, size: int) -> dict[str, str]:
 
     def attempt(name: str, change: Callable[[HeadCase, dict[str, Any]], None]) -> None:
         case = shard_of(head_case(**DRAWN).to(torch.float32), rank, size)
-        options: dict[str, Any] = {"tp_group": distributed.group.WORLD}
+        options: dict[str, Any] = {"tp_group": distributed.group.WORLD, "bias": case.bias}
+        if name == "is_weights by token":
+            options["is_weights"] = torch.ones(case.layout.num_steps)
         if is_odd:
             change(case, options)
 
         def run() -> None:
+            torch.set_grad_enabled(not options.pop("no_grad", False))
             linear_steppo_loss(
                 case.hidden,
                 case.weight,
@@ -172,6 +187,7 @@ def differences(rank: int, size: int) -> dict[str, str]:
             )
 
         found[name] = error_of(run)
+        torch.set_grad_enabled(True)
 
     def shorter(case: HeadCase, options: dict[str, Any]) -> None:
         case.layout = case.layout.keep(torch.arange(case.mask.numel()).view_as(case.mask) > 4)
@@ -185,8 +201,32 @@ def differences(rank: int, size: int) -> dict[str, str]:
     attempt("gradient of hidden", lambda case, options: case.hidden.requires_grad_(False))
     attempt("shape of hidden", lambda case, options: widen(case))
     attempt("not given", lambda case, options: vars(case).update(old_log_probs=None))
+    attempt("gradient of weight", lambda case, options: case.weight.requires_grad_(False))
+    attempt("gradient of bias", lambda case, options: case.bias.requires_grad_(False))
+    attempt("bias", lambda case, options: options.update(bias=None))
+    attempt("reference", lambda case, options: options.update(backend="reference"))
+    attempt("lengths of steps", moved_border)
+    attempt(
+        "advantages by token",
+        lambda case, options: vars(case).update(advantages=case.hidden[..., 0].detach()),
+    )
+    attempt(
+        "is_weights by token", lambda case, options: options.update(is_weights=case.token_weights)
+    )
+    attempt("gradients", lambda case, options: options.update(no_grad=True))
     assert works(rank, size)
     return found
+
+
+def moved_border(case: HeadCase, options: dict[str, Any]) -> None:
+    """As many steps and tokens, but a token belongs to another step."""
+    ids = case.layout.step_ids.clone()
+    first = int((ids >= 0).nonzero()[0, 1])
+    row = ids[0]
+    places = (row >= 0).nonzero().flatten()
+    border = next(i for i in places[1:].tolist() if row[i] != row[places[0]])
+    row[border] = row[first]
+    case.layout = StepLayout.from_step_ids(ids)
 
 
 def widen(case: HeadCase) -> None:
@@ -235,8 +275,7 @@ def case_in(case: HeadCase, dtype: torch.dtype) -> HeadCase:
 
 def test_second_derivatives_autocast_and_no_grad(target: Target, worlds: Worlds) -> None:
     for (twice,) in worlds.run(2, derivatives, target.backend):
-        if target.backend != "reference":
-            assert "got a second derivative" in twice
+        assert "got a second derivative" in twice
 
 
 def compiled(rank: int, size: int) -> None:
@@ -308,7 +347,7 @@ def test_collectives_are_those_that_the_docstrings_say(
     chunks = math.ceil(count / min(chunk, count))
     for found in worlds.run(size, words_of, chunk):
         names = {what: [name for name, _ in words] for what, words in found.items()}
-        assert names["log-probs"] == ["all_gather"] * (1 + chunks)
+        assert names["log-probs"] == ["all_gather"] * (2 + chunks)
         assert names["backward of log-probs"] == ["all_gather"] * (2 + chunks) + ["all_reduce"]
         assert names["backward of loss"] == []
         *gathers, last = names["loss"]

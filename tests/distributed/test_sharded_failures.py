@@ -136,6 +136,68 @@ def test_a_rank_without_memory_for_its_gradients(worlds: Worlds, what: str) -> N
     assert "rank 0 of tp_group raised an error in it" in other
 
 
+def changed_in_place(rank: int, size: int) -> str:
+    """Autograd refuses a weight that one rank has changed since the forward pass."""
+    case = shard_of(head_case(**DRAWN).to(torch.float64), rank, size)
+    log_probs = log_probs_of(case)
+    if rank == 0:
+        case.weight.data.add_(0)
+        with torch.no_grad():
+            case.weight.add_(1)
+    found = error_of(lambda: log_probs.sum().backward())
+    assert works(rank, size)
+    return found
+
+
+def test_a_weight_that_one_rank_changed(worlds: Worlds) -> None:
+    own, other = worlds.run(2, changed_in_place)
+    assert "modified by an inplace operation" in own
+    assert "rank 0 of tp_group raised" in other
+
+
+def fail_after_the_last_chunk(rank: int, size: int, what: str, kind: str) -> str:
+    """What ranks told each other in their last chunk is combined, and one of them fails at it."""
+    from steppo_kernels.log_probs import vocabulary_shard
+
+    case = shard_of(head_case(**DRAWN).to(torch.float64), rank, size)
+    original, seen = vocabulary_shard.combined, [0]
+    chunks = -(-case.layout.num_tokens // 5)
+
+    def failing(*args: Any) -> Any:
+        seen[0] += 1
+        if rank == 1 and seen[0] == chunks:
+            raise {"error": ValueError, "interrupt": KeyboardInterrupt}[kind]("of this test")
+        return original(*args)
+
+    def run() -> None:
+        if what == "loss":
+            given = case.hidden, case.weight, case.token_ids
+            every = case.layout.per_token()
+            options = {"tp_group": distributed.group.WORLD, "chunk_tokens": 5}
+            linear_steppo_loss(*given, None, torch.ones(every.num_steps), every, **options)
+        else:
+            log_probs_of(case, chunk_tokens=5)
+
+    vocabulary_shard.combined = failing
+    try:
+        found = error_of(run)
+    except KeyboardInterrupt:
+        found = "KeyboardInterrupt"
+    finally:
+        vocabulary_shard.combined = original
+    assert works(rank, size)
+    assert seen[0] == chunks
+    return found
+
+
+@pytest.mark.parametrize("kind", ["error", "interrupt"])
+@pytest.mark.parametrize("what", ["loss", "log-probs"])
+def test_a_rank_that_fails_after_the_last_chunk(worlds: Worlds, what: str, kind: str) -> None:
+    other, own = worlds.run(2, fail_after_the_last_chunk, what, kind)
+    assert own == {"error": "ValueError: of this test", "interrupt": "KeyboardInterrupt"}[kind]
+    assert "rank 1 of tp_group raised an error in it" in other
+
+
 def other_upstream(rank: int, size: int) -> str:
     """Ranks whose losses differ have other rows with a gradient."""
     case = shard_of(head_case(**DRAWN).to(torch.float64), rank, size)

@@ -15,7 +15,7 @@ import torch
 from batches import Error
 from head_cases import head_case
 from head_regimes import REGIMES, draw, evaluate, typed
-from heads import HEADS, OBJECTIVES, Task, alone, bounds, on_ranks, shard_of
+from heads import HEADS, OBJECTIVES, Task, alone, bounds, found_in, on_ranks, shard_of
 from targets import Target
 from torch import Tensor, distributed
 from worlds import Worlds
@@ -129,6 +129,33 @@ def test_error_is_bounded_by_that_of_plain_pytorch(
         # A loss is one number, in which terms of both signs meet: chance has a say.
         rounding = (64 if key == "loss" else 1) * torch.finfo(value.dtype).eps
         assert error <= factor * allowed + rounding, (key, error, allowed)
+
+
+def summed_on_ranks(rank: int, size: int, backend: str) -> list[Tensor]:
+    found = []
+    for seed in range(4):
+        case = shard_of(head_case(seed, 2, 16, 64, 40).to(torch.bfloat16), rank, size)
+        task = Task({}, torch.bfloat16, backend, "log-probs", wanted=("hidden",))
+        found.append(found_in(task, case, tp_group=distributed.group.WORLD)["grad_hidden"])
+    return found
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_ranks_add_up_is_rounded_once(worlds: Worlds, backend: str) -> None:
+    """As one process errs. With parts that were rounded, or a sum in bf16, it is much more."""
+    squares = [0.0, 0.0]
+    for seed, *answers in zip(range(4), *worlds.run(3, summed_on_ranks, backend), strict=True):
+        grads = []
+        for dtype in (torch.float64, torch.bfloat16):
+            case = head_case(seed, 2, 16, 64, 40).to(torch.bfloat16).to(dtype)
+            own = "reference" if dtype == torch.float64 else backend
+            task = Task({}, dtype, own, "log-probs", wanted=("hidden",))
+            grads.append(found_in(task, case)["grad_hidden"])
+        exact, plain = grads
+        for place, value in enumerate((answers[0], plain)):
+            error = Error.between(value.nan_to_num(), exact.nan_to_num()).rms
+            squares[place] += error**2
+    assert squares[0] ** 0.5 <= 1.15 * squares[1] ** 0.5
 
 
 def repeated(rank: int, size: int, tasks: list[Task]) -> bool:

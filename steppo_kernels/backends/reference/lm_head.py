@@ -59,14 +59,13 @@ def sharded_token_log_probs(
     if len(weight):
         top = logits.detach().amax(-1)
         # Ids of probability 0 have no gradient, and what they differ by is no number.
-        is_out = top == -math.inf
+        is_out = (top == -math.inf) & (softcap == 0)
         z = scaled_logits(
             torch.where(is_out.unsqueeze(-1), 0.0, logits), temperature, softcap, dtype
         )
         log_sum = torch.logsumexp(z, -1)
         log_p = z - log_sum.unsqueeze(-1)
         chosen = log_p.gather(-1, columns.unsqueeze(-1)).squeeze(-1)
-        chosen = chosen.masked_fill(is_out, -math.inf)
         p = log_p.exp()
         entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
         log_sum = log_sum.masked_fill(is_out, -math.inf)

@@ -51,6 +51,7 @@ def combined(every: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor
     shares = log_sums + torch.where(tops == -math.inf, -math.inf, (tops - top) / temperature)
     log_sum = torch.logsumexp(shares, 0)
     is_home = log_probs != math.inf
+    log_probs = torch.where(is_home & (tops == -math.inf), -math.inf, log_probs)
 
     def at_home(values: Tensor) -> Tensor:
         return torch.where(is_home, values, 0.0).sum(0)
