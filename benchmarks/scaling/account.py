@@ -125,18 +125,22 @@ class Head(NamedTuple):
 
         That is while `linear_steppo_loss` runs, or backward of `linear_token_log_probs` if not
         `of_loss`, with one chunk and all gradients, of a dtype that is not fp16. There are
-        `positions` hidden states, action tokens or not.
+        `positions` hidden states, action tokens or not. A CPU also widens slices of half precision
+        for the products that ranks add up.
         """
         if self.chunk < self.rows or self.live < self.rows:
             raise ValueError("chunk, live: got fewer than all rows, expected all of them")
         part, wide = math.ceil(vocabulary / ranks), max(4, self.itemsize)
         rows = self.rows * self.size
+        copies = 2 if of_loss else 1
+        # What ranks add up is not rounded before.
+        product = wide if ranks > 1 else self.itemsize
         found = {
             "logits": self.rows * part * wide,
             "gradient of the weight": part * self.size * self.itemsize,
             "gradient of the hidden states": positions * self.size * self.itemsize,
-            # The hidden states themselves, again in the order of their gradients, and these.
-            "copies of rows": (3 if of_loss else 2) * rows * self.itemsize,
+            # The hidden states, the loss has them again in the order of gradients, and these.
+            "copies of rows": rows * (copies * self.itemsize + product),
         }
         if ranks > 1:
             sent = sum(one.bytes for one in self._words(1))
