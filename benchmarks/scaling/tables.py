@@ -164,6 +164,11 @@ def peers() -> list[str]:
             [layer_sum],
         ),
         row(
+            "Liger 0.8.5, `vocab_parallel_cross_entropy` of sharded logits, without entropies",
+            [reduced(3, ROWS)],
+            [layer_sum],
+        ),
+        row(
             "verl 0.9.1, its Triton head under Megatron",
             [reduced(1, splits * ROWS), reduced(1, ROWS), reduced(1, 2 * ROWS)],
             [layer_sum],
@@ -193,8 +198,9 @@ def weak() -> list[str]:
             [way, f"{one * 1e3:.0f} ms", f"{two * 1e3:.0f} ms", f"{numbers['efficiency']:.0%}"]
         )
     where = f"{info['cpu']}, {info['cores']} cores; torch {info['torch']}, {info['date']}."
-    work = f"Each process, with one thread: {document['work of a rank']}."
-    return [where, work, "", *_rows(lines)]
+    turns, work = document["turns"], document["work of a rank"]
+    done = f"Each process, with one thread, in {turns} turns: {work}."
+    return [where, done, "", *_rows(lines)]
 
 
 TABLES = {"meshes": meshes, "heads": heads, "batches": batches, "peers": peers, "weak": weak}

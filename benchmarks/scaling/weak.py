@@ -185,14 +185,11 @@ def measure(turns: int, shape: Shape) -> dict[str, dict[str, list[float]]]:
 
 
 def summary(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
-    """Return medians, and the efficiency: the median over turns of what one takes of two."""
+    """Return medians over the turns, and the efficiency: that of one process by that of two."""
     found = {}
     for way, by_size in seconds.items():
-        one, two = by_size["1"], by_size["2"]
-        found[way] = {
-            "seconds": {size: statistics.median(times) for size, times in by_size.items()},
-            "efficiency": statistics.median(a / b for a, b in zip(one, two, strict=True)),
-        }
+        medians = {size: statistics.median(times) for size, times in by_size.items()}
+        found[way] = {"seconds": medians, "efficiency": medians["1"] / medians["2"]}
     return found
 
 

@@ -131,3 +131,11 @@ def test_received_bytes() -> None:
     assert account.Sent("all_gather", 3, 10).received(4) == 90
     assert account.Sent("all_reduce", 1, 100).received(4) == 150
     assert account.received([account.Sent("all_reduce", 2, 8)], 1) == 0
+
+
+def test_efficiency_is_that_of_the_medians() -> None:
+    from benchmarks.scaling.weak import summary
+
+    seconds = {"data": {"1": [1.0, 1.0, 9.0], "2": [2.0, 1.25, 0.5]}}
+    found = {"seconds": {"1": 1.0, "2": 1.25}, "efficiency": 0.8}
+    assert summary(seconds) == {"data": found}

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Error
 from collectives import counted, error_of
 from every_function import close
 from head_cases import head_case
 from heads import bounds
 from methods import METHODS
-from targets import Target
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from worlds import Worlds
 
 from steppo_kernels import StepLayout, StepPOConfig, linear_steppo_loss
@@ -216,10 +215,20 @@ def context_and_vocabulary(rank: int, size: int) -> None:
     rows = slice(ends[place], ends[place + 1])
     hidden = shard.local(case.hidden.detach()).requires_grad_()
     weight = case.weight.detach()[rows].clone().requires_grad_()
-    for start in (None, ends[place]):
+    # As `parallelize_module` makes them.
+    placed = [
+        DTensor.from_local(hidden, mesh["tp"], [Replicate()]),
+        distribute_tensor(case.weight.detach(), mesh["tp"], [Shard(0)]).requires_grad_(),
+    ]
+    ways: list[tuple[Any, Any, int | None]] = [
+        (hidden, weight, None),
+        (hidden, weight, ends[place]),
+        (placed[0], placed[1], None),
+    ]
+    for states, head, start in ways:
         found = context_linear_steppo_loss(
-            hidden,
-            weight,
+            states,
+            head,
             shard.local(case.token_ids),
             *constants,
             shard,
@@ -229,7 +238,10 @@ def context_and_vocabulary(rank: int, size: int) -> None:
             vocab_start=start,
         )
         close(found.loss, exact.loss, "loss")
-        grads = torch.autograd.grad(found.loss, [hidden, weight])
+        grads = [
+            grad.to_local() if isinstance(grad, DTensor) else grad
+            for grad in torch.autograd.grad(found.loss, [hidden, head])
+        ]
         close(grads[0], expected[0][:, shard.columns], "hidden")
         torch.distributed.all_reduce(grads[1], group=mesh["cp"].get_group())
         close(grads[1], expected[1][rows], "weight")
@@ -237,69 +249,34 @@ def context_and_vocabulary(rank: int, size: int) -> None:
     ids = shard.local(case.token_ids).clamp(0, 6)
     ids[0, 0] = 7 if rank == size - 1 else ids[0, 0]
     every = StepLayout.from_mask(torch.ones_like(case.mask))
-    failed = error_of(
-        lambda: context_linear_steppo_loss(
-            hidden.detach().nan_to_num(),
-            weight,
-            ids,
-            None,
-            torch.ones(every.num_steps),
-            every,
-            shard,
-            tp_group=mesh["tp"],
+
+    def failing(states: Any, **options: Any) -> str:
+        return error_of(
+            lambda: context_linear_steppo_loss(
+                states,
+                weight,
+                ids,
+                None,
+                torch.ones(every.num_steps),
+                every,
+                shard,
+                **options,
+            )
         )
-    )
+
+    failed = failing(hidden.detach().nan_to_num(), tp_group=mesh["tp"])
     assert failed.startswith("ValueError" if rank == size - 1 else "RuntimeError"), failed
+    failed = failing(placed[0])
+    assert failed.startswith("TypeError: hidden: got a DTensor, expected a whole tensor"), failed
+    parted = DTensor.from_local(hidden.detach(), mesh["tp"], [Shard(1)])
+    failed = failing(parted, tp_group=mesh["tp"])
+    assert failed.startswith("ValueError: hidden: got a DTensor placed as (Shard(dim=1),)"), failed
     shard.whole(torch.zeros(3, len(shard.columns)))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_tokens_and_vocabulary_are_both_split(worlds: Worlds, size: int) -> None:
     worlds.run(size, context_and_vocabulary)
-
-
-def on_a_backend(rank: int, size: int, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    case = head_case(4, rows=2, vocabulary=11).to(dtype)
-    shard = ContextShard.zigzag(17)
-    hidden = shard.local(case.hidden.detach()).requires_grad_()
-    found = context_linear_steppo_loss(
-        hidden,
-        case.weight,
-        shard.local(case.token_ids),
-        case.old_log_probs,
-        case.advantages,
-        case.layout,
-        shard,
-        config=StepPOConfig(clip_low=0.2, clip_high=0.2, entropy_coef=0.01),
-        chunk_tokens=6,
-        backend=backend,
-    )
-    grads = torch.autograd.grad(found.loss, [hidden, case.weight])
-    return {"loss": found.loss.detach(), "hidden": shard.whole(grads[0]), "weight": grads[1]}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("size", SIZES)
-def test_every_backend(target: Target, worlds: Worlds, size: int, dtype: torch.dtype) -> None:
-    every = worlds.run(size, on_a_backend, target.backend, dtype)
-    errors = {}
-    for name, kind in (("plain", dtype), ("exact", torch.float64)):
-        case = head_case(4, rows=2, vocabulary=11).to(kind)
-        constants = (case.old_log_probs, case.advantages, case.layout)
-        config = StepPOConfig(clip_low=0.2, clip_high=0.2, entropy_coef=0.01)
-        given = case.hidden, case.weight, case.token_ids
-        out = linear_steppo_loss(*given, *constants, config=config, backend="reference")
-        grads = torch.autograd.grad(out.loss, [case.hidden, case.weight])
-        errors[name] = {"loss": out.loss.detach(), "hidden": grads[0], "weight": grads[1]}
-    found = {**every[0], "weight": sum(one["weight"] for one in every)}
-    for other in every[1:]:
-        assert torch.equal(other["loss"], found["loss"])
-    for name, exact in errors["exact"].items():
-        error, allowed = (
-            Error.between(one[name].nan_to_num(), exact.nan_to_num()).rms
-            for one in (found, errors["plain"])
-        )
-        assert error <= 2 * allowed + 8 * torch.finfo(dtype).eps, (name, error, allowed)
 
 
 def half_precision(rank: int, size: int) -> list[Tensor]:
