@@ -122,8 +122,11 @@ def test_tokens_of_all_ranks(
 
 def test_tables_of_the_page_are_those_of_the_account() -> None:
     from benchmarks.scaling.__main__ import PAGE, filled
+    from benchmarks.scaling.tables import POSITIONS, sized
 
     page = PAGE.read_text()
+    held = sized(account.whole_memory(8, POSITIONS))
+    assert f"of 8 ranks and these positions, up to {held}." in page
     assert filled(page) == page, "run python -m benchmarks.scaling --write"
 
 

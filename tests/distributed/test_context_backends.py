@@ -103,8 +103,8 @@ def check(worlds: Worlds, target: Target, size: int, dtype: torch.dtype, shares:
                 error = Error.between(got[name].nan_to_num(), value.nan_to_num()).rms
                 squares.setdefault((who, name), []).append(error**2)
     factor = 1.0 if dtype.itemsize == 2 else 2.0
-    # In fp64, plain PyTorch is what is taken for exact. A loss is one number, in which terms of both
-    # signs meet: chance has a say.
+    # In fp64, plain PyTorch is taken for exact. A loss is one number, in which terms of both signs
+    # meet: chance has a say.
     rounding = 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     for name in exact:
         error, allowed = (
