@@ -288,9 +288,9 @@ def test_words_of_a_call(worlds: Worlds) -> None:
     for loss, log_probs, chunked_loss, chunked_log_probs in worlds.run(2, words):
         assert loss.count("all_reduce") == chunked_loss.count("all_reduce") == 1
         assert loss.count("all_gather") == 1 + 1 + 1 + 1
-        assert log_probs == ["all_gather"] * (1 + 1 + 1)
+        assert log_probs == ["all_gather"] * (1 + 1 + 1 + 1)
         assert chunked_loss.count("all_gather") == 1 + 4 + 1 + 1
-        assert chunked_log_probs == ["all_gather"] * (1 + -(-tokens // 8) + 1)
+        assert chunked_log_probs == ["all_gather"] * (1 + -(-tokens // 8) + 1 + 1)
 
 
 # What else may be around it
