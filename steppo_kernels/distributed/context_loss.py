@@ -68,7 +68,8 @@ def context_linear_steppo_loss(
 
     Args:
         hidden: ``[B, T_r, d]``, or ``[N_r, d]`` with a shard of ``dim=0``, the states of
-            ``shard.columns``; fp32, fp64, fp16 or bf16. Position i predicts ``token_ids[i]``.
+            ``shard.columns``; fp32, fp64, fp16 or bf16. Position i predicts ``token_ids[i]``. With
+            `tp_group` it may be a DTensor over these ranks that is whole on each, ``Replicate()``.
         weight: ``[V, d]``, the whole head on all ranks; as in `linear_steppo_loss`. With
             `tp_group`, this rank's rows of it.
         token_ids: int ``[B, T_r]`` or ``[N_r]``; ``shard.local`` of ids that were shifted as a
