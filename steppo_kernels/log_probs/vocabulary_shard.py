@@ -188,7 +188,7 @@ def local_hidden(name: str, hidden: Any, ranks: Ranks) -> Any:
     """
     if not hasattr(hidden, "full_tensor"):
         return hidden
-    _check_mesh(name, hidden, ranks)
+    check_mesh(name, hidden.device_mesh, ranks)
     if not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(
             f"{name}: got a DTensor placed as {hidden.placements}, expected all of it on every "
@@ -206,7 +206,7 @@ def local_rows(name: str, value: Any, ranks: Ranks) -> tuple[Any, int | None]:
     """
     if not hasattr(value, "full_tensor"):
         return value, None
-    _check_mesh(name, value, ranks)
+    check_mesh(name, value.device_mesh, ranks)
     (placement,) = value.placements
     if not placement.is_shard(0):
         raise ValueError(
@@ -217,9 +217,8 @@ def local_rows(name: str, value: Any, ranks: Ranks) -> tuple[Any, int | None]:
     return value.to_local(grad_placements=value.placements), ranks.rank * size
 
 
-def _check_mesh(name: str, value: Any, ranks: Ranks) -> None:
-    """Raise unless the ranks of a DTensor are those of the group, in the same order."""
-    mesh = value.device_mesh
+def check_mesh(name: str, mesh: Any, ranks: Ranks) -> None:
+    """Raise unless the ranks of a DTensor's mesh are those of the group, in the same order."""
     own, wanted = mesh.mesh.flatten().tolist(), dist.get_process_group_ranks(ranks.group)
     if mesh.ndim != 1 or own != wanted:
         raise ValueError(

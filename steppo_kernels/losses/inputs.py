@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -186,8 +188,17 @@ def _warn_of_rounding(
                 f"log-prob between -1 and -2 by up to {error:.2g}, so that rounding decides what "
                 "is clipped. Keep log-probs in float32 from the logits on, as token_log_probs and "
                 "the losses from logits and hidden states do, or widen the clip range",
-                stacklevel=4,
+                stacklevel=_level_of_the_caller(),
             )
+
+
+def _level_of_the_caller() -> int:
+    """Return the `stacklevel` of a warning that stands at the line that called the package."""
+    own, level = f"{__name__.partition('.')[0]}.", 1
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(own):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _per_step(name: str, value: Tensor, held: StepTensors | None, dtype: torch.dtype) -> Tensor:

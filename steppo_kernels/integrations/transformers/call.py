@@ -161,7 +161,7 @@ class FusedCall:
         """Let the ranks that share the head hear of an error, in the place of the word to come."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             if self._owes_word:
                 self._word().__exit__(type(error), error, None)
             raise

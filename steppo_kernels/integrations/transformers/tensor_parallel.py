@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...log_probs.vocabulary_shard import local_hidden, local_rows
+from ...log_probs.vocabulary_shard import check_mesh, local_hidden, local_rows
 from ...ranks import Ranks
 
 _HEAD = "model: the weight of its output head"
@@ -136,7 +136,9 @@ def part_of(head: nn.Linear, mesh: Any) -> Part:
             return Part(weight, bias, len(weight), mesh)
         mesh = mesh if mesh.ndim == 1 else mesh["tp"]
         ranks = _ranks_of(mesh)
-        start = _first_row(mesh, head.out_features)
+        check_mesh(_HEAD, mesh, ranks)
+        # As torch places a DTensor; the last ranks may have fewer rows, or none.
+        start = min(ranks.rank * -(-head.out_features // ranks.size), head.out_features)
         return Part(weight, bias, head.out_features, mesh, ranks, start)
     mesh = weight.device_mesh
     if mesh.ndim != 1:
@@ -166,13 +168,6 @@ def local(tensor: Any) -> Tensor:
 
 def _ranks_of(mesh: Any) -> Ranks:
     return Ranks.of("model", mesh)
-
-
-def _first_row(mesh: Any, count: int) -> int:
-    """Return where the rows of this rank begin among `count`, as torch places a DTensor."""
-    (place,) = mesh.get_coordinate()
-    first: int = min(place * -(-count // mesh.size()), count)
-    return first
 
 
 def _refuse_hidden_parts(head: nn.Linear) -> None:
