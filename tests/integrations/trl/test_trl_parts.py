@@ -151,6 +151,10 @@ def _rank(rank: int, port: int, folder: str, kinds: list[str]) -> None:
             found, made = trained(Path(folder) / "out", *parts, **KINDS[kind])
             if rank == 0:
                 torch.save((found, log_of(made)), Path(folder) / f"{kind}, {name}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # Not through Python's own exit, in which a thread of gloo now and again ends the process.
+    os._exit(0)
 
 
 def test_ranks_make_the_update_of_one_process(whole, tmp_path):
