@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.reference.policy_loss import clip_tokens
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
@@ -117,9 +118,7 @@ def _log_ratios(
         return ratios
     place = index if by_token else steps.step_ids.reshape(-1)[index].to(torch.int64)
     signs = checks.constant(checked).reshape(-1)[place]
-    low, high = token_clip
-    below = torch.where(signs < 0, ratios.clamp(min=-low), ratios)
-    return torch.where(signs >= 0, ratios.clamp(max=high), below)
+    return clip_tokens(ratios, signs, token_clip)[0]
 
 
 _NAMES = ("log_probs", "old_log_probs")

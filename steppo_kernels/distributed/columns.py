@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -57,15 +56,6 @@ def check_cover(every: Sequence[Tensor], length: int) -> None:
         ]
         held = f"on ranks {', '.join(ranks)}" if ranks else "on no rank"
         raise ValueError(f"columns: got place {place} {held}, expected each place on one rank")
-
-
-def check_length(value: object) -> int:
-    """Return the length of a token dimension."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"length: got {type(value).__name__}, expected an integer")
-    if int(value) < 0:
-        raise ValueError(f"length: got {value}, expected at least 0")
-    return int(value)
 
 
 def check_dim(value: object) -> int:

@@ -174,7 +174,7 @@ class ContextShard:
         with Call("ContextShard.of_columns", "group", ranks) as call:
             own = integers.vector("columns", columns)
             own = checks.dims("columns", own, (1,)).to("cpu", torch.int64)
-            length, dim = columns_of.check_length(length), columns_of.check_dim(dim)
+            length, dim = checks.count("length", length, 0), columns_of.check_dim(dim)
             if len(own) and not 0 <= int(own.min()) <= int(own.max()) < length:
                 bad = own[(own < 0) | (own >= length)][0].item()
                 raise ValueError(f"columns: got {bad}, expected places of a length of {length}")
@@ -201,7 +201,7 @@ class ContextShard:
     ) -> ContextShard:
         ranks = Ranks.of("group", group)
         with Call(f"ContextShard.{split.__name__}", "group", ranks) as call:
-            length, dim = columns_of.check_length(length), columns_of.check_dim(dim)
+            length, dim = checks.count("length", length, 0), columns_of.check_dim(dim)
             every = split(columns_of.rows_of(length, cu_seqlens), ranks.size)
             shard = _made(ranks, every, length, dim)
             call.agree(shard_facts(shard))

@@ -213,8 +213,15 @@ def local_rows(name: str, value: Any, ranks: Ranks) -> tuple[Any, int | None]:
             f"{name}: got a DTensor placed as {value.placements}, expected Shard(0): rows of the "
             "vocabulary"
         )
-    size = -(-len(value) // ranks.size)
-    return value.to_local(grad_placements=value.placements), ranks.rank * size
+    return value.to_local(grad_placements=value.placements), first_row(len(value), ranks)
+
+
+def first_row(vocabulary: int, ranks: Ranks) -> int:
+    """Return where this rank's rows begin, as torch places them by ``Shard(0)``.
+
+    All ranks have equally many, but for the last ones, which may have fewer or none.
+    """
+    return min(ranks.rank * -(-vocabulary // ranks.size), vocabulary)
 
 
 def check_mesh(name: str, mesh: Any, ranks: Ranks) -> None:

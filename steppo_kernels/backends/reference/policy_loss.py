@@ -132,7 +132,7 @@ def policy_loss(
     new = tokens.gather(log_probs)
     old = new.detach() if old_log_probs is None else tokens.gather(old_log_probs)
     raw = new - old
-    z, is_bitten = _clip_tokens(raw, on_tokens(unit_advantages), config.token_clip)
+    z, is_bitten = clip_tokens(raw, on_tokens(unit_advantages), config.token_clip)
     gap = new.detach().exp() - old.exp() if config.surrogate == "tv" else None
     share = divisor ** -_POWERS[config.ratio]
     step_log_ratio = _pooled(z, tokens, share, ratio_center, config.ratio)
@@ -200,7 +200,7 @@ def policy_loss(
     return objective, metrics, step_log_ratio.detach()
 
 
-def _clip_tokens(
+def clip_tokens(
     z: Tensor, advantages: Tensor, bounds: tuple[float, float] | None
 ) -> tuple[Tensor, Tensor]:
     """Return log-ratios clamped on the side of their advantage (GMPO), and where that bites."""

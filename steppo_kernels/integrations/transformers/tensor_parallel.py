@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...log_probs.vocabulary_shard import check_mesh, local_hidden, local_rows
+from ...log_probs.vocabulary_shard import check_mesh, first_row, local_hidden, local_rows
 from ...ranks import Ranks
 
 _HEAD = "model: the weight of its output head"
@@ -137,8 +137,7 @@ def part_of(head: nn.Linear, mesh: Any) -> Part:
         mesh = mesh if mesh.ndim == 1 else mesh["tp"]
         ranks = _ranks_of(mesh)
         check_mesh(_HEAD, mesh, ranks)
-        # As torch places a DTensor; the last ranks may have fewer rows, or none.
-        start = min(ranks.rank * -(-head.out_features // ranks.size), head.out_features)
+        start = first_row(head.out_features, ranks)
         return Part(weight, bias, head.out_features, mesh, ranks, start)
     mesh = weight.device_mesh
     if mesh.ndim != 1:
