@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ pytest.importorskip("transformers", reason="the demo's extra is not installed")
 
 import torch
 import transformers
-from collectives import counted
+from collectives import counted, error_of
 from split_models import (
     BY_SEQUENCE,
     CASES,
@@ -104,14 +103,6 @@ def test_plans_of_transformers(worlds: Worlds, tmp_path: Path) -> None:
 
 
 # Failures
-
-
-def error_of(run: Callable[[], object]) -> str:
-    try:
-        run()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def spoiled(what: str, batch: Batch, values: dict[str, Any], model: Any) -> tuple[Any, Any]:
@@ -291,6 +282,24 @@ def test_words_of_a_call(worlds: Worlds) -> None:
         assert log_probs == ["all_gather"] * (1 + 1 + 1 + 1)
         assert chunked_loss.count("all_gather") == 1 + 4 + 1 + 1
         assert chunked_log_probs == ["all_gather"] * (1 + -(-tokens // 8) + 1 + 1)
+
+
+def in_turned_order(rank: int, size: int) -> str:
+    """Parts in the place of a weight, as they are without gradients, over ranks that descend."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from steppo_kernels.integrations.transformers.tensor_parallel import part_of
+
+    head = torch.nn.Linear(4, 6, bias=False)
+    head.weight = torch.nn.Parameter(head.weight.detach()[3 * rank : 3 * rank + 3])
+    assert part_of(head, DeviceMesh("cpu", [0, 1])).start == 3 * rank
+    return error_of(lambda: part_of(head, DeviceMesh("cpu", [1, 0])))
+
+
+def test_ranks_that_do_not_ascend(worlds: Worlds) -> None:
+    for error in worlds.run(2, in_turned_order):
+        assert error.startswith("ValueError: model: the weight of its output head: got a DTensor")
+        assert "[1, 0]" in error
 
 
 # What else may be around it
