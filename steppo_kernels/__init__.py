@@ -7,6 +7,7 @@ from .layout.ends import check_step_ends
 from .layout.step_layout import StepLayout
 from .log_probs.linear_token_log_probs import linear_token_log_probs
 from .log_probs.token_log_probs import token_log_probs
+from .log_probs.token_support import TokenSupport
 from .losses.gae import step_gae
 from .losses.group_normalize import group_normalize
 from .losses.linear_steppo_loss import linear_steppo_loss
@@ -28,6 +29,7 @@ __all__ = [
     "StepPOLoss",
     "StepPOOutput",
     "StepValueLoss",
+    "TokenSupport",
     "__version__",
     "broadcast_to_tokens",
     "check_step_ends",

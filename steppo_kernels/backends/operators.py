@@ -1,14 +1,6 @@
-"""The native operators: schema, fake and dispatch of each, and the two ways to call one.
+"""The native operators: schema and fake of each.
 
-Eager code calls the launcher of a backend directly; under `torch.compile` the same call becomes
-the registered operator ``torch.ops.steppo.<name>``, so that the graph does not break. Autograd
-lives outside, in the public functions: an operator returns what backward needs.
-
-A launcher is the function ``<name>`` in ``<stem>.py`` of the backend's folder. It takes checked,
-contiguous tensors on one device and the schema's arguments without the last, `backend`. Tensors
-that belong together are one record (`records.py`), a ``Tensor[]`` in the schema, and numbers are
-one ``float[]``. An output that is not needed may be None; the registered operator makes it empty.
-To add an operator: a row below, a launcher per backend, and tests.
+To add an operator: a row here or in `kept_operators.py`, a launcher per backend, and tests.
 
 The reference has two ways. Its layouts, broadcasts and advantages are launchers like those of the
 other backends. Its losses and log-probs are called by the public functions themselves, with the
@@ -17,88 +9,21 @@ config as it is, and autograd differentiates them.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..outputs import NUM_VALUE_METRICS
+from . import kept_operators
 from .fakes import loss_outputs, scale, segments
-from .records import States, Steps, Timeline
+from .records import Steps, Timeline
+from .registry import call, handles, launcher, operator, runner, stems
 
-_library = torch.library.Library("steppo", "DEF")
-# The backends that share the launchers in `compiled/`.
-_COMPILED = ("cpu", "cuda")
-_RECORDS = (Steps, Timeline, States)
-# Kernels of `cuda` keep a workspace between calls, and launchers what they allocate others like.
-# Neither may come from the memory of the graphs that `mode="reduce-overhead"` records.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
-_stems: dict[str, str] = {}
-_handles: dict[str, Any] = {}
+__all__ = ["call", "handles", "kept_operators", "launcher", "runner", "stems"]
 
 
-def call(name: str, backend: str, *args: Any) -> Any:
-    """Run the operator `name` on `backend`, through the dispatcher only while compiling."""
-    return runner(name, backend)(*args)
-
-
-def runner(name: str, backend: str) -> Callable[..., Any]:
-    """Return what `call` calls."""
-    if not is_compiling():
-        return launcher(backend, name)
-
-    def compiled(*args: Any) -> Any:
-        # A compiler knows the tensors of a record as a list.
-        return _handles[name](*[list(x) if isinstance(x, _RECORDS) else x for x in args], backend)
-
-    return compiled
-
-
-@functools.cache
-def launcher(backend: str, name: str) -> Callable[..., Any]:
-    """Return the function that runs the operator `name` on `backend`."""
-    stem = _stems[name]
-    folder = "compiled" if backend in _COMPILED else backend
-    if stem == "lm_head" and backend != "cpu":
-        folder = "gpu"
-    module = importlib.import_module(f"{__package__}.{folder}.{stem}")
-    run: Callable[..., Any] = getattr(module, name)
-    if folder == "compiled":
-        launch = importlib.import_module(f"{__package__}.{folder}.launch")
-        return functools.partial(run, launch.native_of(backend))
-    return run
-
-
-def _operator(stem: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the fake of an operator with this schema."""
-
-    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
-        name = fake.__name__
-
-        def dispatch(*args: Any) -> Any:
-            # The dispatcher makes lists of the tuples that launchers hand on as they are.
-            given = [tuple(x) if isinstance(x, list) else x for x in args[:-1]]
-            outputs = launcher(args[-1], name)(*given)
-            if not isinstance(outputs, tuple):
-                return outputs
-            # The first output is always there.
-            return tuple(outputs[0].new_empty((0,)) if x is None else x for x in outputs)
-
-        _stems[name] = stem
-        _library.define(f"{name}{schema}", tags=_TAGS)
-        _library.impl(name, dispatch, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"steppo::{name}", fake, lib=_library)
-        _handles[name] = getattr(torch.ops.steppo, name).default
-        return fake
-
-    return register
-
-
-@_operator(
+@operator(
     "segment",
     "(Tensor mask, Tensor? boundaries, Tensor row_offsets, str backend) "
     "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
@@ -108,7 +33,7 @@ def segment_mask(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, b
     return segments(mask.numel(), row_offsets)
 
 
-@_operator(
+@operator(
     "segment",
     "(Tensor mask, Tensor? boundaries, Tensor row_offsets, str backend) "
     "-> (Tensor row_steps, Tensor counts)",
@@ -118,7 +43,7 @@ def count_steps(mask: Tensor, boundaries: Tensor | None, row_offsets: Tensor, ba
     return segments(mask.numel(), row_offsets)[1:]
 
 
-@_operator(
+@operator(
     "segment",
     "(Tensor mask, Tensor? boundaries, Tensor row_offsets, Tensor row_steps, SymInt num_steps, "
     "SymInt num_actions, str backend) -> (Tensor step_ids, Tensor token_index, "
@@ -141,7 +66,7 @@ def lay_out_runs(
     return step_ids.view(mask.shape), *csr, steps, counts, rows
 
 
-@_operator(
+@operator(
     "segment",
     "(Tensor ids, Tensor row_offsets, str backend) "
     "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
@@ -151,7 +76,7 @@ def segment_ids(ids: Tensor, row_offsets: Tensor, backend: str) -> Any:
     return segments(ids.numel(), row_offsets)
 
 
-@_operator(
+@operator(
     "segment",
     "(Tensor mask, Tensor? valid, str backend) "
     "-> (Tensor step_ids, Tensor row_steps, Tensor counts)",
@@ -162,7 +87,7 @@ def segment_rows(mask: Tensor, valid: Tensor | None, backend: str) -> Any:
     return segments(mask.numel(), row_offsets)
 
 
-@_operator(
+@operator(
     "segment",
     "(Tensor token_ids, Tensor row_offsets, Tensor starts, Tensor start_offsets, Tensor ends, "
     "Tensor stops, Tensor stop_offsets, str backend) -> Tensor",
@@ -181,7 +106,7 @@ def mark_actions(
     return token_ids.new_empty(token_ids.shape, dtype=torch.bool)
 
 
-@_operator(
+@operator(
     "segment",
     "(Tensor step_ids, SymInt num_steps, SymInt num_tokens, str backend) "
     "-> (Tensor token_index, Tensor step_offsets, Tensor step_lengths, Tensor step_starts)",
@@ -196,7 +121,7 @@ def compact(step_ids: Tensor, num_steps: int, num_tokens: int, backend: str) -> 
     )
 
 
-@_operator(
+@operator(
     "segment",
     "(Tensor row_steps, Tensor token_index, Tensor step_offsets, str backend) "
     "-> (Tensor trajectory_steps, Tensor trajectory_counts, Tensor state_index, Tensor step_rows)",
@@ -214,7 +139,7 @@ def row_trajectories(
     )
 
 
-@_operator(
+@operator(
     "broadcast",
     "(Tensor per_step, Tensor step_ids, str backend) -> Tensor",
 )
@@ -223,7 +148,7 @@ def broadcast_to_tokens(per_step: Tensor, step_ids: Tensor, backend: str) -> Any
     return per_step.new_empty((step_ids.numel(),))
 
 
-@_operator(
+@operator(
     "broadcast",
     "(Tensor per_token, Tensor token_index, Tensor step_offsets, str backend) -> Tensor",
 )
@@ -234,7 +159,7 @@ def sum_over_steps(
     return per_token.new_empty((step_offsets.shape[0] - 1,))
 
 
-@_operator(
+@operator(
     "gae",
     "(Tensor rewards, Tensor values, Tensor? bootstrap_values, Tensor[] timeline, float[] config, "
     "bool rewards_per_token, bool values_per_token, str backend) "
@@ -255,7 +180,7 @@ def step_gae(
     return values.new_empty((num_steps,)), values.new_empty((num_steps,))
 
 
-@_operator(
+@operator(
     "value_loss",
     "(Tensor values, Tensor returns, Tensor? old_values, Tensor? step_weights, "
     "Tensor? normalizer, Tensor[] states, float[] config, bool values_per_token, "
@@ -288,7 +213,7 @@ def value_loss(
     )
 
 
-@_operator(
+@operator(
     "policy_loss",
     "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
     "Tensor? ref_log_probs, Tensor? is_weights, Tensor? step_weights, Tensor? clip_low, "
@@ -329,7 +254,7 @@ def policy_loss(
     return loss, metrics, step_log_ratio, *grads
 
 
-@_operator(
+@operator(
     "policy_loss",
     "(Tensor log_probs, Tensor? entropy, Tensor? old_log_probs, Tensor advantages, "
     "Tensor? ref_log_probs, Tensor? is_weights, Tensor? ratio_center, Tensor? normalizer, "
@@ -360,7 +285,7 @@ def policy_loss_masked(
     return loss_outputs(log_probs, need_grad, need_entropy_grad, backend)
 
 
-@_operator(
+@operator(
     "scale_gradient",
     "(Tensor(a!) out, Tensor grad, Tensor upstream, Tensor? scale, str backend) -> ()",
 )
@@ -377,7 +302,7 @@ def scale_gradient(
 _HEAD = "Tensor? mask, Tensor? temperatures, float temperature, float softcap"
 
 
-@_operator(
+@operator(
     "token_log_probs",
     f"(Tensor logits, Tensor token_ids, {_HEAD}, bool need_entropy, str backend) "
     "-> (Tensor log_probs, Tensor entropy, Tensor top, Tensor log_sum)",
@@ -414,7 +339,7 @@ def token_log_probs(
     )
 
 
-@_operator(
+@operator(
     "token_log_probs",
     f"(Tensor(a!) grad_logits, Tensor logits, Tensor token_ids, {_HEAD}, Tensor top, "
     "Tensor log_sum, Tensor? entropy, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? rows, "
@@ -449,7 +374,7 @@ def token_log_probs_backward(
     """
 
 
-@_operator(
+@operator(
     "live_rows",
     "(Tensor grad_log_probs, Tensor? grad_entropy, bool ascending, str backend) "
     "-> (Tensor order, Tensor count)",
@@ -466,7 +391,7 @@ def order_live_rows(
     return order, order.new_empty(())
 
 
-@_operator(
+@operator(
     "lm_head",
     "(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, str backend) -> ()",
 )
@@ -482,7 +407,7 @@ def head_logits(
     """
 
 
-@_operator(
+@operator(
     "lm_head",
     "(Tensor(a!) total, Tensor product, bool is_first, str backend) -> ()",
 )

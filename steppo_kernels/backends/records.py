@@ -142,6 +142,66 @@ class States(_States):
         return (*_addresses(self), self.state_index.numel())
 
 
+class _Sets(NamedTuple):
+    ids: Tensor
+    offsets: Tensor
+
+
+class Sets(_Sets):
+    """The ids that each token keeps, and so its pairs of a token and an id.
+
+    Attributes:
+        ids: int32 ``[P]``, ascending within a token.
+        offsets: int64 ``[N + 1]``: token n has the pairs ``offsets[n]`` to ``offsets[n + 1]``.
+    """
+
+    @kept
+    def fields(self) -> tuple[int, ...]:
+        """The record ``Sets`` of the compiled code."""
+        return (*_addresses(self), self.ids.numel(), self.offsets.numel() - 1)
+
+
+class _IdIndex(NamedTuple):
+    ids: Tensor
+    pairs: Tensor
+    tokens: Tensor
+    parts: Tensor
+    part_ids: Tensor
+    part_slots: Tensor
+    long_ids: Tensor
+    long_slots: Tensor
+
+
+class IdIndex(_IdIndex):
+    """The pairs in the order of their ids, in parts of a bounded length.
+
+    A part is of one id. Ids with more than one are *long*: each of their parts has a slot for its
+    sum.
+
+    Attributes:
+        ids: int32 ``[U]``, the ids that some token keeps, ascending.
+        pairs: int64 ``[P]``, the pairs by their id and then by their token.
+        tokens: int64 ``[P]``, the token of each of these.
+        parts: int64 ``[W + 1]``: part w has the entries ``parts[w]`` to ``parts[w + 1]``.
+        part_ids: int64 ``[W]``, which of the ids a part belongs to.
+        part_slots: int64 ``[W]``, the slot of a part; -1 if it is all that its id has.
+        long_ids: int64 ``[X]``, which of the ids are long.
+        long_slots: int64 ``[X + 1]``: long id x has the slots ``long_slots[x]`` to
+            ``long_slots[x + 1]``.
+    """
+
+    @kept
+    def num_slots(self) -> int:
+        """How many parts long ids have together. A GPU is waited for, once."""
+        return int(self.long_slots[-1])
+
+    @kept
+    def fields(self) -> tuple[int, ...]:
+        """The record ``IdIndex`` of the compiled code."""
+        sizes = (self.ids, self.pairs, self.part_ids, self.long_ids)
+        return (*_addresses(self), *(tensor.numel() for tensor in sizes))
+
+
 def record(kind: type[Record], tensors: Sequence[Tensor]) -> Record:
     """Return the tensors of a schema as the record that they are; a record is returned itself."""
     return tensors if type(tensors) is kind else kind(*tensors)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..inference import outside_inference_mode
 from . import regroup
-from .inference import outside_inference_mode
 from .step_layout import StepLayout, layout_of, require_layout
 
 

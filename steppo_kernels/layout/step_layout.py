@@ -15,8 +15,8 @@ from .. import checks
 from ..backends.choice import Backend
 from ..backends.reference.reductions import reduction_weights
 from ..config import REDUCTIONS, Reduction, one_of
+from ..inference import outside_inference_mode
 from . import build, regroup
-from .inference import outside_inference_mode
 from .loaded import checked_tensors
 from .step_tensors import StepTensors
 

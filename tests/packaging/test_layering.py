@@ -91,6 +91,7 @@ _FLOORS = (
         "config",
         "outputs",
         "checks",
+        "inference",
         "ranks",
         "_version",
         "_C_cpu",

@@ -91,4 +91,19 @@ static inline void with_gradient(int dtype, int grad_dtype, F&& body) {
   });
 }
 
+// Calls body(In{}, Out{}) with the types of rows and of a sum of them: the same, or of a half
+// precision fp32.
+template <class F>
+static inline void with_sum(int dtype, int sum_dtype, F&& body) {
+  with_logits(dtype, [&](auto in) {
+    if constexpr (sizeof in < sizeof(float)) {
+      if (sum_dtype == kFloat32) return body(in, float{});
+    }
+    if (sum_dtype != dtype) {
+      throw std::invalid_argument("a sum has a dtype that its numbers are not written in");
+    }
+    body(in, in);
+  });
+}
+
 }  // namespace steppo

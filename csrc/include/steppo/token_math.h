@@ -121,6 +121,13 @@ STEPPO_FN RowResult row_result(double target, const RowSums& s, double temperatu
   return {d - log_sum, log_sum - (s.moment / temperature + own) / sum, {s.top, log_sum}};
 }
 
+// What is known of a row whose token is elsewhere; its log-prob is 0.
+STEPPO_FN RowResult others_result(const RowSums& s, double temperature) {
+  const double log_sum = std::log(s.sum);
+  const double entropy = s.sum > 0 ? log_sum - s.moment / temperature / s.sum : 0.0;
+  return {0.0, entropy, {s.top, log_sum}};
+}
+
 // The gradient of the logits of a row, dL/dx = (c [x is the target] - p (c + e (log p + H))) slope
 // / temperature with log p = z - log-sum-exp and slope that of the cap, is e^d (base + rise d)
 // slope with d = (x - top) / temperature, but for the target.

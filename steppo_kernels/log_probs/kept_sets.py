@@ -1,0 +1,140 @@
+"""The kept sets of tokens as kernels read them: sorted, without duplicates, and grouped by id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..backends.records import IdIndex, Sets, kept
+
+# Pairs of one id that are summed together: enough of them that what the sums of parts move is small
+# next to the hidden states, and few enough that an id which every token keeps is split over all
+# processors.
+PART = 256
+# Ids are below this, and so are tokens: a token and an id make one int64.
+MOST_IDS = 2**31
+
+
+class KeptSets:
+    """The ids of N tokens, P together. Only the package sees these tensors: nothing changes them.
+
+    What follows from them is made when it is first asked for, and kept.
+
+    Attributes:
+        sets: the ids, ascending within a token and each once.
+        largest: the largest of the ids, -1 without one.
+        has_empty: whether a token has no ids.
+    """
+
+    def __init__(self, ids: Tensor, offsets: Tensor, largest: int, *, has_empty: bool) -> None:
+        self.sets, self.largest, self.has_empty = Sets(ids, offsets), largest, has_empty
+        self._within: dict[tuple[int, int], KeptSets] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.sets.offsets.shape[0] - 1
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.sets.ids.shape[0]
+
+    @kept
+    def counts(self) -> Tensor:
+        """How many ids each token has: int64 ``[N]``."""
+        with _plain():
+            return self.sets.offsets.diff()
+
+    @kept
+    def tokens(self) -> Tensor:
+        """The token of each pair: int64 ``[P]``."""
+        with _plain():
+            every = torch.arange(self.num_tokens, device=self.sets.ids.device)
+            return torch.repeat_interleave(every, self.counts, output_size=self.num_pairs)
+
+    @kept
+    def _keys(self) -> Tensor:
+        """A number for each pair, which ascends: int64 ``[P]``."""
+        with _plain():
+            return self.tokens * MOST_IDS + self.sets.ids
+
+    @kept
+    def by_id(self) -> IdIndex:
+        """The pairs in the order of their ids."""
+        with _plain():
+            return id_index(self.sets.ids, self.tokens)
+
+    def places(self, token_ids: Tensor, rows: Tensor) -> Tensor:
+        """Return where in its set each of the tokens `rows` has its id, -1 if nowhere: ``[n]``."""
+        if self.num_pairs == 0:
+            return torch.full_like(rows, -1)
+        ids = token_ids[rows]
+        keys = rows * MOST_IDS + ids
+        at = torch.searchsorted(self._keys, keys).clamp(max=self.num_pairs - 1)
+        is_there = (self._keys[at] == keys) & (ids >= 0) & (ids < MOST_IDS)
+        return torch.where(is_there, at - self.sets.offsets[rows], -1)
+
+    def at(self, tokens: Tensor) -> KeptSets:
+        """Return the sets of some tokens (int64 ``[n]``), which may come twice and in any order."""
+        offsets, counts = self.sets.offsets[tokens], self.counts[tokens]
+        borders = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        total = int(borders[-1])
+        shifts = torch.repeat_interleave(offsets - borders[:-1], counts, output_size=total)
+        pairs = torch.arange(total, device=tokens.device) + shifts
+        has_empty = self.has_empty and bool((counts == 0).any())
+        return KeptSets(self.sets.ids[pairs], borders, self.largest, has_empty=has_empty)
+
+    def to(self, device: torch.device) -> KeptSets:
+        """Return the sets on `device`; themselves, if they lie there."""
+        ids, offsets = (tensor.to(device) for tensor in self.sets)
+        if ids is self.sets.ids:
+            return self
+        return KeptSets(ids, offsets, self.largest, has_empty=self.has_empty)
+
+    def within(self, start: int, size: int) -> KeptSets:
+        """Return the sets among ids from `start` on, `size` of them, counted from there."""
+        if (start, size) not in self._within:
+            with _plain():
+                ids = self.sets.ids
+                is_in = (ids >= start) & (ids < start + size)
+                before = torch.nn.functional.pad(is_in.cumsum(0), (1, 0))
+                offsets = before[self.sets.offsets]
+                mine = ids[is_in] - start
+            # Sets that have nothing here are no empty ones.
+            self._within[start, size] = KeptSets(mine, offsets, size - 1, has_empty=False)
+        return self._within[start, size]
+
+
+def id_index(ids: Tensor, tokens: Tensor) -> IdIndex:
+    """Return pairs ``[P]`` of ids (int32) and tokens in the order of their ids."""
+    device = ids.device
+    in_order, pairs = ids.sort(stable=True)
+    distinct, counts = torch.unique_consecutive(in_order, return_counts=True)
+    num_parts = (counts + (PART - 1)) // PART
+    # What is long is known on the host from here on, and so is every size.
+    every = torch.arange(len(distinct), device=device)
+    part_ids = torch.repeat_interleave(every, num_parts)
+    number = torch.arange(len(part_ids), device=device)
+    number -= (num_parts.cumsum(0) - num_parts)[part_ids]
+    begin = (counts.cumsum(0) - counts)[part_ids] + number * PART
+    parts = torch.cat((begin, begin.new_full((1,), len(ids))))
+    is_long = num_parts > 1
+    is_slot = is_long[part_ids]
+    part_slots = torch.where(is_slot, is_slot.cumsum(0) - 1, -1)
+    long_ids = is_long.nonzero().squeeze(1)
+    long_slots = torch.nn.functional.pad(num_parts[long_ids].cumsum(0), (1, 0))
+    return IdIndex(
+        distinct, pairs, tokens[pairs], parts, part_ids, part_slots, long_ids, long_slots
+    )
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Make tensors that outlive the modes which are on."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield

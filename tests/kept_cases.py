@@ -1,0 +1,57 @@
+"""Kept sets of every kind, and what plain PyTorch makes of the operators on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steppo_kernels import TokenSupport
+
+# What sets of N tokens over V ids can be like.
+KINDS = ("random", "nested", "full", "one", "empty", "some empty", "everywhere", "long")
+
+
+def mask_of(kind: str, tokens: int, vocabulary: int, seed: int = 0) -> Tensor:
+    """Return which ids each token keeps: bool ``[N, V]``."""
+    generator = torch.Generator().manual_seed(seed * 1000 + tokens * 31 + vocabulary)
+    noise = torch.rand((tokens, vocabulary), generator=generator)
+    number, place = torch.arange(vocabulary), torch.arange(tokens)[:, None]
+    if kind == "random":
+        mask = noise < 0.3
+    elif kind == "nested":
+        mask = number < 1 + place % vocabulary
+    elif kind == "full":
+        mask = torch.ones_like(noise, dtype=torch.bool)
+    elif kind == "one":
+        mask = noise == noise.amax(1, keepdim=True)
+    elif kind == "empty":
+        mask = torch.zeros_like(noise, dtype=torch.bool)
+    elif kind == "some empty":
+        mask = (noise < 0.3) & (place % 3 != 1)
+    elif kind == "everywhere":
+        # One id is in every set, so that it has several parts where there are many tokens.
+        mask = (noise < 0.1) | (number == vocabulary // 2)
+    else:
+        assert kind == "long"
+        mask = noise < torch.where(place % 4 == 0, 0.95, 0.05)
+    return mask
+
+
+def taken_from(mask: Tensor, seed: int = 0) -> Tensor:
+    """Return an id of each set, any one of an empty set: int64 ``[N]``."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(mask.shape, generator=generator)
+    return torch.where(mask.any(1, keepdim=True) & ~mask, -1.0, noise).argmax(1)
+
+
+def support_of(mask: Tensor, device: str = "cpu", **options: str) -> TokenSupport:
+    """Return the sets of a mask, made by `from_csr`: ids come twice and descend."""
+    ids = mask.nonzero()[:, 1].flip(0)
+    counts = mask.sum(1)
+    # The sets lie from the last token to the first; every id of a set comes twice.
+    borders = counts.flip(0).cumsum(0)
+    parts = [ids[end - count : end] for end, count in zip(borders, counts.flip(0), strict=True)]
+    doubled = [torch.cat((part, part)) for part in reversed(parts)]
+    offsets = torch.nn.functional.pad((2 * counts).cumsum(0), (1, 0))
+    made = TokenSupport.from_csr(torch.cat(doubled), offsets, **options)
+    return made.to(device)
