@@ -119,18 +119,15 @@ RowPair<In> add_last(const In* const* rows, const RowValue<In>* factors, int64_t
   return sum;
 }
 
-// Element j of a pair: those of bf16 are the even and the odd ones.
+// Element j of a pair.
 template <class In>
 RowValue<In> element(const RowPair<In>& x, int j) {
   constexpr int kHalf = kPairSize<In> / 2;
   RowValue<In> a[kHalf], b[kHalf];
   std::memcpy(a, &x.a, sizeof a);
   std::memcpy(b, &x.b, sizeof b);
+  if constexpr (kIsInterleaved<In>) return j % 2 == 0 ? a[j / 2] : b[j / 2];
   return j < kHalf ? a[j] : b[j - kHalf];
-}
-template <>
-float element<BFloat16>(const RowPair<BFloat16>& x, int j) {
-  return j % 2 == 0 ? x.a[j / 2] : x.b[j / 2];
 }
 
 // Writes the first `width` elements of a pair in its own type or, of a half precision, as fp32.

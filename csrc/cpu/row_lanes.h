@@ -66,6 +66,16 @@ template <class In>
 constexpr int kPairSize =
     2 * static_cast<int>(sizeof(typename RowType<In>::Lanes) / sizeof(typename RowType<In>::Value));
 
+// Whether a pair has the even and the odd elements, and not those of one half and of the other.
+template <class In>
+constexpr bool kIsInterleaved = false;
+template <>
+constexpr bool kIsInterleaved<BFloat16> = true;
+#if !defined(__AVX512F__) && !defined(__F16C__)
+template <>
+constexpr bool kIsInterleaved<Half> = true;
+#endif
+
 // The larger one, for finite or infinite `low`; x if that is NaN.
 static inline RowLanes larger(RowLanes x, RowLanes low) {
 #if defined(__AVX512F__)
