@@ -143,9 +143,9 @@ def kept_weight_gradient(
 ) -> Any:
     """Fake: write the sums of ``grad_logits[p] * hidden[n]`` over the pairs p of each kept id.
 
-    They go to the id's row of `grad_weight` ``[V, d]``, whose other rows are 0, or with `compact` to
-    row u of ``[U, d]`` for the u-th of the ids; `grad_bias` (fp32 or fp64, ``[V]`` or ``[U]``) gets
-    the sums of ``grad_logits[p]``. `grad_weight` has the dtype of `hidden`.
+    They go to the id's row of `grad_weight` ``[V, d]``, whose other rows are 0, or with `compact`
+    to row u of ``[U, d]`` for the u-th of the ids; `grad_bias` (fp32 or fp64, ``[V]`` or ``[U]``)
+    gets the sums of ``grad_logits[p]``. `grad_weight` has the dtype of `hidden`.
     Sums are formed in fp32 or fp64, over tokens in their order, those of each of `IdIndex.parts`
     first, and rounded once. Hidden states whose gradient is 0 are not read.
     """

@@ -16,6 +16,7 @@ from .plain_head import plain_log_probs
 from .saved import save, saved
 from .sharded_head import again, localized, on_shards, shared
 from .supported_head import kept_log_probs
+from .targets import ids_of, one_id, token_shape
 from .token_support import TokenSupport
 from .untraced import untraced, untraced_with
 
@@ -58,7 +59,8 @@ def linear_token_log_probs(
         hidden: ``[..., d]``, fp32, fp64, fp16 or bf16; position i predicts ``token_ids[i]``.
         weight: ``[V, d]`` in the dtype of `hidden` (under autocast both are cast, but not fp64);
             may be strided, tied to an embedding or frozen.
-        token_ids: int ``[...]``, in the shapes that `token_log_probs` takes.
+        token_ids: int ``[...]``, in the shapes that `token_log_probs` takes; or ``[..., K]`` for K
+            ids of each token, which may come twice: all of them from one pass.
         bias: ``[V]``.
         temperature: above 0, what logits are divided by; a number, or one for each token.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
@@ -82,7 +84,8 @@ def linear_token_log_probs(
         backend: implementation of what is not a matrix product.
 
     Returns:
-        fp32 (fp64 for fp64 inputs) of the shape of `token_ids`; with `return_entropy` a pair.
+        fp32 (fp64 for fp64 inputs) of the shape of `token_ids`; with `return_entropy` a pair. Of K
+        above 1 ids a token, entropies have the token shape.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -105,14 +108,17 @@ def linear_token_log_probs(
                 hidden, weight, bias, vocab_start, call.ranks
             )
         hidden = checks.floating("hidden", hidden)
-        shape, device = checks.token_shape(token_ids, hidden.shape[:-1]), hidden.device
+        shape, device = token_shape(token_ids, hidden.shape[:-1]), hidden.device
         if mask is not None:
             mask = checks.row_mask("mask", mask, shape, device)
         chosen, is_shard = resolve(backend, device), call is not None
         tokens, head = check_head(
             hidden, weight, bias, temperature, softcap, shape, mask, chosen, is_shard=is_shard
         )
-        ids = checks.token_ids("token_ids", token_ids, shape, device)
+        ids = ids_of(token_ids, shape, device)
+        for name, value in (("support", support), ("tp_group", tp_group)):
+            if value is not None:
+                one_id(ids, name)
         every = torch.arange(len(tokens), device=device)
         index = every if mask is None else mask.nonzero().squeeze(1)
         if support is not None:
@@ -133,8 +139,9 @@ def linear_token_log_probs(
         )
         if call is not None:
             call.finish()
+    of_tokens = token_ids.shape if ids.dim() == 1 else token_ids.shape[:-1]
     log_probs = log_probs.view(token_ids.shape)
-    return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
+    return (log_probs, entropy.view(of_tokens)) if return_entropy else log_probs
 
 
 def log_probs_of_head(
@@ -214,7 +221,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         chunk: int,
         need_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        log_probs = hidden.new_zeros(len(token_ids), dtype=checks.compute_dtype(hidden))
+        log_probs = hidden.new_zeros(token_ids.shape, dtype=checks.compute_dtype(hidden))
         entropy = log_probs.new_zeros(len(token_ids) if need_entropy else 0)
         with head.buffer(min(chunk, len(index))) as buffer:
             for part in index.split(chunk) if len(index) else ():
@@ -247,8 +254,8 @@ class _LinearTokenLogProbs(torch.autograd.Function):
             tensors: Any = saved(ctx, grad, grad_entropy)
             hidden, weight, bias, temperatures, token_ids, index = tensors
             head = head._replace(weight=weight, bias=bias, temperatures=temperatures)
-            zeros = hidden.new_zeros(len(index), dtype=checks.compute_dtype(hidden))
-            c = zeros if grad is None else grad[index]
+            zeros = torch.zeros_like(token_ids, dtype=checks.compute_dtype(hidden))
+            c = (zeros if grad is None else grad)[index]
             e = None if grad_entropy is None else grad_entropy[index]
             live = live_rows(c, e, head.backend, ascending=True)
             if call is not None and head.shard is not None:

@@ -31,8 +31,10 @@ def linear_token_log_probs(
     logits, temperature = _logits(hidden, weight, bias, index, temperature, dtype)
     every = torch.arange(len(index), device=hidden.device)
     found = token_log_probs(logits, token_ids[index], every, temperature, softcap, dtype, is_kept)
-    zeros = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
-    log_probs, entropy = (zeros.index_put((index,), values) for values in found)
+    log_probs, entropy = (
+        values.new_zeros((len(hidden), *values.shape[1:])).index_put((index,), values)
+        for values in found
+    )
     return log_probs, entropy
 
 

@@ -42,20 +42,23 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies ``[N]`` of ``[N, V]`` logits, 0 except at `rows`.
 
-    `rows` are the positions that count, int64 ``[n]``; differentiable. `temperature` is a number or
-    ``[N]``. With `is_kept`, bool ``[n, V]``, the softmax of a row is over those ids alone.
+    Log-probs are of the shape of `token_ids`, ``[N]`` or ``[N, K]``. `rows` are the positions that
+    count, int64 ``[n]``; differentiable. `temperature` is a number or ``[N]``. With `is_kept`, bool
+    ``[n, V]``, the softmax of a row is over those ids alone.
     """
     check_ids(token_ids[rows], logits.shape[-1])
     if isinstance(temperature, Tensor):
         temperature = temperature[rows]
     z = capped_logits(logits[rows], softcap, dtype, is_kept)
     log_p = torch.log_softmax(scaled_logits(z, temperature), -1)
-    chosen = log_p.gather(-1, token_ids[rows].unsqueeze(-1)).squeeze(-1)
+    ids = token_ids[rows]
+    chosen = log_p.gather(-1, ids.view(-1, ids.shape[1] if ids.dim() == 2 else 1)).view(ids.shape)
     # p log p tends to 0 with p; the product of 0 and what is, or overflows to, -inf would not.
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
-    zeros = torch.zeros(len(token_ids), dtype=dtype, device=logits.device)
-    return zeros.index_put((rows,), chosen), zeros.index_put((rows,), entropy)
+    zeros = torch.zeros(token_ids.shape, dtype=dtype, device=logits.device)
+    of_rows = torch.zeros(len(token_ids), dtype=dtype, device=logits.device)
+    return zeros.index_put((rows,), chosen), of_rows.index_put((rows,), entropy)
 
 
 def check_ids(token_ids: Tensor, vocabulary: int) -> None:
