@@ -74,6 +74,7 @@ def linear_token_log_probs(
             whole weight take their place, in chunks.
         sparse_grad: with `support`, return the gradients of weight and bias as sparse COO tensors
             of the rows that are kept, for optimizers that take these. Every token must have a set.
+            The reference backend has no use for it.
         chunk_tokens: rows of a chunk; None picks as `linear_steppo_loss` does.
         tp_group: the ranks that the vocabulary is split over: a process group or a `DeviceMesh` of
             one dimension. `weight` and `bias` are then this rank's rows, ``[V_r, d]`` and

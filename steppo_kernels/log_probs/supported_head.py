@@ -280,7 +280,9 @@ class _Backward:
 
         def spread(rows: Tensor, *size: int) -> Tensor:
             whole = (len(weight), *size)
-            return torch.sparse_coo_tensor(ids, rows, whole, is_coalesced=True)
+            return torch.sparse_coo_tensor(
+                ids, rows, whole, is_coalesced=True, check_invariants=False
+            )
 
         return spread(grad_weight, hidden.shape[1]), None if of_bias is None else spread(of_bias)
 

@@ -95,7 +95,7 @@ def one_id(token_ids: Tensor, name: str) -> None:
 
 def _has_several(token_ids: Tensor, shape: torch.Size) -> bool:
     """Return whether ids have one dimension more than tokens of this shape, and not of size 1."""
-    leading = token_ids.shape[:-1]
-    if token_ids.dim() < 2 or token_ids.shape[-1] == 1:
+    if token_ids.is_nested or token_ids.dim() < 2 or token_ids.shape[-1] == 1:
         return False
+    leading = token_ids.shape[:-1]
     return leading.numel() == shape.numel() and checks.same_order(leading, shape)

@@ -189,9 +189,8 @@ def linear_steppo_loss(
         if support is not None:
             support = check_support(support, inputs.shape, inputs.device)
         if call is not None:
-            facts = _facts(inputs)
-            given = rows, chunk_tokens, count, need_entropy, support
-            head = shared(head, call, vocab_start, *given, facts)
+            given = rows, chunk_tokens, count, need_entropy, support, _facts(inputs)
+            head = shared(head, call, vocab_start, *given)
         if head.backend == "reference" or support is not None or sparse_grad:
             log_probs, entropy = log_probs_of_head(
                 rows,

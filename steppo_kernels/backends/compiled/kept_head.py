@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..kept_operators import sums_of_parts
 from ..records import IdIndex, Sets, record
 from .launch import DTYPES, Native, addresses, start
 
@@ -77,7 +76,7 @@ def kept_weight_gradient(
 ) -> None:
     """Run the operator `kept_weight_gradient` of `steppo_kernels.backends.kept_operators`."""
     held = record(IdIndex, by_id)
-    sums, size, num_rows = sums_of_parts(hidden, held), hidden.shape[1], len(grad_weight)
+    sums, size, num_rows = held.new_sums(hidden), hidden.shape[1], len(grad_weight)
     if not (compact or native.is_done):
         grad_weight.zero_()
         if grad_bias is not None:
