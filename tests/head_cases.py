@@ -106,8 +106,8 @@ def plain_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies as a trainer would write them; masked ones are 0.
 
-    With `kept`, bool ``[*shape, V]``, softmaxes are over those ids. The logits have the dtype of the
-    hidden states, the softmax has `softmax_dtype`.
+    With `kept`, bool ``[*shape, V]``, softmaxes are over those ids. The logits have the dtype of
+    the hidden states, the softmax has `softmax_dtype`.
     """
     index = case.mask.reshape(-1).nonzero().squeeze(1)
     logits = case.hidden.reshape(-1, case.hidden.shape[-1])[index] @ case.weight.t()
