@@ -98,4 +98,6 @@ def _has_several(token_ids: Tensor, shape: torch.Size) -> bool:
     if token_ids.is_nested or token_ids.dim() < 2 or token_ids.shape[-1] == 1:
         return False
     leading = token_ids.shape[:-1]
-    return leading.numel() == shape.numel() and checks.same_order(leading, shape)
+    if leading.numel() != shape.numel():
+        return False
+    return len(shape) == 1 or checks.same_order(leading, shape)

@@ -333,7 +333,9 @@ class _TokenLogProbs(torch.autograd.Function):
         if grad is None:
             grad = torch.zeros_like(token_ids, dtype=entropy.dtype)
         if grad_entropy is not None:
-            grad_entropy = grad_entropy.resolve_neg().contiguous()
+            # Of no entropies, compiled code has an empty gradient.
+            is_any = len(entropy) > 0
+            grad_entropy = grad_entropy.resolve_neg().contiguous() if is_any else None
         found = top, log_sum, None if grad_entropy is None else entropy
         grads = grad.resolve_neg().contiguous(), grad_entropy
         targets = Targets(token_ids, mask, temperatures, *ctx.scalars)

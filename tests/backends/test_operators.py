@@ -9,6 +9,7 @@ import torch
 from batches import Batch, random_batch
 from grids import grid
 from head_samples import head_samples
+from kept_samples import kept_samples
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from steppo_kernels import (
@@ -142,6 +143,7 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
         ],
         **policy_samples(batch),
         **head_samples(batch),
+        **kept_samples(batch),
     }
 
 
@@ -241,6 +243,11 @@ def test_every_operator_has_a_sample():
 _DIFFERENTIATED = {
     "accumulate",
     "head_logits",
+    "kept_hidden_gradient",
+    "kept_log_probs",
+    "kept_log_probs_backward",
+    "kept_logits",
+    "kept_weight_gradient",
     "policy_loss",
     "policy_loss_masked",
     "scale_gradient",
