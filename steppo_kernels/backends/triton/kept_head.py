@@ -2,7 +2,8 @@
 
     x_p = h_n . w_v + b_v    dh_n = sum g_p w_v    dw_v = sum g_p h_n    of pairs p = (n, v)
 
-A program takes some rows at a time, and a block of their columns, 16 bytes of each row a thread.
+A program takes some rows at a time, and a block of their columns, 16 bytes of each row a thread
+where all of them begin at multiples of that.
 Every number is summed by one program, or by one for each part of a long id and one that joins them,
 in an order that does not depend on any other.
 """
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from ..kept_operators import sums_of_parts
 from ..records import IdIndex, Sets, record
-from .launch import aligned, cdiv, device_guard, threads
+from .launch import aligned, all_registers, cdiv, device_guard, threads
 from .tiles import kept_set
 
-# Rows that are on their way together. More would take more registers, and be lost on short sets.
+# A program has this many rows on their way at once. More would take more registers, and short sets
+# would not fill them.
 _ROWS = 8
-_THREADS, _LOAD_BYTES = 128, 16
+# Bytes of a row that a thread loads at once; loads of a row that it does where that cannot be.
+_THREADS, _LOAD_BYTES, _MOST_LOADS = 128, 16, 4
 # Products are split among this many programs, or more where sets are long in the mean. The host
 # does not know which sets are much longer: most of the programs of short ones find nothing to do.
 _PROGRAMS = 32768
@@ -60,10 +63,9 @@ def _block_of(num_blocks):
 @triton.jit
 def _start(b_row, stride, ALIGNED: tl.constexpr):
     """Return where rows begin that are `stride` apart; with ALIGNED, that is a multiple of 16."""
-    b_start = b_row.to(tl.int64) * stride
-    if ALIGNED:
-        b_start = tl.multiple_of(b_start, 16)
-    return b_start
+    b_row = b_row.to(tl.int64)
+    # A product is known to be one on every GPU. Hints are lost on some.
+    return b_row * (stride // 16) * 16 if ALIGNED else b_row * stride
 
 
 @triton.jit
@@ -247,9 +249,17 @@ def join_parts_kernel(
         tl.store(p_grad_bias + row, bias, mask=i_block == 0)
 
 
-def _block(rows: Tensor) -> int:
-    """Return how many columns of `rows` a program takes at a time."""
-    return _THREADS * _LOAD_BYTES // rows.element_size()
+def _options(rows: Tensor, *lengths: int) -> dict[str, int]:
+    """Return how kernels are launched on rows of these sizes and strides."""
+    is_aligned = all(aligned(length) for length in lengths)
+    most = _LOAD_BYTES // rows.element_size()
+    per_thread = most if is_aligned else min(most, _MOST_LOADS)
+    return {
+        "ALIGNED": is_aligned,
+        "BD": _THREADS * per_thread,
+        **threads(_THREADS, 1),
+        **({} if is_aligned else all_registers()),
+    }
 
 
 def kept_logits(
@@ -281,10 +291,8 @@ def kept_logits(
             size,
             weight_stride,
             num_blocks,
-            ALIGNED=aligned(size) and aligned(weight_stride),
             BR=_ROWS,
-            BD=_block(weight),
-            **threads(_THREADS, 1),
+            **_options(weight, size, weight_stride),
         )
 
 
@@ -298,7 +306,8 @@ def kept_hidden_gradient(
     """Run the operator `kept_hidden_gradient` of `steppo_kernels.backends.kept_operators`."""
     held = record(Sets, sets)
     size, weight_stride, num_rows = weight.shape[1], weight.stride(0), rows.shape[0]
-    num_blocks = cdiv(size, _block(weight))
+    options = _options(weight, size, weight_stride)
+    num_blocks = cdiv(size, options["BD"])
     if not num_rows or not num_blocks:
         return
     with device_guard(grad_hidden):
@@ -312,10 +321,8 @@ def kept_hidden_gradient(
             size,
             weight_stride,
             num_blocks,
-            ALIGNED=aligned(size) and aligned(weight_stride),
             BR=_ROWS,
-            BD=_block(weight),
-            **threads(_THREADS, 1),
+            **options,
         )
 
 
@@ -333,10 +340,10 @@ def kept_weight_gradient(
     if not num_parts:
         return
     size, sums = hidden.shape[1], sums_of_parts(hidden, held)
+    options = _options(hidden, size)
     # Without columns there is the gradient of the bias still.
-    num_blocks = max(1, cdiv(size, _block(hidden)))
+    num_blocks = max(1, cdiv(size, options["BD"]))
     ids = None if compact else held.ids
-    options = {"ALIGNED": aligned(size), "BD": _block(hidden), **threads(_THREADS, 1)}
     with device_guard(grad_weight):
         kept_weight_gradient_kernel[(num_parts * num_blocks,)](
             grad_weight,
