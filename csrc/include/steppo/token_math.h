@@ -124,7 +124,7 @@ STEPPO_FN RowResult row_result(double target, const RowSums& s, double temperatu
 // What is known of a row whose token is elsewhere; its log-prob is 0.
 STEPPO_FN RowResult others_result(const RowSums& s, double temperature) {
   const double log_sum = std::log(s.sum);
-  const double entropy = s.sum > 0 ? log_sum - s.moment / temperature / s.sum : 0.0;
+  const double entropy = s.sum == 0 ? 0.0 : log_sum - s.moment / temperature / s.sum;
   return {0.0, entropy, {s.top, log_sum}};
 }
 

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kept_operators import sums_of_parts
 from ..records import IdIndex, Sets, record
 from .launch import aligned, all_registers, cdiv, device_guard, threads
 from .tiles import kept_set
@@ -336,10 +335,14 @@ def kept_weight_gradient(
 ) -> None:
     """Run the operator `kept_weight_gradient` of `steppo_kernels.backends.kept_operators`."""
     held = record(IdIndex, by_id)
+    if not compact:
+        grad_weight.zero_()
+        if grad_bias is not None:
+            grad_bias.zero_()
     num_parts, num_long = held.part_ids.shape[0], held.long_ids.shape[0]
     if not num_parts:
         return
-    size, sums = hidden.shape[1], sums_of_parts(hidden, held)
+    size, sums = hidden.shape[1], held.new_sums(hidden)
     options = _options(hidden, size)
     # Without columns there is the gradient of the bias still.
     num_blocks = max(1, cdiv(size, options["BD"]))
