@@ -18,8 +18,8 @@ constexpr int kAtOnce = sizeof(In) == sizeof(double) ? 2 : 4;
 template <class In, bool is_wide>
 constexpr int kNumbers = is_wide ? kPack<In> : 1;
 
-// The sets of the tokens of a tile, whose pairs are numbered through. `shifts` makes a pair of all
-// of such a number.
+// The sets of the tokens of a tile, whose pairs are numbered through. `shifts` makes of such a
+// number that of all pairs. Tokens are below 2^31.
 struct Tile {
   std::int64_t ends[kThreads], shifts[kThreads];
   std::int32_t tokens[kThreads];
@@ -102,8 +102,8 @@ STEPPO_DEVICE RowValue<In> product_of(const In* weight, const In* hidden, std::i
   return sum_of_lanes<kWarp>(sums[0] + sums[1]);
 }
 
-// Each tile has so many blocks, which take as many of its pairs, to one. Sets may be of any
-// lengths.
+// The blocks of a tile share its pairs, so that a long set is not one block's alone. None of them
+// has more than another, but for one.
 template <class In, bool is_wide>
 __global__ void __launch_bounds__(kThreads, 4)
     kept_logits_kernel(const KeptProduct head, const Sets sets, unsigned blocks_of_tile) {
@@ -150,8 +150,8 @@ void kept_logits(const KeptProduct& head, const Sets& sets, const IdIndex&, cons
   const std::int64_t blocks = tiles > 0 ? ceil_div(ceil_div(sets.num_pairs, kPairs), tiles) : 0;
   with_logits(head.dtype, [&](auto zero) {
     using In = decltype(zero);
-    const bool wide = is_wide(head.hidden) && is_wide(head.weight) && head.size % kPack<In> == 0 &&
-                      head.weight_stride % kPack<In> == 0;
+    const bool wide = are_wide<In>(head.hidden, head.size, head.size) &&
+                      are_wide<In>(head.weight, head.weight_stride, head.size);
     launch(wide ? listed<kept_logits_kernel<In, true>>() : listed<kept_logits_kernel<In, false>>(),
            tiles * blocks, kThreads, head, sets, static_cast<unsigned>(blocks));
   });

@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads, kWeightBlocks<In, is_wide>)
   const Work work = work_of_warp(slices);
   const std::int64_t part = work.number * kParts, left_parts = index.num_parts - part;
   if (left_parts <= 0) return;
-  const int lane = threadIdx.x % kWarp, parts = left_parts < kParts ? left_parts : kParts;
+  const int lane = threadIdx.x % kWarp;
+  const int parts = static_cast<int>(left_parts < kParts ? left_parts : kParts);
   const LaneColumns<In, is_wide> columns(work.slice, head.size);
   const In* const hidden = columns.of(static_cast<const In*>(head.hidden));
   const Value* const grad_logits = static_cast<const Value*>(head.grad_logits);

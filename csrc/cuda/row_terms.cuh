@@ -15,12 +15,6 @@ std::int64_t slices_of(std::int64_t size) {
   return std::max<std::int64_t>(ceil_div(size, kSlice<In>), 1);
 }
 
-// Whether all rows at an address, which are so far apart, are made of packs.
-template <class T>
-bool are_wide(const void* rows, std::int64_t stride, std::int64_t size) {
-  return is_wide(rows) && stride % kPack<T> == 0 && size % kPack<T> == 0 && size > 0;
-}
-
 // The columns of a lane, of which rows that are not made of packs may have fewer than of others.
 // Neighbouring lanes take neighbours: packs or, without `is_wide`, numbers.
 template <class In, bool is_wide>
@@ -86,7 +80,7 @@ struct RowSum {
 };
 
 // Up to `most` terms of a sum that are under way. Those of a warp, a row and a factor each, lie in
-// its lanes.
+// its lanes. Tokens and ids, which rows are of, are below 2^31.
 template <class In, bool is_wide, int most>
 struct Terms {
   unsigned lanes;

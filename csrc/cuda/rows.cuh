@@ -200,6 +200,12 @@ STEPPO_DEVICE Division<kPack<T>> divided(const T* row, std::int64_t length) {
   return {head, static_cast<int>((length - head) / kPack<T>), static_cast<int>(length)};
 }
 
+// Whether all rows at an address, which are so far apart, are made of packs.
+template <class T>
+bool are_wide(const void* rows, std::int64_t stride, std::int64_t size) {
+  return is_wide(rows) && stride % kPack<T> == 0 && size % kPack<T> == 0 && size > 0;
+}
+
 // Loads numbers one by one, or 16 bytes at once.
 template <int count, bool is_wide, class In>
 STEPPO_DEVICE Pack<In, count> load_numbers(const In* from) {
