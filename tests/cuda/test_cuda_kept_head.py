@@ -24,8 +24,7 @@ def sets_of(lengths, vocabulary, seed=0):
     """Return sets of so many ids."""
     generator = torch.Generator().manual_seed(seed)
     ids = [
-        torch.randperm(vocabulary, generator=generator)[:length].sort().values
-        for length in lengths
+        torch.randperm(vocabulary, generator=generator)[:length].sort().values for length in lengths
     ]
     offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
     return KeptSets(torch.cat(ids).int(), offsets, vocabulary - 1, has_empty=0 in lengths)
@@ -160,7 +159,7 @@ def test_blocks_share_sets_of_any_length(cuda, dtype):
 @pytest.mark.parametrize("size", [1, 40, 520])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ids_of_many_tokens(cuda, dtype, size):
-    """Parts of one token lie between parts of long ids, and a part or an id may have no gradient."""
+    """Short parts lie between those of long ids, and a part or an id may have no gradient."""
     tokens = 3 * PART + 5
     mask = torch.zeros((tokens, 9), dtype=torch.bool)
     mask[:, 2] = mask[:, 3] = mask[: PART + 1, 6] = True
