@@ -102,10 +102,12 @@ def plain_log_probs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     softmax_dtype: torch.dtype | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies as a trainer would write them; masked ones are 0.
 
-    The logits have the dtype of the hidden states, the softmax has `softmax_dtype`.
+    With `kept`, bool ``[*shape, V]``, softmaxes are over those ids. The logits have the dtype of
+    the hidden states, the softmax has `softmax_dtype`.
     """
     index = case.mask.reshape(-1).nonzero().squeeze(1)
     logits = case.hidden.reshape(-1, case.hidden.shape[-1])[index] @ case.weight.t()
@@ -117,9 +119,12 @@ def plain_log_probs(
         logits = softcap * torch.tanh(logits / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1, 1)[index].to(logits.dtype)
+    if kept is not None:
+        logits = logits.masked_fill(~kept.reshape(-1, kept.shape[-1])[index], -torch.inf)
     log_p = torch.log_softmax(logits / temperature, -1)
     ids = case.token_ids.reshape(-1)[index]
-    found = log_p.gather(-1, ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    finite = log_p if kept is None else log_p.masked_fill(log_p == -torch.inf, 0.0)
+    found = log_p.gather(-1, ids[:, None]).squeeze(-1), -(log_p.exp() * finite).sum(-1)
     zeros = torch.zeros(case.mask.numel(), dtype=log_p.dtype, device=log_p.device)
     log_probs, entropy = (
         zeros.index_put((index,), values).view(case.mask.shape) for values in found

@@ -11,6 +11,7 @@ from head_cases import head_case, plain_log_probs
 
 from steppo_kernels import (
     StepPOConfig,
+    TokenSupport,
     linear_steppo_loss,
     linear_token_log_probs,
     steppo_loss,
@@ -115,10 +116,25 @@ def typed(case: Any, dtype: torch.dtype, device: str) -> Any:
 
 
 def evaluate(
-    case: Any, regime: Regime, way: str, backend: str, chunk: int | None, **more: Any
+    case: Any,
+    regime: Regime,
+    way: str,
+    backend: str,
+    chunk: int | None,
+    kept: torch.Tensor | None = None,
+    **more: Any,
 ) -> Any:
-    """Log-probs, loss and gradients of a case; `more` are further arguments of the head."""
+    """Log-probs, loss and gradients of a case; `more` are further arguments of the head.
+
+    With `kept`, bool ``[*shape, V]``, softmaxes are over those ids.
+    """
     head = head_of(regime, case)
+    if kept is not None:
+        kept = kept.to(case.hidden.device)
+        name, value = (
+            ("kept", kept) if way == "plain" else ("support", TokenSupport.from_mask(kept))
+        )
+        head[name] = value
     objective = case.old_log_probs, case.advantages, case.layout
     options = {"config": regime.config, "ref_log_probs": case.ref_log_probs}
     if way == "one call":

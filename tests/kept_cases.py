@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from head_cases import HeadCase
 from torch import Tensor
 
 from steppo_kernels import TokenSupport
@@ -35,6 +36,20 @@ def mask_of(kind: str, tokens: int, vocabulary: int, seed: int = 0) -> Tensor:
         assert kind == "long"
         mask = noise < torch.where(place % 4 == 0, 0.95, 0.05)
     return mask
+
+
+def kept_of(kind: str, case: HeadCase, seed: int = 0) -> Tensor:
+    """Return sets for a case that have its tokens, but for empty ones: bool ``[*shape, V]``."""
+    shape, vocabulary = case.mask.shape, len(case.weight)
+    mask = mask_of(kind, case.mask.numel(), vocabulary, seed).view(*shape, vocabulary)
+    ids = torch.where(case.mask, case.token_ids, 0)
+    own = torch.zeros_like(mask).scatter_(-1, ids.unsqueeze(-1), True)
+    return mask | (own & mask.any(-1, keepdim=True))
+
+
+def or_all(mask: Tensor) -> Tensor:
+    """Return sets with the whole vocabulary in the place of empty ones."""
+    return mask | ~mask.any(-1, keepdim=True)
 
 
 def taken_from(mask: Tensor, seed: int = 0) -> Tensor:

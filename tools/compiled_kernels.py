@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
+import kept_launches
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -39,6 +40,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LENGTHS = (4096, 3600, 2051, 2077)
+# Hidden sizes where rows are aligned and where they are not.
+KEPT_SIZES = (LENGTHS[0], LENGTHS[2])
 # Rows, tokens of a row, vocabulary: what is alike in each group is whether rows are aligned.
 LOGITS_SHAPES = (
     [(2, 3, 4096), (1, 5, 151_936), (3, 1, 152_064), (7, 2, 32_000), (2, 17, 128)],
@@ -287,6 +290,11 @@ def launches(length: int = LENGTHS[0], *, whole: bool = True) -> list[Launch]:
     return recorded(everything)
 
 
+def kept(size: int, *, whole: bool = True) -> list[Launch]:
+    """Return launches of every kernel of kept sets, on hidden states of this size."""
+    return recorded(lambda: kept_launches.everything(size, whole=whole))
+
+
 def keys(found: list[Launch]) -> list[str]:
     """Return what Triton's cache knows the launches by: equal keys compile once."""
     return sorted({specialized(each, TARGETS["sm_90"])[2] for each in found})
@@ -319,15 +327,17 @@ def compiled(each: Launch, arch: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _case(source: ASTSource) -> list[str]:
-    """Return what tells launches of the kernels that read logits apart."""
-    if "p_logits" not in source.signature:
+    """Return what tells launches of the kernels that read logits, or a head's rows, apart."""
+    pointers = (f"p_{name}" for name in ("weight", "hidden", "grad_weight", "logits"))
+    first = next((name for name in pointers if name in source.signature), None)
+    if first is None:
         return []
     constants = {source.fn.arg_names[at]: value for (at,), value in source.constants.items()}
     given = [name for name, kind in source.signature.items() if kind != "constexpr"]
     return [
-        source.signature["p_logits"].strip("*"),
+        source.signature[first].strip("*"),
         *(name.lower() for name in ("ALIGNED", "SOFTCAP", "HALVED") if constants.get(name)),
-        *(name for name in ("entropy", *CARRIED) if f"p_{name}" in given),
+        *(name for name in ("entropy", *CARRIED, "bias", "grad_bias") if f"p_{name}" in given),
     ]
 
 
@@ -378,6 +388,7 @@ def reports(arch: str) -> list[dict[str, Any]]:
     launch.warp_size = TARGETS[arch].warp_size
     every = [
         *launches(whole=arch == WHOLE),
+        *(each for size in KEPT_SIZES for each in kept(size, whole=arch == WHOLE)),
         *(
             each
             for group in LOGITS_SHAPES
@@ -389,12 +400,12 @@ def reports(arch: str) -> list[dict[str, Any]]:
 
 
 def keys_by_size() -> dict[str, list[Any]]:
-    """Return the keys of launches on rows of each length, and on logits of each shape.
+    """Return the keys of launches on rows of each length or size, and on logits of each shape.
 
     The lengths are alike in what a kernel may depend on: divisible by 16 or not.
     """
     return {
-        "lengths": [keys(launches(length)) for length in LENGTHS],
+        "lengths": [keys(launches(length) + kept(length)) for length in LENGTHS],
         "logits": [[keys(logits_launches(shape)) for shape in group] for group in LOGITS_SHAPES],
     }
 

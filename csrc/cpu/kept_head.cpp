@@ -3,6 +3,10 @@
 // does not depend on threads. Rows are read as they come, so that the next ones are fetched early.
 #include "row_lanes.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace steppo::cpu::STEPPO_ISA {
 namespace {
 
@@ -230,6 +234,31 @@ void join_parts(const RowValue<In>* sums, int64_t stride, int64_t count, int64_t
   }
 }
 
+// Zeroes memory that is larger than the caches, past them: stores that go through them read it
+// first, and take twice as long.
+void clear(void* data, int64_t bytes, int threads) {
+  constexpr int64_t kBytes = int64_t{1} << 22;
+  const bool is_worthwhile = bytes > kBytes;
+  parallel_blocks(bytes, kBytes, is_worthwhile ? threads : 1,
+                  [&](int64_t, int64_t begin, int64_t end) {
+                    char* at = static_cast<char*>(data) + begin;
+                    char* const last = static_cast<char*>(data) + end;
+#if defined(__SSE2__)
+                    if (is_worthwhile) {
+                      for (; at < last && reinterpret_cast<std::uintptr_t>(at) % kLine != 0; ++at)
+                        *at = 0;
+                      for (; last - at >= kLine; at += kLine) {
+                        for (int i = 0; i < kLine; i += 16) {
+                          _mm_stream_si128(reinterpret_cast<__m128i*>(at + i), _mm_setzero_si128());
+                        }
+                      }
+                      _mm_sfence();
+                    }
+#endif
+                    std::memset(at, 0, static_cast<size_t>(last - at));
+                  });
+}
+
 }  // namespace
 
 void kept_logits(const KeptProduct& head, const Sets& sets, const IdIndex& index,
@@ -326,7 +355,11 @@ void kept_weight_gradient(const KeptWeightGradient& head, const IdIndex& index,
         terms.add(hidden + index.tokens[i] * head.size, grad_logits[index.pairs[i]]);
       }
     };
-    const int64_t stride = head.size + 1;
+    const int64_t stride = head.size + 1, rows = head.num_rows;
+    if (!head.compact) {
+      clear(grad_weight, rows * head.size * static_cast<int64_t>(sizeof(In)), place.threads);
+      if (grad_bias != nullptr) fill(grad_bias, 0, rows, Value(0));
+    }
     const int64_t longest = longest_of(
         index.num_parts, [&](int64_t part) { return index.parts[part + 1] - index.parts[part]; });
     for_parts(index.num_parts, index.num_pairs, head.size, place.threads,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .records import IdIndex
 from .registry import operator
 
 _ROWS = "Tensor rows, Tensor[] sets"
@@ -143,18 +142,9 @@ def kept_weight_gradient(
 ) -> Any:
     """Fake: write the sums of ``grad_logits[p] * hidden[n]`` over the pairs p of each kept id.
 
-    They go to the id's row of `grad_weight` ``[V, d]`` or, with `compact`, to row u of ``[U, d]``
-    for the u-th of the ids; `grad_bias` (fp32 or fp64, ``[V]`` or ``[U]``) gets the sums of
-    ``grad_logits[p]``. Other rows are left as they are. `grad_weight` has the dtype of `hidden`.
-    Sums are formed in fp32 or fp64, over tokens in their order, those of each of `IdIndex.parts`
+    They go to the id's row of `grad_weight` ``[V, d]``, whose other rows are 0, or with `compact`
+    to row u of ``[U, d]`` for the u-th of the ids; `grad_bias` (fp32 or fp64, ``[V]`` or ``[U]``)
+    gets the sums of ``grad_logits[p]``. `grad_weight` has the dtype of `hidden`.
+    Sums are formed in fp32 or fp64, over tokens in their order, those of each part of the `IdIndex`
     first, and rounded once. Hidden states whose gradient is 0 are not read.
     """
-
-
-def sums_of_parts(hidden: Tensor, index: IdIndex) -> Tensor:
-    """Return room for the sums of the parts of long ids, fp32 or fp64 ``[num_slots, d + 1]``.
-
-    The last column is that of the bias.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty((index.num_slots, hidden.shape[1] + 1), dtype=dtype)

@@ -195,6 +195,14 @@ class IdIndex(_IdIndex):
         """How many parts long ids have together. A GPU is waited for, once."""
         return int(self.long_slots[-1])
 
+    def new_sums(self, hidden: Tensor) -> Tensor:
+        """Return room for the sums of the parts of long ids, fp32 or fp64 ``[num_slots, d + 1]``.
+
+        They are of hidden states ``[N, d]``; the last column is that of the bias.
+        """
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.new_empty((self.num_slots, hidden.shape[1] + 1), dtype=dtype)
+
     @kept
     def fields(self) -> tuple[int, ...]:
         """The record ``IdIndex`` of the compiled code."""

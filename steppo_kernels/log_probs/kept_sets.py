@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,7 +32,7 @@ class KeptSets:
 
     def __init__(self, ids: Tensor, offsets: Tensor, largest: int, *, has_empty: bool) -> None:
         self.sets, self.largest, self.has_empty = Sets(ids, offsets), largest, has_empty
-        self._within: dict[tuple[int, int], KeptSets] = {}
+        self._derived: dict[Hashable, KeptSets] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -80,13 +80,17 @@ class KeptSets:
         return torch.where(is_there, at - self.sets.offsets[rows], -1)
 
     def at(self, tokens: Tensor) -> KeptSets:
-        """Return the sets of some tokens (int64 ``[n]``), which may come twice and in any order."""
-        offsets, counts = self.sets.offsets[tokens], self.counts[tokens]
+        """Return the sets of some tokens (int64 ``[n]``), which may come twice and in any order.
+
+        That of -1 is empty.
+        """
+        every = torch.nn.functional.pad(self.counts, (0, 1))
+        offsets, counts = self.sets.offsets[tokens], every[tokens]
         borders = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         total = int(borders[-1])
         shifts = torch.repeat_interleave(offsets - borders[:-1], counts, output_size=total)
         pairs = torch.arange(total, device=tokens.device) + shifts
-        has_empty = self.has_empty and bool((counts == 0).any())
+        has_empty = bool((counts == 0).any())
         return KeptSets(self.sets.ids[pairs], borders, self.largest, has_empty=has_empty)
 
     def to(self, device: torch.device) -> KeptSets:
@@ -98,16 +102,25 @@ class KeptSets:
 
     def within(self, start: int, size: int) -> KeptSets:
         """Return the sets among ids from `start` on, `size` of them, counted from there."""
-        if (start, size) not in self._within:
-            with _plain():
-                ids = self.sets.ids
-                is_in = (ids >= start) & (ids < start + size)
-                before = torch.nn.functional.pad(is_in.cumsum(0), (1, 0))
-                offsets = before[self.sets.offsets]
-                mine = ids[is_in] - start
+
+        def make() -> KeptSets:
+            ids = self.sets.ids
+            is_in = (ids >= start) & (ids < start + size)
+            before = torch.nn.functional.pad(is_in.cumsum(0), (1, 0))
+            offsets = before[self.sets.offsets]
             # Sets that have nothing here are no empty ones.
-            self._within[start, size] = KeptSets(mine, offsets, size - 1, has_empty=False)
-        return self._within[start, size]
+            return KeptSets(ids[is_in] - start, offsets, size - 1, has_empty=False)
+
+        if start == 0 and size > self.largest:
+            return self
+        return self.derived((start, size), make)
+
+    def derived(self, key: Hashable, make: Callable[[], KeptSets]) -> KeptSets:
+        """Return what `make` makes of these sets; it is made once for each key."""
+        if key not in self._derived:
+            with _plain():
+                self._derived[key] = make()
+        return self._derived[key]
 
 
 def id_index(ids: Tensor, tokens: Tensor) -> IdIndex:

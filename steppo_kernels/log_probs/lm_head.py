@@ -20,7 +20,8 @@ from ..backends.gpu.products import KEEPS_FP32
 from ..backends.reference.token_log_probs import check_ids
 from ..backends.reference.vocabulary_shard import gradient_without_token, local_ids
 from .memory import KEPT_BYTES, scratch
-from .token_log_probs import Targets
+from .several_ids import Several
+from .targets import Targets
 from .vocabulary_shard import HiddenRows, Shard, nothing, of_all
 from .weight_gradient import CPU_SLICE, slice_rows, weight_gradient
 
@@ -79,17 +80,23 @@ class Head(NamedTuple):
     ) -> Evaluated:
         """Return what ``[n, d]`` hidden states, of the flat positions `index`, give.
 
-        Their logits take the first n rows of `buffer`. With a shard, that is one collective.
+        Their logits take the first n rows of `buffer`. With a shard, that is one collective, and
+        a token has one id.
         """
         logits = buffer[: len(hidden), : len(self.weight)]
-        ids, is_away = token_ids[index], None
-        if self.shard is not None:
+        ids, is_away, several = token_ids[index], None, None
+        if ids.dim() == 2:
+            operators.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
+            several = Several.of(logits.unsqueeze(0), ids, None, checks.compute_dtype(hidden))
+            ids = several.target
+        elif self.shard is not None:
             check_ids(ids, self.vocabulary)
             ids, is_away = local_ids(ids, self.shard.start, self.shard.size)
         temperatures = None if self.temperatures is None else self.temperatures[index]
         targets = Targets(ids, None, temperatures, self.temperature, self.softcap)
         if len(self.weight):
-            operators.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
+            if several is None:
+                operators.call("head_logits", self.backend, logits, hidden, self.weight, self.bias)
             found = operators.call(
                 "token_log_probs", self.backend, logits.unsqueeze(0), *targets, need_entropy
             )
@@ -99,7 +106,12 @@ class Head(NamedTuple):
             assert is_away is not None
             found = of_all(self.shard, found, is_away, self.temperature_of(index), need_entropy)
         log_probs, entropy, top, log_sum = found
-        return Evaluated(hidden, index, logits, targets, log_probs, entropy, top, log_sum, is_away)
+        if several is not None:
+            scales = self.temperature_of(index), self.softcap
+            log_probs = several.log_probs(log_probs, top, log_sum, *scales)
+        return Evaluated(
+            hidden, index, logits, targets, log_probs, entropy, top, log_sum, is_away, several
+        )
 
     def differentiate(
         self,
@@ -114,7 +126,10 @@ class Head(NamedTuple):
         the dtype of the weight; where that is narrower, they take the first half of each row's
         memory.
         """
-        first = self._away_from(rows, grad_log_probs, grad_entropy)
+        several, of_rows = rows.several, grad_log_probs
+        if several is not None:
+            of_rows = several.of_rows(grad_log_probs)
+        first = self._away_from(rows, of_rows, grad_entropy)
         logits = grad_logits = rows.logits
         if logits.dtype != self.weight.dtype:
             grad_logits = logits.view(self.weight.dtype)[:, : logits.shape[1]]
@@ -128,9 +143,20 @@ class Head(NamedTuple):
                 rows.top,
                 rows.log_sum,
                 None if grad_entropy is None else rows.entropy,
-                grad_log_probs,
+                of_rows,
                 grad_entropy,
                 order,
+            )
+        if several is not None:
+            several.write_columns(
+                grad_logits.unsqueeze(0),
+                rows.log_probs,
+                grad_log_probs,
+                grad_entropy,
+                rows.entropy,
+                None,
+                self.temperature_of(rows.index),
+                self.softcap,
             )
         grad_logits = grad_logits if order is None else grad_logits[: len(order)]
         if first is not None and rows.is_away is not None:
@@ -172,6 +198,8 @@ class Head(NamedTuple):
         a long step are smaller by its length.
         """
         size = grad_log_probs.abs().to(torch.float64)
+        if size.dim() == 2:
+            size = size.amax(1)
         if grad_entropy is not None:
             size = torch.maximum(size, grad_entropy.abs())
         size = size / self.temperature_of(index)
@@ -180,7 +208,7 @@ class Head(NamedTuple):
         units = torch.ldexp(torch.ones_like(size), exponent - _UNIT_BITS)
 
         def scaled(grad: Tensor) -> Tensor:
-            return (grad / units).to(grad.dtype)
+            return (grad / (units if grad.dim() == 1 else units.unsqueeze(1))).to(grad.dtype)
 
         return scaled(grad_log_probs), None if grad_entropy is None else scaled(grad_entropy), units
 
@@ -199,6 +227,7 @@ class Evaluated:
         log_probs, entropy: ``[n]``; entropy is empty where it was not needed.
         top, log_sum: fp64 ``[n]``, what backward needs.
         is_away: bool ``[n]``, whether the token is on another rank; None without a shard.
+        several: the ids of tokens that have K of them, with log-probs ``[n, K]``; else None.
     """
 
     hidden: Tensor
@@ -210,6 +239,7 @@ class Evaluated:
     top: Tensor
     log_sum: Tensor
     is_away: Tensor | None
+    several: Several | None
 
 
 class HeadGradients:
@@ -419,10 +449,14 @@ def live_rows(
 ) -> Tensor:
     """Return the positions of the rows with a gradient, in an order of `order_live_rows`.
 
+    The gradients of log-probs are ``[n]`` or ``[n, K]``.
     With `ascending` they ascend. Without, entry j of n is j or at least n: the gradient of row
     ``order[j]`` can then be written to row j while others are read, as the rows that make room are
     dead.
     """
+    if grad_log_probs.dim() == 2:
+        # NaN is not 0 either.
+        grad_log_probs = (grad_log_probs != 0).any(1).to(grad_log_probs.dtype)
     order: Tensor
     order, count = operators.call(
         "order_live_rows", backend, grad_log_probs, grad_entropy, ascending

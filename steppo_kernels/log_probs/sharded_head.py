@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import checks
 from ..ranks import Call, Ranks
 from .lm_head import Head, check_chunk, chunk_budget, logits_dtype
+from .token_support import TokenSupport
 from .vocabulary_shard import Shard, local_hidden, local_rows
 
 # More than any vocabulary has; ranks exchange numbers of 64 bits.
@@ -58,6 +59,7 @@ def shared(
     chunk_tokens: int | None,
     num_rows: int,
     need_entropy: bool,
+    support: TokenSupport | None,
     facts: Mapping[str, object] | None = None,
 ) -> Head:
     """Return the head as a shard, after all ranks have said that they were given the same.
@@ -79,6 +81,8 @@ def shared(
         "temperature": head.temperature if head.temperatures is None else "by token",
         "softcap": head.softcap,
         "entropy": need_entropy,
+        "ids in support": "none" if support is None else support.num_pairs,
+        "missing": "none" if support is None else support.missing,
         "gradients": torch.is_grad_enabled(),
         "gradient of hidden": hidden.requires_grad,
         "gradient of weight": weight.requires_grad,
@@ -90,6 +94,10 @@ def shared(
     if head.backend == "reference":
         # All rows at once, with their entropies.
         shard.open(num_rows, True, hidden.device)
+        return head
+    if support is not None:
+        # All rows that are over their sets come at once.
+        shard.open(num_rows, need_entropy, hidden.device)
         return head
     chunk = check_chunk(chunk_tokens, num_rows, head)
     shard.open(min(chunk, num_rows), need_entropy, hidden.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,17 @@ from ..backends import operators
 from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
 from ..backends.reference import token_log_probs as reference
+from . import kept_logits
+from .kept_rows import KeptRows, check_support, rows_of
 from .overwrite import Part, whole_of
 from .saved import save, saved
+from .several_ids import Several
+from .targets import Targets, one_id, token_shape
+from .token_support import TokenSupport
+from .untraced import untraced_with
 
 
+@untraced_with("support")
 def token_log_probs(
     logits: Tensor,
     token_ids: Tensor,
@@ -25,6 +32,7 @@ def token_log_probs(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     mask: Tensor | None = None,
+    support: TokenSupport | None = None,
     inplace_backward: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -36,13 +44,17 @@ def token_log_probs(
     Args:
         logits: ``[..., V]``; position i predicts ``token_ids[i]``. fp32, fp64, fp16 or bf16. Slices
             such as ``logits[:, :-1]`` are read as they are.
-        token_ids: int ``[...]``, below V where `mask` is True. Ids, mask and temperatures may also
-            be flat, or have dimensions of size 1 more or less; of flat logits, the ids have the
-            token shape. On a GPU, where no call waits to look, an id out of range gives NaN.
+        token_ids: int ``[...]``, below V where `mask` is True; or ``[..., K]`` for K ids of each
+            token, which may come twice: all of them from one pass. Ids, mask and temperatures may
+            also be flat, or have dimensions of size 1 more or less; of flat logits, the ids have
+            the token shape. On a GPU, where no call waits to look, an id out of range gives NaN.
         temperature: above 0; a number, or one for each token, ``[...]``.
         return_entropy: also return the entropies, differentiable as the log-probs are.
         mask: bool or 0/1 ``[...]``; where it is False, logits are not read (and may hold anything),
             the result is 0 and so is the gradient.
+        support: the ids that each token could be sampled from, of the token shape or flat: the
+            softmaxes are over these, and logits of other ids are not read. `torch.compile` breaks
+            its graph here.
         inplace_backward: let backward overwrite `logits` with their gradient, so that no second
             tensor of that size exists. Where `logits` are a slice, such as
             ``logits[:, :-1]`` of what a model returned, all of the sliced tensor is overwritten,
@@ -52,7 +64,8 @@ def token_log_probs(
         backend: implementation.
 
     Returns:
-        fp32 (fp64 for fp64 logits) of the shape of `token_ids`; with `return_entropy` a pair.
+        fp32 (fp64 for fp64 logits) of the shape of `token_ids`; with `return_entropy` a pair. Of K
+        above 1 ids a token, entropies have the token shape.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -73,50 +86,26 @@ def token_log_probs(
     """
     checks.switch("return_entropy", return_entropy)
     checks.switch("inplace_backward", inplace_backward)
-    logits = rows_of("logits", logits)
-    shape, device = checks.token_shape(token_ids, logits.shape[:-1]), logits.device
+    logits = logits_of("logits", logits)
+    shape, device = token_shape(token_ids, logits.shape[:-1]), logits.device
     if mask is not None:
         mask = checks.row_mask("mask", mask, shape, device)
-    targets = Targets.of(token_ids, mask, temperature, shape, device)
+    targets = Targets.of(token_ids, mask, temperature, shape, device, several=True)
+    rows = None
+    if support is not None:
+        one_id(targets.token_ids, "support")
+        checked = check_support(support, shape, device)
+        rows = rows_of(checked, targets.token_ids, targets.rows(), logits.shape[-1])
+    chosen = resolve(backend, device)
     log_probs, entropy = log_probs_of(
-        logits, targets, temperature, return_entropy, inplace_backward, resolve(backend, device)
+        logits, targets, temperature, return_entropy, inplace_backward, chosen, rows
     )
+    of_tokens = token_ids.shape if log_probs.dim() == 1 else token_ids.shape[:-1]
     log_probs = log_probs.view(token_ids.shape)
-    return (log_probs, entropy.view(token_ids.shape)) if return_entropy else log_probs
+    return (log_probs, entropy.view(of_tokens)) if return_entropy else log_probs
 
 
-class Targets(NamedTuple):
-    """What to take from N rows of logits.
-
-    Attributes:
-        token_ids: int64 ``[N]``.
-        mask: bool ``[N]``, the rows that count; None is all.
-        temperatures: fp64 ``[N]``, or None: then `temperature` is that of all rows.
-        softcap: logits are capped to +- this before; 0 is off.
-    """
-
-    token_ids: Tensor
-    mask: Tensor | None
-    temperatures: Tensor | None
-    temperature: float
-    softcap: float
-
-    @classmethod
-    def of(
-        cls,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        temperature: float | Tensor,
-        shape: torch.Size,
-        device: torch.device,
-    ) -> Targets:
-        """Return the checked arguments of a call on logits of N tokens; `mask` is checked."""
-        ids = checks.token_ids("token_ids", token_ids, shape, device)
-        every, number = checks.temperature("temperature", temperature, shape, device, mask)
-        return cls(ids, mask, every, number, 0.0)
-
-
-def rows_of(name: str, values: Tensor) -> Tensor:
+def logits_of(name: str, values: Tensor) -> Tensor:
     """Return ``[..., V]`` values, checked."""
     values = checks.floating(name, values, saved=False)
     if values.dim() < 1 or values.shape[-1] == 0:
@@ -131,14 +120,15 @@ def log_probs_of(
     need_entropy: bool,
     inplace_backward: bool,
     backend: str,
+    kept: KeptRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies ``[N]`` of checked arguments; no entropies are ``[0]``.
 
-    `temperature` is the caller's, which may not change before backward.
+    Log-probs are ``[N, K]`` where tokens have K ids. `temperature` is the caller's, which may not
+    change before backward. With `kept`, softmaxes are over the sets of those rows.
     """
     if backend == "reference":
-        every = torch.arange(targets.token_ids.numel(), device=logits.device)
-        tokens = every if targets.mask is None else targets.mask.nonzero().squeeze(1)
+        tokens = targets.rows()
         temperatures = targets.temperatures
         log_probs, entropy = reference.token_log_probs(
             logits.reshape(-1, logits.shape[-1]),
@@ -147,7 +137,10 @@ def log_probs_of(
             targets.temperature if temperatures is None else temperatures,
             targets.softcap,
             checks.compute_dtype(logits),
+            None if kept is None else kept.mask(tokens, 0, logits.shape[-1]),
         )
+        if kept is not None:
+            log_probs, entropy = kept.marked_all(log_probs, entropy)
         return log_probs, entropy if need_entropy else entropy[:0]
     rows = _three_dims(logits)
     if inplace_backward and not _overwritable(rows, logits):
@@ -168,12 +161,48 @@ def log_probs_of(
             part,
             inplace_backward,
             backend,
+            kept,
         )
         return found
-    log_probs, entropy, *_ = operators.call(
-        "token_log_probs", backend, rows, *targets, need_entropy
-    )
+    several = _several(rows, targets)
+    log_probs, entropy, *_ = _read(rows, targets, need_entropy, backend, kept, several)
     return log_probs, entropy
+
+
+def _read(
+    rows: Tensor,
+    targets: Targets,
+    need_entropy: bool,
+    backend: str,
+    kept: KeptRows | None,
+    several: Several | None,
+) -> tuple[Any, ...]:
+    """Return what the operator finds in rows ``[B, T, V]``, and what backward needs beside that.
+
+    With `kept`, that are the kept logits; where tokens have K ids, a copy of the log-probs.
+    """
+    if kept is not None:
+        return kept_logits.read(rows, targets, need_entropy, backend, kept)
+    if several is None:
+        found: tuple[Tensor, ...] = operators.call(
+            "token_log_probs", backend, rows, *targets, need_entropy
+        )
+        return *found, None
+    of_rows = targets._replace(token_ids=several.target)
+    of_target, entropy, top, log_sum = operators.call(
+        "token_log_probs", backend, rows, *of_rows, need_entropy
+    )
+    log_probs = several.log_probs(of_target, top, log_sum, targets.scale, targets.softcap)
+    if targets.mask is not None:
+        log_probs = torch.where(targets.mask.unsqueeze(1), log_probs, 0.0)
+    return log_probs, entropy, top, log_sum, log_probs.clone()
+
+
+def _several(rows: Tensor, targets: Targets) -> Several | None:
+    """Return the K ids of rows ``[B, T, V]``, None where a token has one."""
+    if targets.token_ids.dim() == 1:
+        return None
+    return Several.of(rows, targets.token_ids, targets.mask, checks.compute_dtype(rows))
 
 
 def _three_dims(logits: Tensor) -> Tensor:
@@ -202,6 +231,42 @@ def _is_viewed(logits: Tensor) -> bool:
     )
 
 
+def _write(
+    grad_rows: Tensor,
+    rows: Tensor,
+    targets: Targets,
+    found: tuple[Tensor, Tensor, Tensor | None],
+    grads: tuple[Tensor, Tensor | None],
+    backend: str,
+    kept: KeptRows | None,
+    several: Several | None,
+    beside: Tensor | None,
+) -> None:
+    """Write the gradient of rows ``[B, T, V]``, of which `_read` has `found` that and `beside`."""
+    if kept is not None:
+        assert beside is not None
+        kept_logits.write(grad_rows, rows, targets, found, grads, backend, kept, beside)
+        return
+    of_rows, (grad, grad_entropy) = targets, grads
+    if several is not None:
+        of_rows, grad = targets._replace(token_ids=several.target), several.of_rows(grads[0])
+    operators.call(
+        "token_log_probs_backward",
+        backend,
+        grad_rows,
+        rows,
+        *of_rows,
+        *found,
+        grad,
+        grad_entropy,
+        None,
+    )
+    if several is not None:
+        assert beside is not None
+        scales = targets.mask, targets.scale, targets.softcap
+        several.write_columns(grad_rows, beside, grads[0], grad_entropy, found[2], *scales)
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """Of logits that are a part, both they and the whole are inputs: one of them gets a gradient.
 
@@ -220,10 +285,13 @@ class _TokenLogProbs(torch.autograd.Function):
         part: Part | None,
         inplace: bool,
         backend: str,
+        kept: KeptRows | None,
     ) -> tuple[Tensor, Tensor]:
         values = (whole if logits is None else logits).detach()
-        log_probs, entropy, top, log_sum = operators.call(
-            "token_log_probs", backend, _three_dims(values), *targets, need_entropy
+        rows = _three_dims(values)
+        several = _several(rows, targets)
+        log_probs, entropy, top, log_sum, beside = _read(
+            rows, targets, need_entropy, backend, kept, several
         )
         save(
             ctx,
@@ -235,7 +303,9 @@ class _TokenLogProbs(torch.autograd.Function):
             top=top,
             log_sum=log_sum,
             entropy=entropy,
+            beside=beside,
         )
+        ctx.kept, ctx.several = kept, several
         ctx.scalars = targets.temperature, targets.softcap
         ctx.part, ctx.inplace, ctx.backend, ctx.is_spent = part, inplace, backend, False
         ctx.set_materialize_grads(False)
@@ -247,7 +317,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @first_only("token_log_probs", lambda ctx: ctx.saved_tensors[:1])
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
         tensors: Any = saved(ctx, grad, grad_entropy)
-        whole, token_ids, mask, temperatures, top, log_sum, entropy = tensors
+        whole, token_ids, mask, temperatures, top, log_sum, entropy, beside = tensors
         whole = whole.detach()
         part: Part | None = ctx.part
         if ctx.inplace and not torch.compiler.is_compiling():
@@ -260,29 +330,21 @@ class _TokenLogProbs(torch.autograd.Function):
             ctx.is_spent = True
         logits = whole if part is None else part.of(whole)
         grad_logits = logits if ctx.inplace else whole.new_empty(whole.shape)
-        grad = torch.zeros_like(log_sum, dtype=entropy.dtype) if grad is None else grad
+        if grad is None:
+            grad = torch.zeros_like(token_ids, dtype=entropy.dtype)
         if grad_entropy is not None:
-            grad_entropy = grad_entropy.resolve_neg().contiguous()
-        operators.call(
-            "token_log_probs_backward",
-            ctx.backend,
-            _three_dims(grad_logits),
-            _three_dims(logits),
-            token_ids,
-            mask,
-            temperatures,
-            *ctx.scalars,
-            top,
-            log_sum,
-            None if grad_entropy is None else entropy,
-            grad.resolve_neg().contiguous(),
-            grad_entropy,
-            None,
-        )
+            # Of no entropies, compiled code has an empty gradient.
+            is_any = len(entropy) > 0
+            grad_entropy = grad_entropy.resolve_neg().contiguous() if is_any else None
+        found = top, log_sum, None if grad_entropy is None else entropy
+        grads = grad.resolve_neg().contiguous(), grad_entropy
+        targets = Targets(token_ids, mask, temperatures, *ctx.scalars)
+        rows = _three_dims(grad_logits), _three_dims(logits)
+        _write(*rows, targets, found, grads, ctx.backend, ctx.kept, ctx.several, beside)
         if ctx.inplace:
             # The kernel wrote behind autograd's back: a second backward must not take it.
             torch.autograd.graph.increment_version(whole)
-        others = [None] * 6
+        others = [None] * 7
         if part is None:
             return grad_logits, None, *others
         if not isinstance(ctx, BackwardCFunction):

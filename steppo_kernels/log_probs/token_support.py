@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import FrozenInstanceError
 from typing import Any, Literal, NoReturn
 
@@ -16,7 +16,7 @@ from .kept_sets import MOST_IDS, KeptSets
 
 Missing = Literal["error", "full"]
 _MISSING = ("error", "full")
-_CONSTRUCTORS = "TokenSupport.from_csr, from_padded or from_mask"
+_CONSTRUCTORS = "TokenSupport.from_csr, from_padded, from_lists or from_mask"
 
 
 class TokenSupport:
@@ -127,6 +127,45 @@ class TokenSupport:
         wide = every.to(torch.int64)
         is_id = wide != pad
         return _made("ids", wide[is_id], is_id.sum(-1).reshape(-1), every.shape[:-1], missing)
+
+    @classmethod
+    def from_lists(
+        cls, sets: Iterable[Iterable[int]], mask: Tensor, *, missing: Missing = "error"
+    ) -> TokenSupport:
+        """Take the sets of sampled tokens as engines return them, and where these tokens are.
+
+        Args:
+            sets: the ids of each sampled token, in the order of the tokens: those of the first row
+                first, and in a row one completion after the other.
+            mask: bool or 0/1, of the token shape, True at the sampled tokens; others get no set.
+            missing: as in `from_csr`.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+
+        Example:
+            >>> import torch
+            >>> from steppo_kernels import TokenSupport
+            >>> TokenSupport.from_lists([[3, 7], [5]], torch.tensor([[0, 1, 0, 1]])).counts
+            tensor([[0, 2, 0, 1]])
+        """
+        is_sampled = checks.flags("mask", mask, None)
+        if isinstance(sets, (str, bytes, Tensor)) or not isinstance(sets, Iterable):
+            raise TypeError(f"sets: got {type(sets).__name__}, expected a sequence of sets of ids")
+        rows = [list(one) for one in sets]
+        if len(rows) != int(is_sampled.sum()):
+            raise ValueError(
+                f"sets: got {len(rows)} sets, expected one of each of the {int(is_sampled.sum())} "
+                "tokens in mask"
+            )
+        entries = [entry for row in rows for entry in row]
+        if any(isinstance(entry, bool) or not hasattr(entry, "__index__") for entry in entries):
+            raise TypeError("sets: got an entry that is no integer, expected ids")
+        counts = torch.zeros(is_sampled.numel(), dtype=torch.int64, device=is_sampled.device)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        counts[is_sampled.reshape(-1)] = lengths.to(counts.device)
+        ids = torch.tensor(entries, dtype=torch.int64).to(counts.device)
+        return _made("sets", ids, counts, is_sampled.shape, missing)
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, missing: Missing = "error") -> TokenSupport:
@@ -253,6 +292,13 @@ def require_support(value: object) -> TokenSupport:
     if not isinstance(value.__dict__.get("_held"), KeptSets):
         raise TypeError("support: got a TokenSupport that no constructor made, expected one's")
     return value
+
+
+def moved(support: TokenSupport, tokens: Tensor, key: Hashable) -> TokenSupport:
+    """Return the sets of `tokens` (int64, of any shape; -1 has none), made once for each key."""
+    held = support._held
+    made = held.derived((key, tokens.shape), lambda: held.at(tokens.reshape(-1)))
+    return _of(made, tokens.shape, support.missing)
 
 
 @outside_inference_mode

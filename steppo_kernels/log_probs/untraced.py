@@ -29,13 +29,13 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-def untraced_with(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Return a decorator of functions at which a graph breaks if they are given that keyword."""
+def untraced_with(*names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return a decorator of functions at which a graph breaks if they are given such a keyword."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            is_given = kwargs.get(name) is not None
+            is_given = any(kwargs.get(name) is not None for name in names)
             return (untraced(function) if is_given else function)(*args, **kwargs)
 
         return run

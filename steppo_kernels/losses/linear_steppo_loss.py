@@ -16,6 +16,8 @@ from ..backends.records import Steps
 from ..backends.reference.reductions import reduction_weights
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
+from ..log_probs.kept_rows import check_support
+from ..log_probs.linear_token_log_probs import log_probs_of_head
 from ..log_probs.lm_head import (
     Evaluated,
     Head,
@@ -24,9 +26,9 @@ from ..log_probs.lm_head import (
     check_head,
     live_rows,
 )
-from ..log_probs.plain_head import plain_log_probs
 from ..log_probs.saved import save, saved
 from ..log_probs.sharded_head import localized, on_shards, shared
+from ..log_probs.token_support import TokenSupport
 from ..log_probs.untraced import untraced, untraced_with
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_loss_inputs
@@ -36,7 +38,7 @@ from .scaled_gradient import scaled_gradient
 _NAME = "linear_steppo_loss"
 
 
-@untraced_with("tp_group")
+@untraced_with("tp_group", "support")
 def linear_steppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -48,6 +50,8 @@ def linear_steppo_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: TokenSupport | None = None,
+    sparse_grad: bool = False,
     chunk_tokens: int | None = None,
     tp_group: Any = None,
     vocab_start: int | None = None,
@@ -72,6 +76,10 @@ def linear_steppo_loss(
     `ratio_center` is not given. Gradients are formed in the forward pass; backward scales them.
     `torch.compile` breaks its graph here, as the work depends on what is found.
 
+    With `support`, softmaxes are over the ids that each token could be sampled from, and only their
+    rows of the weight are read, as in `linear_token_log_probs`. Their logits are so few that
+    backward keeps them, and forms the gradients.
+
     With `tp_group`, the vocabulary is split over ranks as in `linear_token_log_probs`. All of it
     happens in the forward pass: 1 collective for what the ranks were given, 1 for each chunk whose
     logits are formed, 1 in the end that says that none failed, and 1 for the sum of the gradient of
@@ -90,6 +98,8 @@ def linear_steppo_loss(
         bias: ``[V]``.
         temperature: above 0, what logits are divided by; a number or one for each token.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
+        support: as in `linear_token_log_probs`; sets of masked tokens may be anything.
+        sparse_grad: as in `linear_token_log_probs`.
         chunk_tokens: action tokens of a chunk. None takes as many as have (fp32) logits of 256 MiB
             on a CPU or of a sixteenth of a GPU's memory, and at least 128. With more than one chunk
             the products of the weight's gradient, each rounded to its dtype, are summed in fp32: in
@@ -134,6 +144,7 @@ def linear_steppo_loss(
     """
     with on_shards(_NAME, tp_group, vocab_start) as call:
         checks.switch("report_entropy", report_entropy)
+        checks.switch("sparse_grad", sparse_grad)
         if call is not None:
             hidden, weight, bias, vocab_start = localized(
                 hidden, weight, bias, vocab_start, call.ranks
@@ -173,21 +184,32 @@ def linear_steppo_loss(
         )
         ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
         count = inputs.layout.num_tokens
+        has_bonus = config.entropy_coef != 0
+        need_entropy = has_bonus or report_entropy
+        if support is not None:
+            support = check_support(support, inputs.shape, inputs.device)
         if call is not None:
-            need_entropy = config.entropy_coef != 0 or report_entropy
-            facts = _facts(inputs)
-            head = shared(head, call, vocab_start, rows, chunk_tokens, count, need_entropy, facts)
-        chunk = check_chunk(chunk_tokens, count, head)
-        if head.backend == "reference":
-            log_probs, entropy = plain_log_probs(rows, head, ids, inputs.layout.token_index)
-            has_bonus = config.entropy_coef != 0
+            given = rows, chunk_tokens, count, need_entropy, support, _facts(inputs)
+            head = shared(head, call, vocab_start, *given)
+        if head.backend == "reference" or support is not None or sparse_grad:
+            log_probs, entropy = log_probs_of_head(
+                rows,
+                head,
+                temperature,
+                ids,
+                inputs.layout.token_index,
+                support,
+                chunk_tokens,
+                need_entropy,
+                sparse_grad,
+            )
             constant = checks.constant(entropy) if report_entropy else None
             out = loss_of(inputs, log_probs, entropy if has_bonus else constant)
             if call is not None:
                 call.finish()
             return out
-        given_temperature = temperature if isinstance(temperature, Tensor) else None
-        return _in_one_pass(rows, head, given_temperature, inputs, report_entropy, ids, chunk)
+        chunk = check_chunk(chunk_tokens, count, head)
+        return _in_one_pass(rows, head, temperature, inputs, report_entropy, ids, chunk)
 
 
 def _with_layout(inputs: LossInputs, backend: Backend) -> LossInputs:
@@ -221,7 +243,7 @@ def _facts(inputs: LossInputs) -> dict[str, object]:
 def _in_one_pass(
     rows: Tensor,
     head: Head,
-    temperature: Tensor | None,
+    temperature: float | Tensor,
     inputs: LossInputs,
     report_entropy: bool,
     ids: Tensor,
@@ -232,7 +254,7 @@ def _in_one_pass(
         head.weight,
         head.bias,
         head,
-        temperature,
+        temperature if isinstance(temperature, Tensor) else None,
         _Steps(inputs, report_entropy),
         ids,
         chunk,

@@ -8,12 +8,17 @@ from .. import checks
 from ..backends.choice import Backend
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout
-from ..log_probs.token_log_probs import Targets, log_probs_of, rows_of
+from ..log_probs.kept_rows import check_support, rows_of
+from ..log_probs.targets import Targets
+from ..log_probs.token_log_probs import log_probs_of, logits_of
+from ..log_probs.token_support import TokenSupport
+from ..log_probs.untraced import untraced_with
 from ..outputs import StepPOOutput
 from .inputs import check_loss_inputs
 from .policy_loss import loss_of
 
 
+@untraced_with("support")
 def steppo_loss_from_logits(
     logits: Tensor,
     token_ids: Tensor,
@@ -22,6 +27,7 @@ def steppo_loss_from_logits(
     layout: StepLayout | Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    support: TokenSupport | None = None,
     inplace_backward: bool = False,
     config: StepPOConfig = DEFAULT_CONFIG,
     ref_log_probs: Tensor | None = None,
@@ -49,6 +55,8 @@ def steppo_loss_from_logits(
         advantages: as in `steppo_loss`.
         layout: as in `steppo_loss`.
         temperature: above 0, what logits are divided by; a number or one for each token.
+        support: the ids that each token could be sampled from, as in `token_log_probs`; sets of
+            masked tokens may be anything.
         inplace_backward: let backward overwrite `logits` (of a slice, all of the sliced tensor)
             with their gradient: no second tensor of that size exists then. As in
             `token_log_probs`; a second backward raises.
@@ -86,7 +94,7 @@ def steppo_loss_from_logits(
     """
     checks.switch("inplace_backward", inplace_backward)
     checks.switch("report_entropy", report_entropy)
-    logits = rows_of("logits", logits)
+    logits = logits_of("logits", logits)
     logits, inputs = check_loss_inputs(
         "logits",
         logits,
@@ -112,6 +120,10 @@ def steppo_loss_from_logits(
         reads_bytes = inputs.backend in ("triton", "cuda")
         is_action = (inputs.mask if reads_bytes else checks.ones_of(inputs.mask)).view(-1)
     targets = Targets.of(token_ids, is_action, temperature, inputs.shape, inputs.device)
+    kept = None
+    if support is not None:
+        checked = check_support(support, inputs.shape, inputs.device)
+        kept = rows_of(checked, targets.token_ids, targets.rows(), logits.shape[-1])
     has_bonus = config.entropy_coef != 0
     log_probs, entropy = log_probs_of(
         logits,
@@ -120,6 +132,7 @@ def steppo_loss_from_logits(
         has_bonus or report_entropy,
         inplace_backward,
         inputs.backend,
+        kept,
     )
     if not report_entropy and not has_bonus:
         return loss_of(inputs, log_probs, None)

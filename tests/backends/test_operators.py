@@ -9,6 +9,7 @@ import torch
 from batches import Batch, random_batch
 from grids import grid
 from head_samples import head_samples
+from kept_samples import kept_samples
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from steppo_kernels import (
@@ -142,6 +143,7 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
         ],
         **policy_samples(batch),
         **head_samples(batch),
+        **kept_samples(batch),
     }
 
 
@@ -228,19 +230,24 @@ def test_samples_are_of_the_whole_family():
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
 def test_graphs_that_inductor_records_leave_the_operators_out():
     """What kernels keep between calls may not come from the memory of such a graph."""
-    assert all(torch.Tag.cudagraph_unsafe in one.tags for one in operators._handles.values())
-    assert len(operators._handles) >= 18
+    assert all(torch.Tag.cudagraph_unsafe in one.tags for one in operators.handles.values())
+    assert len(operators.handles) >= 18
 
 
 def test_every_operator_has_a_sample():
     target = type("Target", (), {"device": "cpu"})
-    assert samples(finite_batch(target)).keys() == operators._stems.keys()
+    assert samples(finite_batch(target)).keys() == operators.stems.keys()
 
 
 # Autograd differentiates the reference of these: it is no operator.
 _DIFFERENTIATED = {
     "accumulate",
     "head_logits",
+    "kept_hidden_gradient",
+    "kept_log_probs",
+    "kept_log_probs_backward",
+    "kept_logits",
+    "kept_weight_gradient",
     "policy_loss",
     "policy_loss_masked",
     "scale_gradient",
@@ -259,7 +266,7 @@ def test_opcheck_of_losses(kernel, name, dtype):
 
 @grid(
     cover=1,
-    name=sorted(operators._stems.keys() - _DIFFERENTIATED),
+    name=sorted(operators.stems.keys() - _DIFFERENTIATED),
     dtype=[torch.float32, torch.float64],
 )
 def test_opcheck(target, name, dtype):

@@ -24,6 +24,9 @@ MODULES = [
 ]
 LOGITS = ("token_log_probs_kernel", "token_log_probs_backward_kernel")
 ASKED = ("entropy", "softcap")
+DTYPES = ("bf16", "fp16", "fp32", "fp64")
+# These gather rows of hidden states or of a weight.
+HEAD = ("kept_logits_kernel", "kept_hidden_gradient_kernel", "kept_weight_gradient_kernel")
 # These walk along rows; the others gather, as the first one does if it is given a layout.
 WIDE = {
     "log_ratio_sum_kernel",
@@ -105,6 +108,14 @@ def test_logits_move_128_bits_at_a_time(reports: list[dict[str, Any]]) -> None:
     assert all(cases.values())
 
 
+def test_kept_rows_move_128_bits_at_a_time(reports: list[dict[str, Any]]) -> None:
+    found = [report for report in reports if report["kernel"] in HEAD]
+    for report in found:
+        assert (report["wide_loads"] > 0) == ("aligned" in report["case"]), report
+    seen = {(each["kernel"], each["case"][0], "aligned" in each["case"]) for each in found}
+    assert seen == set(itertools.product(HEAD, DTYPES, (False, True)))
+
+
 def test_logits_are_compiled_with_all_that_can_be_asked(
     reports: list[dict[str, Any]], arch: str
 ) -> None:
@@ -112,9 +123,9 @@ def test_logits_are_compiled_with_all_that_can_be_asked(
     cases = {
         (report["kernel"], report["case"][0], *(part in report["case"] for part in ASKED))
         for report in reports
-        if "aligned" in report["case"]
+        if report["kernel"] in LOGITS and "aligned" in report["case"]
     }
-    axes = LOGITS, ("bf16", "fp16", "fp32", "fp64"), (False, True), (False, True)
+    axes = LOGITS, DTYPES, (False, True), (False, True)
     together = len(axes) if arch == "sm_90" else 3
     for chosen in itertools.combinations(range(len(axes)), together):
         # The two kernels are launched together.

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from collectives import counted
 from head_cases import HeadCase, head_case
+from kept_cases import kept_of
 from torch import Tensor, distributed
 
-from steppo_kernels import StepPOConfig, linear_steppo_loss, linear_token_log_probs
+from steppo_kernels import StepPOConfig, TokenSupport, linear_steppo_loss, linear_token_log_probs
+from steppo_kernels.log_probs import supported_head
 
 _WIDE = {"clip_low": 0.2, "clip_high": 0.2}
 # Of the loss: what differs from the default, by name.
@@ -30,6 +32,15 @@ HEADS: dict[str, dict[str, Any]] = {
     "usual": {},
     "in chunks": {"chunk_tokens": 7},
     "all options": {"softcap": 2.0, "temperature": "of the case", "chunk_tokens": 5, "bias": True},
+    "over sets": {"support": "random", "bias": True, "break_even": 0},
+    "over sets in chunks": {"support": "nested", "chunk_tokens": 5, "break_even": 10**6},
+    "over some sets": {
+        "support": "some empty",
+        "softcap": 2.0,
+        "temperature": "of the case",
+        "chunk_tokens": 5,
+        "break_even": 0,
+    },
 }
 
 
@@ -73,8 +84,22 @@ def shard_of(case: HeadCase, rank: int, size: int) -> HeadCase:
 def found_in(task: Task, case: HeadCase, **more: Any) -> dict[str, Any]:
     """Return what there is to compare of a call, `more` being further arguments of it."""
     options = {**HEADS[task.head], **more, "backend": task.backend}
+    # Whether the logits of sets are gathered, or come from products with the whole shard.
+    usual, ratio = supported_head.BREAK_EVEN, options.pop("break_even", None)
+    if ratio is not None:
+        supported_head.BREAK_EVEN = {False: ratio, True: ratio}
+    try:
+        return _found_in(task, case, options)
+    finally:
+        supported_head.BREAK_EVEN = usual
+
+
+def _found_in(task: Task, case: HeadCase, options: dict[str, Any]) -> dict[str, Any]:
     if options.get("temperature") == "of the case":
         options["temperature"] = case.temperatures
+    if "support" in options:
+        whole = head_case(**task.drawn)
+        options["support"] = TokenSupport.from_mask(kept_of(options["support"], whole))
     has_bias = options.pop("bias", False)
     if has_bias:
         options["bias"] = case.bias

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..kept_operators import sums_of_parts
 from ..records import IdIndex, Sets, record
 from .launch import DTYPES, Native, addresses, start
 
@@ -77,12 +76,18 @@ def kept_weight_gradient(
 ) -> None:
     """Run the operator `kept_weight_gradient` of `steppo_kernels.backends.kept_operators`."""
     held = record(IdIndex, by_id)
-    sums, size = sums_of_parts(hidden, held), hidden.shape[1]
+    sums, size, num_rows = held.new_sums(hidden), hidden.shape[1], len(grad_weight)
+    if not (compact or native.is_done):
+        grad_weight.zero_()
+        if grad_bias is not None:
+            grad_bias.zero_()
     product = (
         DTYPES[hidden.dtype],
         *addresses(grad_logits, hidden),
         size,
         compact,
-        *addresses(sums, grad_weight, grad_bias),
+        *addresses(sums),
+        num_rows,
+        *addresses(grad_weight, grad_bias),
     )
     native.kernels.kept_weight_gradient(product, held.fields, native.place(grad_weight))

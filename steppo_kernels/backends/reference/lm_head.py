@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .token_log_probs import check_ids, scaled_logits, token_log_probs
+from .token_log_probs import capped_logits, check_ids, scaled_logits, token_log_probs
 from .vocabulary_shard import combined, local_ids, told_of_rows
 
 
@@ -21,16 +21,20 @@ def linear_token_log_probs(
     temperature: float | Tensor,
     softcap: float,
     dtype: torch.dtype,
+    is_kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies ``[N]`` of ``[N, d]`` hidden states, 0 except at `index`.
 
-    Everything is computed in `dtype`; differentiable. `temperature` is a number or ``[N]``.
+    Everything is computed in `dtype`; differentiable. `temperature` is a number or ``[N]``. With
+    `is_kept`, bool ``[n, V]`` for the n rows of `index`, softmaxes are over those ids alone.
     """
     logits, temperature = _logits(hidden, weight, bias, index, temperature, dtype)
     every = torch.arange(len(index), device=hidden.device)
-    found = token_log_probs(logits, token_ids[index], every, temperature, softcap, dtype)
-    zeros = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
-    log_probs, entropy = (zeros.index_put((index,), values) for values in found)
+    found = token_log_probs(logits, token_ids[index], every, temperature, softcap, dtype, is_kept)
+    log_probs, entropy = (
+        values.new_zeros((len(hidden), *values.shape[1:])).index_put((index,), values)
+        for values in found
+    )
     return log_probs, entropy
 
 
@@ -46,6 +50,7 @@ def sharded_token_log_probs(
     start: int,
     vocabulary: int,
     gather: Callable[[Tensor], Tensor],
+    is_kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_token_log_probs` of a weight of which this rank holds rows from `start` on.
 
@@ -57,19 +62,17 @@ def sharded_token_log_probs(
     check_ids(ids, vocabulary)
     columns, is_away = local_ids(ids, start, len(weight))
     if len(weight):
-        top = logits.detach().amax(-1)
+        capped = capped_logits(logits, softcap, dtype, is_kept)
+        top = capped.detach().amax(-1)
         # Ids of probability 0 have no gradient, and what they differ by is no number.
-        is_out = (top == -math.inf) & (softcap == 0)
-        z = scaled_logits(
-            torch.where(is_out.unsqueeze(-1), 0.0, logits), temperature, softcap, dtype
-        )
+        is_out = top == -math.inf
+        z = scaled_logits(torch.where(is_out.unsqueeze(-1), 0.0, capped), temperature)
         log_sum = torch.logsumexp(z, -1)
         log_p = z - log_sum.unsqueeze(-1)
         chosen = log_p.gather(-1, columns.unsqueeze(-1)).squeeze(-1)
         p = log_p.exp()
         entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
         log_sum = log_sum.masked_fill(is_out, -math.inf)
-        top = softcap * torch.tanh(top / softcap) if softcap else top
     else:
         # Without a column, but with a graph.
         chosen = entropy = logits.sum(-1)

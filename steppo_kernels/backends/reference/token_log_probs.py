@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def scaled_logits(
-    logits: Tensor, temperature: float | Tensor, softcap: float, dtype: torch.dtype
+def capped_logits(
+    logits: Tensor, softcap: float, dtype: torch.dtype, is_kept: Tensor | None
 ) -> Tensor:
-    """Return ``[n, V]`` logits in `dtype`, capped and over temperature, 0 at each row's largest.
+    """Return ``[n, V]`` logits in `dtype`, capped, and -inf but at ids that are kept.
 
-    `softcap` 0 caps nothing.
+    `softcap` 0 caps nothing; without `is_kept` (bool ``[n, V]``) all ids are.
     """
     z = logits.to(dtype)
     if softcap:
         z = softcap * torch.tanh(z / softcap)
+    return z if is_kept is None else z.masked_fill(~is_kept, -math.inf)
+
+
+def scaled_logits(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return ``[n, V]`` capped logits over temperature, 0 at each row's largest."""
     # A softmax does not change with a shift. Divided as they are, logits could overflow, and what
     # two huge ones differ by would be rounded away.
     z = z - z.detach().amax(-1, keepdim=True)
     if isinstance(temperature, Tensor):
-        return z / temperature.to(dtype).unsqueeze(-1)
+        return z / temperature.to(z.dtype).unsqueeze(-1)
     return z / temperature
 
 
@@ -31,22 +38,27 @@ def token_log_probs(
     temperature: float | Tensor,
     softcap: float,
     dtype: torch.dtype,
+    is_kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies ``[N]`` of ``[N, V]`` logits, 0 except at `rows`.
 
-    `rows` are the positions that count, int64; differentiable. `temperature` is a number or
-    ``[N]``.
+    Log-probs are of the shape of `token_ids`, ``[N]`` or ``[N, K]``. `rows` are the positions that
+    count, int64 ``[n]``; differentiable. `temperature` is a number or ``[N]``. With `is_kept`, bool
+    ``[n, V]``, the softmax of a row is over those ids alone.
     """
     check_ids(token_ids[rows], logits.shape[-1])
     if isinstance(temperature, Tensor):
         temperature = temperature[rows]
-    log_p = torch.log_softmax(scaled_logits(logits[rows], temperature, softcap, dtype), -1)
-    chosen = log_p.gather(-1, token_ids[rows].unsqueeze(-1)).squeeze(-1)
+    z = capped_logits(logits[rows], softcap, dtype, is_kept)
+    log_p = torch.log_softmax(scaled_logits(z, temperature), -1)
+    ids = token_ids[rows]
+    chosen = log_p.gather(-1, ids.view(-1, ids.shape[1] if ids.dim() == 2 else 1)).view(ids.shape)
     # p log p tends to 0 with p; the product of 0 and what is, or overflows to, -inf would not.
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
-    zeros = torch.zeros(len(token_ids), dtype=dtype, device=logits.device)
-    return zeros.index_put((rows,), chosen), zeros.index_put((rows,), entropy)
+    zeros = torch.zeros(token_ids.shape, dtype=dtype, device=logits.device)
+    of_rows = torch.zeros(len(token_ids), dtype=dtype, device=logits.device)
+    return zeros.index_put((rows,), chosen), of_rows.index_put((rows,), entropy)
 
 
 def check_ids(token_ids: Tensor, vocabulary: int) -> None:

@@ -1,4 +1,4 @@
-"""Device helpers: where a chunk of a row lies, and scans along it."""
+"""Device helpers: where a chunk of a row or a kept set lies, and scans along a chunk."""
 
 # ruff: noqa: N803
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,6 +20,14 @@ def chunk(i_begin, i_chunk, length, ALIGNED: tl.constexpr, BT: tl.constexpr):
         left = tl.multiple_of(left, 16)
     b_lane = tl.arange(0, BT)
     return i_flat, b_lane, b_lane < left
+
+
+@triton.jit
+def kept_set(p_rows, p_offsets, i_row):
+    """Return a row's token, the first pair of its set, and how many pairs that has."""
+    token = tl.load(p_rows + i_row)
+    first = tl.load(p_offsets + token)
+    return token, first, tl.load(p_offsets + token + 1) - first
 
 
 @triton.jit

@@ -25,14 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import all_registers, device_guard, threads
-from .step_math import expm1_minus
+from .token_math import FAR, LN_2, LOG2_E, expm1, log1p, row_scales, scaled, soft_cap
 
 # Entries of the vocabulary that a program takes at a time, the bytes of them at most, threads.
 _BLOCK, _BLOCK_BYTES, _THREADS = 4096, 16384, 256
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-# e^x is 0 from here on, and the product of the two as well.
-_FAR = tl.constexpr(-1e5)
 _LENGTHS = [
     "num_columns",
     "row_length",
@@ -92,68 +88,6 @@ def _load(p_row, b_column, i_chunk, num_columns, ALIGNED: tl.constexpr, BK: tl.c
     return tl.load(p_row + i_chunk + b_column, mask=m_in, other=float("-inf"))
 
 
-@triton.jit
-def _scalars(p_temperatures, i_row, inverse, softcap, dtype):
-    """Return 1 / temperature of a row in fp64, and what makes exponents of 2 of differences.
-
-    Then the softcap, and 1 / softcap in two parts.
-    """
-    zero = tl.full((), 0.0, tl.float64)
-    inverse = zero + inverse
-    if p_temperatures is not None:
-        inverse = 1.0 / tl.load(p_temperatures + i_row)
-    inverse = tl.minimum(inverse, 1.1e308)
-    scale = inverse * _LOG2_E
-    if dtype == tl.float32:
-        # 0 times infinity, or a word at -inf times 0, would be NaN.
-        scale = tl.minimum(tl.maximum(scale, 1e-37), 3.4e38)
-    cap = zero + softcap
-    high = (1.0 / cap).to(dtype)
-    return inverse, scale.to(dtype), cap.to(dtype), high, (1.0 / cap - high).to(dtype)
-
-
-@triton.jit
-def _log1p(x):
-    """Return log(1 + x) of an fp64 number from 0, accurate however small it is."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def _softcap(b_logit, cap, high, low):
-    """Return cap tanh(x / cap) and its derivative, from e = e^(-2 |x| / cap) and r = 1 / (1 + e).
-
-    ``high + low`` is 1 / cap: rounded to one number, it would move all logits the same way.
-    """
-    if b_logit.dtype == tl.float64:
-        b_u = b_logit / cap
-        b_e = tl.exp(-2.0 * tl.abs(b_u))
-        b_r = 1.0 / (1.0 + b_e)
-        b_tanh = (1.0 - b_e) * b_r
-    else:
-        # The products of an infinite logit would be infinities of different signs.
-        b_x = tl.maximum(b_logit.to(tl.float32), -3.4e38, propagate_nan=tl.PropagateNan.ALL)
-        b_x = tl.minimum(b_x, 3.4e38, propagate_nan=tl.PropagateNan.ALL)
-        b_u = b_x * high + b_x * low
-        b_e = tl.exp2(tl.abs(b_u) * (-2.0 * _LOG2_E))
-        # A division costs twice as much: 1 + e is neither large nor small.
-        b_root = tl.rsqrt(1.0 + b_e)
-        b_r = b_root * b_root
-        b_r += b_r * (1.0 - b_r * (1.0 + b_e))
-        # Half precision does not see that this cancels near 0.
-        b_tanh = 1.0 - 2.0 * (b_e * b_r)
-        if b_logit.dtype == tl.float32:
-            b_u2 = b_u * b_u
-            # A fit of (tanh(u) / u - 1) / u^2, good to 5e-9 of tanh.
-            b_tail = b_u2 * -5.70499e-3 + 2.063909e-2
-            b_tail = b_tail * b_u2 - 5.373971e-2
-            b_tail = b_tail * b_u2 + 0.13331442
-            b_tail = b_tail * b_u2 - 0.33333282
-            b_near = tl.abs(b_u) + tl.abs(b_u) * (b_tail * b_u2)
-            b_tanh = tl.where(tl.abs(b_u) < 0.625, b_near, b_tanh)
-    return cap * tl.where(b_u < 0, -b_tanh, b_tanh), 4.0 * (b_e * b_r) * b_r
-
-
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_ROWS)
 def token_log_probs_kernel(
     p_logits,
@@ -181,7 +115,7 @@ def token_log_probs_kernel(
     count = num_columns
     if p_mask is not None:
         count = tl.where(tl.load(p_mask + i_row) != 0, num_columns, 0)
-    inverse, scale, cap, high, low = _scalars(p_temperatures, i_row, inverse, softcap, dtype)
+    inverse, scale, cap, high, low = row_scales(p_temperatures, i_row, inverse, softcap, dtype)
     p_row = p_logits + _row_start(i_row, row_length, stride_b, stride_t, ALIGNED, BK)
     token = tl.load(p_ids + i_row)
 
@@ -195,7 +129,7 @@ def token_log_probs_kernel(
         b_z = b_logit.to(dtype)
         if SOFTCAP:
             m_in = _inside(b_column, i_chunk, count, ALIGNED, BK)
-            b_capped, _ = _softcap(b_logit, cap, high, low)
+            b_capped, _ = soft_cap(b_logit, cap, high, low)
             b_z = tl.where(m_in, b_capped, float("-inf"))
         if (token >= i_chunk) & (token < i_chunk + BR * BK):
             m_token = b_entry == (token - i_chunk).to(tl.int32) - b_lane
@@ -208,15 +142,15 @@ def token_log_probs_kernel(
         b_e = tl.exp2(b_d)
         b_shrink = tl.exp2(b_down)
         if p_entropy is not None:
-            b_moved = b_weighted + b_sum * tl.maximum(b_down, _FAR)
-            b_weighted = b_moved * b_shrink + tl.sum(b_e * tl.maximum(b_d, _FAR), 1)
+            b_moved = b_weighted + b_sum * tl.maximum(b_down, FAR)
+            b_weighted = b_moved * b_shrink + tl.sum(b_e * tl.maximum(b_d, FAR), 1)
         b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
 
     m_valid = (token >= 0) & (token < count)
     logit = tl.load(p_row + token, mask=m_valid, other=float("nan"))
     z = logit.to(dtype)
     if SOFTCAP:
-        z, _ = _softcap(logit, cap, high, low)
+        z, _ = soft_cap(logit, cap, high, low)
     # NaN, of an id out of range as well, stays.
     top = tl.maximum(tl.max(b_max, 0), z, propagate_nan=tl.PropagateNan.ALL)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -226,36 +160,17 @@ def token_log_probs_kernel(
     down = (z - top).to(tl.float64) * inverse
     own = tl.exp(down)
     total = others + own
-    log_sum = tl.where(own == 1.0, _log1p(others), tl.log(total))
+    log_sum = tl.where(own == 1.0, log1p(others), tl.log(total))
     log_prob = down - log_sum
     tl.store(p_log_probs + i_row, tl.where(count > 0, log_prob, 0.0))
     tl.store(p_top + i_row, tl.where(count > 0, top.to(tl.float64), 0.0))
     tl.store(p_log_sum + i_row, tl.where(count > 0, log_sum, 0.0))
     if p_entropy is not None:
-        b_moved = b_weighted + b_sum * tl.maximum(b_down, _FAR)
-        weighted = tl.sum(b_moved * b_shrink, 0).to(tl.float64) * _LN_2
-        weighted += own * tl.maximum(down, _FAR)
+        b_moved = b_weighted + b_sum * tl.maximum(b_down, FAR)
+        weighted = tl.sum(b_moved * b_shrink, 0).to(tl.float64) * LN_2
+        weighted += own * tl.maximum(down, FAR)
         entropy = log_sum - weighted / total
         tl.store(p_entropy + i_row, tl.where(count > 0, entropy, 0.0))
-
-
-@triton.jit
-def _times(x, factor, dtype):
-    """Return x times an fp64 factor in `dtype`.
-
-    Where the factor alone leaves its range, that is the end of the range, which 0 times is 0.
-    """
-    product = (x.to(tl.float64) * factor).to(dtype)
-    if dtype == tl.float32:
-        is_beyond = (tl.abs(product) == float("inf")) & (tl.abs(x) < float("inf"))
-        product = tl.where(is_beyond, tl.where(product < 0, -3.4e38, 3.4e38), product)
-    return product
-
-
-@triton.jit
-def _expm1(b_x):
-    """Return e^x - 1, accurate however small x is."""
-    return tl.where(b_x > -0.5, b_x + expm1_minus(b_x), tl.exp(b_x) - 1.0)
 
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_ROWS)
@@ -308,16 +223,16 @@ def token_log_probs_backward_kernel(
 
     if is_live:
         p_row = p_logits + _row_start(i_from, row_length, stride_b, stride_t, ALIGNED, BK)
-        inverse, scale, cap, high, low = _scalars(p_temperatures, i_from, inverse, softcap, dtype)
+        inverse, scale, cap, high, low = row_scales(p_temperatures, i_from, inverse, softcap, dtype)
         # Between logits, differences are exact where e^z is not small.
         top = tl.load(p_top + i_from).to(dtype)
-        log_sum = (tl.load(p_log_sum + i_from) * _LOG2_E).to(dtype)
+        log_sum = (tl.load(p_log_sum + i_from) * LOG2_E).to(dtype)
         token = tl.load(p_ids + i_from)
         m_valid = (token >= 0) & (token < num_columns)
-        slope = tl.where(m_valid, _times(slope, -inverse, dtype), float("nan"))
+        slope = tl.where(m_valid, scaled(slope, -inverse, dtype), float("nan"))
         if p_grad_entropy is not None:
-            entropy_part = _times(entropy_slope * tl.load(p_entropy + i_from), -inverse, dtype)
-            entropy_slope = _times(entropy_slope, -inverse * _LN_2, dtype)
+            entropy_part = scaled(entropy_slope * tl.load(p_entropy + i_from), -inverse, dtype)
+            entropy_slope = scaled(entropy_slope, -inverse * LN_2, dtype)
         for i_chunk in range(0, num_columns, BR * BK):
             b_logit = _load(p_row, b_column, i_chunk, num_columns, ALIGNED, BK)
             if HALVED:
@@ -325,18 +240,18 @@ def token_log_probs_backward_kernel(
                 tl.debug_barrier()
             b_z = b_logit.to(dtype)
             if SOFTCAP:
-                b_z, b_bend = _softcap(b_logit, cap, high, low)
+                b_z, b_bend = soft_cap(b_logit, cap, high, low)
             b_d = (b_z - top) * scale - log_sum
             b_p = tl.exp2(b_d)
             b_less = b_p
             if (token >= i_chunk) & (token < i_chunk + BR * BK):
                 # p - 1 at the token, without cancellation.
                 m_token = b_entry == (token - i_chunk).to(tl.int32) - b_lane
-                b_minus = _expm1(tl.sum(tl.where(m_token, b_d, 0.0), 1) * _LN_2)
+                b_minus = expm1(tl.sum(tl.where(m_token, b_d, 0.0), 1) * LN_2)
                 b_less = tl.where(m_token, b_minus[:, None], b_p)
             b_grad = slope * b_less
             if p_grad_entropy is not None:
-                b_grad += (b_p * tl.maximum(b_d, _FAR)) * entropy_slope + b_p * entropy_part
+                b_grad += (b_p * tl.maximum(b_d, FAR)) * entropy_slope + b_p * entropy_part
             if SOFTCAP:
                 b_grad = b_grad * b_bend
             m_in = _inside(b_column, i_chunk, num_columns, ALIGNED, BK)

@@ -12,6 +12,7 @@ from ...config import DEFAULT_CONFIG, StepPOConfig
 from ...layout.step_layout import StepLayout
 from ...log_probs.linear_token_log_probs import linear_token_log_probs
 from ...log_probs.sharded_head import on_shards
+from ...log_probs.token_support import TokenSupport
 from ...losses.linear_steppo_loss import linear_steppo_loss
 from ...outputs import StepPOOutput
 from .placement import Placed, States
@@ -60,6 +61,8 @@ class StepPOBatch:
             those at action tokens are looked at, or else its `input_ids`. With `logits_to_keep`
             they are ``[B, C]`` or of the shape of `input_ids`.
         temperature: what the policy's logits are divided by; a number or one for each token.
+        support: the ids that each token could be sampled from, of the shape of `input_ids` (with
+            `logits_to_keep` ``[B, C]``): see `linear_token_log_probs`.
         chunk_tokens: as in `linear_steppo_loss`.
         config: as in `steppo_loss`.
         ref_log_probs: as in `steppo_loss`.
@@ -100,6 +103,7 @@ class StepPOBatch:
         shifted: bool = False,
         token_ids: Tensor | None = None,
         temperature: float | Tensor = 1.0,
+        support: TokenSupport | None = None,
         chunk_tokens: int | None = None,
         config: StepPOConfig = DEFAULT_CONFIG,
         ref_log_probs: Tensor | None = None,
@@ -119,6 +123,7 @@ class StepPOBatch:
         self.shifted = _shifted(shifted, logits_to_keep, token_ids)
         self.token_ids = token_ids
         self.temperature = temperature
+        self.support = support
         self.chunk_tokens = chunk_tokens
         self.config = config
         self.ref_log_probs = ref_log_probs
@@ -141,6 +146,7 @@ class StepPOBatch:
                 "old_log_probs": placed.tokens("old_log_probs", self.old_log_probs),
                 "advantages": placed.tokens("advantages", self.advantages, or_steps=True),
                 "layout": placed.layout,
+                "support": placed.support(self.support),
                 "ref_log_probs": placed.tokens("ref_log_probs", self.ref_log_probs),
                 "is_weights": placed.tokens("is_weights", self.is_weights, or_steps=True),
                 "temperature": states.logit_map.temperature(
@@ -182,6 +188,7 @@ class LogProbBatch:
         token_ids: as in `StepPOBatch`.
         temperature: as in `StepPOBatch`.
         return_entropy: also return the entropies.
+        support: as in `StepPOBatch`.
         chunk_tokens: as in `linear_token_log_probs`.
         backend: as in `StepPOBatch`.
 
@@ -212,6 +219,7 @@ class LogProbBatch:
         token_ids: Tensor | None = None,
         temperature: float | Tensor = 1.0,
         return_entropy: bool = False,
+        support: TokenSupport | None = None,
         chunk_tokens: int | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -221,6 +229,7 @@ class LogProbBatch:
         self.token_ids = token_ids
         self.temperature = temperature
         self.return_entropy = return_entropy
+        self.support = support
         self.chunk_tokens = chunk_tokens
         self.backend: Backend = backend
 
@@ -230,6 +239,7 @@ class LogProbBatch:
         with on_shards("linear_token_log_probs", part.tp_group, None):
             placed = Placed(self.layout, states, self.logits_to_keep, self.shifted, self.backend)
             temperature = placed.tokens("temperature", self.temperature)
+            support = placed.support(self.support)
         found = linear_token_log_probs(
             states.hidden,
             part.weight,
@@ -239,6 +249,7 @@ class LogProbBatch:
             softcap=states.logit_map.softcap,
             mask=placed.layout.step_ids >= 0,
             return_entropy=self.return_entropy,
+            support=support,
             chunk_tokens=self.chunk_tokens,
             tp_group=part.tp_group,
             vocab_start=part.start,

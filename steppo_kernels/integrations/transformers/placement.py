@@ -11,6 +11,7 @@ from ... import checks
 from ...backends.choice import Backend
 from ...layout.predictors import padded_left, shifted_left
 from ...layout.step_layout import StepLayout
+from ...log_probs.token_support import TokenSupport, moved, require_support
 from .probe import LogitMap
 from .tensor_parallel import Part
 
@@ -129,6 +130,23 @@ class Placed:
         if not is_whole:
             values = _padded(values.reshape(self._shape), self._padding)
         return values if self._is_shifted else values.reshape(-1).roll(-1).view(values.shape)
+
+    def support(self, support: object) -> TokenSupport | None:
+        """Return sets of tokens at the places of the states; None as it is."""
+        if support is None:
+            return None
+        checked = require_support(support)
+        if not _is_view(checked.shape, self._shape):
+            raise ValueError(
+                f"support: got shape {tuple(checked.shape)}, expected that of the tokens, "
+                f"{tuple(self._shape)}"
+            )
+        number = torch.arange(self._shape.numel(), device=checked.device).view(self._shape)
+        if self._padding:
+            number = torch.nn.functional.pad(number, (self._padding, 0), value=-1)
+        if not self._is_shifted:
+            number = number.reshape(-1).roll(-1).view(number.shape)
+        return moved(checked, number, ("states", self._padding, self._is_shifted))
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """Return what is at the places of the states at the tokens that they predict."""
