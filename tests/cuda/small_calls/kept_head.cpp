@@ -87,7 +87,7 @@ const Listed of_weight("kept_weight_gradient", [](Run& run) {
   const std::int64_t slots = by_id.long_slots.back();
   cuda::kept_weight_gradient(
       {kFloat32, grads.data(), hidden.data(), kSize, false, run.output<float>(slots * (kSize + 1)),
-       run.output<float>(kWords * kSize), run.output<float>(kWords)},
+       kWords, run.output<float>(kWords * kSize), run.output<float>(kWords)},
       by_id.index(), run.place());
 });
 
