@@ -123,13 +123,14 @@ def kept(ids: int) -> tuple[Work, ...]:
     # A row of each pair, its id or token, its logit or the gradient of it.
     gathered = pairs * (row + 4 + 4)
     of_tokens = ROWS * (row + 8 + 16)
-    of_ids = VOCABULARY * (1 - (1 - ids / VOCABULARY) ** ROWS) * (row + 24)
+    # The gradient of the weight is zeroed before rows of ids are written.
+    of_ids = VOCABULARY * (row + (1 - (1 - ids / VOCABULARY) ** ROWS) * (row + 24))
     sizes = f"{ROWS} tokens x {ids} ids, d = {HIDDEN}"
     # Where a token is, its set, its ids, the weight; of a part, its entries, a gradient, a token.
     return (
         Work(f"kept_logits, {sizes}", None, None, 1, 4, gathered + of_tokens),
         Work(f"kept_hidden_gradient, {sizes}", None, None, 1, 4, gathered + of_tokens),
-        Work(f"kept_weight_gradient, {sizes}", None, None, 1, 4, gathered + 12 * pairs + of_ids),
+        Work(f"kept_weight_gradient, {sizes}", None, None, 2, 4, gathered + 12 * pairs + of_ids),
     )
 
 
