@@ -50,13 +50,13 @@ class Work(NamedTuple):
         num_bytes: read once or written once.
         operations: of matrix products.
         last_blocks: launches in which the last block adds up.
-        case: what `make gpu-check` measures of it.
+        case: what `make gpu-check` measures of it, None if it does not.
         read: the seconds of that which the estimate is of.
         less: a case that is part of `case` and not of this call.
     """
 
     name: str
-    case: Case
+    case: Case | None
     target: float | None
     launches: int
     loads: int
@@ -68,6 +68,8 @@ class Work(NamedTuple):
 
     def measured(self, results: Results) -> float | None:
         """Seconds of a run, None if it has none."""
+        if self.case is None:
+            return None
         found = [
             self.read(results.get(case.name, CUDA))
             for case in (self.case, self.less)
@@ -107,6 +109,28 @@ def head(live: float) -> Work:
         products,
         1,
         read=seconds,
+    )
+
+
+def kept(ids: int) -> tuple[Work, ...]:
+    """Return the passes over the head where each token keeps so many ids, in bf16.
+
+    Every pair of a token and an id moves a row of the weight or of the hidden states. No row is
+    assumed to be in a cache: the ids are drawn from all with the same chance. A policy has
+    favourites, whose rows are there.
+    """
+    pairs, row = ROWS * ids, 2 * HIDDEN
+    # A row of each pair, its id or token, its logit or the gradient of it.
+    gathered = pairs * (row + 4 + 4)
+    of_tokens = ROWS * (row + 8 + 16)
+    # The gradient of the weight is zeroed before rows of ids are written.
+    of_ids = VOCABULARY * (row + (1 - (1 - ids / VOCABULARY) ** ROWS) * (row + 24))
+    sizes = f"{ROWS} tokens x {ids} ids, d = {HIDDEN}"
+    # Where a token is, its set, its ids, the weight; of a part, its entries, a gradient, a token.
+    return (
+        Work(f"kept_logits, {sizes}", None, None, 1, 4, gathered + of_tokens),
+        Work(f"kept_hidden_gradient, {sizes}", None, None, 1, 4, gathered + of_tokens),
+        Work(f"kept_weight_gradient, {sizes}", None, None, 2, 4, gathered + 12 * pairs + of_ids),
     )
 
 
@@ -174,6 +198,8 @@ WORKS = (
     ),
     head(1.0),
     head(0.3),
+    *kept(20),
+    *kept(512),
 )
 
 

@@ -31,6 +31,8 @@ _ROWS, _LENGTH, _FEW = 5, 1000, 70
 # Rows of logits that 16 bytes do not divide, and rows that they do.
 _VOCABULARIES = (67, 4096)
 _HIDDEN, _CHUNK = 16, 24
+# More tokens than an id has in one part, and so many words that rows of their weight are gathered.
+_SOME, _LARGE = 110, 2000
 _ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 _CONFIGS = (
     sk.StepPOConfig(clip_low=0.2, clip_high=0.2),
@@ -91,6 +93,7 @@ def _calls() -> Iterator[tuple[str, Inputs, Function]]:
     yield from _policy_losses()
     yield from _on_logits()
     yield from _on_hidden_states()
+    yield from _on_kept_sets()
 
 
 def _generator() -> torch.Generator:
@@ -320,6 +323,37 @@ def _on_hidden_states() -> Iterator[tuple[str, Inputs, Function]]:
     old = old - sk.broadcast_to_tokens(moved, layout, backend="reference")
     yield "linear_token_log_probs", inputs, log_probs
     yield "linear_steppo_loss", inputs | {"old": old}, loss
+
+
+def _on_kept_sets() -> Iterator[tuple[str, Inputs, Function]]:
+    """The head over sets of three ids, one of which is that of more tokens than a part has."""
+    mask, vocabulary = _mask(_SOME), _LARGE
+    ids = torch.randint(vocabulary, mask.shape, generator=_generator())
+    kept = torch.stack((ids, (ids + 9) % vocabulary, torch.full_like(ids, 7)), -1)
+
+    def log_probs(x: Any, backend: Any) -> tuple[Tensor, ...]:
+        found, entropy = sk.linear_token_log_probs(
+            x["hidden"],
+            x["weight"],
+            x["ids"],
+            bias=x["bias"],
+            mask=x["mask"],
+            return_entropy=True,
+            support=sk.TokenSupport.from_padded(x["kept"]),
+            backend=backend,
+        )
+        return found + entropy, entropy
+
+    # Rows that are made of 16 bytes, and rows that are not.
+    for size, dtype in itertools.product((_HIDDEN, _HIDDEN - 1), _ALLOWED):
+        leaves = {
+            "hidden": _normal(*mask.shape, size),
+            "weight": 0.3 * _normal(vocabulary, size, seed=2),
+            "bias": _normal(vocabulary, seed=3),
+        }
+        inputs = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        name = f"linear_token_log_probs over kept sets, d {size}, {dtype}"
+        yield name, inputs | {"mask": mask, "ids": ids, "kept": kept}, log_probs
 
 
 def main(arguments: list[str] | None = None) -> None:

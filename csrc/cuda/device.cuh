@@ -32,10 +32,15 @@ struct alignas(sizeof(T) * count) Pack {
   T at[count];
 };
 
-// A pack of 16 bytes, of memory that is read or written once: the caches need not keep it.
+// A pack of 16 bytes, of memory that is read or written once: the caches need not keep it. One that
+// is shared is read by other processors as well: their common cache keeps it, and their own do not.
 #if defined(STEPPO_CUDA_ON_HOST)
 template <class P>
 STEPPO_DEVICE P load_once(const P* from) {
+  return *from;
+}
+template <class P>
+STEPPO_DEVICE P load_past_l1(const P* from) {
   return *from;
 }
 template <class P>
@@ -44,12 +49,19 @@ STEPPO_DEVICE void store_once(P* to, const P& pack) {
 }
 #else
 template <class P>
-STEPPO_DEVICE P load_once(const P* from) {
+STEPPO_DEVICE P pack_of(const uint4& words) {
   static_assert(sizeof(P) == 16, "one load is of 16 bytes");
-  const uint4 words = __ldcs(reinterpret_cast<const uint4*>(from));
   P pack;
   memcpy(&pack, &words, sizeof pack);
   return pack;
+}
+template <class P>
+STEPPO_DEVICE P load_once(const P* from) {
+  return pack_of<P>(__ldcs(reinterpret_cast<const uint4*>(from)));
+}
+template <class P>
+STEPPO_DEVICE P load_past_l1(const P* from) {
+  return pack_of<P>(__ldcg(reinterpret_cast<const uint4*>(from)));
 }
 template <class P>
 STEPPO_DEVICE void store_once(P* to, const P& pack) {
@@ -140,8 +152,8 @@ STEPPO_DEVICE unsigned take_ticket(unsigned* counter, unsigned last) {
 
 // The sum over `lanes` neighbouring lanes, a power of 2; each of them gets it. The order of the
 // additions is fixed.
-template <int lanes>
-STEPPO_DEVICE double sum_of_lanes(double value) {
+template <int lanes, class T>
+STEPPO_DEVICE T sum_of_lanes(T value) {
 #pragma unroll
   for (int apart = lanes / 2; apart > 0; apart /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, apart, lanes);

@@ -169,6 +169,28 @@ STEPPO_DEVICE void store_number(Out* to, Value x) {
   *to = packed<Out>(both).at[0];
 }
 
+// The numbers of a pack. A bf16 is the upper half of an fp32, so that words hold two of them.
+template <class In, int count>
+STEPPO_DEVICE void unpack(const Pack<In, count>& pack, RowValue<In> (&x)[count]) {
+#pragma unroll
+  for (int k = 0; k < count; ++k) x[k] = to_number(pack.at[k]);
+}
+template <int count>
+STEPPO_DEVICE void unpack(const Pack<BFloat16, count>& pack, float (&x)[count]) {
+  if constexpr (count % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < count; k += 2) {
+      std::uint32_t both;
+      memcpy(&both, &pack.at[k], sizeof both);
+      const std::uint32_t words[2] = {both << 16, both & 0xFFFF0000u};
+      memcpy(&x[k], words, sizeof words);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < count; ++k) x[k] = to_number(pack.at[k]);
+  }
+}
+
 // Divides a row where packs of T can be moved.
 template <class T>
 STEPPO_DEVICE Division<kPack<T>> divided(const T* row, std::int64_t length) {
@@ -176,6 +198,12 @@ STEPPO_DEVICE Division<kPack<T>> divided(const T* row, std::int64_t length) {
   const int before = static_cast<int>((16 - beyond) % 16 / sizeof(T));
   const int head = before < length ? before : static_cast<int>(length);
   return {head, static_cast<int>((length - head) / kPack<T>), static_cast<int>(length)};
+}
+
+// Whether all rows at an address, which are so far apart, are made of packs.
+template <class T>
+bool are_wide(const void* rows, std::int64_t stride, std::int64_t size) {
+  return is_wide(rows) && stride % kPack<T> == 0 && size % kPack<T> == 0 && size > 0;
 }
 
 // Loads numbers one by one, or 16 bytes at once.

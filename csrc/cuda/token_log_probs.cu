@@ -2,52 +2,11 @@
 // steppo_kernels/log_probs/token_log_probs.py. A block takes a row, or one of the parts of it.
 #include "last_block.cuh"
 #include "launch.h"
-#include "rows.cuh"
+#include "softmax.cuh"
 #include "steppo/cuda.h"
 
 namespace steppo::cuda {
 namespace {
-
-// What a thread has seen of a row: RowSums in the type of the computation.
-template <class Value>
-struct Sums {
-  Value top, sum, moment;
-};
-
-// The first top is a number, so that differences to it are. That of the row is at least the target,
-// as thread 0 begins there.
-template <class Value>
-STEPPO_DEVICE Sums<Value> first_sums(Value target) {
-  constexpr Value kLowest = std::numeric_limits<Value>::lowest();
-  return {threadIdx.x == 0 && target > kLowest ? target : kLowest, 0, 0};
-}
-
-// Moves sums to a larger top. What they were around may be the lowest number.
-template <bool need_moment, class Value>
-STEPPO_DEVICE void move_to(Value top, const ExpScale<Value>& scale, Sums<Value>& sums) {
-  const Value d = larger(sums.top - top, scale.lowest), e = power(d * scale.scale);
-  if constexpr (need_moment) sums.moment = e * (sums.moment + d * sums.sum);
-  sums.sum *= e;
-  sums.top = top;
-}
-
-// Adds numbers to sums, which move at most once.
-template <bool need_moment, int count, class Value>
-STEPPO_DEVICE void add(const Value (&x)[count], const ExpScale<Value>& scale, Sums<Value>& sums) {
-  Value high = x[0];
-#pragma unroll
-  for (int k = 1; k < count; ++k) high = x[k] > high ? x[k] : high;
-  if (high > sums.top) move_to<need_moment>(high, scale, sums);
-#pragma unroll
-  for (int k = 0; k < count; ++k) {
-    Value d = x[k] - sums.top;
-    // The product of an infinite d and the 0 that is its power would be NaN.
-    if constexpr (need_moment) d = larger(d, scale.lowest);
-    const Value e = power(d * scale.scale);
-    sums.sum += e;
-    if constexpr (need_moment) sums.moment += e * d;
-  }
-}
 
 // Adds up what the threads of a block have seen. Thread 0 gets the result.
 template <bool need_moment, class Value>
@@ -95,7 +54,7 @@ STEPPO_DEVICE RowSums sum_row(const In* row, std::int64_t length, std::int64_t i
   constexpr Value kLeftOut = -std::numeric_limits<Value>::infinity();
   const auto parts = divided(row, length);
   const ExpScale<Value> scale = exp_scale<Value>(temperature);
-  Sums<Value> sums = first_sums(target);
+  Sums<Value> sums = first_sums(threadIdx.x == 0, target);
   const int own_pack = parts.pack_of(id);
   const int own = static_cast<int>((id - parts.head) % kCount);
   const auto take = [&](int at, const Pack<In, kCount>& pack) {
@@ -122,7 +81,7 @@ STEPPO_DEVICE RowSums sum_fp64_row(const In* row, std::int64_t length, std::int6
                                    double target, double temperature,
                                    const Cap<RowValue<In>>& cap) {
   const ExpScale<double> scale = exp_scale<double>(temperature);
-  Sums<double> sums = first_sums(target);
+  Sums<double> sums = first_sums(threadIdx.x == 0, target);
   for (std::int64_t at = threadIdx.x; at < length; at += kRowThreads) {
     const double x[1] = {capped_logit<is_capped>(row[at], cap).value};
     if (at != id) add<true>(x, scale, sums);
@@ -181,37 +140,6 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<In>)
   out.top[row] = result.log_sum_exp.top;
   out.log_sum[row] = result.log_sum_exp.log_sum;
 }
-
-// The gradient of a logit by itself and the top of its row: RowGradient in the type of the
-// computation, with a rise by the exponent of a power.
-template <bool is_capped, bool has_rise, class Value>
-struct Slope {
-  ExpScale<Value> scale;
-  Value top, base, rise;
-
-  __device__ __forceinline__ Slope(double temperature, double row_top, const RowGradient& row)
-      : scale(exp_scale<Value>(temperature)),
-        top(static_cast<Value>(row_top)),
-        base(static_cast<Value>(row.base)),
-        rise(static_cast<Value>(row.rise * log_of_power_base(Value{}))) {}
-
-  // Whether words of probability 0 have a gradient of 0, as the other factor is finite.
-  __device__ __forceinline__ bool is_finite() const {
-    const Value most = 128 * rise;
-    return base - base == 0 && most - most == 0;
-  }
-
-  template <class In>
-  __device__ __forceinline__ Value operator()(In x, const Cap<RowValue<In>>& cap) const {
-    const Capped<RowValue<In>> z = capped_logit<is_capped>(x, cap);
-    Value d = static_cast<Value>(z.value) - top;
-    if constexpr (has_rise) d = larger(d, scale.lowest);
-    const Value exponent = d * scale.scale;
-    Value slope = power(exponent) * (has_rise ? exponent * rise + base : base);
-    if constexpr (is_capped) slope *= static_cast<Value>(z.slope);
-    return slope;
-  }
-};
 
 template <class Out>
 STEPPO_DEVICE void write_zeros(Out* row, const Division<kPack<Out>>& parts) {

@@ -17,6 +17,8 @@ MOST_REGISTERS = {
     r"(policy_loss(_masked)?|gae)_kernel<": 128,
     r"rewards_kernel<": 86,
     r"token_log_probs_kernel<double": 66,
+    r"kept_weight_gradient_kernel<steppo::(Half|BFloat16), true>": 64,
+    r"kept_(hidden|weight)_gradient_kernel<": 80,
 }
 MOST_SHARED = 48 << 10
 # How long a plain policy loss is, as a part of the one that takes everything. On a mask advantages
@@ -38,6 +40,17 @@ _MOVES = {
     ("float", _BFLOAT): (2, 1),
     (_HALF, _HALF): (2, 2),
     (_BFLOAT, _BFLOAT): (2, 2),
+}
+# Loads of the weight and of hidden states in a product of rows, full ones and the last; loads and
+# stores of their gradients, by the types of rows and of a sum of them.
+_PRODUCTS = {"float": 12, "double": 6, _HALF: 12, _BFLOAT: 12}
+_ROW_SUMS = {
+    ("float", "float"): (8, 1),
+    ("double", "double"): (8, 1),
+    (_HALF, _HALF): (8, 1),
+    (_HALF, "float"): (8, 2),
+    (_BFLOAT, _BFLOAT): (8, 1),
+    (_BFLOAT, "float"): (8, 2),
 }
 _SWITCHES = ("false, false", "false, true", "true, false", "true, true")
 # The kernels that move 16 bytes at once, at the least, and how often.
@@ -63,6 +76,12 @@ WIDE = {
         for types, moves in _MOVES.items()
         for switches in _SWITCHES
     },
+    **{f"kept_logits_kernel<{rows}, true>": (loads, 0) for rows, loads in _PRODUCTS.items()},
+    **{
+        f"kept_hidden_gradient_kernel<{', '.join(types)}, true>": moves
+        for types, moves in _ROW_SUMS.items()
+    },
+    **{f"kept_weight_gradient_kernel<{rows}, true>": (4, 1) for rows in _PRODUCTS},
     "rewards_kernel<float, 1, true>": (4, 0),
     "rewards_kernel<float, 16, true>": (4, 0),
     "rewards_kernel<double, 1, true>": (6, 0),

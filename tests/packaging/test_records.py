@@ -15,9 +15,10 @@ import torch
 import steppo_kernels
 from steppo_kernels import StepLayout, config, outputs
 from steppo_kernels.backends import choice, records
-from steppo_kernels.backends.compiled import launch
+from steppo_kernels.backends.compiled import kept_head, launch
 from steppo_kernels.backends.modules import module_of
 from steppo_kernels.layout.step_layout import require_layout
+from steppo_kernels.log_probs.kept_sets import PART, KeptSets
 
 _CSRC = Path(__file__).parents[2] / "csrc/include/steppo"
 _PACKAGE = Path(steppo_kernels.__file__).parent
@@ -41,6 +42,12 @@ kernels = SimpleNamespace(
 
 # Records that a launcher hands on as they are. Tests below hold each to what it is made of.
 _WHOLE = {
+    ("kept_hidden_gradient", "held.fields"): "Sets",
+    ("kept_log_probs", "held.fields"): "Sets",
+    ("kept_log_probs_backward", "held.fields"): "Sets",
+    ("kept_logits", "held.fields"): "Sets",
+    ("kept_logits", "index"): "IdIndex",
+    ("kept_weight_gradient", "held.fields"): "IdIndex",
     ("policy_loss", "held.fields"): "Steps",
     ("policy_loss", "config"): "PolicyConfig",
     ("policy_loss_masked", "config"): "PolicyConfig",
@@ -310,6 +317,28 @@ def test_the_records_of_a_layout():
         assert type(again) is kind
         assert again.fields == kept.fields
         assert records.record(kind, kept) is kept
+
+
+def test_the_records_of_kept_sets():
+    """The same of sets and of their index, one of whose ids is long."""
+    ids, offsets = torch.arange(3).repeat(PART + 2), 3 * torch.arange(PART + 3)
+    ids, offsets = torch.cat((ids, torch.tensor([1]))).int(), torch.cat((offsets, offsets[-1:] + 1))
+    held = KeptSets(ids, offsets, 2, has_empty=False)
+    index = held.by_id
+    sizes = {
+        "num_pairs": 3 * PART + 7,
+        "num_tokens": PART + 3,
+        "num_ids": 3,
+        "num_parts": 6,
+        "num_long": 3,
+    }
+    for kept in (held.sets, index):
+        fields = dict(zip(kernels.records[type(kept).__name__], kept.fields, strict=True))
+        assert tuple(name for name in fields if name not in sizes) == kept._fields
+        for name, value in fields.items():
+            wanted = sizes[name] if name in sizes else getattr(kept, name).data_ptr()
+            assert value == wanted, f"{type(kept).__name__}.{name}"
+    assert len(kernels.records["IdIndex"]) == len(kept_head._NO_INDEX)
 
 
 def test_a_tensor_of_a_record_that_is_not_contiguous_is_refused():

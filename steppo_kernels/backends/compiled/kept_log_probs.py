@@ -30,7 +30,7 @@ def kept_log_probs(
     native.kernels.kept_log_probs(
         _rows(logits, places, rows, temperatures, temperature, softcap),
         held.fields,
-        (*addresses(log_probs, entropy if need_entropy else None, top, log_sum),),
+        (*addresses(log_probs, entropy, top, log_sum),),
         native.place(logits),
     )
     return log_probs, entropy, top, log_sum
