@@ -16,7 +16,7 @@ from .plain_head import plain_log_probs
 from .saved import save, saved
 from .sharded_head import again, localized, on_shards, shared
 from .supported_head import kept_log_probs
-from .targets import ids_of, one_id, token_shape
+from .targets import entropy_shape, ids_of, one_id, token_shape
 from .token_support import TokenSupport
 from .untraced import untraced, untraced_with
 
@@ -86,7 +86,7 @@ def linear_token_log_probs(
 
     Returns:
         fp32 (fp64 for fp64 inputs) of the shape of `token_ids`; with `return_entropy` a pair. Of K
-        above 1 ids a token, entropies have the token shape.
+        ids a token, entropies have the token shape.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -140,7 +140,7 @@ def linear_token_log_probs(
         )
         if call is not None:
             call.finish()
-    of_tokens = token_ids.shape if ids.dim() == 1 else token_ids.shape[:-1]
+    of_tokens = entropy_shape(token_ids, hidden.shape[:-1])
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(of_tokens)) if return_entropy else log_probs
 

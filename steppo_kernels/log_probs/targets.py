@@ -85,6 +85,15 @@ def ids_of(token_ids: object, shape: torch.Size, device: torch.device) -> Tensor
     return every.view(-1, count)
 
 
+def entropy_shape(token_ids: Tensor, shape: torch.Size) -> torch.Size:
+    """Return the shape of entropies: that of the ids, without K if they have that dimension.
+
+    `shape` is that of rows of logits or of hidden states without their last dimension.
+    """
+    has_ids = token_ids.shape[:-1] == shape or _has_several(token_ids, shape)
+    return token_ids.shape[:-1] if has_ids else token_ids.shape
+
+
 def one_id(token_ids: Tensor, name: str) -> None:
     """Raise if tokens have K ids, which the argument of this name does not go with."""
     if token_ids.dim() == 2:

