@@ -18,7 +18,7 @@ TEST := pytest -n 2 --dist worksteal
 # Where the lock has one: on Linux and x86-64.
 PINNED = $(shell ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc 2> /dev/null)
 
-.PHONY: install demo compare example example-accelerate example-trl
+.PHONY: install demo compare example example-replay example-accelerate example-trl
 .PHONY: test test-newest test-oldest $(TRAINERS:%=test-%) lint format bench sanitize gpu-check lock clean always
 # A list may be written where what it lists is not installed.
 .DELETE_ON_ERROR:
@@ -33,6 +33,9 @@ compare: install
 
 example: install .venv/weights
 	$(BIN)/python examples/train_smollm2.py
+
+example-replay: install .venv/weights
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/replay_sampling.py
 
 example-accelerate: install .venv/weights
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/train_with_accelerate.py
