@@ -77,7 +77,7 @@ def native(monkeypatch) -> Callable[..., None]:
                 return launcher(backend, name)
             return lambda *args: spoil(*launcher("reference", name)(*args))
 
-        monkeypatch.setattr(operators, "launcher", launch)
+        monkeypatch.setattr(registry, "launcher", launch)
 
     monkeypatch.setattr(
         choice,
@@ -247,7 +247,7 @@ def test_a_reference_that_raises_is_a_fault_of_every_variant(monkeypatch):
     def fail(*args: Any) -> None:
         raise IndexError("out of beads")
 
-    monkeypatch.setattr(operators, "launcher", lambda backend, name: fail)
+    monkeypatch.setattr(registry, "launcher", lambda backend, name: fail)
     _, rows = found_rows("--backend", "reference", code=1)
     assert {row["note"] for row in rows.values()} == {"the reference: IndexError: out of beads"}
 

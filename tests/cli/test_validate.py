@@ -51,7 +51,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return spoiled
 
-        monkeypatch.setattr(operators, "launcher", launch)
+        monkeypatch.setattr(registry, "launcher", launch)
 
     monkeypatch.setattr(
         choice,
@@ -271,7 +271,7 @@ def test_a_leak_from_masked_slots_is_missed(native, monkeypatch):
         wrong = (backend, name) == ("cpu", "broadcast_to_tokens")
         return leaks if wrong else before(backend, name)
 
-    monkeypatch.setattr(operators, "launcher", launch)
+    monkeypatch.setattr(registry, "launcher", launch)
     code, _ = run("--batches", "60", operation="broadcast_to_tokens")
     assert code == 1
 
@@ -319,7 +319,7 @@ def test_a_reference_that_raises_is_a_miss_of_everything(native, monkeypatch):
     def fail(*args: Any) -> None:
         raise IndexError("out of beads")
 
-    monkeypatch.setattr(operators, "launcher", lambda backend, name: fail)
+    monkeypatch.setattr(registry, "launcher", lambda backend, name: fail)
     code, found = run(operation="step_gae")
     assert code == 1
     assert "the reference: IndexError: out of beads" in found["rows"][0]["note"]
