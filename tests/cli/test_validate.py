@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from steppo_kernels import StepLayout, StepPOConfig
-from steppo_kernels.backends import choice, operators
+from steppo_kernels.backends import choice, operators, registry
 from steppo_kernels.cli import main
 from steppo_kernels.cli import validate as validation
 from steppo_kernels.cli.validate.case import Case, Problem
