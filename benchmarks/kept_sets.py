@@ -29,6 +29,7 @@ from steppo_kernels import TokenSupport, linear_token_log_probs
 from steppo_kernels.log_probs import supported_head
 
 from .machine import empty_caches, machine
+from .report.plots import STYLE, top_line
 
 SIZE, VOCABULARY = 896, 151_936
 TOKENS, IDS = (256, 2048), (20, 100, 512)
@@ -210,7 +211,7 @@ def break_even(weight: Tensor) -> list[dict[str, Any]]:
     """Return the times of gathered rows and of products with all of the weight, by set size."""
     found = []
     usual = supported_head.BREAK_EVEN
-    for count in (256, 1024, 2048, 4096, 8192):
+    for count in (512, 1024, 2048, 4096, 8192, 16384, 32768):
         case = draw(256, count, weight)
         way = ways(case)[KEPT]
 
@@ -225,6 +226,34 @@ def break_even(weight: Tensor) -> list[dict[str, Any]]:
         found.append({"ids": count} | {name: statistics.median(v) for name, v in times.items()})
         print(json.dumps(found[-1]), flush=True)
     return found
+
+
+def draw_break_even(results: dict[str, Any], path: Path) -> None:
+    """Draw the times of both ways by the size of sets, and where the rule changes over."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    found, info = results["break_even"], results["machine"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.8))
+        axis = figure.subplots()
+        for name, label in (("rows", "gathered rows"), ("products", "products with the weight")):
+            axis.plot([o["ids"] for o in found], [o[name] for o in found], "o-", label=label)
+        border = VOCABULARY / supported_head.BREAK_EVEN[False]
+        axis.axvline(border, color="#999999", ls=":")
+        axis.annotate(f"the rule: {border:.0f}", (border, 0), (4, 8), textcoords="offset points")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("ids in each set")
+        axis.set_ylabel("ms, forward + backward, dW")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+        top_line(
+            figure,
+            f"256 tokens, d {SIZE}, V {VOCABULARY}, bf16; {info['cpu']}, {info['threads']} "
+            f"threads, {info['date']}",
+        )
+        figure.tight_layout(rect=(0, 0, 1, 0.96))
+        figure.savefig(path, dpi=110)
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
@@ -280,6 +309,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "sets": found, "several": several(weight)}
     if options.break_even:
         results["break_even"] = break_even(weight)
+        draw_break_even(results, options.out.with_suffix(".png"))
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(table(found)))
     for text in missed(found):

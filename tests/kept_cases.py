@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from head_cases import HeadCase
 from torch import Tensor
 
 from steppo_kernels import TokenSupport
+from steppo_kernels.log_probs import supported_head
+
+
+@contextmanager
+def break_even(ratio: int) -> Iterator[None]:
+    """Let heads gather rows for sets (0), or multiply all rows (a large number)."""
+    usual = supported_head.BREAK_EVEN
+    supported_head.BREAK_EVEN = {False: ratio, True: ratio}
+    try:
+        yield
+    finally:
+        supported_head.BREAK_EVEN = usual
+
 
 # What sets of N tokens over V ids can be like.
 KINDS = ("random", "nested", "full", "one", "empty", "some empty", "everywhere", "long")

@@ -90,7 +90,8 @@ def entropy_shape(token_ids: Tensor, shape: torch.Size) -> torch.Size:
 
     `shape` is that of rows of logits or of hidden states without their last dimension.
     """
-    has_ids = token_ids.shape[:-1] == shape or _has_several(token_ids, shape)
+    is_one = token_ids.shape[-1:] == (1,) and token_ids.shape[:-1] == shape
+    has_ids = is_one or _has_several(token_ids, shape)
     return token_ids.shape[:-1] if has_ids else token_ids.shape
 
 
@@ -103,8 +104,9 @@ def one_id(token_ids: Tensor, name: str) -> None:
 
 
 def _has_several(token_ids: Tensor, shape: torch.Size) -> bool:
-    """Return whether ids have one dimension more than tokens of this shape, and not of size 1."""
-    if token_ids.is_nested or token_ids.dim() < 2 or token_ids.shape[-1] == 1:
+    """Return whether ids have one dimension more than tokens of this shape, and so more ids."""
+    # With as many ids as tokens, also of none, there is one each.
+    if token_ids.is_nested or token_ids.dim() < 2 or token_ids.numel() == shape.numel():
         return False
     leading = token_ids.shape[:-1]
     if leading.numel() != shape.numel():

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from collectives import counted
 from head_cases import HeadCase, head_case
-from kept_cases import kept_of
+from kept_cases import break_even, kept_of
 from torch import Tensor, distributed
 
 from steppo_kernels import StepPOConfig, TokenSupport, linear_steppo_loss, linear_token_log_probs
-from steppo_kernels.log_probs import supported_head
 
 _WIDE = {"clip_low": 0.2, "clip_high": 0.2}
 # Of the loss: what differs from the default, by name.
@@ -85,13 +84,8 @@ def found_in(task: Task, case: HeadCase, **more: Any) -> dict[str, Any]:
     """Return what there is to compare of a call, `more` being further arguments of it."""
     options = {**HEADS[task.head], **more, "backend": task.backend}
     # Whether the logits of sets are gathered, or come from products with the whole shard.
-    usual, ratio = supported_head.BREAK_EVEN, options.pop("break_even", None)
-    if ratio is not None:
-        supported_head.BREAK_EVEN = {False: ratio, True: ratio}
-    try:
+    with break_even(options.pop("break_even", 0)):
         return _found_in(task, case, options)
-    finally:
-        supported_head.BREAK_EVEN = usual
 
 
 def _found_in(task: Task, case: HeadCase, options: dict[str, Any]) -> dict[str, Any]:

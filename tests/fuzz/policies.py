@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from kept_cases import break_even
 from oracle import OracleLayout, head_gradients, head_logits, log_prob_gradients, log_probs
 
 import steppo_kernels as package
@@ -126,6 +127,27 @@ class FromRows(Policy):
             numbers = draw.numbers(flat, oracle.shape)
             self.temperature, self.temperatures = numbers.tensor, numbers.flat
 
+        self.sets: list[list[int]] | None = None
+        self.support: package.TokenSupport | None = None
+        if draw.chance(0.25):
+            draw.words.append("kept sets")
+            self.sets = [self._set(at in actions, at) for at in range(oracle.size)]
+            whole = torch.ones(oracle.size, device=draw.device)
+            self.support = package.TokenSupport.from_lists(self.sets, whole)
+
+    def _set(self, is_action: bool, at: int) -> list[int]:
+        """Return the ids of a set in any order, some of them twice; some sets are empty."""
+        if self.draw.chance(0.15):
+            return []
+        ids = self.draw.rng.choices(range(self.vocabulary), k=self.draw.rng.randrange(1, 6))
+        ids += [self.ids[at]] if is_action else []
+        self.draw.rng.shuffle(ids)
+        return ids
+
+    def kept(self, at: int) -> list[int] | None:
+        """Return the ids that the softmax of a token is over, None for all."""
+        return (sorted(set(self.sets[at])) or None) if self.sets is not None else None
+
     def viewed_temperature(self) -> float | torch.Tensor:
         """Return the temperature in the form in which the ids are given."""
         one = isinstance(self.temperature, float)
@@ -138,7 +160,7 @@ class FromRows(Policy):
     def fill(self) -> None:
         self.logits = self.rows()
         for at, row in self.logits.items():
-            found = log_probs(row, self.ids[at], self.temperatures[at])
+            found = log_probs(row, self.ids[at], self.temperatures[at], self.kept(at))
             self.log_probs[at], self.entropies[at] = found
 
     def of_rows(self, size: float) -> float:
@@ -149,7 +171,12 @@ class FromRows(Policy):
         self, at: int, of_log_probs: Sequence[float], of_entropy: Sequence[float]
     ) -> list[float]:
         return log_prob_gradients(
-            self.logits[at], self.ids[at], self.temperatures[at], of_log_probs[at], of_entropy[at]
+            self.logits[at],
+            self.ids[at],
+            self.temperatures[at],
+            of_log_probs[at],
+            of_entropy[at],
+            self.kept(at),
         )
 
 
@@ -184,6 +211,7 @@ class FromLogits(FromRows):
             self.token_ids,
             layout=layout,
             temperature=self.temperature,
+            support=self.support,
             inplace_backward=self.in_place,
             config=config,
             **arguments,
@@ -197,6 +225,7 @@ class FromLogits(FromRows):
             self.view(leaves["logits"]),
             self.token_ids,
             temperature=self.viewed_temperature(),
+            support=self.support,
             return_entropy=True,
             mask=self.view(mask),
             backend=backend,
@@ -238,6 +267,8 @@ class FromHead(FromRows):
             self.inputs["bias"] = draw.uniform((self.vocabulary,), -1, 1, draw.half)
         self.softcap = draw.named("softcap", [None, None, 1.5, 20.0])
         self.chunk_tokens = draw.named("chunk", [None, 1, 3, 8])
+        # Whether rows are gathered for sets, or multiplied all.
+        self.ratio = draw.rng.choice([0, 10**6])
         flat = self.inputs["weight"].flat
         self.weight = [flat[v * width : (v + 1) * width] for v in range(self.vocabulary)]
         self.fill()
@@ -258,6 +289,7 @@ class FromHead(FromRows):
             "temperature": self.temperature,
             "softcap": self.softcap,
             "chunk_tokens": self.chunk_tokens,
+            "support": self.support,
         }
 
     def loss(
@@ -268,29 +300,31 @@ class FromHead(FromRows):
         arguments: dict[str, object],
         backend: str,
     ) -> package.StepPOOutput:
-        return package.linear_steppo_loss(
-            self.view(self.draw.strided(leaves["hidden"])),
-            self.draw.strided(leaves["weight"]),
-            self.token_ids,
-            layout=layout,
-            config=config,
-            **self._head(leaves),
-            **arguments,
-            backend=backend,
-        )
+        with break_even(self.ratio):
+            return package.linear_steppo_loss(
+                self.view(self.draw.strided(leaves["hidden"])),
+                self.draw.strided(leaves["weight"]),
+                self.token_ids,
+                layout=layout,
+                config=config,
+                **self._head(leaves),
+                **arguments,
+                backend=backend,
+            )
 
     def values(
         self, leaves: Leaves, mask: torch.Tensor, backend: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return package.linear_token_log_probs(
-            self.view(leaves["hidden"]),
-            leaves["weight"],
-            self.token_ids,
-            mask=self.view(mask),
-            return_entropy=True,
-            **{**self._head(leaves), "temperature": self.viewed_temperature()},
-            backend=backend,
-        )
+        with break_even(self.ratio):
+            return package.linear_token_log_probs(
+                self.view(leaves["hidden"]),
+                leaves["weight"],
+                self.token_ids,
+                mask=self.view(mask),
+                return_entropy=True,
+                **{**self._head(leaves), "temperature": self.viewed_temperature()},
+                backend=backend,
+            )
 
     def check_gradients(
         self,

@@ -8,23 +8,34 @@ from collections.abc import Sequence
 Vector = Sequence[float]
 
 
-def log_probs(logits: Vector, token: int, temperature: float) -> tuple[float, float]:
-    """Return the log-prob of a token and the entropy of softmax(logits / temperature)."""
-    logs = _log_softmax(logits, temperature)
-    return logs[token], -math.fsum(math.exp(log) * log for log in logs)
+def log_probs(
+    logits: Vector, token: int, temperature: float, kept: Sequence[int] | None = None
+) -> tuple[float, float]:
+    """Return the log-prob of a token and the entropy of softmax(logits / temperature).
+
+    With `kept`, the softmax is over those ids.
+    """
+    logs = _log_softmax(logits, temperature, kept)
+    return logs[token], -math.fsum(math.exp(log) * log for log in logs.values())
 
 
 def log_prob_gradients(
-    logits: Vector, token: int, temperature: float, upstream: float, of_entropy: float
+    logits: Vector,
+    token: int,
+    temperature: float,
+    upstream: float,
+    of_entropy: float,
+    kept: Sequence[int] | None = None,
 ) -> list[float]:
     """Return the gradient of `upstream` log-prob + `of_entropy` entropy of each logit."""
-    logs = _log_softmax(logits, temperature)
-    probs = [math.exp(log) for log in logs]
-    entropy = -math.fsum(p * log for p, log in zip(probs, logs, strict=True))
-    return [
-        (upstream * ((v == token) - p) - of_entropy * p * (log + entropy)) / temperature
-        for v, (p, log) in enumerate(zip(probs, logs, strict=True))
-    ]
+    logs = _log_softmax(logits, temperature, kept)
+    entropy = -math.fsum(math.exp(log) * log for log in logs.values())
+    slopes = [0.0] * len(logits)
+    for v, log in logs.items():
+        p = math.exp(log)
+        slope = upstream * ((v == token) - p) - of_entropy * p * (log + entropy)
+        slopes[v] = slope / temperature
+    return slopes
 
 
 def head_logits(
@@ -59,8 +70,12 @@ def head_gradients(
     return of_hidden
 
 
-def _log_softmax(logits: Vector, temperature: float) -> list[float]:
-    scaled = [logit / temperature for logit in logits]
-    highest = max(scaled)
-    total = math.log(math.fsum(math.exp(logit - highest) for logit in scaled))
-    return [logit - highest - total for logit in scaled]
+def _log_softmax(
+    logits: Vector, temperature: float, kept: Sequence[int] | None
+) -> dict[int, float]:
+    """Return log p by id."""
+    ids = range(len(logits)) if kept is None else kept
+    scaled = {v: logits[v] / temperature for v in ids}
+    highest = max(scaled.values())
+    total = math.log(math.fsum(math.exp(logit - highest) for logit in scaled.values()))
+    return {v: logit - highest - total for v, logit in scaled.items()}
