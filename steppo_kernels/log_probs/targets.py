@@ -105,9 +105,11 @@ def one_id(token_ids: Tensor, name: str) -> None:
 
 def _has_several(token_ids: Tensor, shape: torch.Size) -> bool:
     """Return whether ids have one dimension more than tokens of this shape, and so more ids."""
-    # With as many ids as tokens, also of none, there is one each.
-    if token_ids.is_nested or token_ids.dim() < 2 or token_ids.numel() == shape.numel():
+    if token_ids.is_nested or token_ids.dim() < 2:
         return False
+    # As many ids as tokens are one each. Of no tokens, shapes tell, but for those of flat rows.
+    if token_ids.numel() == shape.numel():
+        return token_ids.numel() == 0 and len(shape) > 1 and token_ids.shape[:-1] == shape
     leading = token_ids.shape[:-1]
     if leading.numel() != shape.numel():
         return False

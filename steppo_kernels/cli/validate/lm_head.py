@@ -18,6 +18,7 @@ from ...config import SURROGATES
 from ...layout.step_layout import StepLayout
 from ...log_probs.linear_token_log_probs import linear_token_log_probs
 from ...log_probs.token_log_probs import token_log_probs
+from ...log_probs.token_support import TokenSupport
 from ...losses.linear_steppo_loss import linear_steppo_loss
 from ...losses.logits_loss import steppo_loss_from_logits
 from .case import Case, Inputs, Outputs, Problem
@@ -27,10 +28,14 @@ from .token_log_probs import clear_bounds, clear_config
 _MORE_DRAWS = 8
 
 
-def _draw_head(draw: Draw, bias: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def _draw_head(
+    draw: Draw, bias: bool, kept: bool = False
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Return hidden states, weight and bias, a mask, and ids that may be anything outside it."""
     mask = draw.mask()[:, :200]
-    size, vocabulary = draw.integer(1, 40), draw.integer(2, 200)
+    # Rows of the weight are gathered for sets that are small beside the vocabulary.
+    ids = (2000, 3000) if kept else (2, 200)
+    size, vocabulary = draw.integer(1, 40), draw.integer(*ids)
     inputs = {
         "hidden": draw.rounded(draw.normal(*mask.shape, size)),
         "weight": draw.rounded(
@@ -39,8 +44,8 @@ def _draw_head(draw: Draw, bias: bool) -> tuple[dict[str, Tensor], Tensor, Tenso
     }
     if bias:
         inputs["bias"] = draw.rounded(draw.normal(vocabulary))
-    ids = draw.integers(0, vocabulary - 1, *mask.shape)
-    return inputs, mask, torch.where(mask, ids, draw.integers(-5, 2**40, *mask.shape))
+    tokens = draw.integers(0, vocabulary - 1, *mask.shape)
+    return inputs, mask, torch.where(mask, tokens, draw.integers(-5, 2**40, *mask.shape))
 
 
 def _leaves(inputs: Inputs) -> dict[str, Tensor]:
@@ -58,9 +63,24 @@ def _gradients(total: Tensor, leaves: dict[str, Tensor], upstream: float = 1.0) 
     return {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = False) -> Case:
+def _support(draw: Draw, kept: bool, ids: Tensor, mask: Tensor, weight: Tensor) -> Any:
+    """Return sets of about seven ids each, or none.
+
+    Of two ids, what comes from one may be exactly what comes from the other, up to rounding.
+    """
+    if not kept:
+        return None
+    others = draw.integers(0, len(weight) - 1, *mask.shape, 6)
+    own = torch.where(mask, ids, 0).unsqueeze(-1)
+    return TokenSupport.from_padded(torch.cat((others, own), -1))
+
+
+def _log_probs_case(
+    variant: str, *, bias: bool = False, temperature: bool = False, kept: bool = False
+) -> Case:
     def draw_problem(draw: Draw) -> Problem:
-        inputs, mask, ids = _draw_head(draw, bias)
+        inputs, mask, ids = _draw_head(draw, bias, kept)
+        support = _support(draw, kept, ids, mask, inputs["weight"])
         for name in ("upstream", "upstream_entropy"):
             inputs[name] = draw.rounded(draw.normal(*mask.shape))
         by_token = torch.where(mask, draw.uniform(0.5, 2.0, *mask.shape), 1.0)
@@ -73,6 +93,7 @@ def _log_probs_case(variant: str, *, bias: bool = False, temperature: bool = Fal
                 "temperature": heat,
                 "mask": mask,
                 "return_entropy": True,
+                "support": support,
                 "backend": backend,
             }
             if backend == "reference" and leaves["weight"].dtype in checks.HALF_DTYPES:
@@ -106,16 +127,20 @@ def _loss_case(
     bias: bool = False,
     by_token: bool = False,
     bounds: bool = False,
+    kept: bool = False,
     **chosen: Any,
 ) -> Case:
     def draw_problem(draw: Draw) -> Problem:
-        inputs, mask, ids = _draw_head(draw, bias)
+        inputs, mask, ids = _draw_head(draw, bias, kept)
         layout = StepLayout.from_mask(mask, backend="reference")
         config = clear_config(**chosen)
         options: dict[str, Any] = clear_bounds(layout) if bounds else {}
+        options["support"] = _support(draw, kept, ids, mask, inputs["weight"])
         hidden = torch.where(mask[..., None], inputs["hidden"].double(), 0.0)
         exact = torch.nn.functional.linear(hidden, inputs["weight"].double())
-        log_probs = token_log_probs(exact, ids, mask=mask, backend="reference")
+        log_probs = token_log_probs(
+            exact, ids, mask=mask, support=options["support"], backend="reference"
+        )
         assert isinstance(log_probs, Tensor)
         inputs["old_log_probs"] = draw.rounded(log_probs + 0.1 * draw.normal(*mask.shape))
         # Some steps, or tokens, are dead.
@@ -152,7 +177,9 @@ def _loss_case(
 CASES: tuple[Case, ...] = (
     _log_probs_case("one temperature"),
     _log_probs_case("bias, temperature per token", bias=True, temperature=True),
+    _log_probs_case("kept sets", bias=True, kept=True),
     _loss_case("geometric"),
+    _loss_case("kept sets", bias=True, kept=True, entropy_coef=0.1),
     _loss_case("bias", bias=True),
     _loss_case("centered", ratio="centered"),
     _loss_case("trajectory_mean", reduction="trajectory_mean"),

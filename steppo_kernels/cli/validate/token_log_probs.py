@@ -11,6 +11,7 @@ from ...backends.choice import Backend
 from ...config import SURROGATES, StepPOConfig
 from ...layout.step_layout import StepLayout
 from ...log_probs.token_log_probs import token_log_probs
+from ...log_probs.token_support import TokenSupport
 from ...losses.logits_loss import steppo_loss_from_logits
 from .case import Case, Inputs, Outputs, Problem
 from .draw import Draw
@@ -38,7 +39,13 @@ def draw_logits(draw: Draw, *shape: int, near: bool = False) -> Tensor:
 
 
 def _log_probs_case(
-    variant: str, *, temperature: bool = False, strided: bool = False, inplace: bool = False
+    variant: str,
+    *,
+    temperature: bool = False,
+    strided: bool = False,
+    inplace: bool = False,
+    kept: bool = False,
+    several: bool = False,
 ) -> Case:
     def draw_problem(draw: Draw) -> Problem:
         mask = draw.mask()[:, :200]
@@ -47,13 +54,21 @@ def _log_probs_case(
         wide = vocabulary + 3 if strided else vocabulary
         inputs = {
             "logits": draw.rounded(draw_logits(draw, rows, length + strided, wide)),
-            "upstream": draw.rounded(draw.normal(rows, length)),
             "upstream_entropy": draw.rounded(draw.normal(rows, length)),
         }
-        ids = draw.integers(0, vocabulary - 1, rows, length)
-        ids = torch.where(mask, ids, draw.integers(-5, 2**40, rows, length))
+        count = (draw.integer(2, 9),) if several else ()
+        inputs["upstream"] = draw.rounded(draw.normal(rows, length, *count))
+        ids = draw.integers(0, vocabulary - 1, rows, length, *count)
+        others = draw.integers(-5, 2**40, rows, length, *count)
+        ids = torch.where(mask[..., None] if several else mask, ids, others)
         unread = torch.ones((rows, length + strided, wide), dtype=torch.bool, device=mask.device)
         unread[:, :length, :vocabulary] = ~mask[..., None]
+        support = None
+        if kept:
+            sets = draw.flags(0.3, rows, length, vocabulary)
+            sets.scatter_(-1, torch.where(mask, ids, 0).unsqueeze(-1), True)
+            support = TokenSupport.from_mask(sets)
+            unread[:, :length, :vocabulary] |= ~sets
         by_token = draw.uniform(0.5, 2.0, rows, length)
         temperatures = torch.where(mask, by_token, 1.0) if temperature else draw.choice((1.0, 0.6))
 
@@ -66,6 +81,7 @@ def _log_probs_case(
                 temperature=temperatures,
                 mask=mask,
                 return_entropy=True,
+                support=support,
                 inplace_backward=inplace,
                 backend=backend,
             )
@@ -130,6 +146,8 @@ CASES: tuple[Case, ...] = (
     _log_probs_case("temperature per token", temperature=True),
     _log_probs_case("strided", strided=True),
     _log_probs_case("in place", inplace=True),
+    _log_probs_case("kept sets", kept=True),
+    _log_probs_case("several ids", several=True),
     _loss_case("layout"),
     _loss_case("mask", masked=True),
     _loss_case("entropy", entropy_coef=0.1),
