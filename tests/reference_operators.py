@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import kept_reference
 import torch
 from torch import Tensor
 
@@ -180,4 +181,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "token_log_probs_backward": _token_log_probs_backward,
     "head_logits": _head_logits,
     "accumulate": _accumulate,
+    "kept_logits": kept_reference.kept_logits,
+    "kept_hidden_gradient": kept_reference.kept_hidden_gradient,
+    "kept_weight_gradient": kept_reference.kept_weight_gradient,
+    "kept_log_probs": kept_reference.kept_log_probs,
+    "kept_log_probs_backward": kept_reference.kept_log_probs_backward,
 }

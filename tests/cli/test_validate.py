@@ -204,7 +204,9 @@ def test_each_head_in_half_precision_is_held_to_its_yardstick(native, dtype, spo
     options = {"seed": 3, "batches": 1, "dtypes": (dtype,)}
     assert all(row.ok for row in validation.validate(heads, ["cpu"], CPU, **options))
     native("token_log_probs_backward", spoil)
-    rows = validation.validate(heads, ["cpu"], CPU, **options)
+    # Of kept sets, another operator forms the gradient, in fp32.
+    whole = [case for case in heads if case.variant != "kept sets"]
+    rows = validation.validate(whole, ["cpu"], CPU, **options)
     assert [row.variant for row in rows if row.ok] == []
     assert all(row.output.startswith("grad_") for row in rows)
 
