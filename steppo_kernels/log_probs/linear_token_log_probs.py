@@ -69,7 +69,7 @@ def linear_token_log_probs(
         return_entropy: also return the entropies, differentiable as the log-probs are.
         support: the ids that each token could be sampled from, of the token shape or flat: the
             softmaxes are over these. Rows of the weight are gathered for each token: 6 d operations
-            for each kept id instead of 6 d V for each token, all in one pass. Where 32 times the
+            for each kept id instead of 6 d V for each token, all in one pass. Where 4 times the
             ids of all sets (on a GPU, 256 times) are more than V for each token, products with the
             whole weight take their place, in chunks.
         sparse_grad: with `support`, return the gradients of weight and bias as sparse COO tensors

@@ -27,7 +27,7 @@ from .vocabulary_shard import HiddenRows, of_all
 _NAME = "support"
 # How many times as long a row of the weight takes that is gathered for one token, as one that is
 # multiplied with all tokens; on a GPU (True) and elsewhere.
-BREAK_EVEN = {False: 32, True: 256}
+BREAK_EVEN = {False: 4, True: 256}
 # Tokens that keep an id, on average, from which on a CPU takes pairs in the order of their ids.
 _SHARED = 4
 
