@@ -33,8 +33,12 @@ class KeptRows(NamedTuple):
 
     @property
     def covers_all(self) -> bool:
-        """Whether every pair is one of a token that is over its set."""
+        """Whether every token is over its set."""
         return len(self.kept) == self.held.num_tokens
+
+    def has_all_pairs(self) -> bool:
+        """Return whether no other token has ids; a GPU would be waited for."""
+        return self.covers_all or int(self.held.counts[self.kept].sum()) == self.held.num_pairs
 
     def marked(self, values: Tensor) -> Tensor:
         """Return values ``[n]``, NaN where a token is not in its set."""
@@ -103,9 +107,10 @@ def rows_of(support: TokenSupport, token_ids: Tensor, index: Tensor, vocabulary:
                 'missing="full" others are over the whole vocabulary'
             )
         is_missing = None
-    if is_full is None:
-        return KeptRows(held, index, places, index[:0], is_missing)
-    is_kept = ~is_full
-    if is_missing is not None:
-        is_missing = is_missing[is_kept]
-    return KeptRows(held, index[is_kept], places[is_kept], index[is_full], is_missing)
+    full = index[:0]
+    if is_full is not None:
+        is_kept = ~is_full
+        if is_missing is not None:
+            is_missing = is_missing[is_kept]
+        full, index, places = index[is_full], index[is_kept], places[is_kept]
+    return KeptRows(held, index, places, full, is_missing)

@@ -49,10 +49,10 @@ class _Kept(NamedTuple):
     chunk: int | None
     sparse: bool
 
-    def by_id(self) -> tuple[Tensor, ...]:
+    def by_id(self, backend: str) -> tuple[Tensor, ...]:
         """Return the index of ids if a CPU is to take pairs in its order."""
         held = self.held
-        if held.sets.ids.device.type != "cpu" or not self.rows.covers_all:
+        if backend != "cpu" or not self.rows.has_all_pairs():
             return ()
         # Fewer pairs are not worth an index, if nothing else needs it.
         index = held.by_id
@@ -130,7 +130,7 @@ class _KeptLogProbs(torch.autograd.Function):
             need_entropy,
         )
         if head.shard is not None:
-            scale = head.temperature if temperatures is None else temperatures
+            scale = head.temperature_of(rows.kept)
             found = of_all(head.shard, found, kept.places < 0, scale, need_entropy)
         of_rows, of_sets, top, log_sum = found
         log_probs = logits.new_zeros(len(hidden))
@@ -322,7 +322,7 @@ def _multiply(head: Head, hidden: Tensor, kept: _Kept, logits: Tensor) -> None:
         head.bias,
         kept.rows.kept,
         kept.held.sets,
-        kept.by_id(),
+        kept.by_id(head.backend),
     )
 
 

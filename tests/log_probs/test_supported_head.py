@@ -133,6 +133,52 @@ def test_a_sparse_gradient_has_the_rows_of_the_dense_one(kernel, monkeypatch, ki
         assert torch.equal(dense, sparse)
 
 
+def test_an_optimizer_of_sparse_gradients_moves_the_rows_that_are_kept(kernel):
+    case = head_case(5, vocabulary=26).to(torch.float32, kernel.device)
+    kept = kept_of("one", head_case(5, vocabulary=26)).to(kernel.device)
+    weight = torch.nn.Parameter(case.weight.detach().clone())
+    log_probs, entropy = linear_token_log_probs(
+        case.hidden.detach(),
+        weight,
+        case.token_ids,
+        mask=case.mask,
+        support=TokenSupport.from_mask(kept | (torch.arange(26, device=kept.device) == 3)),
+        return_entropy=True,
+        sparse_grad=True,
+        backend=kernel.backend,
+    )
+    (log_probs + entropy).sum().backward()
+    assert weight.grad.is_sparse
+    before = weight.detach().clone()
+    torch.optim.SparseAdam([weight], lr=0.1).step()
+    ids = torch.cat((kept.view(-1, 26).nonzero()[:, 1], torch.tensor([3], device=kept.device)))
+    others = torch.ones(26, dtype=torch.bool, device=kept.device)
+    others[ids] = False
+    assert torch.equal(weight[others], before[others])
+    assert (weight[3] != before[3]).any()
+
+
+@pytest.mark.parametrize("kind", ["random", "full"])
+def test_sets_of_masked_tokens_change_nothing(kernel, taken, kind):
+    """Whether or not they have ids, results are those of the others."""
+    case = head_case(6, vocabulary=26).to(torch.float32, kernel.device)
+    kept = kept_of(kind, head_case(6, vocabulary=26)).to(kernel.device)
+    found = []
+    for sets in (kept, kept & case.mask.unsqueeze(-1)):
+        log_probs = linear_token_log_probs(
+            case.hidden,
+            case.weight,
+            case.token_ids,
+            bias=case.bias,
+            mask=case.mask,
+            support=TokenSupport.from_mask(sets),
+            backend=kernel.backend,
+        )
+        found.append([log_probs.detach(), *case.gradients(log_probs.sum()).values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
+
+
 def test_a_sparse_gradient_wants_a_set_of_every_token(kernel):
     case = head_case(5, vocabulary=26).to(torch.float32, kernel.device)
     kept = kept_of("some empty", head_case(5, vocabulary=26)).to(kernel.device)
