@@ -60,6 +60,11 @@ def _kernels() -> list[Target]:
 
 KERNELS = _kernels()
 TARGETS = [Target("reference", "cpu"), *KERNELS]
+_BY_FIXTURE = {
+    "target": TARGETS,
+    "kernel": KERNELS,
+    "gpu_kernel": [kernel for kernel in KERNELS if kernel.backend != "cpu"],
+}
 
 
 def _parameter(target: Target, *values: object, name: str = "") -> object:
@@ -101,10 +106,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     (grid,) = mark.args
     if "masked" in metafunc.fixturenames:
         grid = grid._replace(axes={**grid.axes, "masked": _MASKED})
-    fixture = "target" if "target" in metafunc.fixturenames else "kernel"
+    fixture = next(name for name in _BY_FIXTURE if name in metafunc.fixturenames)
     parameters = [
         _parameter(target, *case.values, name=case.name)
-        for target in (TARGETS if fixture == "target" else KERNELS)
+        for target in _BY_FIXTURE[fixture]
         for case in grid.cases(interpreted=target.interpreted)
     ]
     # A mark comes before the parameters of the fixtures that it names.
@@ -149,6 +154,12 @@ def target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture(params=[_parameter(kernel) for kernel in KERNELS])
 def kernel(request: pytest.FixtureRequest) -> Target:
     """Each of them but the reference, for tests that measure by it."""
+    return request.param
+
+
+@pytest.fixture(params=[_parameter(kernel) for kernel in _BY_FIXTURE["gpu_kernel"]])
+def gpu_kernel(request: pytest.FixtureRequest) -> Target:
+    """Each of these that is of GPUs, for what a CPU has no use for."""
     return request.param
 
 

@@ -43,7 +43,7 @@ class Grid(NamedTuple):
 def grid(
     *, cover: int = 2, interpreted: Mapping[str, Axis] | None = None, **axes: Axis
 ) -> pytest.MarkDecorator:
-    """Run a test that takes `target` or `kernel` on combinations of values of `axes`.
+    """Run a test that takes `target`, `kernel` or `gpu_kernel` on combinations of values of `axes`.
 
     Compiled kernels and the reference run all of them. Triton's interpreter is a thousand times
     slower. It runs a set in which any `cover` axes take each combination of their values: with 2

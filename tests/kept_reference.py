@@ -24,6 +24,36 @@ def kept_logits(
     logits[pairs[is_pair]] = z[is_pair].to(logits.dtype)
 
 
+def kept_directions(
+    logits: Tensor,
+    directions: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    places: Tensor,
+    rows: Tensor,
+    sets: Sequence[Tensor],
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> None:
+    """Of tokens that have a set and are in it."""
+    kept_logits(logits, hidden, weight, bias, rows, sets, ())
+    z, slope, _, scale = _scaled(logits, rows, sets, temperatures, temperature, softcap)
+    own = torch.zeros_like(z).scatter_(1, places.unsqueeze(1), 1.0)
+    grad = (own - z.softmax(-1)) * slope / scale
+    ids = _pairs(rows, sets)[2]
+    directions.copy_((grad.unsqueeze(-1) * weight[ids].double()).sum(1))
+
+
+def scale_directions(
+    grad_hidden: Tensor, directions: Tensor, grad_log_probs: Tensor, rows: Tensor
+) -> None:
+    grad = grad_log_probs.double().unsqueeze(1)
+    scaled = torch.where(grad == 0, 0.0, grad * directions.double())
+    grad_hidden[rows] = scaled.to(grad_hidden.dtype)
+
+
 def kept_hidden_gradient(
     grad_hidden: Tensor, grad_logits: Tensor, weight: Tensor, rows: Tensor, sets: Sequence[Tensor]
 ) -> None:

@@ -182,6 +182,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "head_logits": _head_logits,
     "accumulate": _accumulate,
     "kept_logits": kept_reference.kept_logits,
+    "kept_directions": kept_reference.kept_directions,
+    "scale_directions": kept_reference.scale_directions,
     "kept_hidden_gradient": kept_reference.kept_hidden_gradient,
     "kept_weight_gradient": kept_reference.kept_weight_gradient,
     "kept_log_probs": kept_reference.kept_log_probs,

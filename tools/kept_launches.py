@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from steppo_kernels.backends import operators
+from steppo_kernels.backends.kept_operators import MOST_ROW_BYTES
 from steppo_kernels.log_probs.kept_sets import PART, KeptSets
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -45,6 +46,13 @@ def products(dtype: torch.dtype, size: int, *, full: bool) -> None:
     bias = weight[:, 0].to(dtype) if full else None
     run = operators.launcher
     run("triton", "kept_logits")(pairs, hidden, kept_rows, bias, rows, held.sets, ())
+    if size * hidden.element_size() <= MOST_ROW_BYTES:
+        directions = hidden.to(wide)
+        scales = (rows.double(), 1.0, 30.0) if full else (None, 1.0, 0.0)
+        run("triton", "kept_directions")(
+            pairs, directions, hidden, kept_rows, bias, rows, rows, held.sets, *scales
+        )
+        run("triton", "scale_directions")(hidden, directions, pairs, rows)
     grad_hidden = hidden if full else hidden.to(wide)
     run("triton", "kept_hidden_gradient")(grad_hidden, pairs, kept_rows, rows, held.sets)
     grad_bias = pairs if full else None

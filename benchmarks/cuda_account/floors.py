@@ -123,14 +123,31 @@ def kept(ids: int) -> tuple[Work, ...]:
     # A row of each pair, its id or token, its logit or the gradient of it.
     gathered = pairs * (row + 4 + 4)
     of_tokens = ROWS * (row + 8 + 16)
+    directions = 4 * ROWS * HIDDEN
+    scaled = ROWS * (4 * HIDDEN + row + 4 + 8)
+    # Logits are read, and written over with their gradients.
+    softmax = 4 * pairs + 40 * ROWS
     # The gradient of the weight is zeroed before rows of ids are written.
     of_ids = VOCABULARY * (row + (1 - (1 - ids / VOCABULARY) ** ROWS) * (row + 24))
     sizes = f"{ROWS} tokens x {ids} ids, d = {HIDDEN}"
+    forward = gathered + of_tokens + directions
+    of_weight = gathered + 12 * pairs + of_ids
+    frozen, trained = (1e-3, 2e-3) if ids == 20 else (None, None)
     # Where a token is, its set, its ids, the weight; of a part, its entries, a gradient, a token.
     return (
         Work(f"kept_logits, {sizes}", None, None, 1, 4, gathered + of_tokens),
+        Work(f"kept_directions, {sizes}", None, None, 2, 5, forward),
         Work(f"kept_hidden_gradient, {sizes}", None, None, 1, 4, gathered + of_tokens),
-        Work(f"kept_weight_gradient, {sizes}", None, None, 2, 4, gathered + 12 * pairs + of_ids),
+        Work(f"kept_weight_gradient, {sizes}", None, None, 2, 4, of_weight),
+        Work(f"log-probs and dH, {sizes}", None, frozen, 4, 9, forward + softmax + scaled),
+        Work(
+            f"log-probs, dH and dW, {sizes}",
+            None,
+            trained,
+            7,
+            15,
+            forward + 3 * softmax + scaled + of_weight,
+        ),
     )
 
 

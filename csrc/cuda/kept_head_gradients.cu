@@ -156,6 +156,32 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Writes the gradient of a row of hidden states from that of its log-prob. A block takes a row.
+template <class In, bool is_wide>
+__global__ void __launch_bounds__(kThreads, 4) scale_directions_kernel(const KeptScaling args) {
+  using Value = RowValue<In>;
+  constexpr int kCount = kPack<In>;
+  const std::int64_t row = blockIdx.x;
+  const Value grad = static_cast<const Value*>(args.grad)[row];
+  const Value* const from = static_cast<const Value*>(args.directions) + row * args.size;
+  In* const to = static_cast<In*>(args.grad_hidden) + args.rows[row] * args.size;
+  for (std::int64_t i = std::int64_t{threadIdx.x} * kCount; i < args.size;
+       i += std::int64_t{kThreads} * kCount) {
+    Value x[kCount] = {};
+    // Without a gradient, it does not matter what the log-prob does.
+    if constexpr (is_wide) {
+      if (grad != 0) unpack(load_numbers<kCount, true>(from + i), x);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) x[k] *= grad;
+      store_once(reinterpret_cast<Pack<In, kCount>*>(to + i), packed<In>(x));
+    } else {
+      for (int k = 0; k < kCount && i + k < args.size; ++k) {
+        store_number(to + i + k, grad != 0 ? from[i + k] * grad : Value(0));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void kept_hidden_gradient(const KeptHiddenGradient& head, const Sets& sets, const Place& place) {
@@ -169,6 +195,18 @@ void kept_hidden_gradient(const KeptHiddenGradient& head, const Sets& sets, cons
     launch(wide ? listed<kept_hidden_gradient_kernel<In, Out, true>>()
                 : listed<kept_hidden_gradient_kernel<In, Out, false>>(),
            blocks_for(head.num_rows, slices), kThreads, head, sets, slices);
+  });
+}
+
+void scale_directions(const KeptScaling& args, const Place& place) {
+  const Launcher launch("scale_directions", place);
+  with_logits(args.dtype, [&](auto zero) {
+    using In = decltype(zero);
+    const bool wide =
+        are_wide<In>(args.grad_hidden, args.size, args.size) && is_wide(args.directions);
+    launch(wide ? listed<scale_directions_kernel<In, true>>()
+                : listed<scale_directions_kernel<In, false>>(),
+           args.num_rows, kThreads, args);
   });
 }
 

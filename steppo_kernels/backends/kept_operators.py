@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .registry import operator
 
+# The longest rows of a weight that `kept_directions` takes, whose columns a block has in registers.
+MOST_ROW_BYTES = 1 << 14
+
 _ROWS = "Tensor rows, Tensor[] sets"
 _SCALES = "Tensor? temperatures, float temperature, float softcap"
 
@@ -108,6 +111,53 @@ def kept_logits(
 
 @operator(
     "kept_head",
+    "(Tensor(a!) logits, Tensor(b!) directions, Tensor hidden, Tensor weight, Tensor? bias, "
+    f"Tensor places, {_ROWS}, {_SCALES}, str backend) -> ()",
+)
+def kept_directions(
+    logits: Tensor,
+    directions: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    places: Tensor,
+    rows: Tensor,
+    sets: list[Tensor],
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    backend: str,
+) -> Any:
+    """Fake: write the logits of `kept_logits`, to the bit, and what they are about to be used for.
+
+    `directions` (``[n, d]``, in the dtype of the logits) are the gradients of the log-probs of
+    `kept_log_probs` by the hidden states of `rows`. Each row of the weight is read from memory
+    once. Rows have at most `MOST_ROW_BYTES`.
+    It is an operator of GPUs: on a CPU the second read is one of a cache.
+    """
+
+
+@operator(
+    "kept_head_gradients",
+    "(Tensor(a!) grad_hidden, Tensor directions, Tensor grad_log_probs, Tensor rows, "
+    "str backend) -> ()",
+)
+def scale_directions(
+    grad_hidden: Tensor,
+    directions: Tensor,
+    grad_log_probs: Tensor,
+    rows: Tensor,
+    backend: str,
+) -> Any:
+    """Fake: write ``grad_log_probs[i] * directions[i]`` into row ``rows[i]`` of `grad_hidden`.
+
+    It is rounded once; where the gradient is 0 it is 0, whatever the direction is. Other rows of
+    `grad_hidden` ``[N, d]`` are left as they are. It is an operator of GPUs.
+    """
+
+
+@operator(
+    "kept_head_gradients",
     f"(Tensor(a!) grad_hidden, Tensor grad_logits, Tensor weight, {_ROWS}, str backend) -> ()",
 )
 def kept_hidden_gradient(
@@ -127,7 +177,7 @@ def kept_hidden_gradient(
 
 
 @operator(
-    "kept_head",
+    "kept_head_gradients",
     "(Tensor(a!) grad_weight, Tensor(b!)? grad_bias, Tensor grad_logits, Tensor hidden, "
     "Tensor[] by_id, bool compact, str backend) -> ()",
 )

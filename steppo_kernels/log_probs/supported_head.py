@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.derivatives import first_only
+from ..backends.kept_operators import MOST_ROW_BYTES
 from .kept_rows import KeptRows
 from .kept_sets import KeptSets
 from .lm_head import Head, HeadGradients, check_chunk
@@ -115,7 +116,12 @@ class _KeptLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype, rows = checks.compute_dtype(hidden), kept.rows
         logits = hidden.new_empty(kept.held.num_pairs, dtype=dtype)
-        (_multiply if kept.chunk is None else _multiply_all)(head, hidden, kept, logits)
+        directions = None
+        if ctx.needs_input_grad[0] and not need_entropy and _is_attention(head, kept):
+            directions = logits.new_empty((len(rows.kept), hidden.shape[1]))
+            _attend(head, hidden, kept, logits, directions)
+        else:
+            (_multiply if kept.chunk is None else _multiply_all)(head, hidden, kept, logits)
         temperatures = None if head.temperatures is None else head.temperatures[rows.kept]
         found = operators.call(
             "kept_log_probs",
@@ -149,6 +155,7 @@ class _KeptLogProbs(torch.autograd.Function):
             top=top,
             log_sum=log_sum,
             entropy=of_sets,
+            directions=directions,
         )
         ctx.head, ctx.kept = head, kept
         ctx.set_materialize_grads(False)
@@ -163,7 +170,7 @@ class _KeptLogProbs(torch.autograd.Function):
         kept: _Kept = ctx.kept
         with again(_NAME, head.shard) as call:
             tensors: Any = saved(ctx, grad, grad_entropy)
-            hidden, weight, bias, temperatures, logits, top, log_sum, entropy = tensors
+            hidden, weight, bias, temperatures, logits, top, log_sum, entropy, directions = tensors
             head = head._replace(weight=weight, bias=bias, temperatures=temperatures)
             if call is not None and head.shard is not None:
                 call.agree({"gradient of entropy": grad_entropy is not None})
@@ -175,7 +182,7 @@ class _KeptLogProbs(torch.autograd.Function):
             c = kept.rows.marked(c)
             h = None if e is None else entropy
             needed = ctx.needs_input_grad[:3]
-            pass_ = _Backward(head, kept, hidden, logits, (top, log_sum, h))
+            pass_ = _Backward(head, kept, hidden, logits, (top, log_sum, h), directions)
             run = pass_.by_rows if kept.chunk is None else pass_.by_products
             gradients = run(c, e, needed)
         return *gradients, None, None, None, None
@@ -191,9 +198,10 @@ class _Backward:
         hidden: Tensor,
         logits: Tensor,
         found: tuple[Tensor, Tensor, Tensor | None],
+        directions: Tensor | None,
     ) -> None:
         self.head, self.kept, self.hidden = head, kept, hidden
-        self.logits, self.found = logits, found
+        self.logits, self.found, self.directions = logits, found, directions
 
     def _grad_logits(self, c: Tensor, e: Tensor | None) -> Tensor:
         """Return the gradients of the logits of all pairs: 0 of tokens that are not of the call."""
@@ -224,8 +232,15 @@ class _Backward:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return gradients from rows of the weight and of hidden states that are gathered."""
         shard, at = self.head.shard, self.kept.rows.kept
+        grad_hidden = None
+        if needed[0] and self.directions is not None:
+            grad_hidden = self._scaled(self.directions, c)
+            needed = False, *needed[1:]
+            if not any(needed):
+                return grad_hidden, None, None
         grad_logits = self._grad_logits(c, e)
-        grad_hidden = self._grad_hidden(grad_logits) if needed[0] else None
+        if needed[0]:
+            grad_hidden = self._grad_hidden(grad_logits)
         of_weight = self._grad_weight(grad_logits, needed[2]) if needed[1] or needed[2] else None
         if shard is not None:
             shard.call.finish(len(at))
@@ -238,12 +253,29 @@ class _Backward:
             return grad_hidden, None, None
         return grad_hidden, of_weight[0] if needed[1] else None, of_weight[1]
 
+    def _scaled(self, directions: Tensor, c: Tensor) -> Tensor:
+        """Return the gradient of hidden states from those of the log-probs."""
+        grad_hidden = self._new_grad_hidden(None)
+        operators.call(
+            "scale_directions",
+            self.head.backend,
+            grad_hidden,
+            directions,
+            c.contiguous(),
+            self.kept.rows.kept,
+        )
+        return grad_hidden
+
+    def _new_grad_hidden(self, dtype: torch.dtype | None) -> Tensor:
+        """Return room for the gradient of hidden states: 0 where no operator writes."""
+        make = self.hidden.new_empty if self.kept.rows.covers_all else self.hidden.new_zeros
+        return make(self.hidden.shape, dtype=dtype)
+
     def _grad_hidden(self, grad_logits: Tensor) -> Tensor:
-        head, kept, hidden = self.head, self.kept, self.hidden
+        head, kept = self.head, self.kept
         # What ranks add up is rounded once, after the sum.
-        dtype = hidden.dtype if head.shard is None else checks.compute_dtype(hidden)
-        make = hidden.new_empty if kept.rows.covers_all else hidden.new_zeros
-        grad_hidden = make(hidden.shape, dtype=dtype)
+        is_whole = head.shard is None
+        grad_hidden = self._new_grad_hidden(None if is_whole else checks.compute_dtype(self.hidden))
         operators.call(
             "kept_hidden_gradient",
             head.backend,
@@ -309,6 +341,36 @@ class _Backward:
                     dense, hidden[at[part]], at[part], None if units is None else units[part]
                 )
         return gradients.finish()
+
+
+def _is_attention(head: Head, kept: _Kept) -> bool:
+    """Return whether one read of the rows of the weight gives the gradients of hidden states too.
+
+    A shard does not know the sums of the others, and the second read of a CPU is one of its caches.
+    """
+    row_bytes = head.weight.shape[1] * head.weight.element_size()
+    is_gpu = head.backend not in ("cpu", "reference")
+    return is_gpu and head.shard is None and kept.chunk is None and row_bytes <= MOST_ROW_BYTES
+
+
+def _attend(head: Head, hidden: Tensor, kept: _Kept, logits: Tensor, directions: Tensor) -> None:
+    """Write the logits of the pairs of a call, and the gradients of log-probs by hidden states."""
+    at = kept.rows.kept
+    operators.call(
+        "kept_directions",
+        head.backend,
+        logits,
+        directions,
+        hidden,
+        head.weight,
+        head.bias,
+        kept.places,
+        at,
+        kept.held.sets,
+        None if head.temperatures is None else head.temperatures[at],
+        head.temperature,
+        head.softcap,
+    )
 
 
 def _multiply(head: Head, hidden: Tensor, kept: _Kept, logits: Tensor) -> None:

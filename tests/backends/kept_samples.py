@@ -50,6 +50,19 @@ def kept_samples(batch: Batch) -> dict[str, list[tuple]]:
             (zeros(logits), hidden, weight, bias, rows, sets, ()),
             (zeros(logits), hidden, strided, None, rows, sets, index),
         ],
+        "kept_directions": [
+            (
+                zeros(logits),
+                normal(4, size),
+                hidden,
+                weight,
+                bias,
+                *of_rows,
+                *by_token,
+            ),
+            (zeros(logits), normal(4, size), hidden, strided, None, *of_rows, *alike),
+        ],
+        "scale_directions": [(zeros(hidden), normal(4, size), normal(4), rows)],
         "kept_hidden_gradient": [(zeros(hidden), logits, weight, rows, sets)],
         "kept_weight_gradient": [
             (zeros(weight), zeros(bias), logits, hidden, index, False),

@@ -243,6 +243,7 @@ def test_every_operator_has_a_sample():
 _DIFFERENTIATED = {
     "accumulate",
     "head_logits",
+    "kept_directions",
     "kept_hidden_gradient",
     "kept_log_probs",
     "kept_log_probs_backward",
@@ -250,13 +251,15 @@ _DIFFERENTIATED = {
     "kept_weight_gradient",
     "policy_loss",
     "policy_loss_masked",
+    "scale_directions",
     "scale_gradient",
     "token_log_probs",
     "token_log_probs_backward",
     "value_loss",
 }
-# What the other backends leave to torch.
-_OF_CUDA = {"scale_gradient"}
+# What the other backends leave to torch, and what is of GPUs.
+_OF = {"scale_gradient": ("cuda",)}
+_OF |= dict.fromkeys(("kept_directions", "scale_directions"), ("cuda", "triton"))
 
 
 @grid(cover=1, name=sorted(_DIFFERENTIATED), dtype=[torch.float32, torch.float64])
@@ -274,8 +277,8 @@ def test_opcheck(target, name, dtype):
 
 
 def opcheck(target, name, dtype):
-    if name in _OF_CUDA and target.backend != "cuda":
-        pytest.skip(f"{target.backend} leaves it to torch")
+    if target.backend not in _OF.get(name, target.backend):
+        pytest.skip(f"{target.backend} does not have it")
     operator = getattr(torch.ops.steppo, name).default
     for args in samples(finite_batch(target, dtype=dtype))[name]:
         torch.library.opcheck(operator, (*args, target.backend))
@@ -284,7 +287,7 @@ def opcheck(target, name, dtype):
 def test_operators_and_direct_calls_are_the_same(kernel):
     """Eager code calls launchers, compiled code operators."""
     for name, calls in samples(finite_batch(kernel)).items():
-        if name in _OF_CUDA and kernel.backend != "cuda":
+        if kernel.backend not in _OF.get(name, kernel.backend):
             continue
         for args in calls:
             results = []

@@ -19,6 +19,8 @@ MOST_REGISTERS = {
     r"token_log_probs_kernel<double": 66,
     r"kept_weight_gradient_kernel<steppo::(Half|BFloat16), true>": 64,
     r"kept_(hidden|weight)_gradient_kernel<": 80,
+    r"kept_head_kernel<[\w:]+, 256, 4, false": 255,
+    r"kept_head_kernel<": 128,
 }
 MOST_SHARED = 48 << 10
 # How long a plain policy loss is, as a part of the one that takes everything. On a mask advantages
@@ -41,9 +43,11 @@ _MOVES = {
     (_HALF, _HALF): (2, 2),
     (_BFLOAT, _BFLOAT): (2, 2),
 }
-# Loads of the weight and of hidden states in a product of rows, full ones and the last; loads and
-# stores of their gradients, by the types of rows and of a sum of them.
-_PRODUCTS = {"float": 12, "double": 6, _HALF: 12, _BFLOAT: 12}
+# Rows of the weight that a block multiplies: loads of a thread by the threads of a block and the
+# loads of a row. Stores of what a pack of a sum is: loads and stores of gradients, by the types of
+# rows and of a sum of them.
+_WIDTHS = {"128, 2": 8, "256, 2": 8, "256, 4": 8}
+_DIRECTIONS = {"float": 1, "double": 1, _HALF: 2, _BFLOAT: 2}
 _ROW_SUMS = {
     ("float", "float"): (8, 1),
     ("double", "double"): (8, 1),
@@ -76,12 +80,21 @@ WIDE = {
         for types, moves in _MOVES.items()
         for switches in _SWITCHES
     },
-    **{f"kept_logits_kernel<{rows}, true>": (loads, 0) for rows, loads in _PRODUCTS.items()},
+    **{
+        f"kept_head_kernel<{rows}, {width}, true, {also}>": (2 + loads, stores)
+        for rows, stores in _DIRECTIONS.items()
+        for width, loads in _WIDTHS.items()
+        for also, stores in (("false", 0), ("true", stores))
+    },
+    **{
+        f"scale_directions_kernel<{rows}, true>": (stores, 1)
+        for rows, stores in _DIRECTIONS.items()
+    },
     **{
         f"kept_hidden_gradient_kernel<{', '.join(types)}, true>": moves
         for types, moves in _ROW_SUMS.items()
     },
-    **{f"kept_weight_gradient_kernel<{rows}, true>": (4, 1) for rows in _PRODUCTS},
+    **{f"kept_weight_gradient_kernel<{rows}, true>": (4, 1) for rows in _DIRECTIONS},
     "rewards_kernel<float, 1, true>": (4, 0),
     "rewards_kernel<float, 16, true>": (4, 0),
     "rewards_kernel<double, 1, true>": (6, 0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steppo_kernels.backends.compiled import kept_head as launcher
+from steppo_kernels.backends.compiled import kept_head, kept_head_gradients
 from steppo_kernels.log_probs.kept_sets import PART, KeptSets
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -58,17 +58,17 @@ class Head:
     def logits(self, cuda):
         found = torch.full((self.held.num_pairs,), torch.nan, dtype=wide_of(self.dtype))
         given = self.hidden, self.weight, self.bias, self.rows, self.held.sets, ()
-        launcher.kept_logits(cuda, found, *given)
+        kept_head.kept_logits(cuda, found, *given)
         return found
 
     def hidden_gradient(self, cuda, out):
         given = self.grad, self.weight, self.rows, self.held.sets
-        launcher.kept_hidden_gradient(cuda, out, *given)
+        kept_head_gradients.kept_hidden_gradient(cuda, out, *given)
         return out
 
     def weight_gradient(self, cuda, out, of_bias=None, compact=False):
         given = self.grad, self.hidden, self.held.by_id, compact
-        launcher.kept_weight_gradient(cuda, out, of_bias, *given)
+        kept_head_gradients.kept_weight_gradient(cuda, out, of_bias, *given)
         return out
 
     def check_logits(self, found):
@@ -188,6 +188,60 @@ def test_ids_of_many_tokens(cuda, dtype, size):
         assert torch.equal(bare, found)
         cuda.kernels.order(7, 2)
         assert torch.equal(head.weight_gradient(cuda, nines(9, size, dtype), None, compact), found)
+
+
+# Rows that a block of fewer threads takes, of more, and of more loads of a thread.
+WIDTHS = {torch.float32: [36, 600, 1100, 3000], torch.float64: [36, 300, 600, 1500]}
+WIDTHS |= {dtype: [36, 1200, 2200, 6000] for dtype in (torch.float16, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_set_is_joined_of_its_parts(cuda, monkeypatch, dtype, place):
+    """The gradient of a log-prob is the same, wherever in the set its own id is."""
+    size, lengths = WIDTHS[dtype][place], [1, 3, 4, 30, 2, 0, 33, 3]
+    sets = sets_of(lengths, 40)
+    for offset in (0, 1):
+        head = Head(sets, 40, dtype, size, offset)
+        # Logits of about 1, as those of models are: their errors are small then.
+        head.hidden *= size**-0.5
+        rows = torch.tensor([6, 0, 1, 3, 4, 7])
+        places = torch.tensor([32, 0, 2, 13, -1, 1])
+        found = {}
+        for part in (512, 3):
+            monkeypatch.setattr(kept_head, "_PART", part)
+            logits = torch.full((sets.num_pairs,), torch.nan, dtype=wide_of(dtype))
+            directions = torch.full((len(rows), size), torch.nan, dtype=wide_of(dtype))
+            given = head.hidden, head.weight, head.bias, places, rows, sets.sets, None, 0.7, 0.0
+            kept_head.kept_directions(cuda, logits, directions, *given)
+            again = torch.full_like(directions, torch.nan)
+            cuda.kernels.order(11, 2, 3)
+            kept_head.kept_directions(cuda, logits.clone(), again, *given)
+            assert torch.equal(again, directions)
+            found[part] = logits, directions
+        head.rows = rows
+        head.check_logits(found[3][0])
+        of_rows = torch.isin(sets.tokens, rows)
+        assert torch.equal(found[3][0][of_rows], found[512][0][of_rows])
+        exact = directions_of(head, rows, places, 0.7)
+        scale = head.weight.double().abs().amax() / 0.7
+        for _, directions in found.values():
+            assert ((directions.double() - exact).abs() <= _ERRORS[wide_of(dtype)] * scale).all()
+
+
+def directions_of(head, rows, places, temperature):
+    """Return the gradients of log-probs by hidden states: minus those of p where there is no id."""
+    found = []
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        begin, end = head.held.sets.offsets[row : row + 2].tolist()
+        kept = head.weight.double()[head.held.sets.ids[begin:end].long()]
+        bias = head.bias.double()[head.held.sets.ids[begin:end].long()]
+        p = ((kept @ head.hidden.double()[row] + bias) / temperature).softmax(0)
+        own = torch.zeros_like(p)
+        if place >= 0:
+            own[place] = 1.0
+        found.append((own - p) @ kept / temperature)
+    return torch.stack(found)
 
 
 def test_an_infinite_gradient_reaches_its_own_rows_alone(cuda):

@@ -5,55 +5,16 @@ from __future__ import annotations
 import torch
 from grids import grid
 from kept_cases import KINDS, mask_of, support_of, taken_from
+from kept_heads import DTYPES, ROUND, Head, run, wide_of
 
-from steppo_kernels.backends import operators
 from steppo_kernels.log_probs.kept_sets import PART
 
-_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.half, "bf16": torch.bfloat16}
 _WIDE = {"fp32": torch.float32, "fp64": torch.float64}
-# Rounding, relative to the sum of the sizes of what is added up: of sums, and of results.
+# Rounding of sums, relative to the sum of the sizes of what is added up.
 _SUM = {torch.float32: 2e-6, torch.float64: 1e-14}
-_ROUND = {torch.float32: 2e-6, torch.float64: 1e-14, torch.half: 2e-3, torch.bfloat16: 1e-2}
 
 
-def run(target, name, *args):
-    """Run an operator on the device of a target."""
-    moved = [x.to(target.device) if isinstance(x, torch.Tensor) else x for x in args]
-    return operators.launcher(target.backend, name)(*moved)
-
-
-def wide_of(dtype):
-    return torch.promote_types(dtype, torch.float32)
-
-
-class Head:
-    """A head with kept sets, some of whose tokens a call is about."""
-
-    def __init__(self, target, kind, dtype, size, tokens=9, vocabulary=23):
-        mask = mask_of(kind, tokens, vocabulary)
-        self.support = support_of(mask, target.device)._held
-        self.mask, self.sets, self.index = mask, self.support.sets, self.support.by_id
-        generator = torch.Generator().manual_seed(size)
-        self.hidden = torch.randn((tokens, size), generator=generator).to(dtype)
-        # Rows of the weight are further apart than they are long.
-        rows = torch.randn((vocabulary, size + 3), generator=generator)
-        self.weight, self.bias = rows.to(dtype)[:, :size], rows[:, -1].to(dtype).contiguous()
-        if target.device != "cpu":
-            self.weight = rows.to(target.device, dtype)[:, :size]
-        self.rows = torch.arange(tokens)[torch.arange(tokens) % 4 != 2]
-        self.grad = torch.randn((tokens, vocabulary), generator=generator).to(wide_of(dtype))
-        # Some pairs have no gradient, and the hidden states of a token without one are not read.
-        self.grad[:, ::3] = 0.0
-        self.grad[2::4] = 0.0
-        self.grad = torch.where(mask, self.grad, 0.0)
-        self.pairs = self.grad[mask]
-
-    @property
-    def of_rows(self):
-        return self.mask & torch.isin(torch.arange(len(self.mask)), self.rows)[:, None]
-
-
-@grid(kind=KINDS, dtype=_DTYPES, size=[1, 7, 40, 130], by_id=[False, True], bias=[False, True])
+@grid(kind=KINDS, dtype=DTYPES, size=[1, 7, 40, 130], by_id=[False, True], bias=[False, True])
 def test_logits_are_those_of_the_dense_product(kernel, kind, dtype, size, by_id, bias):
     head = Head(kernel, kind, dtype, size)
     logits = torch.full((head.support.num_pairs,), torch.nan, dtype=wide_of(dtype))
@@ -71,7 +32,7 @@ def test_logits_are_those_of_the_dense_product(kernel, kind, dtype, size, by_id,
     assert error.numel() == 0 or error.max() <= _SUM[wide_of(dtype)]
 
 
-@grid(kind=KINDS, dtype=_DTYPES, size=[1, 7, 40, 130, 470], wide=[False, True])
+@grid(kind=KINDS, dtype=DTYPES, size=[1, 7, 40, 130, 470], wide=[False, True])
 def test_the_gradient_of_hidden_states(kernel, kind, dtype, size, wide):
     head = Head(kernel, kind, dtype, size)
     out_dtype = wide_of(dtype) if wide else dtype
@@ -88,16 +49,16 @@ def test_the_gradient_of_hidden_states(kernel, kind, dtype, size, wide):
     others[head.rows] = False
     assert (found[others] == 9.0).all()
     error = (found - exact).abs()[head.rows]
-    assert (error <= _ROUND[out_dtype] * sizes[head.rows]).all()
+    assert (error <= ROUND[out_dtype] * sizes[head.rows]).all()
 
 
-@grid(kind=KINDS, dtype=_DTYPES, size=[1, 7, 40, 130], compact=[False, True], bias=[False, True])
+@grid(kind=KINDS, dtype=DTYPES, size=[1, 7, 40, 130], compact=[False, True], bias=[False, True])
 def test_the_gradient_of_the_weight(kernel, kind, dtype, size, compact, bias):
     head = Head(kernel, kind, dtype, size)
     check_weight_gradient(kernel, head, dtype, compact, bias)
 
 
-@grid(cover=1, dtype=_DTYPES, tokens=[PART, PART + 1, 3 * PART + 5], compact=[False, True])
+@grid(cover=1, dtype=DTYPES, tokens=[PART, PART + 1, 3 * PART + 5], compact=[False, True])
 def test_an_id_with_many_tokens_is_summed_in_parts(kernel, dtype, tokens, compact):
     head = Head(kernel, "everywhere", dtype, 5, tokens, 6)
     assert (head.support.by_id.num_slots > 1) == (tokens > PART)
@@ -121,7 +82,7 @@ def check_weight_gradient(kernel, head, dtype, compact, bias):
     others[rows] = False
     assert (found.cpu()[others] == 0.0).all()
     error = (found.double().cpu()[rows] - exact[ids]).abs()
-    assert (error <= _ROUND[dtype] * sizes[ids] + 1e-30).all()
+    assert (error <= ROUND[dtype] * sizes[ids] + 1e-30).all()
     if bias:
         assert (of_bias.cpu()[others] == 0.0).all()
         error = (of_bias.double().cpu()[rows] - grad.sum(1)[ids]).abs()

@@ -40,8 +40,11 @@ kernels = SimpleNamespace(
     records={name: value for module in _MODULES for name, value in module.records.items()},
 )
 
+_OF_ROWS = "logits, places, rows, temperatures, temperature, softcap"
 # Records that a launcher hands on as they are. Tests below hold each to what it is made of.
 _WHOLE = {
+    ("kept_directions", f"kept_rows({_OF_ROWS})"): "KeptRows",
+    ("kept_directions", "held.fields"): "Sets",
     ("kept_hidden_gradient", "held.fields"): "Sets",
     ("kept_log_probs", "held.fields"): "Sets",
     ("kept_log_probs_backward", "held.fields"): "Sets",

@@ -28,7 +28,7 @@ def kept_log_probs(
     entropy = empty(logits, num_rows if need_entropy else 0, logits.dtype)
     top, log_sum = empty(logits, num_rows, torch.float64), empty(logits, num_rows, torch.float64)
     native.kernels.kept_log_probs(
-        _rows(logits, places, rows, temperatures, temperature, softcap),
+        kept_rows(logits, places, rows, temperatures, temperature, softcap),
         held.fields,
         (*addresses(log_probs, entropy, top, log_sum),),
         native.place(logits),
@@ -55,14 +55,14 @@ def kept_log_probs_backward(
     """Run the operator `kept_log_probs_backward` of `steppo_kernels.backends.kept_operators`."""
     held = record(Sets, sets)
     native.kernels.kept_log_probs_backward(
-        _rows(logits, places, rows, temperatures, temperature, softcap),
+        kept_rows(logits, places, rows, temperatures, temperature, softcap),
         held.fields,
         (*addresses(top, log_sum, entropy, grad_log_probs, grad_entropy, grad_logits),),
         native.place(logits),
     )
 
 
-def _rows(
+def kept_rows(
     logits: Tensor,
     places: Tensor,
     rows: Tensor,

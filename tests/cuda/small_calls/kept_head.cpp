@@ -58,17 +58,40 @@ struct Index {
   }
 };
 
-// More tokens than a block finds at once; sums have two slices.
+// Some ids have several parts, and sums have two slices.
 constexpr std::int64_t kTokens = 300, kSize = 132, kWords = 6;
 
+// More tokens than a block finds at once.
 const Listed logits("kept_logits", [](Run& run) {
-  const KeptSets kept(run, kTokens + 150, kWords, kWords);
+  const KeptSets kept(run, 200, kWords, kWords);
   const auto hidden = run.numbers(kept.num_tokens() * kSize), weight = run.numbers(kWords * kSize),
              bias = run.numbers(kWords);
   cuda::kept_logits({kFloat32, hidden.data(), weight.data(), kSize, bias.data(), kept.rows.data(),
                      kept.num_rows(), kSize, run.output<float>(kept.num_pairs())},
                     kept.sets(), {}, run.place());
 });
+
+// Rows of two blocks' widths, and sets of several parts, which a launch of their own joins.
+void directions(Run& run, std::int64_t size) {
+  const std::int64_t part = 3, words = 9;
+  const KeptSets kept(run, 12, words, words);
+  const auto hidden = run.numbers(kept.num_tokens() * size), weight = run.numbers(words * size);
+  const std::int64_t slots = kept.num_pairs() / part + 1, rows = kept.num_rows();
+  float* const logits = run.output<float>(kept.num_pairs());
+  float* const found = run.output<float>(rows * size);
+  std::vector<float> sums(static_cast<std::size_t>(slots * size));
+  std::vector<double> tops(static_cast<std::size_t>(rows + slots)), totals = tops;
+  cuda::kept_directions(
+      {kFloat32, hidden.data(), weight.data(), size, nullptr, kept.rows.data(), rows, size, logits},
+      {kFloat32, logits, kept.places.data(), kept.rows.data(), rows, nullptr, 0.7, 0}, kept.sets(),
+      {found, part, sums.data(), tops.data(), totals.data()}, run.place());
+  const auto grads = run.numbers(rows);
+  cuda::scale_directions({kFloat32, found, grads.data(), kept.rows.data(), rows, size,
+                          run.output<float>(kept.num_tokens() * size)},
+                         run.place());
+}
+const Listed narrow("kept_directions", [](Run& run) { directions(run, kSize); });
+const Listed wide("kept_directions_of_wide_rows", [](Run& run) { directions(run, 2060); });
 
 const Listed of_hidden("kept_hidden_gradient", [](Run& run) {
   const KeptSets kept(run, 60, kWords, kWords);
@@ -79,7 +102,7 @@ const Listed of_hidden("kept_hidden_gradient", [](Run& run) {
       kept.sets(), run.place());
 });
 
-// Some ids have several parts, which a launch of their own joins.
+// A launch of its own joins the parts of an id.
 const Listed of_weight("kept_weight_gradient", [](Run& run) {
   const KeptSets kept(run, kTokens, kWords, kWords);
   const Index by_id(kept, 40);
