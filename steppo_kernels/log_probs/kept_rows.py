@@ -36,9 +36,14 @@ class KeptRows(NamedTuple):
         """Whether every token is over its set."""
         return len(self.kept) == self.held.num_tokens
 
-    def has_all_pairs(self) -> bool:
-        """Return whether no other token has ids; a GPU would be waited for."""
-        return self.covers_all or int(self.held.counts[self.kept].sum()) == self.held.num_pairs
+    def num_pairs(self) -> int:
+        """Return how many ids the tokens that are over their sets have.
+
+        On a GPU, which would be waited for, those of all tokens count.
+        """
+        if self.covers_all or self.kept.device.type != "cpu":
+            return self.held.num_pairs
+        return int(self.held.counts[self.kept].sum())
 
     def marked(self, values: Tensor) -> Tensor:
         """Return values ``[n]``, NaN where a token is not in its set."""
@@ -83,22 +88,21 @@ def rows_of(support: TokenSupport, token_ids: Tensor, index: Tensor, vocabulary:
         ValueError: an id is not in the vocabulary, or a token is not in its set; as far as looking
             costs no wait.
     """
-    held = support._held
-    if held.largest >= vocabulary:
-        raise ValueError(
-            f"support: got the id {held.largest}, expected ids from 0 to {vocabulary - 1}"
-        )
+    held = _within(support._held, index, vocabulary)
     check_ids(token_ids[index], vocabulary)
     places = held.places(token_ids, index)
-    is_full = held.counts[index] == 0 if held.has_empty else None
     is_missing: Tensor | None = places < 0
     assert is_missing is not None
-    if is_full is not None:
-        is_missing = is_missing & ~is_full
+    is_full = None
     if support.missing == "full":
-        is_full = is_missing if is_full is None else is_full | is_missing
-        is_missing = None
-    elif index.device.type == "cpu":
+        is_full, is_missing = is_missing, None
+    elif held.has_empty:
+        is_full = held.counts[index] == 0
+        is_missing = is_missing & ~is_full
+    # The host waits for this, but not for where there are none.
+    if is_full is not None and not bool(is_full.any()):
+        is_full = None
+    if is_missing is not None and index.device.type == "cpu":
         if bool(is_missing.any()):
             at = int(index[is_missing][0])
             raise ValueError(
@@ -114,3 +118,18 @@ def rows_of(support: TokenSupport, token_ids: Tensor, index: Tensor, vocabulary:
             is_missing = is_missing[is_kept]
         full, index, places = index[is_full], index[is_kept], places[is_kept]
     return KeptRows(held, index, places, full, is_missing)
+
+
+def _within(held: KeptSets, index: Tensor, vocabulary: int) -> KeptSets:
+    """Return the sets among the ids of the vocabulary, where those of `index` must be."""
+    if held.largest < vocabulary:
+        return held
+    is_ours = torch.zeros(held.num_tokens, dtype=torch.bool, device=index.device)
+    is_ours[index] = True
+    bad = held.sets.ids[is_ours[held.tokens] & (held.sets.ids >= vocabulary)]
+    if len(bad):
+        raise ValueError(
+            f"support: got the id {int(bad[0])}, expected ids from 0 to {vocabulary - 1}"
+        )
+    # Sets of other tokens may have any ids.
+    return held.within(0, vocabulary)

@@ -69,6 +69,22 @@ class KeptSets:
         with _plain():
             return id_index(self.sets.ids, self.tokens)
 
+    @kept
+    def digest(self) -> str:
+        """Text that other sets have not, but by chance. A GPU is waited for, once."""
+        with _plain():
+            ids, every = (
+                self.sets.ids.long() + 1,
+                torch.arange(self.num_pairs, device=self.sets.ids.device),
+            )
+            # Numbers of 64 bits that wrap around, odd ones for the places.
+            of_ids = (ids * (2 * every + 1) * 0x1B873593CC9E2D51).sum()
+            of_counts = (
+                self.sets.offsets
+                * (2 * torch.arange(len(self.sets.offsets), device=ids.device) + 1)
+            ).sum()
+            return f"{int(of_ids) & (2**64 - 1):016x} {int(of_counts) & (2**64 - 1):x}"
+
     def places(self, token_ids: Tensor, rows: Tensor) -> Tensor:
         """Return where in its set each of the tokens `rows` has its id, -1 if nowhere: ``[n]``."""
         if self.num_pairs == 0:
@@ -89,9 +105,9 @@ class KeptSets:
         borders = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         total = int(borders[-1])
         shifts = torch.repeat_interleave(offsets - borders[:-1], counts, output_size=total)
-        pairs = torch.arange(total, device=tokens.device) + shifts
+        ids = self.sets.ids[torch.arange(total, device=tokens.device) + shifts]
         has_empty = bool((counts == 0).any())
-        return KeptSets(self.sets.ids[pairs], borders, self.largest, has_empty=has_empty)
+        return KeptSets(ids, borders, int(ids.max()) if total else -1, has_empty=has_empty)
 
     def to(self, device: torch.device) -> KeptSets:
         """Return the sets on `device`; themselves, if they lie there."""
@@ -108,8 +124,7 @@ class KeptSets:
             is_in = (ids >= start) & (ids < start + size)
             before = torch.nn.functional.pad(is_in.cumsum(0), (1, 0))
             offsets = before[self.sets.offsets]
-            # Sets that have nothing here are no empty ones.
-            return KeptSets(ids[is_in] - start, offsets, size - 1, has_empty=False)
+            return KeptSets(ids[is_in] - start, offsets, size - 1, has_empty=self.has_empty)
 
         if start == 0 and size > self.largest:
             return self

@@ -73,8 +73,8 @@ def linear_token_log_probs(
             ids of all sets (on a GPU, 256 times) are more than V for each token, products with the
             whole weight take their place, in chunks.
         sparse_grad: with `support`, return the gradients of weight and bias as sparse COO tensors
-            of the rows that are kept, for optimizers that take these. Every token must have a set.
-            The reference backend has no use for it.
+            of the rows that are kept, for optimizers that take these. Every token must have a set,
+            and weight and bias must be leaves. The reference backend has no use for it.
         chunk_tokens: rows of a chunk; None picks as `linear_steppo_loss` does.
         tp_group: the ranks that the vocabulary is split over: a process group or a `DeviceMesh` of
             one dimension. `weight` and `bias` are then this rank's rows, ``[V_r, d]`` and
@@ -114,7 +114,16 @@ def linear_token_log_probs(
             mask = checks.row_mask("mask", mask, shape, device)
         chosen, is_shard = resolve(backend, device), call is not None
         tokens, head = check_head(
-            hidden, weight, bias, temperature, softcap, shape, mask, chosen, is_shard=is_shard
+            hidden,
+            weight,
+            bias,
+            temperature,
+            softcap,
+            shape,
+            mask,
+            chosen,
+            is_shard=is_shard,
+            sparse_grad=sparse_grad,
         )
         ids = ids_of(token_ids, shape, device)
         for name, value in (("support", support), ("tp_group", tp_group)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -380,11 +380,12 @@ def check_head(
     backend: str,
     *,
     is_shard: bool = False,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Head]:
     """Return hidden states ``[N, d]`` and the head; under autocast, both in its dtype.
 
     Temperatures are of the token shape; where `mask` (bool ``[N]``) is False they may be anything.
-    With `is_shard`, the head may have no row.
+    With `is_shard`, the head may have no row. With `sparse_grad`, it gets sparse gradients.
     """
     hidden = checks.floating("hidden", hidden)
     device = hidden.device
@@ -402,12 +403,15 @@ def check_head(
             raise ValueError(
                 f"bias: got shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
             )
+    if sparse_grad and torch.is_grad_enabled():
+        _check_leaves(weight, bias)
     softcap = 0.0 if softcap is None else checks.positive_number("softcap", softcap)
     # As in torch's own products, double precision stays.
     if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        cast = _Cast.apply if sparse_grad else torch.Tensor.to
+        hidden, weight = hidden.to(dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
@@ -418,6 +422,28 @@ def check_head(
         hidden.reshape(-1, hidden.shape[-1]),
         Head(weight, bias, temperatures, number, float(softcap), backend),
     )
+
+
+class _Cast(torch.autograd.Function):
+    """``to`` of a tensor whose gradient may be sparse, which torch's own cannot be."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = value.dtype
+        return value.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.to(ctx.dtype), None
+
+
+def _check_leaves(weight: Tensor, bias: Tensor | None) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.requires_grad and not value.is_leaf:
+            raise ValueError(
+                f"sparse_grad: got a {name} that is a view or the result of an operation, expected "
+                "a leaf: operations of torch do not hand sparse gradients on"
+            )
 
 
 def check_chunk(chunk_tokens: int | None, num_rows: int, head: Head) -> int:

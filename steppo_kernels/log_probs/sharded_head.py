@@ -83,6 +83,7 @@ def shared(
         "entropy": need_entropy,
         "ids in support": "none" if support is None else support.num_pairs,
         "missing": "none" if support is None else support.missing,
+        "sets": "none" if support is None else support._held.digest,
         "gradients": torch.is_grad_enabled(),
         "gradient of hidden": hidden.requires_grad,
         "gradient of weight": weight.requires_grad,

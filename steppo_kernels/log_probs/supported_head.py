@@ -53,7 +53,7 @@ class _Kept(NamedTuple):
     def by_id(self, backend: str) -> tuple[Tensor, ...]:
         """Return the index of ids if a CPU is to take pairs in its order."""
         held = self.held
-        if backend != "cpu" or not self.rows.has_all_pairs():
+        if backend != "cpu" or self.rows.num_pairs() < self.rows.held.num_pairs:
             return ()
         # Fewer pairs are not worth an index, if nothing else needs it.
         index = held.by_id
@@ -97,9 +97,8 @@ def kept_log_probs(
 
 def takes_products(head: Head, rows: KeptRows) -> bool:
     """Return whether products with the whole weight are cheaper than gathering its rows."""
-    # Sets of tokens that are not of the call count too: only a GPU knows how many ids they have.
     ratio = BREAK_EVEN[head.weight.device.type == "cuda"]
-    return rows.held.num_pairs * ratio > len(rows.kept) * head.vocabulary
+    return rows.num_pairs() * ratio > len(rows.kept) * head.vocabulary
 
 
 class _KeptLogProbs(torch.autograd.Function):
@@ -241,7 +240,7 @@ class _Backward:
         grad_logits = self._grad_logits(c, e)
         if needed[0]:
             grad_hidden = self._grad_hidden(grad_logits)
-        of_weight = self._grad_weight(grad_logits, needed[2]) if needed[1] or needed[2] else None
+        of_weight = self._grad_weight(grad_logits, *needed[1:]) if any(needed[1:]) else None
         if shard is not None:
             shard.call.finish(len(at))
             if grad_hidden is not None:
@@ -251,7 +250,7 @@ class _Backward:
                 rows.finish(grad_hidden)
         if of_weight is None:
             return grad_hidden, None, None
-        return grad_hidden, of_weight[0] if needed[1] else None, of_weight[1]
+        return grad_hidden, *of_weight
 
     def _scaled(self, directions: Tensor, c: Tensor) -> Tensor:
         """Return the gradient of hidden states from those of the log-probs."""
@@ -287,10 +286,14 @@ class _Backward:
         )
         return grad_hidden
 
-    def _grad_weight(self, grad_logits: Tensor, need_bias: bool) -> tuple[Tensor, Tensor | None]:
+    def _grad_weight(
+        self, grad_logits: Tensor, need_weight: bool, need_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of weight and bias, sparse ones if these are asked for."""
-        kept, hidden, weight = self.kept, self.hidden, self.head.weight
+        kept, weight = self.kept, self.head.weight
         index, sparse = kept.held.by_id, kept.sparse
+        # Without columns, the gradient of the bias is left.
+        hidden = self.hidden if need_weight else self.hidden.new_empty((len(self.hidden), 0))
         shape = (len(index.ids) if sparse else len(weight), hidden.shape[1])
         make = torch.empty if sparse else gradient
         grad_weight = make(shape, dtype=hidden.dtype, device=hidden.device)
@@ -307,7 +310,7 @@ class _Backward:
         )
         of_bias = None if grad_bias is None else grad_bias.to(hidden.dtype)
         if not sparse:
-            return grad_weight, of_bias
+            return grad_weight if need_weight else None, of_bias
         ids = index.ids.long().unsqueeze(0)
 
         def spread(rows: Tensor, *size: int) -> Tensor:
@@ -316,7 +319,10 @@ class _Backward:
                 ids, rows, whole, is_coalesced=True, check_invariants=False
             )
 
-        return spread(grad_weight, hidden.shape[1]), None if of_bias is None else spread(of_bias)
+        return (
+            spread(grad_weight, hidden.shape[1]) if need_weight else None,
+            None if of_bias is None else spread(of_bias),
+        )
 
     def by_products(
         self, c: Tensor, e: Tensor | None, needed: tuple[bool, bool, bool]

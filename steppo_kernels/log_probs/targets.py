@@ -107,10 +107,14 @@ def _has_several(token_ids: Tensor, shape: torch.Size) -> bool:
     """Return whether ids have one dimension more than tokens of this shape, and so more ids."""
     if token_ids.is_nested or token_ids.dim() < 2:
         return False
-    # As many ids as tokens are one each. Of no tokens, shapes tell, but for those of flat rows.
-    if token_ids.numel() == shape.numel():
-        return token_ids.numel() == 0 and len(shape) > 1 and token_ids.shape[:-1] == shape
     leading = token_ids.shape[:-1]
+    # As many ids as tokens are one each, in any shape that these can have. Of no tokens, shapes
+    # tell, but for those of flat rows.
+    if token_ids.numel() == 0 == shape.numel():
+        return len(shape) > 1 and leading == shape
+    is_flat = len(shape) == 1 and token_ids.numel() == shape.numel()
+    if is_flat or checks.same_order(token_ids.shape, shape):
+        return False
     if leading.numel() != shape.numel():
         return False
     return len(shape) == 1 or checks.same_order(leading, shape)

@@ -122,6 +122,8 @@ class TokenSupport:
         every = checks.integer("ids", ids)
         if isinstance(pad, bool) or not isinstance(pad, int):
             raise TypeError(f"pad: got {type(pad).__name__}, expected an integer")
+        if not -MOST_IDS <= pad < MOST_IDS:
+            raise ValueError(f"pad: got {pad}, expected an integer of 32 bits")
         if every.dim() < 2:
             raise ValueError(f"ids: got shape {tuple(every.shape)}, expected [*shape, K]")
         wide = every.to(torch.int64)
@@ -152,15 +154,13 @@ class TokenSupport:
         is_sampled = checks.flags("mask", mask, None)
         if isinstance(sets, (str, bytes, Tensor)) or not isinstance(sets, Iterable):
             raise TypeError(f"sets: got {type(sets).__name__}, expected a sequence of sets of ids")
-        rows = [list(one) for one in sets]
+        rows = [_entries(one, number) for number, one in enumerate(sets)]
         if len(rows) != int(is_sampled.sum()):
             raise ValueError(
                 f"sets: got {len(rows)} sets, expected one of each of the {int(is_sampled.sum())} "
                 "tokens in mask"
             )
         entries = [entry for row in rows for entry in row]
-        if any(isinstance(entry, bool) or not hasattr(entry, "__index__") for entry in entries):
-            raise TypeError("sets: got an entry that is no integer, expected ids")
         counts = torch.zeros(is_sampled.numel(), dtype=torch.int64, device=is_sampled.device)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         counts[is_sampled.reshape(-1)] = lengths.to(counts.device)
@@ -187,7 +187,7 @@ class TokenSupport:
         is_kept = checks.flags("mask", mask, None)
         if is_kept.dim() < 2:
             raise ValueError(f"mask: got shape {tuple(is_kept.shape)}, expected [*shape, V]")
-        ids = is_kept.reshape(-1, is_kept.shape[-1]).nonzero()[:, 1]
+        ids = is_kept.flatten(0, -2).nonzero()[:, 1]
         return _made("mask", ids, is_kept.sum(-1).reshape(-1), is_kept.shape[:-1], missing)
 
     @property
@@ -240,7 +240,8 @@ class TokenSupport:
         """Return the sets on `device`; themselves, if they lie there.
 
         Raises:
-            TypeError, RuntimeError: as of a tensor.
+            ValueError, TypeError: naming the argument.
+            RuntimeError: as of a tensor.
 
         Example:
             >>> import torch
@@ -249,8 +250,10 @@ class TokenSupport:
             >>> support.to("cpu") is support
             True
         """
-        if isinstance(device, (torch.dtype, Tensor)):
+        if not isinstance(device, (str, int, torch.device)):
             raise TypeError(f"device: got {type(device).__name__}, expected a device")
+        if torch.device(device).type == "meta":
+            raise ValueError("device: got meta, expected one that holds ids")
         held = require_support(self)._held
         moved = held.to(torch.device(device))
         return self if moved is held else _of(moved, self.shape, self.missing)
@@ -265,6 +268,12 @@ class TokenSupport:
         if not self.shape:
             raise TypeError("TokenSupport: got the set of one token, which has no length")
         return self.shape[0]
+
+    def __copy__(self) -> TokenSupport:
+        return self
+
+    def __deepcopy__(self, memo: object) -> TokenSupport:
+        return self
 
     def __getstate__(self) -> dict[str, object]:
         return {
@@ -336,7 +345,29 @@ def _fill(support: TokenSupport, held: KeptSets, shape: torch.Size, missing: Mis
         object.__setattr__(support, name, value)
 
 
+def _entries(one: object, number: int) -> list[int]:
+    """Return the ids of a set, the `number`-th of some."""
+    if isinstance(one, (str, bytes, Mapping)) or not isinstance(one, Iterable):
+        raise TypeError(
+            f"sets: got {type(one).__name__} as the set of token {number}, expected ids; none for "
+            "one over the whole vocabulary"
+        )
+    entries = list(one)
+    for entry in entries:
+        if isinstance(entry, bool) or not hasattr(entry, "__index__"):
+            raise TypeError(
+                f"sets: got {type(entry).__name__} in the set of token {number}, expected ids"
+            )
+        if not 0 <= int(entry) < MOST_IDS:
+            raise ValueError(
+                f"sets: got the id {int(entry)}, expected ids from 0 to {MOST_IDS - 1}"
+            )
+    return entries
+
+
 def _shape(shape: tuple[int, ...], num_tokens: int) -> torch.Size:
+    if not isinstance(shape, Iterable):
+        raise TypeError(f"shape: got {type(shape).__name__}, expected a tuple of sizes")
     wanted = torch.Size(checks.count("shape", size, 0) for size in shape)
     if wanted.numel() != num_tokens:
         raise ValueError(

@@ -171,7 +171,7 @@ def linear_steppo_loss(
         inputs = _with_layout(inputs, backend)
         assert inputs.layout is not None
         is_action = inputs.layout.step_ids.reshape(-1) >= 0
-        rows, head = check_head(
+        of_head = (
             hidden,
             weight,
             bias,
@@ -180,8 +180,8 @@ def linear_steppo_loss(
             inputs.shape,
             is_action,
             inputs.backend,
-            is_shard=call is not None,
         )
+        rows, head = check_head(*of_head, is_shard=call is not None, sparse_grad=sparse_grad)
         ids = checks.token_ids("token_ids", token_ids, inputs.shape, inputs.device)
         count = inputs.layout.num_tokens
         has_bonus = config.entropy_coef != 0

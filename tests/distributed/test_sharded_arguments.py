@@ -18,6 +18,7 @@ from worlds import Worlds
 from steppo_kernels import (
     StepLayout,
     StepPOConfig,
+    TokenSupport,
     linear_steppo_loss,
     linear_token_log_probs,
 )
@@ -171,6 +172,8 @@ def differences(rank: int, size: int) -> dict[str, str]:
         options: dict[str, Any] = {"tp_group": distributed.group.WORLD, "bias": case.bias}
         if name == "is_weights by token":
             options["is_weights"] = torch.ones(case.layout.num_steps)
+        if name == "sets":
+            options["support"] = sets_with(case, 1)
         if is_odd:
             change(case, options)
 
@@ -213,9 +216,16 @@ def differences(rank: int, size: int) -> dict[str, str]:
     attempt(
         "is_weights by token", lambda case, options: options.update(is_weights=case.token_weights)
     )
+    attempt("sets", lambda case, options: options.update(support=sets_with(case, 2)))
     attempt("gradients", lambda case, options: options.update(no_grad=True))
     assert works(rank, size)
     return found
+
+
+def sets_with(case: HeadCase, step: int) -> TokenSupport:
+    """Sets of two ids each: that of the token, and one that is so much larger."""
+    own = torch.where(case.mask, case.token_ids, 0)
+    return TokenSupport.from_padded(torch.stack((own, (own + step) % 7), -1))
 
 
 def moved_border(case: HeadCase, options: dict[str, Any]) -> None:

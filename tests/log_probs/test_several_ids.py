@@ -207,6 +207,10 @@ def test_shapes(target):
         found = token_log_probs(rows, given, backend=target.backend)
         assert found.shape == given.shape
         assert torch.equal(found.view(-1), wanted.view(-1))
+    # One id each is K ids too.
+    alone = token_log_probs(logits, ids[..., :1].reshape(6, 1), return_entropy=True)
+    assert [one.shape for one in alone] == [(6, 1), (6,)]
+    assert torch.equal(alone[0].view(-1), token_log_probs(logits, ids[..., 0]).view(-1))
     empty = token_log_probs(logits[:0], ids[:0], backend=target.backend)
     assert empty.shape == (0, 3, 4)
     for bad in (ids[..., :0], ids.transpose(0, 1), ids[:, :2]):

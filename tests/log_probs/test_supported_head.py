@@ -17,7 +17,13 @@ from head_cases import head_case, new_tensors, waits
 from head_regimes import REGIMES, Regime, draw, evaluate, typed
 from kept_cases import KINDS, kept_of, or_all
 
-from steppo_kernels import StepPOConfig, TokenSupport, linear_steppo_loss, linear_token_log_probs
+from steppo_kernels import (
+    StepPOConfig,
+    TokenSupport,
+    linear_steppo_loss,
+    linear_token_log_probs,
+    token_log_probs,
+)
 from steppo_kernels.log_probs import supported_head
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.half, "bf16": torch.bfloat16}
@@ -190,6 +196,108 @@ def test_a_sparse_gradient_wants_a_set_of_every_token(kernel):
         linear_token_log_probs(*given, **options, support=TokenSupport.from_mask(kept))
 
 
+def test_a_sparse_gradient_goes_through_a_cast(kernel, monkeypatch):
+    """Autocast: the master weight is in fp32."""
+    monkeypatch.setattr(supported_head, "BREAK_EVEN", _NEVER)
+    case = head_case(5, vocabulary=26).to(torch.float32, kernel.device)
+    support = TokenSupport.from_mask(kept_of("random", head_case(5, vocabulary=26)))
+    found = []
+    for sparse in (False, True):
+        with torch.autocast(kernel.device, torch.bfloat16):
+            log_probs = linear_token_log_probs(
+                case.hidden,
+                case.weight,
+                case.token_ids,
+                bias=case.bias,
+                mask=case.mask,
+                support=support.to(kernel.device),
+                sparse_grad=sparse,
+                backend=kernel.backend,
+            )
+        grads = torch.autograd.grad(log_probs.sum(), [case.weight, case.bias])
+        assert {grad.dtype for grad in grads} == {torch.float32}
+        assert {grad.is_sparse for grad in grads} == {sparse}
+        found.append([grad.to_dense() for grad in grads])
+    for dense, sparse in zip(*found, strict=True):
+        assert torch.equal(dense, sparse)
+
+
+def test_a_sparse_gradient_wants_leaves(kernel):
+    """Operations of torch do not hand it on, and would say so in backward."""
+    case = head_case(5, vocabulary=26).to(torch.float32, kernel.device)
+    support = TokenSupport.from_mask(kept_of("one", head_case(5, vocabulary=26)))
+    options = {"support": support.to(kernel.device), "backend": kernel.backend}
+    options |= {"mask": case.mask, "sparse_grad": True}
+    for name in ("weight", "bias"):
+        given = {"weight": case.weight, "bias": case.bias}
+        given[name] = given[name] * 1.0
+        with pytest.raises(ValueError, match=rf"^sparse_grad: got a {name} that is a view or "):
+            linear_token_log_probs(case.hidden, token_ids=case.token_ids, **given, **options)
+        with torch.no_grad():
+            linear_token_log_probs(case.hidden, token_ids=case.token_ids, **given, **options)
+
+
+def test_a_frozen_weight_has_no_gradient_made(kernel, monkeypatch):
+    """That of a bias needs none of its size."""
+    monkeypatch.setattr(supported_head, "BREAK_EVEN", _NEVER)
+    case = head_case(5, vocabulary=4096).to(torch.float32, kernel.device)
+    support = TokenSupport.from_mask(kept_of("one", head_case(5, vocabulary=4096)))
+    weight = case.weight.detach()
+    with new_tensors() as made:
+        log_probs = linear_token_log_probs(
+            case.hidden,
+            weight,
+            case.token_ids,
+            bias=case.bias,
+            mask=case.mask,
+            support=support.to(kernel.device),
+            backend=kernel.backend,
+        )
+        log_probs.sum().backward()
+    assert case.bias.grad.any()
+    assert max(made) < weight.numel()
+
+
+def test_sets_of_masked_tokens_may_have_any_ids(target, taken):
+    case = head_case(6, vocabulary=26).to(torch.float64, target.device)
+    kept = kept_of("random", head_case(6, vocabulary=26)) & case.mask.cpu().unsqueeze(-1)
+    sets = [row.nonzero().squeeze(1).tolist() for row in kept.view(-1, 26)]
+    strange = [
+        ids if is_live else [1000, 3]
+        for ids, is_live in zip(sets, case.mask.view(-1).tolist(), strict=True)
+    ]
+    found = []
+    for given in (sets, strange):
+        support = TokenSupport.from_lists(given, torch.ones(len(given))).to(target.device)
+        log_probs = linear_token_log_probs(
+            case.hidden,
+            case.weight,
+            case.token_ids,
+            mask=case.mask,
+            support=support,
+            backend=target.backend,
+        )
+        logits = torch.randn((*case.mask.shape, 26), generator=torch.Generator().manual_seed(3))
+        logits = logits.to(target.device).requires_grad_()
+        of_logits = token_log_probs(
+            logits, case.token_ids, mask=case.mask, support=support, backend=target.backend
+        )
+        grads = torch.autograd.grad(log_probs.sum(), [case.hidden, case.weight])
+        of_logits.sum().backward()
+        found.append([log_probs.detach(), of_logits.detach(), logits.grad, *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one.nan_to_num(), other.nan_to_num(), rtol=1e-6, atol=1e-6)
+    live = case.mask.view(-1).nonzero()[0, 0]
+    strange[int(live)] = [*strange[int(live)], 77]
+    support = TokenSupport.from_lists(strange, torch.ones(len(strange))).to(target.device)
+    for rows, function in ((case.hidden, linear_token_log_probs), (logits, token_log_probs)):
+        given = (rows, case.weight) if rows is case.hidden else (rows,)
+        with pytest.raises(ValueError, match=r"^support: got the id 77, expected ids from 0 to 25"):
+            function(
+                *given, case.token_ids, mask=case.mask, support=support, backend=target.backend
+            )
+
+
 @grid(cover=1, kind=KINDS, dtype=_DTYPES)
 def test_bits_do_not_depend_on_threads_or_on_the_order_of_ids(
     kernel, taken, threads_restored, kind, dtype
@@ -282,13 +390,14 @@ def test_nothing_of_the_size_of_all_logits_is_made(kernel):
 
 
 def test_the_host_waits_no_more_than_without_sets(kernel):
-    """For the number of rows, and no more where every token has a set."""
+    """For the number of rows, and for one more where masked tokens have no set."""
     case = head_case(2, vocabulary=26).to(torch.float32, kernel.device)
-    support = TokenSupport.from_mask(kept_of("random", head_case(2, vocabulary=26)))
-    support = support.to(kernel.device)
-    _ = support._held.by_id.num_slots
+    kept = kept_of("random", head_case(2, vocabulary=26))
     counts = []
-    for given in (None, support):
+    for sets in (None, kept, kept & case.mask.cpu().unsqueeze(-1)):
+        given = None if sets is None else TokenSupport.from_mask(sets).to(kernel.device)
+        if given is not None:
+            _ = given._held.by_id.num_slots
         with waits() as counter:
             output = linear_steppo_loss(
                 case.hidden,
@@ -302,9 +411,10 @@ def test_the_host_waits_no_more_than_without_sets(kernel):
             )
             output.loss.backward()
         counts.append(counter.count)
-    # A CPU looks whether ids are in their sets.
-    looks = 3 if kernel.device == "cpu" else 0
+    # A CPU looks whether ids are in their sets, and how many ids there are.
+    looks = 4 if kernel.device == "cpu" else 0
     assert counts[1] <= counts[0] + looks
+    assert counts[2] <= counts[0] + looks + 1
 
 
 def test_threads_share_sets(kernel):

@@ -78,8 +78,17 @@ def test_every_way_gives_the_same_sets(kind):
         (lambda: TokenSupport.from_mask(torch.tensor([[2]])), ValueError, "mask: got the value 2"),
         (lambda: TokenSupport.from_mask(torch.tensor([True])), ValueError, "mask: got shape"),
         (lambda: TokenSupport.from_lists([[1]], torch.ones(2)), ValueError, "sets: got 1 sets"),
-        (lambda: TokenSupport.from_lists([[0.5]], torch.ones(1)), TypeError, "sets: got an entry"),
-        (lambda: TokenSupport.from_lists([[True]], torch.ones(1)), TypeError, "sets: got an entry"),
+        (lambda: TokenSupport.from_padded(_IDS[None], pad=10**30), ValueError, "pad: got 1000"),
+        (lambda: TokenSupport.from_csr(_IDS, _OFFSETS, shape=3), TypeError, "shape: got int"),
+        (lambda: TokenSupport.from_lists([[0.5]], torch.ones(1)), TypeError, "sets: got float in"),
+        (lambda: TokenSupport.from_lists([[True]], torch.ones(1)), TypeError, "sets: got bool in"),
+        (
+            lambda: TokenSupport.from_lists([[1], None], torch.ones(2)),
+            TypeError,
+            "sets: got NoneType as the set of token 1",
+        ),
+        (lambda: TokenSupport.from_lists([1], torch.ones(1)), TypeError, "sets: got int as"),
+        (lambda: TokenSupport.from_lists([[2**70]], torch.ones(1)), ValueError, "sets: got the id"),
         (lambda: TokenSupport.from_lists("ab", torch.ones(2)), TypeError, "sets: got str"),
         (lambda: TokenSupport.from_lists([[-1]], torch.ones(1)), ValueError, "sets: got the id -1"),
     ],
@@ -104,8 +113,45 @@ def test_it_shares_no_memory_and_does_not_change():
     assert sets_of(support) == wanted == [[1, 5], [], [2, 7]]
 
 
+@pytest.mark.parametrize("device", [None, 1.0, torch.float32, torch.ones(1)])
+def test_no_device(device):
+    with pytest.raises(TypeError, match=r"^device: got "):
+        TokenSupport.from_csr(_IDS, _OFFSETS).to(device)
+
+
+def test_a_device_without_memory():
+    with pytest.raises(ValueError, match=r"^device: got meta, "):
+        TokenSupport.from_csr(_IDS, _OFFSETS).to("meta")
+
+
+def test_sets_of_an_empty_vocabulary():
+    support = TokenSupport.from_mask(torch.empty((2, 3, 0), dtype=torch.bool))
+    assert support.shape == (2, 3)
+    assert support.num_pairs == 0
+
+
+def test_other_sets_have_another_digest():
+    """Those of as many ids, of the same ids in other tokens, and in another order of tokens."""
+    several = [
+        [[0, 1], [2]],
+        [[0, 2], [1]],
+        [[0], [1, 2]],
+        [[1, 2], [0]],
+        [[0, 3], [2]],
+        [[0], [2]],
+    ]
+    digests = [
+        TokenSupport.from_lists(sets, torch.ones(2))._held.digest
+        for sets in (*several, [[2, 0], [2, 0]], [[2], []])
+    ]
+    assert len(set(digests)) == len(digests)
+    again = TokenSupport.from_lists([[1, 0], [2, 2]], torch.ones(2))
+    assert again._held.digest == digests[0]
+
+
 def test_copies_and_files():
     support = TokenSupport.from_csr(_IDS, _OFFSETS, shape=(1, 3), missing="full")
+    assert copy.copy(support) is copy.deepcopy(support) is support
     file = io.BytesIO()
     torch.save(support, file)
     file.seek(0)
