@@ -15,6 +15,7 @@ from .. import checks
 from ..backends.choice import Backend
 from ..backends.reference.reductions import reduction_weights
 from ..config import REDUCTIONS, Reduction, one_of
+from ..devices import device_of
 from ..inference import outside_inference_mode
 from . import build, regroup
 from .loaded import checked_tensors
@@ -354,7 +355,7 @@ class StepLayout:
             >>> layout.to("cpu", non_blocking=True) is layout
             True
         """
-        where = _device(device)
+        where = device_of(device)
         checks.switch("non_blocking", non_blocking)
         held = require_layout(self)
         moved = held.to(where, non_blocking)
@@ -466,18 +467,6 @@ def layout_of(held: StepTensors) -> StepLayout:
 def _fill(layout: StepLayout, held: StepTensors) -> None:
     object.__setattr__(layout, "_held", held)
     object.__setattr__(layout, "_copies", {})
-
-
-def _device(value: object) -> torch.device:
-    if isinstance(value, torch.device):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        got = value if isinstance(value, torch.dtype) else type(value).__name__
-        raise TypeError(f"device: got {got}, expected a device")
-    try:
-        return torch.device(value)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"device: got {value!r}, expected a device") from error
 
 
 def _refuse_to_collate(batch: list[StepLayout], **options: Any) -> NoReturn:

@@ -70,8 +70,9 @@ def linear_token_log_probs(
         support: the ids that each token could be sampled from, of the token shape or flat: the
             softmaxes are over these. Rows of the weight are gathered for each token: 6 d operations
             for each kept id instead of 6 d V for each token, all in one pass. Where 4 times the
-            ids of all sets (on a GPU, 256 times) are more than V for each token, products with the
-            whole weight take their place, in chunks.
+            ids of all sets are more than V for each token, products with the whole weight take
+            their place, in chunks. On a GPU that is 256 times, by a count that has not been
+            measured, and includes the sets of masked tokens.
         sparse_grad: with `support`, return the gradients of weight and bias as sparse COO tensors
             of the rows that are kept, for optimizers that take these. Every token must have a set,
             and weight and bias must be leaves. The reference backend has no use for it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import FrozenInstanceError
 from typing import Any, Literal, NoReturn
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..config import one_of
+from ..devices import device_of
 from ..inference import outside_inference_mode
 from .kept_sets import MOST_IDS, KeptSets
 
@@ -152,9 +155,7 @@ class TokenSupport:
             tensor([[0, 2, 0, 1]])
         """
         is_sampled = checks.flags("mask", mask, None)
-        if isinstance(sets, (str, bytes, Tensor)) or not isinstance(sets, Iterable):
-            raise TypeError(f"sets: got {type(sets).__name__}, expected a sequence of sets of ids")
-        rows = [_entries(one, number) for number, one in enumerate(sets)]
+        rows = [_entries(one, number) for number, one in enumerate(_listed(sets))]
         if len(rows) != int(is_sampled.sum()):
             raise ValueError(
                 f"sets: got {len(rows)} sets, expected one of each of the {int(is_sampled.sum())} "
@@ -162,9 +163,9 @@ class TokenSupport:
             )
         entries = [entry for row in rows for entry in row]
         counts = torch.zeros(is_sampled.numel(), dtype=torch.int64, device=is_sampled.device)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        counts[is_sampled.reshape(-1)] = lengths.to(counts.device)
-        ids = torch.tensor(entries, dtype=torch.int64).to(counts.device)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=counts.device)
+        counts[is_sampled.reshape(-1)] = lengths
+        ids = torch.tensor(entries, dtype=torch.int64, device=counts.device)
         return _made("sets", ids, counts, is_sampled.shape, missing)
 
     @classmethod
@@ -250,12 +251,11 @@ class TokenSupport:
             >>> support.to("cpu") is support
             True
         """
-        if not isinstance(device, (str, int, torch.device)):
-            raise TypeError(f"device: got {type(device).__name__}, expected a device")
-        if torch.device(device).type == "meta":
+        where = device_of(device)
+        if where.type == "meta":
             raise ValueError("device: got meta, expected one that holds ids")
         held = require_support(self)._held
-        moved = held.to(torch.device(device))
+        moved = held.to(where)
         return self if moved is held else _of(moved, self.shape, self.missing)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
@@ -345,6 +345,15 @@ def _fill(support: TokenSupport, held: KeptSets, shape: torch.Size, missing: Mis
         object.__setattr__(support, name, value)
 
 
+def _listed(sets: object) -> list[object]:
+    """Return sets one by one, each of any type."""
+    if not isinstance(sets, (str, bytes, Tensor)) and isinstance(sets, Iterable):
+        # An array without dimensions says that it is iterable.
+        with suppress(TypeError):
+            return list(sets)
+    raise TypeError(f"sets: got {type(sets).__name__}, expected a sequence of sets of ids")
+
+
 def _entries(one: object, number: int) -> list[int]:
     """Return the ids of a set, the `number`-th of some."""
     if isinstance(one, (str, bytes, Mapping)) or not isinstance(one, Iterable):
@@ -366,14 +375,13 @@ def _entries(one: object, number: int) -> list[int]:
 
 
 def _shape(shape: tuple[int, ...], num_tokens: int) -> torch.Size:
-    if not isinstance(shape, Iterable):
+    if not isinstance(shape, (tuple, list)):
         raise TypeError(f"shape: got {type(shape).__name__}, expected a tuple of sizes")
-    wanted = torch.Size(checks.count("shape", size, 0) for size in shape)
-    if wanted.numel() != num_tokens:
-        raise ValueError(
-            f"shape: got {tuple(wanted)} with sets of {num_tokens} tokens, expected as many"
-        )
-    return wanted
+    sizes = tuple(checks.count("shape", size, 0) for size in shape)
+    # Sizes of any size are multiplied here: torch.Size takes 64 bits.
+    if math.prod(sizes) != num_tokens or max(sizes, default=0) >= 2**63:
+        raise ValueError(f"shape: got {sizes} with sets of {num_tokens} tokens, expected as many")
+    return torch.Size(sizes)
 
 
 def _ends(offsets: Tensor) -> str:

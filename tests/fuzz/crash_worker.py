@@ -24,7 +24,7 @@ import torch
 
 from fuzz.subjects import Subject, cases, replaced
 from fuzz.ways import MODES, Case, of_tensor
-from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels import StepLayout, StepPOConfig, TokenSupport
 
 # Longest that a case may take.
 _SECONDS = 20
@@ -138,7 +138,7 @@ def unnamed(subject: Subject, error: Exception) -> str | None:
     if not isinstance(error, (ValueError, TypeError, RuntimeError)):
         return text
     named = re.match(r"(\w+)[\w.\[\]]*: ", str(error))
-    known = {*subject.parameters, "layout", *_CONFIG}
+    known = {*subject.parameters, "layout", "support", *_CONFIG}
     return None if named and named[1] in known else text
 
 
@@ -180,6 +180,8 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
         # A copy has what the layout holds, whatever was written to what it once showed.
         for _, held in sorted(copy.deepcopy(value).tensors().items()):
             yield held
+    elif isinstance(value, TokenSupport):
+        yield from (value.ids, value.offsets)
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors(getattr(value, field.name))

@@ -10,7 +10,7 @@ import torch
 
 import steppo_kernels as package
 from fuzz.ways import Case, of_anything, of_layout, of_number, of_sequence, of_tensor
-from steppo_kernels import StepLayout, StepPOConfig
+from steppo_kernels import StepLayout, StepPOConfig, TokenSupport
 
 MASK = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 1, 0, 1, 0, 0]], dtype=torch.bool)
 IDS = torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 7, 3, 1, 2]]) % 5
@@ -77,6 +77,9 @@ _HEAD = {
 _LOGITS = {"logits": torch.linspace(-2.0, 2.0, 60).reshape(2, 6, 5), "token_ids": IDS}
 _VALUES = {"values": TOKENS, "returns": STEPS, "old_values": -TOKENS, "clip": 0.2}
 _TEMPERATURES = torch.linspace(0.5, 2.0, 12).reshape(2, 6)
+# Two ids of each token: its own, and the next one.
+PAIRS = torch.stack((IDS, (IDS + 1) % 5), -1)
+SUPPORT = TokenSupport.from_padded(PAIRS)
 
 
 def subjects() -> list[Subject]:
@@ -124,6 +127,13 @@ def subjects() -> list[Subject]:
         Subject("to", StepLayout.to, {"self": steps, "device": "cpu"}),
         Subject("reduction_weights", StepLayout.reduction_weights,
                 {"self": steps, "reduction": "trajectory_mean"}),
+        Subject("support from_csr", TokenSupport.from_csr,
+                {"ids": PAIRS.flatten(), "offsets": 2 * torch.arange(13), "shape": [2, 6]}),
+        Subject("support from_padded", TokenSupport.from_padded, {"ids": PAIRS, "pad": 7}),
+        Subject("support from_lists", TokenSupport.from_lists,
+                {"sets": [(0, 1)] * 6, "mask": MASK}),
+        Subject("support from_mask", TokenSupport.from_mask, {"mask": MASK}),
+        Subject("support to", TokenSupport.to, {"self": SUPPORT, "device": "cpu"}),
         Subject("StepPOConfig", StepPOConfig, {"dual_clip": 2.0, "kl_coef": 0.5}),
         Subject("StepPOConfig clipped tokens", StepPOConfig,
                 {"token_clip": (0.2, 0.3), "surrogate": "mask", "ratio": "product"}),
@@ -184,6 +194,18 @@ def subjects() -> list[Subject]:
                 ("logits",)),
         Subject("token_log_probs temperatures", named.token_log_probs,
                 {**_LOGITS, "temperature": _TEMPERATURES}, ("logits",)),
+        Subject("token_log_probs over sets", named.token_log_probs,
+                {**_LOGITS, "mask": MASK, "support": SUPPORT}, ("logits",)),
+        Subject("token_log_probs of several ids", named.token_log_probs,
+                {**_LOGITS, "token_ids": PAIRS, "mask": MASK}, ("logits",)),
+        Subject("steppo_loss_from_logits over sets", named.steppo_loss_from_logits,
+                {**_LOGITS, **_LOSS, "layout": steps, "support": SUPPORT}, ("logits",)),
+        Subject("linear_token_log_probs over sets", named.linear_token_log_probs,
+                {**_HEAD, "mask": MASK, "support": SUPPORT}, head_leaves),
+        Subject("linear_token_log_probs of several ids", named.linear_token_log_probs,
+                {**_HEAD, "token_ids": PAIRS, "mask": MASK}, head_leaves),
+        Subject("linear_steppo_loss over sets", named.linear_steppo_loss,
+                {**_HEAD, **_LOSS, "layout": steps, "support": SUPPORT}, head_leaves),
         Subject("steppo_loss_from_logits", named.steppo_loss_from_logits,
                 {**_LOGITS, **_LOSS, "layout": steps, "temperature": _TEMPERATURES}, ("logits",)),
         Subject("steppo_loss_from_logits of a mask", named.steppo_loss_from_logits,
@@ -203,10 +225,11 @@ def subjects() -> list[Subject]:
 def covered() -> tuple[set[str], set[str]]:
     """Return the public callables, and those of them that a subject calls."""
     public = {name for name in package.__all__ if inspect.isfunction(getattr(package, name))}
-    for name, member in vars(StepLayout).items():
-        made = inspect.isfunction(member) or isinstance(member, classmethod)
-        if made and not name.startswith("_"):
-            public.add(name)
+    for kind in (StepLayout, TokenSupport):
+        for name, member in vars(kind).items():
+            made = inspect.isfunction(member) or isinstance(member, classmethod)
+            if made and not name.startswith("_"):
+                public.add(name)
     # It takes nothing but the layout and computes nothing.
     public -= {"tensors"}
     called = {getattr(subject.function, "__name__", "") for subject in subjects()}

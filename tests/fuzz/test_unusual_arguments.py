@@ -23,8 +23,8 @@ _PACKAGE = Path(steppo_kernels.__file__).parents[1]
 # How the subjects are spread over processes, by how their names begin.
 _GROUPS = {
     "layouts": ("from_", "keep", "per_t", "to", "reduction_weights", "StepPOConfig", "check_"),
+    "rows and sets": ("token_log_probs", "steppo_loss_from_logits", "linear", "support "),
     "steps": ("broadcast", "step_", "StepValue", "steppo_loss", "StepPOLoss", "rollout", "group"),
-    "rows": ("token_log_probs", "steppo_loss_from_logits", "linear"),
 }
 
 
