@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..gpu.cases import SIZES
 from ..gpu.on_head import linear_loss
+from ..gpu.on_kept_sets import kept_sets
 from ..gpu.on_logits import log_probs
 from ..gpu.on_tokens import LAYOUT, MASK, PER_STEP, policy_loss, step_gae, token_gae
 from ..gpu.problem import Case
@@ -133,20 +134,30 @@ def kept(ids: int) -> tuple[Work, ...]:
     forward = gathered + of_tokens + directions
     of_weight = gathered + 12 * pairs + of_ids
     frozen, trained = (1e-3, 2e-3) if ids == 20 else (None, None)
+    measured = [kept_sets(_SIZES.kept[0], ids, trained=on) for on in (False, True)]
     # Where a token is, its set, its ids, the weight; of a part, its entries, a gradient, a token.
     return (
         Work(f"kept_logits, {sizes}", None, None, 1, 4, gathered + of_tokens),
         Work(f"kept_directions, {sizes}", None, None, 2, 5, forward),
         Work(f"kept_hidden_gradient, {sizes}", None, None, 1, 4, gathered + of_tokens),
         Work(f"kept_weight_gradient, {sizes}", None, None, 2, 4, of_weight),
-        Work(f"log-probs and dH, {sizes}", None, frozen, 4, 9, forward + softmax + scaled),
+        Work(
+            f"log-probs and dH, {sizes}",
+            measured[0],
+            frozen,
+            4,
+            9,
+            forward + softmax + scaled,
+            read=seconds,
+        ),
         Work(
             f"log-probs, dH and dW, {sizes}",
-            None,
+            measured[1],
             trained,
             7,
             15,
             forward + 3 * softmax + scaled + of_weight,
+            read=seconds,
         ),
     )
 

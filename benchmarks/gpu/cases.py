@@ -6,7 +6,7 @@ import itertools
 from typing import NamedTuple
 
 from ..vocabulary.cases import Shape
-from . import on_head, on_logits, on_tokens
+from . import on_head, on_kept_sets, on_logits, on_tokens
 from .on_tokens import LAYOUT, MASK, OF_ROWS, PER_STEP
 from .problem import Case
 
@@ -22,6 +22,7 @@ class Sizes(NamedTuple):
         loss: steps on logits.
         head: steps on hidden states, and the size of these.
         live: shares of tokens with a gradient.
+        kept: hidden states with kept sets, and the ids of these.
     """
 
     policy: tuple[str, ...]
@@ -31,6 +32,7 @@ class Sizes(NamedTuple):
     loss: Shape
     head: tuple[Shape, int]
     live: tuple[float, ...]
+    kept: tuple[on_kept_sets.Sizes, tuple[int, ...]]
 
 
 SIZES = {
@@ -42,6 +44,7 @@ SIZES = {
         loss=Shape(16, 512, 512, 16),
         head=(Shape(64, 128, 128, 64), 4096),
         live=(1.0, 0.3),
+        kept=(on_kept_sets.Sizes(8192, 4096, 151_936), (20, 512)),
     ),
     "tiny": Sizes(
         policy=("turns 4x512", "turns 8x512"),
@@ -51,6 +54,7 @@ SIZES = {
         loss=Shape(4, 32, 32, 4, 1024),
         head=(Shape(10, 16, 16, 10, 1024), 64),
         live=(1.0, 0.3),
+        kept=(on_kept_sets.Sizes(40, 64, 1024), (3, 20)),
     ),
 }
 
@@ -69,6 +73,11 @@ def cases(size: str) -> list[Case]:
         on_logits.logits_loss(sizes.loss),
         on_logits.logits_loss(sizes.loss, leaf=False),
         *(on_head.linear_loss(*sizes.head, live) for live in sizes.live),
+        *(
+            on_kept_sets.kept_sets(sizes.kept[0], count, trained=trained)
+            for count in sizes.kept[1]
+            for trained in (False, True)
+        ),
         *_log_probs(unaligned),
         on_logits.log_probs(*few, backward=False),
         *(on_head.linear_log_probs(*sizes.head, live) for live in sizes.live),

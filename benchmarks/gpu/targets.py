@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..report.targets import Target
 from .cases import SIZES
 from .on_head import linear_loss
+from .on_kept_sets import kept_sets
 from .on_logits import log_probs, logits_loss
 from .on_tokens import LAYOUT, MASK, PER_STEP, policy_loss, step_gae, token_gae
 from .problem import Case
@@ -61,6 +62,9 @@ def targets(results: Results) -> list[Target]:
     )
     for live, limit in ((1.0, 50.0), (0.3, 27.0)):
         at_most(linear_loss(*sizes.head, live), seconds, limit, "ms", "device")
+    of_sets, (count, *_) = sizes.kept
+    for trained, limit in ((False, 1.0), (True, 2.0)):
+        at_most(kept_sets(of_sets, count, trained=trained), seconds, limit, "ms", "device")
     return found
 
 
