@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from steppo_kernels.backends import operators
-from steppo_kernels.backends.kept_operators import MOST_ROW_BYTES
+from steppo_kernels.backends.records import MOST_ROW_BYTES
 from steppo_kernels.log_probs.kept_sets import PART, KeptSets
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

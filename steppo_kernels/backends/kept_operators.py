@@ -14,9 +14,6 @@ from torch import Tensor
 
 from .registry import operator
 
-# The longest rows of a weight that `kept_directions` takes, whose columns a block has in registers.
-MOST_ROW_BYTES = 1 << 14
-
 _ROWS = "Tensor rows, Tensor[] sets"
 _SCALES = "Tensor? temperatures, float temperature, float softcap"
 
@@ -132,7 +129,7 @@ def kept_directions(
 
     `directions` (``[n, d]``, in the dtype of the logits) are the gradients of the log-probs of
     `kept_log_probs` by the hidden states of `rows`. Each row of the weight is read from memory
-    once. Rows have at most `MOST_ROW_BYTES`.
+    once. Rows have at most `MOST_ROW_BYTES` of `records.py`.
     It is an operator of GPUs: on a CPU the second read is one of a cache.
     """
 

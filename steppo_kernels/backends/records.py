@@ -142,6 +142,10 @@ class States(_States):
         return (*_addresses(self), self.state_index.numel())
 
 
+# The longest rows of a weight whose columns a block or a program of a GPU has in registers.
+MOST_ROW_BYTES = 1 << 14
+
+
 class _Sets(NamedTuple):
     ids: Tensor
     offsets: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.derivatives import first_only
-from ..backends.kept_operators import MOST_ROW_BYTES
+from ..backends.records import MOST_ROW_BYTES
 from .kept_rows import KeptRows
 from .kept_sets import KeptSets
 from .lm_head import Head, HeadGradients, check_chunk

@@ -91,6 +91,7 @@ _FLOORS = (
         "config",
         "outputs",
         "checks",
+        "devices",
         "inference",
         "ranks",
         "_version",

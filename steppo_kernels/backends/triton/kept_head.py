@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kept_operators import MOST_ROW_BYTES
-from ..records import Sets, record
+from ..records import MOST_ROW_BYTES, Sets, record
 from .kept_rows import ROWS, block_of, inside, options, start
 from .launch import cdiv, device_guard
 from .tiles import kept_set
