@@ -83,6 +83,8 @@ def kept_log_probs(
         chunk = check_chunk(chunk_tokens, len(rows.kept), head)
     if head.weight.stride(1) != 1:
         head = head._replace(weight=head.weight.contiguous())
+    if head.bias is not None:
+        head = head._replace(bias=head.bias.contiguous())
     found: tuple[Tensor, Tensor] = _applied(
         hidden.contiguous(),
         head.weight,

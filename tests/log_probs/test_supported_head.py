@@ -222,6 +222,29 @@ def test_a_sparse_gradient_goes_through_a_cast(kernel, monkeypatch):
         assert torch.equal(dense, sparse)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_strided_head(target, taken, sparse):
+    """A leaf may be a transposed weight, and a bias every other number of something."""
+    case = head_case(5, vocabulary=26).to(torch.float64, target.device)
+    support = TokenSupport.from_mask(kept_of("random", head_case(5, vocabulary=26)))
+    options = {"mask": case.mask, "support": support.to(target.device), "backend": target.backend}
+    found = []
+    for is_strided in (False, True):
+        weight, bias = case.weight.detach().clone(), case.bias.detach().clone()
+        if is_strided:
+            weight = weight.t().contiguous().t()
+            bias = bias.repeat_interleave(2)[::2]
+        weight.requires_grad_()
+        bias.requires_grad_()
+        log_probs = linear_token_log_probs(
+            case.hidden, weight, case.token_ids, bias=bias, sparse_grad=sparse, **options
+        )
+        grads = torch.autograd.grad(log_probs.sum(), [weight, bias])
+        found.append([log_probs.detach(), *(grad.to_dense() for grad in grads)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_sparse_gradient_wants_leaves(kernel):
     """Operations of torch do not hand it on, and would say so in backward."""
     case = head_case(5, vocabulary=26).to(torch.float32, kernel.device)
