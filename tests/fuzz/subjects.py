@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -74,9 +75,12 @@ _HEAD = {
     "softcap": 2.0,
     "chunk_tokens": 2,
 }
+# What sets and several ids go with is tried with them too: an object is tried once.
+_HEAD_OF_SETS, _HEAD_OF_IDS = copy.deepcopy(_HEAD), copy.deepcopy(_HEAD)
 _LOGITS = {"logits": torch.linspace(-2.0, 2.0, 60).reshape(2, 6, 5), "token_ids": IDS}
 _VALUES = {"values": TOKENS, "returns": STEPS, "old_values": -TOKENS, "clip": 0.2}
 _TEMPERATURES = torch.linspace(0.5, 2.0, 12).reshape(2, 6)
+_LOGITS_OF_SETS, _LOGITS_OF_IDS = copy.deepcopy(_LOGITS), copy.deepcopy(_LOGITS)
 # Two ids of each token: its own, and the next one.
 PAIRS = torch.stack((IDS, (IDS + 1) % 5), -1)
 SUPPORT = TokenSupport.from_padded(PAIRS)
@@ -195,17 +199,17 @@ def subjects() -> list[Subject]:
         Subject("token_log_probs temperatures", named.token_log_probs,
                 {**_LOGITS, "temperature": _TEMPERATURES}, ("logits",)),
         Subject("token_log_probs over sets", named.token_log_probs,
-                {**_LOGITS, "mask": MASK, "support": SUPPORT}, ("logits",)),
+                {**_LOGITS_OF_SETS, "mask": MASK.clone(), "support": SUPPORT}, ("logits",)),
         Subject("token_log_probs of several ids", named.token_log_probs,
-                {**_LOGITS, "token_ids": PAIRS, "mask": MASK}, ("logits",)),
+                {**_LOGITS_OF_IDS, "token_ids": PAIRS, "mask": MASK.clone()}, ("logits",)),
         Subject("steppo_loss_from_logits over sets", named.steppo_loss_from_logits,
-                {**_LOGITS, **_LOSS, "layout": steps, "support": SUPPORT}, ("logits",)),
+                {**_LOGITS_OF_SETS, **_LOSS, "layout": steps, "support": SUPPORT}, ("logits",)),
         Subject("linear_token_log_probs over sets", named.linear_token_log_probs,
-                {**_HEAD, "mask": MASK, "support": SUPPORT}, head_leaves),
+                {**_HEAD_OF_SETS, "mask": MASK.clone(), "support": SUPPORT}, head_leaves),
         Subject("linear_token_log_probs of several ids", named.linear_token_log_probs,
-                {**_HEAD, "token_ids": PAIRS, "mask": MASK}, head_leaves),
+                {**_HEAD_OF_IDS, "token_ids": PAIRS, "mask": MASK.clone()}, head_leaves),
         Subject("linear_steppo_loss over sets", named.linear_steppo_loss,
-                {**_HEAD, **_LOSS, "layout": steps, "support": SUPPORT}, head_leaves),
+                {**_HEAD_OF_SETS, **_LOSS, "layout": steps, "support": SUPPORT}, head_leaves),
         Subject("steppo_loss_from_logits", named.steppo_loss_from_logits,
                 {**_LOGITS, **_LOSS, "layout": steps, "temperature": _TEMPERATURES}, ("logits",)),
         Subject("steppo_loss_from_logits of a mask", named.steppo_loss_from_logits,
