@@ -73,17 +73,12 @@ class KeptSets:
     def digest(self) -> str:
         """Text that other sets have not, but by chance. A GPU is waited for, once."""
         with _plain():
-            ids, every = (
-                self.sets.ids.long() + 1,
-                torch.arange(self.num_pairs, device=self.sets.ids.device),
-            )
-            # Numbers of 64 bits that wrap around, odd ones for the places.
-            of_ids = (ids * (2 * every + 1) * 0x1B873593CC9E2D51).sum()
-            of_counts = (
-                self.sets.offsets
-                * (2 * torch.arange(len(self.sets.offsets), device=ids.device) + 1)
-            ).sum()
-            return f"{int(of_ids) & (2**64 - 1):016x} {int(of_counts) & (2**64 - 1):x}"
+            # Sums that wrap around in 64 bits, of numbers times an odd one for each place.
+            sums = [
+                (values * (2 * torch.arange(len(values), device=values.device) + 1)).sum()
+                for values in ((self.sets.ids.long() + 1) * 0x1B873593CC9E2D51, self.sets.offsets)
+            ]
+            return " ".join(f"{one & (2**64 - 1):x}" for one in torch.stack(sums).tolist())
 
     def places(self, token_ids: Tensor, rows: Tensor) -> Tensor:
         """Return where in its set each of the tokens `rows` has its id, -1 if nowhere: ``[n]``."""
@@ -106,8 +101,11 @@ class KeptSets:
         total = int(borders[-1])
         shifts = torch.repeat_interleave(offsets - borders[:-1], counts, output_size=total)
         ids = self.sets.ids[torch.arange(total, device=tokens.device) + shifts]
-        has_empty = bool((counts == 0).any())
-        return KeptSets(ids, borders, int(ids.max()) if total else -1, has_empty=has_empty)
+        if not total:
+            return KeptSets(ids, borders, -1, has_empty=len(counts) > 0)
+        # Both are read at once: a GPU is waited for.
+        least, largest = torch.stack((counts.min(), ids.max().long())).tolist()
+        return KeptSets(ids, borders, largest, has_empty=least == 0)
 
     def to(self, device: torch.device) -> KeptSets:
         """Return the sets on `device`; themselves, if they lie there."""
