@@ -267,10 +267,10 @@ def launches(length: int = LENGTHS[0], *, whole: bool = True) -> list[Launch]:
         run("triton", "order_live_rows")(tokens, tokens, False)
         run("triton", "order_live_rows")(tokens.double(), None, True)
         run("triton", "step_gae")(
-            tokens, tokens, torch.zeros(4), held.timeline, (0.99, 0.95, 1.0), True, True
+            tokens, tokens, torch.zeros(4), held.timeline, (0.99, 0.95, 1.0), True, True, True
         )
         run("triton", "step_gae")(
-            tokens, tokens, None, held.timeline, (1.0, 1.0, 0.0), False, False
+            tokens, tokens, None, held.timeline, (1.0, 1.0, 0.0), False, False, False
         )
         run("triton", "value_loss")(
             tokens, steps, tokens, None, None, held.states, (0.5, 0.0), True, False, True, True

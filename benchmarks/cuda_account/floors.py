@@ -198,12 +198,12 @@ WORKS = (
         "step_gae, every token a step, [64, 8192]",
         token_gae(_SIZES.tokens),
         8e-6,
-        4,
-        # Where a row begins, and two turns of 4,096 tokens for its rewards. Where a trajectory
-        # does, and two turns of as many steps; then whitening.
-        1 + 2 * 2 + 1 + 2 * 3 + 2,
-        # Zeros and sums of the rewards, where each step lies, its value, results, and whitening.
-        _TOKENS * (4 + 4 + 8 + 8 + 8 + 4 + 4 + 4 + 8 + 8),
+        2,
+        # Where a row begins, its first step, and the token of that, and meanwhile the first of two
+        # turns of 4,096 tokens; the second one; then whitening.
+        3 + 1 + 2,
+        # Id, reward, value, two results, and whitening.
+        _TOKENS * (4 + 4 + 4 + 8 + 8),
         last_blocks=1,
     ),
     Work(

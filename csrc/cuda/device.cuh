@@ -32,6 +32,19 @@ struct alignas(sizeof(T) * count) Pack {
   T at[count];
 };
 
+// Loads numbers that begin at a multiple of 16 bytes.
+template <class N, int count>
+STEPPO_DEVICE void load_wide(const N* from, N (&to)[count]) {
+  constexpr int kTogether = 16 / sizeof(N);
+  static_assert(count % kTogether == 0, "one load is of 16 bytes");
+#pragma unroll
+  for (int part = 0; part < count; part += kTogether) {
+    const auto pack = *reinterpret_cast<const Pack<N, kTogether>*>(from + part);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) to[part + k] = pack.at[k];
+  }
+}
+
 // A pack of 16 bytes, of memory that is read or written once: the caches need not keep it. One that
 // is shared is read by other processors as well: their common cache keeps it, and their own do not.
 #if defined(STEPPO_CUDA_ON_HOST)

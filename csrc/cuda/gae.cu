@@ -1,132 +1,32 @@
 // Step-level GAE: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1},
 // R_t = A_t + V_t over the steps of each trajectory (StepPO, arXiv 2604.18401, section 3).
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 
+#include "decay.cuh"
 #include "fill.cuh"
+#include "gae_call.cuh"
+#include "gae_rows.cuh"
 #include "gae_tile.cuh"
-#include "launch.h"
-#include "spread_merge.cuh"
 #include "step_rewards.cuh"
-#include "steppo/cuda.h"
 
 namespace steppo::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-// In the end a thread takes what a block has left.
-constexpr std::int64_t kBlocks = kThreads;
-// Advantages that the last block whitens by itself; more of them are worth a launch.
-constexpr std::int64_t kWhitenedAtOnce = 8192;
-
-// Warps that take a trajectory, and steps that each of their threads takes at once: a tile, whose
-// loads wait for each other once. A short trajectory is one or two tiles of a warp, and a long one
-// a few of a block of many, for whose exchange shared memory has room.
-constexpr int kShortSteps = 4, kLongWarps = 16;
+// Steps that a thread takes at once: a tile, whose loads wait for each other once. A short
+// trajectory is one or two tiles of a warp, and a long one a few of a block, for whose exchange
+// shared memory has room.
+constexpr int kShortSteps = 4;
 template <class T>
 constexpr int kLongSteps = 32 / sizeof(T);
 
-// Advantages that a thread loads before it stores the first of them. The last block has more
-// registers for them, and others wait for it.
-constexpr int kWhitenedTogether = 8, kWhitenedAtTheEnd = 16;
-
-// A product of powers of a factor. That of a factor which is not 0 is not 0 either: an infinite
-// advantage is infinite at all steps before it.
-STEPPO_DEVICE double times(double a, double b) {
-  const double product = a * b;
-  return product > 0 || a == 0 || b == 0 ? product : std::numeric_limits<double>::denorm_min();
-}
-
-STEPPO_DEVICE double power(double factor, unsigned exponent) {
-  double product = 1;
-#pragma unroll
-  for (int bit = 0; bit < 5; ++bit) {
-    if (exponent >> bit & 1u) product = times(product, factor);
-    factor = times(factor, factor);
-  }
-  return product;
-}
-
-// The spread of the first numbers of a tile. Equal ones have none, to the last bit.
-template <class T, int most>
-STEPPO_DEVICE Spread spread_of_tile(const T (&numbers)[most], int count) {
-  if (count <= 0) return {0, 0, 0};
-  const double first = static_cast<double>(numbers[0]);
-  double apart = 0, squares = 0;
-#pragma unroll
-  for (int k = 1; k < most; ++k) {
-    if (k < count) apart += static_cast<double>(numbers[k]) - first;
-  }
-  const double mean = first + apart / count;
-#pragma unroll
-  for (int k = 0; k < most; ++k) {
-    const double own = static_cast<double>(numbers[k]) - mean;
-    if (k < count) squares += own * own;
-  }
-  return {static_cast<double>(count), mean, squares};
-}
-
 // Marks what is a step of a trajectory.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kGaeThreads, 4)
     mark_kernel(const std::int64_t* trajectory_steps, std::int64_t num_members, T* marks) {
-  const std::int64_t k = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const std::int64_t k = std::int64_t{blockIdx.x} * kGaeThreads + threadIdx.x;
   if (k < num_members) marks[trajectory_steps[k]] = T(1);
 }
-
-// Whitens the members first, first + stride, ...
-template <int together, class T>
-STEPPO_DEVICE void whiten_members(T* advantages, const Timeline& line, const Spread& spread,
-                                  std::int64_t first, std::int64_t stride) {
-  const Whitening by = whitening(spread);
-  // If every step is a member, the order does not matter.
-  const bool is_every = line.num_members == line.num_steps;
-  for (std::int64_t k = first; k < line.num_members; k += together * stride) {
-    T* places[together];
-    T raw[together];
-#pragma unroll
-    for (int i = 0; i < together; ++i) {
-      const std::int64_t member = k + i * stride;
-      places[i] = nullptr;
-      if (member >= line.num_members) continue;
-      places[i] = advantages + (is_every ? member : line.trajectory_steps[member]);
-      raw[i] = *places[i];
-    }
-#pragma unroll
-    for (int i = 0; i < together; ++i) {
-      if (places[i] == nullptr) continue;
-      *places[i] = static_cast<T>(whitened(static_cast<double>(raw[i]), by));
-    }
-  }
-}
-
-// Where the last block leaves the spread to the launch behind it.
-STEPPO_DEVICE Spread& spread_of(Workspace* workspace) {
-  return *reinterpret_cast<Spread*>(workspace->partials);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, 4)
-    whiten_kernel(T* advantages, const Timeline line, Workspace* workspace) {
-  whiten_members<kWhitenedTogether>(advantages, line, spread_of(workspace),
-                                    std::int64_t{blockIdx.x} * kThreads + threadIdx.x,
-                                    std::int64_t{gridDim.x} * kThreads);
-}
-
-// The members of a trajectory; none behind the last one.
-struct TrajectoryRange {
-  std::int64_t begin, end;
-};
-
-STEPPO_DEVICE TrajectoryRange range_of(const Timeline& line, std::int64_t trajectory) {
-  if (trajectory >= line.num_trajectories) return {0, 0};
-  return {line.trajectory_offsets[trajectory], line.trajectory_offsets[trajectory + 1]};
-}
-
-// A block of several trajectories, or of one.
-template <int warps>
-constexpr int threads_for = warps > 1 ? warps * kWarp : kThreads;
 
 // A warp's tile, with its room in shared memory where it needs one.
 template <class Tile, int warps>
@@ -146,7 +46,7 @@ STEPPO_DEVICE Tile tile_of_warp() {
 // steps before, in time, those of the thread before it. `rewards` may be the returns themselves: an
 // entry is read before it is written.
 template <class T, int warps, int steps>
-__global__ void __launch_bounds__(threads_for<warps>, warps > 1 ? 1 : 2)
+__global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
     gae_kernel(const GaeTensors tensors, const Timeline line, const GaeConfig config,
                const T* rewards, Workspace* workspace) {
   struct Room {
@@ -154,7 +54,7 @@ __global__ void __launch_bounds__(threads_for<warps>, warps > 1 ? 1 : 2)
   };
   STEPPO_SHARED(Room, room);
   using Tile = std::conditional_t<(warps > 1), SharedTile<T, steps>, OwnTile<T, steps>>;
-  constexpr int kOwn = threads_for<warps>, kLanes = warps * kWarp, kGroups = kOwn / kLanes;
+  constexpr int kOwn = gae_threads<warps>, kLanes = warps * kWarp, kGroups = kOwn / kLanes;
   const T* const bootstrap = static_cast<const T*>(tensors.bootstrap_values);
   T* const advantages = static_cast<T*>(tensors.advantages);
   T* const returns = static_cast<T*>(tensors.returns);
@@ -225,17 +125,42 @@ __global__ void __launch_bounds__(threads_for<warps>, warps > 1 ? 1 : 2)
         value_return[k] = static_cast<T>(advantage + static_cast<double>(of.value[k + 1]));
       }
       tile.store(rounded, value_return, advantages, returns, lane);
-      if (config.whiten) merge(spread, spread_of_tile(rounded, count));
+      if (config.whiten) {
+        merge(spread, spread_of_tile(rounded, count, rounded[0], [&](int k) { return k < count; }));
+      }
     }
   }
-  if (!config.whiten) return;
-  Spread whole;
-  if (!spread_of_grid<kOwn>(workspace, spread, whole)) return;
-  if (line.num_members <= kWhitenedAtOnce) {
-    whiten_members<kWhitenedAtTheEnd>(advantages, line, whole, threadIdx.x, kOwn);
-  } else if (threadIdx.x == 0) {
-    spread_of(workspace) = whole;
+  if (config.whiten) finish_gae<kOwn>(advantages, line, spread, workspace);
+}
+
+// Where steps lie anywhere: rewards of tokens are first added up by step.
+template <class T>
+void gae_of_steps(const Launcher& launch, const GaeTensors& tensors, const Timeline& line,
+                  const GaeConfig& config, Workspace* workspace) {
+  const std::int64_t num_steps = line.num_steps, num_members = line.num_members;
+  T* const advantages = static_cast<T*>(tensors.advantages);
+  T* const returns = static_cast<T*>(tensors.returns);
+  const T* rewards = static_cast<const T*>(tensors.rewards);
+  // Launches of their own come before: no block knows which steps others write to.
+  const bool is_every = num_members == num_steps;
+  if (!is_every) fill_with_zeros(launch, advantages, num_steps);
+  if (!is_every || tensors.rewards_per_token) fill_with_zeros(launch, returns, num_steps);
+  if (tensors.rewards_per_token) {
+    // A step of no trajectory keeps its 0. Advantages are where there is room for marks.
+    if (!is_every) {
+      launch(listed<mark_kernel<T>>(), ceil_div(num_members, kGaeThreads), kGaeThreads,
+             line.trajectory_steps, num_members, advantages);
+    }
+    sum_rewards(launch, rewards, line, returns, is_every ? nullptr : advantages, workspace);
+    rewards = returns;
   }
+  const bool is_short = num_members <= 2 * kWarp * kShortSteps * line.num_trajectories;
+  const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kGaeThreads / kWarp : 1);
+  launch(is_short ? listed<gae_kernel<T, 1, kShortSteps>>()
+                  : listed<gae_kernel<T, kLongWarps, kLongSteps<T>>>(),
+         std::min(blocks, most_blocks(kGaeBlocks)),
+         is_short ? gae_threads<1> : gae_threads<kLongWarps>, tensors, line, config, rewards,
+         workspace);
 }
 
 }  // namespace
@@ -244,36 +169,17 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
               const Place& place) {
   const Launcher launch("step_gae", place);
   Workspace* const workspace = static_cast<Workspace*>(place.workspace);
-  const std::int64_t num_steps = line.num_steps, num_members = line.num_members;
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    T* const advantages = static_cast<T*>(tensors.advantages);
-    T* const returns = static_cast<T*>(tensors.returns);
-    const T* rewards = static_cast<const T*>(tensors.rewards);
-    // Launches of their own come before: steps lie anywhere, so that no block knows which of them
-    // others write to.
-    const bool is_every = num_members == num_steps;
-    if (!is_every) fill_with_zeros(launch, advantages, num_steps);
-    if (!is_every || tensors.rewards_per_token) fill_with_zeros(launch, returns, num_steps);
-    if (tensors.rewards_per_token) {
-      // A step of no trajectory keeps its 0. Advantages are where there is room for marks.
-      if (!is_every) {
-        launch(listed<mark_kernel<T>>(), ceil_div(num_members, kThreads), kThreads,
-               line.trajectory_steps, num_members, advantages);
-      }
-      sum_rewards(launch, rewards, line, returns, is_every ? nullptr : advantages, workspace);
-      rewards = returns;
+    if (tensors.along_rows && tensors.rewards_per_token && tensors.values_per_token) {
+      gae_of_rows<T>(launch, tensors, line, config, workspace);
+    } else {
+      gae_of_steps<T>(launch, tensors, line, config, workspace);
     }
-    const bool is_short = num_members <= 2 * kWarp * kShortSteps * line.num_trajectories;
-    const std::int64_t blocks = ceil_div(line.num_trajectories, is_short ? kThreads / kWarp : 1);
-    launch(is_short ? listed<gae_kernel<T, 1, kShortSteps>>()
-                    : listed<gae_kernel<T, kLongWarps, kLongSteps<T>>>(),
-           std::min(blocks, most_blocks(kBlocks)),
-           is_short ? threads_for<1> : threads_for<kLongWarps>, tensors, line, config, rewards,
-           workspace);
-    if (config.whiten && num_members > kWhitenedAtOnce) {
-      launch(listed<whiten_kernel<T>>(), ceil_div(num_members, kWhitenedTogether * kThreads),
-             kThreads, advantages, line, workspace);
+    if (config.whiten && line.num_members > kWhitenedAtOnce) {
+      launch(listed<whiten_kernel<T>>(),
+             ceil_div(line.num_members, kWhitenedTogether * kGaeThreads), kGaeThreads,
+             static_cast<T*>(tensors.advantages), line, workspace);
     }
   });
 }

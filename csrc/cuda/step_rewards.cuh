@@ -17,8 +17,8 @@ namespace steppo::cuda {
 constexpr int kLongRewardWarps = 16;
 template <int warps>
 constexpr int reward_threads = warps > 1 ? warps * kWarp : 256;
-// Tokens that a thread takes at once, 16 bytes of ids at a time.
-constexpr int kRewardTokens = 8, kIdsOfPack = 4;
+// Tokens that a thread takes at once.
+constexpr int kRewardTokens = 8;
 
 // Where sums go. With `marks`, steps whose mark is 0 get none. `spanning` counts runs of steps that
 // lie in several rows.
@@ -55,20 +55,8 @@ STEPPO_DEVICE RewardTokens reward_tokens(const T* rewards, const Timeline& line,
   std::int32_t ids[kRewardTokens];
   T numbers[kRewardTokens];
   if (is_wide && first < end && first + kRewardTokens <= line.num_tokens) {
-#pragma unroll
-    for (int part = 0; part < kRewardTokens; part += kIdsOfPack) {
-      const auto pack =
-          *reinterpret_cast<const Pack<std::int32_t, kIdsOfPack>*>(line.step_ids + first + part);
-#pragma unroll
-      for (int k = 0; k < kIdsOfPack; ++k) ids[part + k] = pack.at[k];
-    }
-    constexpr int kNumbers = 16 / sizeof(T);
-#pragma unroll
-    for (int part = 0; part < kRewardTokens; part += kNumbers) {
-      const auto pack = *reinterpret_cast<const Pack<T, kNumbers>*>(rewards + first + part);
-#pragma unroll
-      for (int k = 0; k < kNumbers; ++k) numbers[part + k] = pack.at[k];
-    }
+    load_wide(line.step_ids + first, ids);
+    load_wide(rewards + first, numbers);
   } else {
 #pragma unroll
     for (int k = 0; k < kRewardTokens; ++k) {

@@ -162,7 +162,7 @@ def sum_over_steps(
 @operator(
     "gae",
     "(Tensor rewards, Tensor values, Tensor? bootstrap_values, Tensor[] timeline, float[] config, "
-    "bool rewards_per_token, bool values_per_token, str backend) "
+    "bool rewards_per_token, bool values_per_token, bool along_rows, str backend) "
     "-> (Tensor advantages, Tensor returns)",
 )
 def step_gae(
@@ -173,9 +173,13 @@ def step_gae(
     config: tuple[float, ...],
     rewards_per_token: bool,
     values_per_token: bool,
+    along_rows: bool,
     backend: str,
 ) -> Any:
-    """Fake: see `steppo_kernels.step_gae`. `config` is gamma, lam and whether to whiten."""
+    """Fake: see `steppo_kernels.step_gae`. `config` is gamma, lam and whether to whiten.
+
+    `along_rows` is what `StepTensors` says of the layout that the timeline is of.
+    """
     num_steps = Timeline(*timeline).state_index.shape[0]
     return values.new_empty((num_steps,)), values.new_empty((num_steps,))
 

@@ -163,6 +163,7 @@ def _from_runs(mask: Tensor, boundaries: Tensor | None, rows: Tensor, backend: s
         state_index=starts,
         step_rows=step_rows,
         row_offsets=rows,
+        along_rows=True,
     )
 
 
@@ -195,4 +196,5 @@ def _from_segments(
         state_index=states,
         step_rows=step_rows,
         row_offsets=rows,
+        along_rows=True,
     )

@@ -42,17 +42,15 @@ def checked_tensors(state: Mapping[str, object]) -> StepTensors:
     device = made["step_ids"].device
     for name, tensor in made.items():
         checks.on_device(f"StepLayout.{name}", tensor, device)
+    along_rows = False
     if device.type != "meta":
-        _check_values(_with_starts({name: tensor.cpu() for name, tensor in made.items()}, False))
-    return _with_starts(made, True)
-
-
-def _with_starts(made: dict[str, Tensor], are_checked: bool) -> StepTensors:
-    """Return the tensors with those that follow from them, once they are known to be sound."""
-    starts = made["step_offsets"]
-    if are_checked:
-        starts = step_starts(made["token_index"], starts)
-    return StepTensors(**made, step_starts=starts)
+        # What follows from tensors is made when they are known to be sound.
+        on_cpu = {name: tensor.cpu() for name, tensor in made.items()}
+        unchecked = StepTensors(**on_cpu, step_starts=on_cpu["step_offsets"], along_rows=False)
+        _check_values(unchecked)
+        along_rows = _goes_along_rows(unchecked)
+    starts = step_starts(made["token_index"], made["step_offsets"])
+    return StepTensors(**made, step_starts=starts, along_rows=along_rows)
 
 
 def _check_values(steps: StepTensors) -> None:
@@ -90,6 +88,26 @@ def _check_values(steps: StepTensors) -> None:
     if steps.reward_index is not None and steps.reward_offsets is not None:
         _distinct("reward_index", steps.reward_index, num_positions)
         _offsets("reward_offsets", steps.reward_offsets, num_steps, len(steps.reward_index))
+
+
+def _goes_along_rows(steps: StepTensors) -> bool:
+    """Return `StepTensors.along_rows` of sound tensors (on the CPU), by a look at each of them."""
+    members, rows = steps.trajectory_steps, steps.row_offsets
+    if steps.reward_index is not None or steps.num_trajectories != len(rows) - 1:
+        return False
+    lengths = steps.step_lengths.to(torch.int64)
+    if bool((lengths[members] == 0).any()) or int(lengths[members].sum()) != steps.num_tokens:
+        return False
+    row_of_member = csr.group_of(torch.arange(len(members), device="cpu"), steps.trajectory_offsets)
+    row_of_step = torch.full_like(lengths, -1)
+    row_of_step[members] = row_of_member
+    row_of_token = csr.group_of(steps.token_index, rows)
+    first = steps.token_index[steps.step_offsets[members]]
+    return (
+        torch.equal(row_of_token, torch.repeat_interleave(row_of_step, lengths))
+        and torch.equal(steps.state_index[members], first)
+        and bool(((members.diff() == 1) | (row_of_member.diff() > 0)).all())
+    )
 
 
 def _require(name: str, holds: bool) -> None:

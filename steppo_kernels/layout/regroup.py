@@ -40,6 +40,7 @@ def per_token(steps: StepTensors) -> StepTensors:
         row_offsets=steps.row_offsets,
         reward_index=rewards[0],
         reward_offsets=rewards[1],
+        along_rows=steps.along_rows,
     )
 
 
@@ -84,6 +85,7 @@ def per_trajectory(steps: StepTensors) -> StepTensors:
         row_offsets=steps.row_offsets,
         reward_index=rewards[0],
         reward_offsets=rewards[1],
+        along_rows=steps.along_rows,
     )
 
 

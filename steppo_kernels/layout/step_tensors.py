@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..backends.records import States, Steps, Timeline, kept
 
 # What follows from the others, and is neither shown nor saved.
-DERIVED = ("step_starts",)
+DERIVED = ("step_starts", "along_rows")
 
 
 class _StepTensors(NamedTuple):
@@ -29,6 +29,7 @@ class _StepTensors(NamedTuple):
     row_offsets: Tensor
     reward_index: Tensor | None = None
     reward_offsets: Tensor | None = None
+    along_rows: bool = False
 
 
 class StepTensors(_StepTensors):
@@ -53,6 +54,9 @@ class StepTensors(_StepTensors):
             steps take, step by step and in time order. None: a reward on a token that is no
             action's goes to the latest step before it in its row, else to the first one.
         reward_offsets: int64 ``[S + 1]`` or None: where the steps begin in `reward_index`.
+        along_rows: whether trajectory g is the steps that begin in row g, numbered in their order
+            there, each with its state at its first token, and `reward_index` is None. Kernels may
+            then go along rows. It is False where nobody has looked.
     """
 
     @kept
@@ -141,6 +145,11 @@ class StepTensors(_StepTensors):
     def to(self, device: torch.device, non_blocking: bool) -> StepTensors:
         """Return them on `device`."""
         moved = (
-            None if value is None else value.to(device, non_blocking=non_blocking) for value in self
+            value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            for value in self
         )
         return StepTensors(*moved)  # type: ignore[arg-type]
+
+    def _replace(self, **others: Any) -> StepTensors:
+        """Return them with others in their places. Who knows that these go along rows says so."""
+        return super()._replace(**{"along_rows": False, **others})

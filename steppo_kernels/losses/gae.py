@@ -108,5 +108,6 @@ def step_gae(
         numbers,
         rewards_per_token,
         values_per_token,
+        steps.along_rows,
     )
     return StepAdvantages(advantages, returns)

@@ -110,8 +110,9 @@ def samples(batch: Batch) -> dict[str, list[tuple]]:
                 (0.99, 0.95, 1.0),
                 True,
                 True,
+                True,
             ),
-            (per_step, batch.returns, None, timeline, (0.99, 1.0, 0.0), False, False),
+            (per_step, batch.returns, None, timeline, (0.99, 1.0, 0.0), False, False, False),
         ],
         "value_loss": [
             (

@@ -14,7 +14,7 @@ from cuda_machine_code import ARCHITECTURES, FORBIDDEN, WIDE_LOAD, Kernel
 MOST_REGISTERS = {
     r"policy_loss(_masked)?_kernel<double": 168,
     r"policy_loss(_masked)?_kernel<float, (\d+, )?0>": 85,
-    r"(policy_loss(_masked)?|gae)_kernel<": 128,
+    r"(policy_loss(_masked)?|gae|gae_rows)_kernel<": 128,
     r"rewards_kernel<": 86,
     r"token_log_probs_kernel<double": 66,
     r"kept_weight_gradient_kernel<steppo::(Half|BFloat16), true>": 64,
@@ -99,6 +99,10 @@ WIDE = {
     "rewards_kernel<float, 16, true>": (4, 0),
     "rewards_kernel<double, 1, true>": (6, 0),
     "rewards_kernel<double, 16, true>": (6, 0),
+    "gae_rows_kernel<float, 1>": (6, 0),
+    "gae_rows_kernel<float, 16>": (6, 0),
+    "gae_rows_kernel<double, 1>": (5, 0),
+    "gae_rows_kernel<double, 16>": (5, 0),
 }
 
 

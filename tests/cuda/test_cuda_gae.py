@@ -47,7 +47,7 @@ class Case:
             None if tensor is None else tensor.to(dtype or self.dtype)
             for tensor in (self.rewards, self.values, self.bootstrap)
         )
-        return (*tensors, self.steps.timeline, config, *self.per_token)
+        return (*tensors, self.steps.timeline, config, *self.per_token, self.steps.along_rows)
 
     def on(self, cuda, config):
         """Return advantages and returns."""
@@ -158,14 +158,66 @@ def test_rewards_outside_of_actions(cuda):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["rewards", "values", "bootstrap"])
 @pytest.mark.parametrize("config", [(1.0, 1.0), (0.9, 1e-30), (0.9, 0.0), (0.0, 1.0)], ids=str)
-def test_what_is_not_finite_spreads_as_in_the_recursion(cuda, bad, name, config):
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_what_is_not_finite_spreads_as_in_the_recursion(cuda, bad, name, config, of_tokens):
     for shape in [(3, 60), (2, 1500)]:
         steps = layout_of("tokens", shape)
-        case = Case(steps, torch.float64, per_token=(False, False))
+        case = Case(steps, torch.float64, per_token=(of_tokens, of_tokens))
         tensor = getattr(case, name)
-        tensor[len(tensor) // 2] = bad
+        if of_tokens and name != "bootstrap":
+            tensor[steps.token_index[steps.num_steps // 2]] = bad
+        else:
+            tensor[len(tensor) // 2] = bad
         for whiten in (0.0, 1.0):
             case.check(cuda, (*config, whiten))
+
+
+# Rows of a warp each, and of a block each; 512 and 4096 tokens are what these take at once in fp32.
+@pytest.mark.parametrize("length", [40, 300, 700, 9000])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_with_prompts_and_gaps(cuda, length, share, dtype):
+    """The rewards before the first step, between steps and behind the last one reach their step."""
+    generator = torch.Generator().manual_seed(length)
+    prompts = torch.tensor([0, 1, length // 3, length // 2 + 5, length - 1, length])
+    place = torch.arange(length)
+    is_action = torch.rand(len(prompts), length, generator=generator) < share
+    # Steps of up to some tokens, which others of no step may lie between.
+    numbers = (torch.rand(len(prompts), length, generator=generator) < 0.3).cumsum(1)
+    ids = torch.where(is_action & (place >= prompts[:, None]), numbers, -1)
+    for layout in (
+        StepLayout.from_step_ids(ids, backend="reference"),
+        StepLayout.from_mask(ids >= 0, backend="reference"),
+        StepLayout.from_step_ids(ids, backend="reference").per_token(),
+        StepLayout.from_mask(ids >= 0, backend="reference").per_trajectory(),
+    ):
+        steps = require_layout(layout)
+        assert steps.along_rows
+        for config in ((0.99, 0.95, 1.0), (1.0, 1.0, 0.0)):
+            Case(steps, dtype, seed=length).check(cuda, config)
+
+
+def test_rows_of_a_packed_batch_begin_anywhere(cuda):
+    """Those of others, in front of a row and behind it, are none of its own."""
+    lengths = torch.tensor([1, 0, 3, 9, 8, 7, 600, 5, 4097, 0, 16, 1])
+    rows = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(-1, 3, (int(rows[-1]),), generator=generator)
+    for row in range(len(lengths)):
+        own = ids[rows[row] : rows[row + 1]]
+        own.copy_(torch.where(own < 0, -1, (own == 2).cumsum(0)))
+    layout = StepLayout.from_step_ids(ids, cu_seqlens=rows, backend="reference")
+    steps = require_layout(layout)
+    for dtype in (torch.float32, torch.float64):
+        Case(steps, dtype).check(cuda, (0.97, 0.9, 1.0))
+
+
+def test_a_tile_of_a_row_has_one_step_or_none(cuda):
+    ids = torch.full((2, 9000), -1)
+    ids[0, 4] = ids[0, 8999] = ids[1, 8000] = 0
+    steps = require_layout(StepLayout.from_step_ids(ids, backend="reference"))
+    case = Case(steps, torch.float64)
+    case.check(cuda, (0.5, 0.5, 0.0))
 
 
 def test_a_bad_reward_of_a_token_stays_in_its_step(cuda):
@@ -177,13 +229,14 @@ def test_a_bad_reward_of_a_token_stays_in_its_step(cuda):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 700, 20000])
-def test_equal_advantages_have_no_spread(cuda, rows, dtype):
-    mask = torch.ones(rows, 1)
-    steps = require_layout(StepLayout.from_mask(mask, backend="reference"))
-    case = Case(steps, dtype, per_token=(False, False), truncated=False)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (700, 1), (20000, 1), (3, 2000)], ids=str)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_equal_advantages_have_no_spread(cuda, shape, dtype, of_tokens):
+    ones = torch.ones(shape)
+    steps = require_layout(StepLayout.from_mask(ones, boundaries=ones, backend="reference"))
+    case = Case(steps, dtype, per_token=(of_tokens, of_tokens), truncated=False)
     case.rewards.fill_(0.1)
     case.values.fill_(0.7)
-    advantages, returns = case.on(cuda, (0.99, 1.0, 1.0))
+    advantages, returns = case.on(cuda, (0.0, 1.0, 1.0))
     assert not advantages.any()
     assert (returns == returns[0]).all()

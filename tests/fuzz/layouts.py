@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from oracle import OracleLayout
 
 from fuzz.draws import Draw
 from steppo_kernels import StepLayout
+from steppo_kernels.layout.step_layout import require_layout
 
 
 class Pair(NamedTuple):
@@ -66,6 +68,34 @@ def check_layout(layout: StepLayout, oracle: OracleLayout) -> None:
     assert layout.num_steps == len(oracle.steps)
     assert layout.num_tokens == len(oracle.actions)
     assert layout.num_trajectories == len(oracle.trajectories)
+    # A promise to kernels, which nothing shown tells of; a copy is looked at entry by entry.
+    promises = require_layout(layout).along_rows
+    assert not promises or goes_along_rows(oracle)
+    assert require_layout(copy.copy(layout)).along_rows >= promises
+
+
+def goes_along_rows(oracle: OracleLayout) -> bool:
+    """Return whether a row, read from its end, tells all of the steps of a trajectory, its own."""
+    if len(oracle.trajectories) != len(oracle.rows):
+        return False
+    begin_of = {tokens[0]: step for step, tokens in enumerate(oracle.steps) if tokens}
+    ids = oracle.step_ids
+    for row, own in zip(oracle.rows, oracle.trajectories, strict=True):
+        begun = [begin_of[at] for at in row if at in begin_of]
+        if own != begun:
+            return False
+        if not begun:
+            continue
+        if begun != list(range(begun[0], begun[0] + len(begun))):
+            return False
+        if any(oracle.states[step] != oracle.steps[step][0] for step in own):
+            return False
+        latest = begun[0]
+        for at in row:
+            latest = begin_of.get(at, latest)
+            if ids[at] != latest if ids[at] >= 0 else oracle.homes.get(at) != latest:
+                return False
+    return True
 
 
 def _tensor(

@@ -19,7 +19,8 @@ from fuzz.calls import (
     check_value_loss,
 )
 from fuzz.draws import Draw
-from fuzz.layouts import check_layout, draw_layout
+from fuzz.layouts import check_layout, draw_layout, goes_along_rows
+from steppo_kernels.layout.step_layout import require_layout
 
 CHUNKS = 20
 COMPOSITIONS = 3000
@@ -71,6 +72,17 @@ def test_compositions_are_as_the_oracle_has_them(target: Target, chunk: int) -> 
     assert len(seeds) * CHUNKS == count
     for seed in seeds:
         run(seed, target)
+
+
+def test_layouts_along_rows_and_others_are_drawn() -> None:
+    """Of those that go along rows, kernels are told, unless they came about in another way."""
+    told = []
+    for seed in range(300):
+        layout, oracle, _ = draw_layout(Draw(seed, SIZES[seed % len(SIZES)], "cpu"), "reference")
+        told.append((goes_along_rows(oracle), require_layout(layout).along_rows))
+    assert told.count((True, True)) >= 50
+    assert told.count((False, False)) >= 50
+    assert (False, True) not in told
 
 
 def test_enough_compositions_are_run() -> None:

@@ -19,6 +19,7 @@ def step_gae(
     config: tuple[float, ...],
     rewards_per_token: bool,
     values_per_token: bool,
+    along_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns ``[S]``: the operator `step_gae`."""
     held = record(Timeline, timeline)
@@ -33,6 +34,7 @@ def step_gae(
         *addresses(rewards, values, bootstrap_values),
         rewards_per_token,
         values_per_token,
+        along_rows,
         *addresses(advantages, returns),
     )
     native.kernels.step_gae(tensors, held.fields, (gamma, lam, bool(whiten)), native.place(rewards))

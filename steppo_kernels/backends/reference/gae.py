@@ -18,6 +18,7 @@ def step_gae(
     config: Sequence[float],
     rewards_per_token: bool,
     values_per_token: bool,
+    along_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns ``[S]``: the operator `step_gae`."""
     line = record(Timeline, timeline)

@@ -204,6 +204,7 @@ def step_gae(
     config: Sequence[float],
     rewards_per_token: bool,
     values_per_token: bool,
+    along_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns ``[S]``: see `operators.step_gae`."""
     line = record(Timeline, timeline)

@@ -43,7 +43,7 @@ void gae(Run& run, const Numbers& lengths) {
   line.num_steps = num_steps;
   line.num_members = static_cast<std::int64_t>(all.members.size());
   line.num_trajectories = static_cast<std::int64_t>(lengths.size());
-  cuda::step_gae({kFloat32, rewards.data(), values.data(), bootstrap.data(), false, true,
+  cuda::step_gae({kFloat32, rewards.data(), values.data(), bootstrap.data(), false, true, false,
                   run.output<float>(num_steps), run.output<float>(num_steps)},
                  line, {0.99, 0.95, true}, run.place());
 }
@@ -95,7 +95,7 @@ void gae_of_rows(Run& run, const Numbers& lengths, const std::vector<bool>& is_s
   line.num_steps = num_steps;
   line.num_members = num_steps - 3;
   line.num_trajectories = 1;
-  cuda::step_gae({kFloat32, rewards.data(), values.data(), nullptr, true, false,
+  cuda::step_gae({kFloat32, rewards.data(), values.data(), nullptr, true, false, false,
                   run.output<float>(num_steps), run.output<float>(num_steps)},
                  line, {0.99, 0.95, false}, run.place());
 }
@@ -116,6 +116,58 @@ const Listed short_rows("rewards_of_short_rows", [](Run& run) {
 const Listed long_rows("rewards_of_long_rows", [](Run& run) {
   gae_of_rows(run, {2500, 1500, 1200, 2100}, {false, false, true, false});
 });
+
+// Where rows of so many tokens are the trajectories, each with a prompt. Steps have one to four
+// tokens, which may have tokens of no step between them, as steps have.
+void gae_along_rows(Run& run, const Numbers& lengths) {
+  Numbers row_offsets{0}, offsets{0}, members, state_index;
+  std::vector<std::int32_t> step_ids;
+  for (const std::int64_t length : lengths) {
+    std::int64_t left = 0;
+    for (std::int64_t i = 0; i < length; ++i) {
+      if (i < length / 8 || run.draw(4) == 0) {
+        step_ids.push_back(-1);
+        continue;
+      }
+      if (left == 0) {
+        left = 1 + run.draw(4);
+        members.push_back(static_cast<std::int64_t>(members.size()));
+        state_index.push_back(static_cast<std::int64_t>(step_ids.size()));
+      }
+      step_ids.push_back(static_cast<std::int32_t>(members.size() - 1));
+      --left;
+    }
+    row_offsets.push_back(static_cast<std::int64_t>(step_ids.size()));
+    offsets.push_back(static_cast<std::int64_t>(members.size()));
+  }
+  const auto num_tokens = static_cast<std::int64_t>(step_ids.size());
+  const auto num_rows = static_cast<std::int64_t>(lengths.size());
+  const auto num_steps = static_cast<std::int64_t>(members.size());
+  const auto rewards = run.numbers(num_tokens), values = run.numbers(num_tokens),
+             bootstrap = run.numbers(num_rows);
+  Timeline line{};
+  line.step_ids = step_ids.data();
+  line.row_offsets = row_offsets.data();
+  line.state_index = state_index.data();
+  line.trajectory_steps = members.data();
+  line.trajectory_offsets = offsets.data();
+  line.num_tokens = num_tokens;
+  line.num_rows = line.num_trajectories = num_rows;
+  line.num_steps = line.num_members = num_steps;
+  cuda::step_gae({kFloat32, rewards.data(), values.data(), bootstrap.data(), true, true, true,
+                  run.output<float>(num_steps), run.output<float>(num_steps)},
+                 line, {0.99, 0.95, true}, run.place());
+}
+
+// More of them than the warps of all blocks, of up to some tiles of a warp.
+const Listed along_short("gae_along_short_rows", [](Run& run) {
+  Numbers lengths;
+  for (int g = 0; g < 40; ++g) lengths.push_back(run.draw(300));
+  gae_along_rows(run, lengths);
+});
+// More of them than blocks, of several tiles of a block.
+const Listed along_long("gae_along_long_rows",
+                        [](Run& run) { gae_along_rows(run, {9000, 513, 4300, 800}); });
 
 }  // namespace
 }  // namespace small_calls
