@@ -171,7 +171,7 @@ void step_gae(const GaeTensors& tensors, const Timeline& line, const GaeConfig& 
   Workspace* const workspace = static_cast<Workspace*>(place.workspace);
   with_dtype(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (tensors.along_rows && tensors.rewards_per_token && tensors.values_per_token) {
+    if (tensors.along_rows && tensors.rewards_per_token) {
       gae_of_rows<T>(launch, tensors, line, config, workspace);
     } else {
       gae_of_steps<T>(launch, tensors, line, config, workspace);

@@ -1,5 +1,5 @@
-// GAE along the rows of a batch, whose trajectories they are: rewards and values of tokens are read
-// side by side, and one launch does all.
+// GAE along the rows of a batch, whose trajectories they are: one launch reads the rewards of
+// tokens, and the values of tokens beside them or those of steps.
 //
 // A row is read from its end. X is what a step gets from behind it: the rewards of the tokens that
 // it owns there, and of the step after it gamma V + gamma lam A. A token that begins no step adds
@@ -48,20 +48,21 @@ struct RowTokens {
   std::int32_t ids[kCount];
   T rewards[kCount], values[kCount];
 
+  // `from_values` is null where steps have values.
   STEPPO_MEMBER void load(const T* from_rewards, const T* from_values, const Timeline& line,
                           const RowOfSteps& row, bool is_wide) {
     const bool is_any = begin < row.end && begin + kCount > row.begin;
     if (is_wide && is_any && begin >= 0 && begin + kCount <= line.num_tokens) {
       load_wide(line.step_ids + begin, ids);
       load_wide(from_rewards + begin, rewards);
-      load_wide(from_values + begin, values);
+      if (from_values != nullptr) load_wide(from_values + begin, values);
     } else {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         const bool is_inside = begin + k >= row.begin && begin + k < row.end;
         ids[k] = is_inside ? line.step_ids[begin + k] : -1;
         rewards[k] = is_inside ? from_rewards[begin + k] : T(0);
-        values[k] = is_inside ? from_values[begin + k] : T(0);
+        values[k] = is_inside && from_values != nullptr ? from_values[begin + k] : T(0);
       }
     }
   }
@@ -74,7 +75,7 @@ struct RowTokens {
     if (there < row.first) return;
     prefetch(line.step_ids + there);
     prefetch(from_rewards + there);
-    prefetch(from_values + there);
+    if (from_values != nullptr) prefetch(from_values + there);
   }
 
   // Leaves out what is of other rows, and what no step takes.
@@ -106,6 +107,15 @@ struct RowTokens {
     return found;
   }
 };
+
+// Gives the tokens that begin steps the values of these.
+template <class T>
+STEPPO_DEVICE void take_values(RowTokens<T>& tokens, unsigned begins, const T* of_steps) {
+#pragma unroll
+  for (int k = 0; k < RowTokens<T>::kCount; ++k) {
+    if ((begins >> k & 1u) != 0) tokens.values[k] = of_steps[tokens.ids[k]];
+  }
+}
 
 // The sum of the rewards of a row before its first step, which gets them. All lanes of the row call
 // it and get it.
@@ -206,7 +216,8 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
   constexpr int kOwn = gae_threads<warps>, kLanes = warps * kWarp, kGroups = kOwn / kLanes;
   constexpr int kTokens = kTokensOfRow<T>;
   const T* const rewards = static_cast<const T*>(tensors.rewards);
-  const T* const values = static_cast<const T*>(tensors.values);
+  const T* const given = static_cast<const T*>(tensors.values);
+  const T* const values = tensors.values_per_token ? given : nullptr;
   const T* const bootstrap = static_cast<const T*>(tensors.bootstrap_values);
   T* const advantages = static_cast<T*>(tensors.advantages);
   T* const returns = static_cast<T*>(tensors.returns);
@@ -242,6 +253,7 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
         before = at >= row.begin && at < row.end ? line.step_ids[at] : -1;
       }
       const unsigned begins = tokens.begins(line, before);
+      if (values == nullptr) take_values(tokens, begins, given);
       const auto reward_of = [&](int k) {
         const double own = static_cast<double>(tokens.rewards[k]);
         return tokens.begin + k == row.first ? own + lead : own;
@@ -314,7 +326,8 @@ void gae_of_rows(const Launcher& launch, const GaeTensors& tensors, const Timeli
   }
   // A tile of a warp, or of a block, is a good part of a row.
   const bool is_short = line.num_tokens <= 512 * line.num_rows;
-  const bool wide = is_wide(tensors.rewards) && is_wide(tensors.values) && is_wide(line.step_ids);
+  const bool wide = is_wide(tensors.rewards) && is_wide(line.step_ids) &&
+                    (!tensors.values_per_token || is_wide(tensors.values));
   launch(is_short ? listed<gae_rows_kernel<T, 1>>() : listed<gae_rows_kernel<T, kLongWarps>>(),
          std::min(ceil_div(line.num_rows, is_short ? kGaeThreads / kWarp : 1),
                   most_blocks(kGaeBlocks)),

@@ -59,7 +59,17 @@ class Case:
 
     def check(self, cuda, config):
         """Compare the two; differences are weighed against the largest of all numbers."""
-        for found, exact in zip(self.on(cuda, config), self.exact(config), strict=True):
+        exact = self.exact(config)
+        self._compare(self.on(cuda, config), exact)
+        if self.steps.along_rows:
+            # What goes along rows may also be taken step by step.
+            before, self.steps = self.steps, self.steps._replace()
+            assert not self.steps.along_rows
+            self._compare(self.on(cuda, config), exact)
+            self.steps = before
+
+    def _compare(self, outputs, wanted):
+        for found, exact in zip(outputs, wanted, strict=True):
             assert found.dtype == self.dtype
             finite = exact[exact.isfinite()].abs()
             size = max(float(finite.max()), 1.0) if len(finite) else 1.0
@@ -125,7 +135,7 @@ def test_tensors_may_begin_anywhere(cuda, offset):
             case.check(cuda, (0.99, 0.95, 1.0))
             ids = case.steps.step_ids.view(-1)
             moved = torch.cat((ids.new_zeros(offset), ids))[offset:]
-            case.steps = case.steps._replace(step_ids=moved)
+            case.steps = case.steps._replace(step_ids=moved, along_rows=case.steps.along_rows)
             case.check(cuda, (0.99, 0.95, 1.0))
 
 
@@ -193,8 +203,8 @@ def test_rows_with_prompts_and_gaps(cuda, length, share, dtype):
     ):
         steps = require_layout(layout)
         assert steps.along_rows
-        for config in ((0.99, 0.95, 1.0), (1.0, 1.0, 0.0)):
-            Case(steps, dtype, seed=length).check(cuda, config)
+        for per_token, config in (((True, True), (0.99, 0.95, 1.0)), ((True, False), (1, 1, 0))):
+            Case(steps, dtype, per_token=per_token, seed=length).check(cuda, config)
 
 
 def test_rows_of_a_packed_batch_begin_anywhere(cuda):

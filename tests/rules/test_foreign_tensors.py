@@ -117,6 +117,8 @@ def test_distributed_tensors_raise(target):
             call()
 
 
+# torch 2.15 imports formulas for it that it deprecates.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 def test_forward_mode_raises(kernel):
     """The tangent would be lost."""
     batch = random_batch(5, 3, 12, device=kernel.device)

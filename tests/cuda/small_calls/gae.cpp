@@ -119,7 +119,7 @@ const Listed long_rows("rewards_of_long_rows", [](Run& run) {
 
 // Where rows of so many tokens are the trajectories, each with a prompt. Steps have one to four
 // tokens, which may have tokens of no step between them, as steps have.
-void gae_along_rows(Run& run, const Numbers& lengths) {
+void gae_along_rows(Run& run, const Numbers& lengths, bool values_per_token) {
   Numbers row_offsets{0}, offsets{0}, members, state_index;
   std::vector<std::int32_t> step_ids;
   for (const std::int64_t length : lengths) {
@@ -143,7 +143,8 @@ void gae_along_rows(Run& run, const Numbers& lengths) {
   const auto num_tokens = static_cast<std::int64_t>(step_ids.size());
   const auto num_rows = static_cast<std::int64_t>(lengths.size());
   const auto num_steps = static_cast<std::int64_t>(members.size());
-  const auto rewards = run.numbers(num_tokens), values = run.numbers(num_tokens),
+  const auto rewards = run.numbers(num_tokens),
+             values = run.numbers(values_per_token ? num_tokens : num_steps),
              bootstrap = run.numbers(num_rows);
   Timeline line{};
   line.step_ids = step_ids.data();
@@ -154,8 +155,8 @@ void gae_along_rows(Run& run, const Numbers& lengths) {
   line.num_tokens = num_tokens;
   line.num_rows = line.num_trajectories = num_rows;
   line.num_steps = line.num_members = num_steps;
-  cuda::step_gae({kFloat32, rewards.data(), values.data(), bootstrap.data(), true, true, true,
-                  run.output<float>(num_steps), run.output<float>(num_steps)},
+  cuda::step_gae({kFloat32, rewards.data(), values.data(), bootstrap.data(), true, values_per_token,
+                  true, run.output<float>(num_steps), run.output<float>(num_steps)},
                  line, {0.99, 0.95, true}, run.place());
 }
 
@@ -163,11 +164,11 @@ void gae_along_rows(Run& run, const Numbers& lengths) {
 const Listed along_short("gae_along_short_rows", [](Run& run) {
   Numbers lengths;
   for (int g = 0; g < 40; ++g) lengths.push_back(run.draw(300));
-  gae_along_rows(run, lengths);
+  gae_along_rows(run, lengths, false);
 });
 // More of them than blocks, of several tiles of a block.
 const Listed along_long("gae_along_long_rows",
-                        [](Run& run) { gae_along_rows(run, {9000, 513, 4300, 800}); });
+                        [](Run& run) { gae_along_rows(run, {9000, 513, 4300, 800}, true); });
 
 }  // namespace
 }  // namespace small_calls
