@@ -159,6 +159,13 @@ def _layout(x: Any, backend: Any) -> sk.StepLayout:
     return sk.StepLayout.from_mask(x["mask"], backend=backend)
 
 
+def _by_rows(x: Any, backend: Any) -> sk.StepLayout:
+    """Return rows as steps, those without a token left out."""
+    rows = torch.arange(_ROWS)
+    valid = x["mask"].any(1)
+    return sk.StepLayout.from_rows(x["mask"], rows // 2, rows, valid=valid, backend=backend)
+
+
 def _on_steps() -> Iterator[tuple[str, Inputs, Function]]:
     mask = _mask()
     steps, shape = sk.StepLayout.from_mask(mask, backend="reference").num_steps, mask.shape
@@ -168,8 +175,10 @@ def _on_steps() -> Iterator[tuple[str, Inputs, Function]]:
 
     yield "broadcast_to_tokens", {"mask": mask, "numbers": _leaf(steps)}, spread
 
-    def advantages(x: Any, backend: Any, *, per_token: bool = False) -> tuple[Tensor, ...]:
-        layout = _layout(x, backend)
+    def advantages(
+        x: Any, backend: Any, *, per_token: bool = False, by_rows: bool = False
+    ) -> tuple[Tensor, ...]:
+        layout = _by_rows(x, backend) if by_rows else _layout(x, backend)
         layout = layout.per_token() if per_token else layout
         out = sk.step_gae(
             x["rewards"], x["values"], layout, bootstrap_values=x.get("ends"), backend=backend
@@ -179,6 +188,8 @@ def _on_steps() -> Iterator[tuple[str, Inputs, Function]]:
     of_tokens = {"mask": mask, "rewards": _normal(*shape), "values": _normal(*shape, seed=2)}
     yield "step_gae of tokens", of_tokens | {"ends": _normal(_ROWS, seed=3)}, advantages
     yield "step_gae per token", of_tokens, lambda x, b: advantages(x, b, per_token=True)
+    # Trajectories that are not rows; some steps are in none.
+    yield "step_gae by rows", of_tokens, lambda x, b: advantages(x, b, by_rows=True)
     of_steps = {"mask": mask, "rewards": _normal(steps), "values": _normal(steps, seed=2)}
     yield "step_gae of steps", of_steps, advantages
 
