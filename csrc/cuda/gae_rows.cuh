@@ -52,7 +52,7 @@ struct RowTokens {
   STEPPO_MEMBER void load(const T* from_rewards, const T* from_values, const Timeline& line,
                           const RowOfSteps& row, bool is_wide) {
     const bool is_any = begin < row.end && begin + kCount > row.begin;
-    if (is_wide && is_any && begin >= 0 && begin + kCount <= line.num_tokens) {
+    if (is_wide && is_any && begin + kCount <= line.num_tokens) {
       load_wide(line.step_ids + begin, ids);
       load_wide(from_rewards + begin, rewards);
       if (from_values != nullptr) load_wide(from_values + begin, values);

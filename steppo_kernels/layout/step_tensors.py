@@ -54,9 +54,10 @@ class StepTensors(_StepTensors):
             steps take, step by step and in time order. None: a reward on a token that is no
             action's goes to the latest step before it in its row, else to the first one.
         reward_offsets: int64 ``[S + 1]`` or None: where the steps begin in `reward_index`.
-        along_rows: whether trajectory g is the steps that begin in row g, numbered in their order
-            there, each with its state at its first token, and `reward_index` is None. Kernels may
-            then go along rows. It is False where nobody has looked.
+        along_rows: whether there is a trajectory for each row, which is all steps with tokens in
+            it. They have none elsewhere, numbers that follow each other in their order there, and
+            their states at their first tokens; `reward_index` is None. Kernels may then go along
+            rows. It is False where nobody has looked.
     """
 
     @kept
