@@ -1,4 +1,4 @@
-// What the two kernels of GAE share: blocks, trajectories, and advantages that are whitened last.
+// What the kernels of GAE share: blocks, trajectories, and advantages that are whitened last.
 #pragma once
 
 #include "launch.h"
@@ -7,12 +7,16 @@
 
 namespace steppo::cuda {
 
-// Warps that take a long trajectory. A short one has a warp of a block of `kGaeThreads`.
+// Warps that take a long trajectory, or a long row. A short one has a warp of a block of
+// `kGaeThreads`.
 constexpr int kLongWarps = 16, kGaeThreads = 256;
 template <int warps>
 constexpr int gae_threads = warps > 1 ? warps * kWarp : kGaeThreads;
 // In the end a thread takes what a block has left.
 constexpr std::int64_t kGaeBlocks = kGaeThreads;
+
+// Whether a tile of a warp is a good part of a row.
+inline bool has_short_rows(const Timeline& line) { return line.num_tokens <= 512 * line.num_rows; }
 
 // Advantages that the last block whitens by itself; more of them are worth a launch.
 constexpr std::int64_t kWhitenedAtOnce = 8192;

@@ -28,7 +28,7 @@ STEPPO_DEVICE Affine after(const Affine& map, const Affine& before) {
   return {times(map.factor, before.factor), image_of(map, before.sum)};
 }
 
-// Where the steps of a row begin, and what it holds before them.
+// A row of tokens.
 struct RowOfSteps {
   std::int64_t begin, end;
   // The token that begins the first step.
@@ -324,8 +324,7 @@ void gae_of_rows(const Launcher& launch, const GaeTensors& tensors, const Timeli
     fill_with_zeros(launch, static_cast<T*>(tensors.advantages), line.num_steps);
     fill_with_zeros(launch, static_cast<T*>(tensors.returns), line.num_steps);
   }
-  // A tile of a warp, or of a block, is a good part of a row.
-  const bool is_short = line.num_tokens <= 512 * line.num_rows;
+  const bool is_short = has_short_rows(line);
   const bool wide = is_wide(tensors.rewards) && is_wide(line.step_ids) &&
                     (!tensors.values_per_token || is_wide(tensors.values));
   launch(is_short ? listed<gae_rows_kernel<T, 1>>() : listed<gae_rows_kernel<T, kLongWarps>>(),

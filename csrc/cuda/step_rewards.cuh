@@ -7,16 +7,10 @@
 
 #include <cmath>
 
-#include "last_block.cuh"
-#include "launch.h"
-#include "steppo/cuda.h"
+#include "gae_call.cuh"
 
 namespace steppo::cuda {
 
-// The threads of a block, which takes several short rows, or a long one by all of its warps.
-constexpr int kLongRewardWarps = 16;
-template <int warps>
-constexpr int reward_threads = warps > 1 ? warps * kWarp : 256;
 // Tokens that a thread takes at once.
 constexpr int kRewardTokens = 8;
 
@@ -221,10 +215,10 @@ STEPPO_DEVICE void add_row(const T* rewards, const Timeline& line, const RewardS
 // `warps` warps take a row. Totals are 0 before. Steps that lie in several rows, as layouts that
 // were loaded may have them, get their sums from the last block, row by row.
 template <class T, int warps, bool is_wide>
-__global__ void __launch_bounds__(reward_threads<warps>, warps > 1 ? 1 : 2)
+__global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
     rewards_kernel(const T* rewards, const Timeline line, T* totals, const T* marks,
                    Workspace* workspace) {
-  constexpr int kRows = reward_threads<warps> / (warps * kWarp);
+  constexpr int kRows = gae_threads<warps> / (warps * kWarp);
   const RewardSums<T> out{totals, marks, &workspace->counters[1]};
   const int group = threadIdx.x / (warps * kWarp);
   const std::int64_t row = std::int64_t{blockIdx.x} * kRows + group;
@@ -245,19 +239,16 @@ __global__ void __launch_bounds__(reward_threads<warps>, warps > 1 ? 1 : 2)
 template <class T>
 void sum_rewards(const Launcher& launch, const T* rewards, const Timeline& line, T* totals,
                  const T* marks, Workspace* workspace) {
-  // A tile of a warp, or of a block, is a good part of a row.
-  const bool is_short = line.num_tokens <= 512 * line.num_rows;
   const auto run = [&](auto narrow, auto wide, std::int64_t rows, int threads) {
     launch(is_wide(rewards) && is_wide(line.step_ids) ? wide : narrow,
            ceil_div(line.num_rows, rows), threads, rewards, line, totals, marks, workspace);
   };
-  if (is_short) {
+  if (has_short_rows(line)) {
     run(listed<rewards_kernel<T, 1, false>>(), listed<rewards_kernel<T, 1, true>>(),
-        reward_threads<1> / kWarp, reward_threads<1>);
+        gae_threads<1> / kWarp, gae_threads<1>);
   } else {
-    constexpr int kMany = kLongRewardWarps;
-    run(listed<rewards_kernel<T, kMany, false>>(), listed<rewards_kernel<T, kMany, true>>(), 1,
-        reward_threads<kMany>);
+    run(listed<rewards_kernel<T, kLongWarps, false>>(),
+        listed<rewards_kernel<T, kLongWarps, true>>(), 1, gae_threads<kLongWarps>);
   }
 }
 
