@@ -108,10 +108,10 @@ STEPPO_DEVICE void prefetch([[maybe_unused]] const void* at) {
 #endif
 }
 
-// Single instructions. On the host, they are rounded exactly.
+// Single instructions.
 #if defined(STEPPO_CUDA_ON_HOST)
 STEPPO_DEVICE float larger(float x, float low) { return x < low ? low : x; }
-STEPPO_DEVICE float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+STEPPO_DEVICE float fast_exp2(float x) { return cuda_on_host::approximate_exp2(x); }
 STEPPO_DEVICE float to_number(Half x) {
   return half_to_float<float>(static_cast<std::uint32_t>(x.bits));
 }

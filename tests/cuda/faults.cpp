@@ -106,6 +106,12 @@ __global__ void votes(double* out) {
   out[threadIdx.x] = odd + low + __any_sync(kAllLanes, 0) + __all_sync(kAllLanes, 1);
 }
 
+// What is left of a product that does not fit, if it is not rounded before the sum.
+__global__ void product_and_sum(double* out) {
+  const double x = out[threadIdx.x] + 1 + 0x1p-30;
+  out[threadIdx.x] = x * x - (1 + 0x1p-29);
+}
+
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
   cuda_on_host::launch(kernel, {blocks, 1, 1}, {threads, 1, 1}, arguments...);
@@ -141,6 +147,7 @@ int run_all(const std::string& name) {
   if (name == "unwritten") one(unwritten);
   if (name == "overrun") one(overrun);
   if (name == "votes") one(votes);
+  if (name == "product and sum") one(product_and_sum);
   if (name == "too many threads") run(exchange<true>, 1, 1025, out.data());
   std::printf("%g %g\n", out[0], out[kThreads - 1]);
   return 0;

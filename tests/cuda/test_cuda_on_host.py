@@ -59,6 +59,11 @@ def test_a_fault_ends_the_launch_with_an_exception(faults, name, words, seed):
     assert re.match(f"CUDA on the host: ({words})", done.stdout), done.stdout
 
 
+def test_products_and_sums_are_contracted_where_the_processor_can(faults):
+    left = 2.0**-60 if cuda_on_host.contraction() else 0.0
+    assert float(run(faults, "product and sum").stdout.split()[0]) == pytest.approx(left, rel=1e-5)
+
+
 def test_shared_memory_that_was_not_written_is_nan(faults):
     assert "nan" in run(faults, "unwritten").stdout
 
