@@ -81,6 +81,7 @@ def cases(size: str) -> list[Case]:
         *_log_probs(unaligned),
         on_logits.log_probs(*few, backward=False),
         *(on_head.linear_log_probs(*sizes.head, live) for live in sizes.live),
+        on_tokens.policy_loss(first, MASK, backward=False, reduction="trajectory_mean"),
         on_tokens.value_loss(first),
         on_tokens.from_mask(first),
         on_tokens.step_gae(*sizes.rows, OF_ROWS),

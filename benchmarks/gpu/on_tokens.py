@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import steppo_kernels as sk
+from steppo_kernels.config import DEFAULT_CONFIG, Reduction
 from steppo_kernels.outputs import POLICY_METRICS
 
 from ..gates import assert_close
@@ -28,14 +29,20 @@ FORMED = f"{FORWARD}, gradient formed"
 PER_STEP, OF_ROWS, PER_TOKEN = "per step", "rewards of tokens, a row a step", "per token"
 
 
-def policy_loss(shape: str, kind: str, *, backward: bool) -> Case:
+def policy_loss(
+    shape: str, kind: str, *, backward: bool, reduction: Reduction = DEFAULT_CONFIG.reduction
+) -> Case:
     """Return the case of `steppo_loss` on a layout or on a mask."""
-    name = Name("steppo_loss", f"{kind}, {BOTH if backward else FORMED}", shape)
-    return Case(name, functools.partial(_policy_loss, shape, kind, backward))
+    passes = BOTH if backward else FORMED
+    named = [kind, passes] if reduction == DEFAULT_CONFIG.reduction else [kind, reduction, passes]
+    name = Name("steppo_loss", ", ".join(named), shape)
+    return Case(name, functools.partial(_policy_loss, shape, kind, backward, reduction))
 
 
-def _policy_loss(shape: str, kind: str, backward: bool, device: torch.device) -> Problem:
-    case = policy_case(shape)
+def _policy_loss(
+    shape: str, kind: str, backward: bool, reduction: Reduction, device: torch.device
+) -> Problem:
+    case, config = policy_case(shape), sk.StepPOConfig(reduction=reduction)
     x = case.log_probs.detach().to(device).requires_grad_()
     old, layout = case.old_log_probs.to(device), case.layout.to(device)
     steps: sk.StepLayout | Tensor = layout
@@ -44,11 +51,13 @@ def _policy_loss(shape: str, kind: str, backward: bool, device: torch.device) ->
         steps, advantages = case.mask.to(device), case.token_advantages.to(device)
 
     def loss(backend: Any) -> Tensor:
-        return sk.steppo_loss(x, old, advantages, steps, backend=backend).loss
+        return sk.steppo_loss(x, old, advantages, steps, config=config, backend=backend).loss
 
     def compiled() -> Callable[[], Tensor]:
         def reference(x: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-            return sk.steppo_loss(x, old, advantages, layout, backend="reference").loss
+            return sk.steppo_loss(
+                x, old, advantages, layout, config=config, backend="reference"
+            ).loss
 
         found = torch.compile(reference, dynamic=False, fullgraph=True)
         return lambda: found(x, old, advantages)
@@ -67,7 +76,7 @@ def _policy_loss(shape: str, kind: str, backward: bool, device: torch.device) ->
     losses[BARE] = lambda: nothing()[0]
     return Problem(
         {variant: _call(one, x, backward=backward) for variant, one in losses.items()},
-        _policy_check(case, x, device),
+        _policy_check(case, config, x, device),
         moved=case.bytes_to_touch(with_layout=kind == LAYOUT),
         floors=(BARE,),
         left_out=left_out,
@@ -75,7 +84,7 @@ def _policy_loss(shape: str, kind: str, backward: bool, device: torch.device) ->
 
 
 def _policy_check(
-    case: PolicyCase, x: Tensor, device: torch.device
+    case: PolicyCase, config: sk.StepPOConfig, x: Tensor, device: torch.device
 ) -> Callable[[Variant, Outputs], float]:
     wide = x.detach().double().requires_grad_()
     wanted = sk.steppo_loss(
@@ -83,6 +92,7 @@ def _policy_check(
         case.old_log_probs.to(device).double(),
         case.advantages.to(device).double(),
         case.layout.to(device),
+        config=config,
         backend="reference",
     ).loss
     # The loss is a mean of at least S terms of about 1 and either sign.

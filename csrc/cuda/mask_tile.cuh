@@ -7,9 +7,7 @@
 namespace steppo::cuda {
 
 constexpr int kTileThreads = 256;
-// Tokens of a thread: 16 bytes of a mask.
-constexpr int kTileBits = 16;
-constexpr int kTile = kTileThreads * kTileBits;
+constexpr int kTile = kTileThreads * kMaskBits;
 
 // A word a thread, whose lowest bit is the first of its tokens.
 struct MaskTile {
@@ -17,31 +15,6 @@ struct MaskTile {
   unsigned row_begins[kTileThreads];
   unsigned step_begins[kTileThreads];
 };
-
-// The bits of 4 bytes, one for each that is not 0.
-STEPPO_DEVICE unsigned bits_of(unsigned bytes) {
-  // The highest bit of each byte becomes that of a byte that is not 0, and then the lowest one.
-  constexpr unsigned kLow = 0x7F7F7F7Fu;
-  bytes = ((((bytes & kLow) + kLow) | bytes) & ~kLow) >> 7;
-  // The product moves the lowest bit of byte k to bit 24 + k, and nothing into those bits.
-  return bytes * 0x01020408u >> 24;
-}
-
-// The bits of kTileBits tokens from `first` on; those behind the batch are 0.
-STEPPO_DEVICE unsigned mask_bits(const bool* mask, std::int64_t first, std::int64_t num_tokens,
-                                 bool wide) {
-  unsigned bits = 0;
-  if (wide && first + kTileBits <= num_tokens) {
-    const auto words = *reinterpret_cast<const Pack<unsigned, 4>*>(mask + first);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) bits |= bits_of(words.at[k]) << 4 * k;
-    return bits;
-  }
-  for (int k = 0; k < kTileBits && first + k < num_tokens; ++k) {
-    bits |= unsigned{is_set(mask, first + k)} << k;
-  }
-  return bits;
-}
 
 // The first row that does not begin before a token. All threads of a block call it.
 STEPPO_DEVICE std::int64_t first_row(const MaskedRows& rows, std::int64_t token) {
@@ -68,7 +41,7 @@ STEPPO_DEVICE std::int64_t mark_rows(const MaskedRows& rows, std::int64_t row, s
     if (at < end) {
       const int place = static_cast<int>(at - begin);
       // Rows without a token begin at the same one.
-      atomicOr(&tile.row_begins[place / kTileBits], 1u << place % kTileBits);
+      atomicOr(&tile.row_begins[place / kMaskBits], 1u << place % kMaskBits);
     }
     const int found = __syncthreads_count(at < end);
     row += found;
@@ -82,8 +55,8 @@ STEPPO_DEVICE std::int64_t mark_rows(const MaskedRows& rows, std::int64_t row, s
 STEPPO_DEVICE std::int64_t read_tile(const MaskedRows& rows, std::int64_t row, std::int64_t begin,
                                      bool wide, MaskTile& tile) {
   const int word = threadIdx.x;
-  const std::int64_t first = begin + word * kTileBits;
-  const unsigned actions = mask_bits(rows.mask, first, rows.num_tokens, wide);
+  const std::int64_t first = begin + word * kMaskBits;
+  const unsigned actions = mask_bits(rows.mask, first, 0, rows.num_tokens, wide);
   // A thread may still read the tile before.
   __syncthreads();
   tile.actions[word] = actions;
@@ -91,10 +64,10 @@ STEPPO_DEVICE std::int64_t read_tile(const MaskedRows& rows, std::int64_t row, s
   __syncthreads();
   row = mark_rows(rows, row, begin, tile);
   unsigned before = begin > 0 && is_set(rows.mask, begin - 1);
-  if (word > 0) before = tile.actions[word - 1] >> (kTileBits - 1);
+  if (word > 0) before = tile.actions[word - 1] >> (kMaskBits - 1);
   unsigned begins = ~(actions << 1 | before) | tile.row_begins[word];
   if (rows.boundaries != nullptr) {
-    begins |= mask_bits(rows.boundaries, first, rows.num_tokens, wide);
+    begins |= mask_bits(rows.boundaries, first, 0, rows.num_tokens, wide);
   }
   tile.step_begins[word] = actions & begins;
   return row;

@@ -26,6 +26,18 @@ struct Smallest {
   }
 };
 
+// What the values of the lanes of a warp join to, up to that of this one. All lanes call it.
+template <class Join, class T>
+STEPPO_DEVICE T joined_upto(T value) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int apart = 1; apart < kWarp; apart *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, value, apart);
+    if (lane >= apart) value = Join::of(other, value);
+  }
+  return value;
+}
+
 // What the values of the threads before this one join to, and what those of all threads do.
 template <class T>
 struct Scanned {
@@ -41,12 +53,7 @@ STEPPO_DEVICE Scanned<T> scan_block(T value, T none) {
   };
   STEPPO_SHARED(Totals, totals);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  T upto = value;
-#pragma unroll
-  for (int apart = 1; apart < kWarp; apart *= 2) {
-    const T other = __shfl_up_sync(kAllLanes, upto, apart);
-    if (lane >= apart) upto = Join::of(other, upto);
-  }
+  const T upto = joined_upto<Join>(value);
   T before = __shfl_up_sync(kAllLanes, upto, 1);
   if (lane == 0) before = none;
   // A thread may still read the totals of the call before.

@@ -42,7 +42,7 @@ STEPPO_DEVICE int before_token(const MaskTile& tile, const Before& before, int w
 STEPPO_DEVICE void write_ids(const MaskTile& tile, const Before& before, int place,
                              std::int64_t step, std::int32_t* step_ids, std::int64_t left,
                              bool wide) {
-  const int word = place / kTileBits, bit = place % kTileBits;
+  const int word = place / kMaskBits, bit = place % kMaskBits;
   const unsigned actions = tile.actions[word], begins = tile.step_begins[word];
   const auto first = static_cast<std::int32_t>(step + steps_in(before.at[word]));
   // Without a branch: masks may be anything.
@@ -65,7 +65,7 @@ STEPPO_DEVICE void write_ids(const MaskTile& tile, const Before& before, int pla
 STEPPO_DEVICE void write_action(const MaskTile& tile, const Before& before, int place,
                                 std::int64_t begin, std::int64_t step, std::int64_t rank,
                                 const RunOutputs& out) {
-  const int word = place / kTileBits, bit = place % kTileBits;
+  const int word = place / kMaskBits, bit = place % kMaskBits;
   if ((tile.actions[word] >> bit & 1) == 0) return;
   const int here = before_token(tile, before, word, bit);
   rank += actions_in(here);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     __syncthreads();
     for (row += threadIdx.x; out.row_steps != nullptr && row < next_row; row += kTileThreads) {
       const int place = static_cast<int>(rows.row_offsets[row] - at);
-      const int here = before_token(tile, before, place / kTileBits, place % kTileBits);
+      const int here = before_token(tile, before, place / kMaskBits, place % kMaskBits);
       out.row_steps[row] = step + steps_in(here);
     }
     const std::int64_t left = rows.num_tokens - at;

@@ -211,6 +211,27 @@ def test_runs_at_the_borders_of_chunks(cuda, length):
     check(policy_loss.policy_loss_masked(cuda, *args), _REFERENCE_MASKED(*args), 1e-11)
 
 
+@pytest.mark.parametrize("off", [0, 1, 15])
+@pytest.mark.parametrize("length", [2047, 2048, 2064, 4099, 6150])
+def test_warps_share_the_runs_of_a_row(cuda, length, off):
+    """Each counts them, in packs of 16 bytes wherever the row begins, and adds some of them.
+
+    Blocks take many chunks after each other, of which some are full of runs and others empty.
+    """
+    generator = torch.Generator().manual_seed(length + off)
+    mask = torch.rand(3 * length + off, generator=generator)[off:] < 0.5
+    mask[: length // 2], mask[-length // 3 :] = False, True
+    now, spread = torch.randn((2, 3 * length), generator=generator, dtype=torch.float64) / 10
+    given = now, None, torch.zeros_like(now), spread, None, None, None, None, mask
+    for reduction in REDUCTIONS:
+        config = StepPOConfig(clip_low=0.05, clip_high=0.05, reduction=reduction)
+        exact = _REFERENCE_MASKED(*given, length, config.kernel, True, False)
+        for most_blocks in (1, 2, 0):
+            cuda.kernels.order(length, 2, most_blocks)
+            found = policy_loss.policy_loss_masked(cuda, *given, length, config.kernel, True, False)
+            check(found, exact, 1e-11)
+
+
 def test_a_mask_may_have_any_byte_but_0(cuda):
     mask = torch.tensor([0, 1, 2, 0, 255, 0], dtype=torch.uint8).view(torch.bool)
     new = torch.full((6,), 0.1, dtype=torch.float64)

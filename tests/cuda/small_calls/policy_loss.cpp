@@ -47,9 +47,10 @@ void on_layout(Run& run, Ratio ratio, int num_steps, int longest) {
   cuda::policy_loss(tensors.call, layout.steps(), tensors.config, run.place());
 }
 
-// Rows that are longer than what a warp looks through.
+// Rows that are longer than what a warp looks through, and more of them than what the blocks take
+// before their warps share the steps.
 void on_mask(Run& run, Ratio ratio) {
-  constexpr std::int64_t kRows = 30, kLength = 530, kCount = kRows * kLength;
+  constexpr std::int64_t kRows = 40, kLength = 530, kCount = kRows * kLength;
   Tensors tensors(run, kCount, ratio);
   const auto advantages = run.numbers(kCount);
   tensors.call.advantages = advantages.data();
