@@ -53,6 +53,12 @@ def wrong_rows():
         "reads other bits": lambda out, a, b, r: out.copy_(
             product(a, b) + r.repeat(2).view(torch.float32)
         ),
+        "forgets it where rows are padded": lambda out, a, b, r: out.copy_(
+            product(a, b) + (r if out.is_contiguous() else 0)
+        ),
+        "forgets it where they are not": lambda out, a, b, r: out.copy_(
+            product(a, b) + (0 if out.is_contiguous() else r)
+        ),
         "does nothing": lambda out, a, b, r: None,
         "is not there": refusing(RuntimeError("self and mat2 must have the same dtype")),
     }

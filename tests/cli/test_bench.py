@@ -428,10 +428,11 @@ def test_the_table_has_each_variant_and_the_reasons():
 if torch.cuda.is_available():
 
     @pytest.mark.gpu
+    @pytest.mark.unpoisoned
     def test_bench_passes_on_a_gpu():
-        result = run("--device", "cuda", "--seconds", "50", "--json")
+        result = run("--device", "cuda", "--seconds", "30", "--json")
         assert result.exit_code == 0, result.output
         rows = json.loads(result.stdout)["rows"]
         timed = [row for row in rows if row["ms"]]
         assert timed
-        assert all(row["device_ms"] > 0 and row["peak_mib"] > 0 for row in timed)
+        assert [row for row in timed if row["device_ms"] <= 0 or row["peak_mib"] <= 0] == []

@@ -13,6 +13,14 @@ from worlds import Worlds, is_possible
 sys.path.append(str(Path(__file__).parents[2]))
 
 
+@pytest.fixture(autouse=True)
+def _is_of_a_cpu(request: pytest.FixtureRequest) -> None:
+    """Ranks have tensors of the CPU, which gloo joins: kernels of a GPU cannot take them."""
+    for name in {"target", "kernel", "gpu_kernel"}.intersection(request.fixturenames):
+        if request.getfixturevalue(name).device != "cpu":
+            pytest.skip("ranks have tensors of the CPU")
+
+
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
     """Groups of 2 and 3 processes."""
