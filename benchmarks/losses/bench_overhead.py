@@ -25,7 +25,8 @@ from ..timing import Run, measure, runs
 from ..variants import Variant
 
 BATCH = "rows 8x64"
-FUNCTIONS = ("steppo_loss", "steppo_loss with bounds", "step_gae", "step_value_loss")
+OF_MASK = "steppo_loss of a mask"
+FUNCTIONS = ("steppo_loss", OF_MASK, "steppo_loss with bounds", "step_gae", "step_value_loss")
 # A call takes microseconds.
 _ROUNDS = 3000
 
@@ -38,6 +39,7 @@ def call_of(function: str, variant: Variant, dtype: torch.dtype = torch.float32)
     layout, fused = case.layout, fused_backend()
     x = case.log_probs.detach().to(dtype).requires_grad_()
     old, advantages = case.old_log_probs.to(dtype), case.advantages.to(dtype)
+    of_tokens = case.token_advantages.to(dtype)
     values, steps = x.detach(), layout.num_steps
     bounds = {"clip_low": torch.full_like(advantages, 0.2)}
     bounds["clip_high"] = bounds["clip_low"] + 0.1
@@ -46,6 +48,10 @@ def call_of(function: str, variant: Variant, dtype: torch.dtype = torch.float32)
             x, old, advantages, layout, backend=backend
         ),
         ("steppo_loss", BARE): lambda: bare_policy_loss(x, steps),
+        (OF_MASK, FUSED): lambda backend=fused: sk.steppo_loss(
+            x, old, of_tokens, case.mask, backend=backend
+        ),
+        (OF_MASK, BARE): lambda: bare_policy_loss(x, steps),
         ("steppo_loss with bounds", FUSED): lambda backend=fused: sk.steppo_loss(
             x, old, advantages, layout, **bounds, backend=backend
         ),
