@@ -16,6 +16,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         policy: batches of log-probs.
+        long_steps: a batch of log-probs with one long step a row.
         rows: trajectories, steps of one, and tokens of a row.
         tokens: a batch whose tokens are all actions.
         logits: rows and vocabulary; the second has rows that are not aligned, the third few rows.
@@ -26,6 +27,7 @@ class Sizes(NamedTuple):
     """
 
     policy: tuple[str, ...]
+    long_steps: str
     rows: tuple[int, int, int]
     tokens: str
     logits: tuple[tuple[int, int], ...]
@@ -38,6 +40,7 @@ class Sizes(NamedTuple):
 SIZES = {
     "full": Sizes(
         policy=("turns 64x8192", "turns 256x16384"),
+        long_steps="rows 1024x4096",
         rows=(64, 42, 512),
         tokens="64x8192",
         logits=((8192, 151_936), (8192, 50_257), (32, 151_936)),
@@ -48,6 +51,7 @@ SIZES = {
     ),
     "tiny": Sizes(
         policy=("turns 4x512", "turns 8x512"),
+        long_steps="rows 8x512",
         rows=(4, 6, 48),
         tokens="4x96",
         logits=((64, 1024), (64, 1003), (8, 1024)),
@@ -82,6 +86,7 @@ def cases(size: str) -> list[Case]:
         on_logits.log_probs(*few, backward=False),
         *(on_head.linear_log_probs(*sizes.head, live) for live in sizes.live),
         on_tokens.policy_loss(first, MASK, backward=False, reduction="trajectory_mean"),
+        *(on_tokens.policy_loss(sizes.long_steps, kind, backward=False) for kind in (LAYOUT, MASK)),
         on_tokens.value_loss(first),
         on_tokens.from_mask(first),
         on_tokens.step_gae(*sizes.rows, OF_ROWS),

@@ -95,7 +95,7 @@ def _policy_check(
         config=config,
         backend="reference",
     ).loss
-    # The loss is a mean of at least S terms of about 1 and either sign.
+    # The loss is a mean of about S terms of about 1 and either sign.
     return _loss_check(x, wide, wanted, _TOLERANCE * case.layout.num_steps**-0.5, ~case.mask)
 
 

@@ -35,11 +35,17 @@ STEPPO_DEVICE unsigned mask_bits(const bool* mask, std::int64_t first, std::int6
                                  std::int64_t end, bool wide) {
   if (wide && first >= begin && first + kMaskBits <= end) return wide_bits(mask + first);
   unsigned bits = 0;
-  // Few come here, for whom the code is short.
-#pragma unroll 1
-  for (int k = 0; k < kMaskBits; ++k) {
+  const auto take = [&](int k) {
     const std::int64_t t = first + k;
     if (t >= begin && t < end) bits |= unsigned{is_set(mask, t)} << k;
+  };
+  if (wide) {
+    // They are at an end, which few are: their code is short.
+#pragma unroll 1
+    for (int k = 0; k < kMaskBits; ++k) take(k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kMaskBits; ++k) take(k);
   }
   return bits;
 }

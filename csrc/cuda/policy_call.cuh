@@ -14,7 +14,7 @@ namespace steppo::cuda {
 
 constexpr int kThreads = 256;
 // What a kernel is compiled for. A plain call, of steps with one ratio each, clipped, and nothing
-// beside, needs half of the instructions on a layout and two thirds on a mask.
+// beside, needs half of the instructions on a layout and seven tenths on a mask.
 enum Form { kPlain, kOfSteps, kOfTokens };
 
 // Blocks that a multiprocessor has registers for. In fp64, which is there to check the others, it

@@ -9,8 +9,7 @@ namespace {
 
 // Words of a mask, a bit a token, that a warp loads together.
 constexpr int kWords = 6;
-// Tokens of a row that a warp looks through. The steps that begin among them are its own, however
-// far they reach.
+// Tokens of a row that a warp looks through together.
 constexpr std::int64_t kChunk = kWords * kWarp;
 
 constexpr int kWarps = kThreads / kWarp;
@@ -41,20 +40,48 @@ STEPPO_DEVICE unsigned begins_of(unsigned ones, unsigned& last) {
   return begins;
 }
 
+// Calls use(first, ones) for the tokens [begin, end) of a row, kMaskBits a lane from the lane's
+// `first` on, until that returns false; tokens outside are 0. Memory is loaded in packs of 16
+// bytes, some at once, wherever `begin` lies.
+template <class Use>
+STEPPO_DEVICE void for_packs(const Mask& masked, std::int64_t begin, std::int64_t end, int lane,
+                             Use&& use) {
+  constexpr int kPacks = 4;
+  constexpr std::int64_t kTokens = kWarp * kMaskBits;
+  const auto off = reinterpret_cast<std::uintptr_t>(masked.mask + begin) % kMaskBits;
+  for (std::int64_t at = begin - static_cast<std::int64_t>(off); at < end;) {
+    const std::int64_t first = at + lane * kMaskBits;
+    if (at >= begin && at + kPacks * kTokens <= end) {
+      unsigned ones[kPacks];
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) ones[k] = wide_bits(masked.mask + first + k * kTokens);
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+        if (!use(first + k * kTokens, ones[k])) return;
+      }
+      at += kPacks * kTokens;
+    } else {
+      if (!use(first, mask_bits(masked.mask, first, begin, end, true))) return;
+      at += kTokens;
+    }
+  }
+}
+
 // The first token from `at` on where a run of ones ends.
 STEPPO_DEVICE std::int64_t end_of_run(const Mask& masked, std::int64_t at, std::int64_t row_end,
                                       int lane) {
-  for (; at < row_end; at += kChunk) {
-    const MaskWords words = words_of(masked, at, row_end, lane);
-    int ones = 0;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-      if (ones == k * kWarp)
-        ones += words.at[k] == ~0u ? kWarp : __ffs(static_cast<int>(~words.at[k])) - 1;
-    }
-    if (ones < kChunk) return at + ones;
-  }
-  return row_end;
+  std::int64_t found = row_end;
+  for_packs(masked, at, row_end, lane, [&](std::int64_t first, unsigned ones) {
+    // Tokens before `at` are no end of it.
+    const unsigned before = first < at ? (1u << (at - first)) - 1 : 0u;
+    const unsigned zeros = ~(ones | before) & ((1u << kMaskBits) - 1);
+    const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
+    if (in == 0) return true;
+    const std::int64_t mine = first + __ffs(static_cast<int>(zeros)) - 1;
+    found = __shfl_sync(kAllLanes, mine, __ffs(static_cast<int>(in)) - 1);
+    return false;
+  });
+  return found;
 }
 
 // From this length on, rows are counted by a launch of its own, if they are so few that each has a
@@ -87,37 +114,20 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// The number of runs of a row that was not counted before. Each warp counts for itself: the mask is
-// the smallest of the inputs, and a count that all could read would take a launch more.
-STEPPO_DEVICE double runs_of_row(const Mask& masked, std::int64_t row_begin, int lane) {
-  // Packs that a lane waits for at once, and tokens of a pack a lane.
-  constexpr int kPacks = 4;
-  constexpr std::int64_t kTokens = kWarp * kMaskBits;
-  const std::int64_t row_end = row_begin + masked.row_length;
+// The number of runs of a row that was not counted before. A warp counts for each chunk in which
+// steps begin: the mask is the smallest of the inputs.
+STEPPO_DEVICE int runs_of_row(const Mask& masked, std::int64_t row_begin, int lane) {
   int runs = 0;
   unsigned last = 0;
-  const auto count = [&](unsigned ones) {
-    const unsigned highest = ones >> (kMaskBits - 1);
-    unsigned before = __shfl_up_sync(kAllLanes, highest, 1);
-    if (lane == 0) before = last;
-    runs += __popc(ones & ~(ones << 1 | before));
-    last = __shfl_sync(kAllLanes, highest, kWarp - 1);
-  };
-  const auto off = reinterpret_cast<std::uintptr_t>(masked.mask + row_begin) % kMaskBits;
-  for (std::int64_t at = row_begin - static_cast<std::int64_t>(off); at < row_end;) {
-    const std::int64_t first = at + lane * kMaskBits;
-    if (at >= row_begin && at + kPacks * kTokens <= row_end) {
-      unsigned ones[kPacks];
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) ones[k] = wide_bits(masked.mask + first + k * kTokens);
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) count(ones[k]);
-      at += kPacks * kTokens;
-    } else {
-      count(mask_bits(masked.mask, first, row_begin, row_end, true));
-      at += kTokens;
-    }
-  }
+  for_packs(masked, row_begin, row_begin + masked.row_length, lane,
+            [&](std::int64_t, unsigned ones) {
+              const unsigned highest = ones >> (kMaskBits - 1);
+              unsigned before = __shfl_up_sync(kAllLanes, highest, 1);
+              if (lane == 0) before = last;
+              runs += __popc(ones & ~(ones << 1 | before));
+              last = __shfl_sync(kAllLanes, highest, kWarp - 1);
+              return true;
+            });
   return sum_of_lanes<kWarp>(runs);
 }
 
@@ -137,35 +147,34 @@ __global__ void __launch_bounds__(kThreads)
   leave_center(workspace);
 }
 
-// Chunks of a warp, before the warps of a block share the steps that were found in them.
-constexpr int kTurns = kWarp / kWarps;
+// Chunks with steps that a warp finds before the warps of a block share these: so few that the
+// shared memory of three blocks fits into the smaller multiprocessors.
+constexpr int kPlaces = 2, kPlacesOfBlock = kPlaces * kWarps;
+static_assert(kPlacesOfBlock <= kWarp, "a lane knows a place");
 
-// What the warps of a block leave of their chunks: their bits, and where their steps begin.
+// A chunk in which steps begin.
+struct Chunk {
+  std::int64_t begin, row_end;
+  unsigned ones[kWords];
+  // Of steps that begin in it, and of those of its row, if that is asked for.
+  int num_steps, steps_of_row;
+  // Tokens of the chunk where steps begin, in order.
+  std::uint8_t steps[kChunk / 2];
+};
+static_assert(kChunk <= 256, "a byte holds a token");
+
 struct Chunks {
-  struct One {
-    unsigned ones[kWords];
-    int num_steps;
-    std::int64_t begin, row_end;
-    // Of steps of its row, if that is asked for.
-    double count;
-    // Tokens of the chunk, in order.
-    std::uint8_t steps[kChunk / 2];
-  };
-  static_assert(kChunk <= 256, "a byte holds a token");
-
-  One at[kWarp];
+  Chunk at[kPlacesOfBlock];
 };
 
-// Fills the chunk of a warp: finds the steps that begin there, and zeroes the gradients of tokens
-// that are no action's.
+// Zeroes the gradients of tokens of a chunk that are no action's, and fills `chunk` if steps begin
+// in it. Returns how many do.
 template <class T>
-STEPPO_DEVICE void fill(Chunks::One& chunk, const PolicyArrays<T>& call, const Mask& masked,
-                        std::int64_t row, std::int64_t at, int lane) {
-  const std::int64_t row_begin = row * masked.row_length;
+STEPPO_DEVICE int fill(Chunk& chunk, const PolicyArrays<T>& call, const Mask& masked,
+                       std::int64_t row_begin, std::int64_t begin, int lane) {
   const std::int64_t row_end = row_begin + masked.row_length;
-  const std::int64_t begin = row_begin + at;
   const std::int64_t end = begin + kChunk < row_end ? begin + kChunk : row_end;
-  unsigned last = at > 0 && is_set(masked.mask, begin - 1);
+  unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
   const MaskWords words = words_of(masked, begin, end, lane);
   int num_steps = 0;
 #pragma unroll
@@ -187,14 +196,15 @@ STEPPO_DEVICE void fill(Chunks::One& chunk, const PolicyArrays<T>& call, const M
     if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
   }
   if (lane == 0) {
-    chunk.num_steps = num_steps;
     chunk.begin = begin;
     chunk.row_end = row_end;
+    chunk.num_steps = num_steps;
   }
+  return num_steps;
 }
 
 // The k-th step of a chunk.
-STEPPO_DEVICE PolicyRun step_of(const Chunks::One& chunk, const Mask& masked, int k, int lane) {
+STEPPO_DEVICE PolicyRun step_of(const Chunk& chunk, const Mask& masked, int k, int lane) {
   const int at = chunk.steps[k];
   // Zeros from the step's begin on: lane k has those of word k. Behind the row's end there are only
   // zeros.
@@ -211,7 +221,8 @@ STEPPO_DEVICE PolicyRun step_of(const Chunks::One& chunk, const Mask& masked, in
   return {where * kWarp + __ffs(static_cast<int>(bits)) - 1 - at, first, lane};
 }
 
-// Warps fill chunks of rows, and share their steps: some chunks have many, and others none.
+// Warps look through chunks of rows, and share the steps that they find: some chunks have many, and
+// others none.
 template <class T, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
@@ -226,41 +237,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   CallSums& own = sum_of_thread<kThreads, CallSums>();
   STEPPO_SHARED(Chunks, chunks);
-  const std::int64_t stride = std::int64_t{gridDim.x} * kWarps;
-  for (std::int64_t first = std::int64_t{blockIdx.x} * kWarps; first < num_chunks;
-       first += kTurns * stride) {
+  std::int64_t number = std::int64_t{blockIdx.x} * kWarps + warp;
+  do {
     int filled = 0;
-    for (; filled < kWarp; filled += kWarps) {
-      const std::int64_t of_block = first + filled / kWarps * stride, number = of_block + warp;
-      if (of_block >= num_chunks) break;
-      Chunks::One& chunk = chunks.at[filled + warp];
-      if (number >= num_chunks) {
-        if (lane == 0) chunk.num_steps = 0;
-        continue;
-      }
-      const std::int64_t row = number / chunks_of_row;
-      fill(chunk, call, masked, row, number % chunks_of_row * kChunk, lane);
+    for (; number < num_chunks && filled < kPlaces; number += std::int64_t{gridDim.x} * kWarps) {
+      const std::int64_t row = number / chunks_of_row, row_begin = row * masked.row_length;
+      Chunk& chunk = chunks.at[filled * kWarps + warp];
+      const std::int64_t begin = row_begin + number % chunks_of_row * kChunk;
+      if (fill(chunk, call, masked, row_begin, begin, lane) == 0) continue;
+      ++filled;
       if (!counts) continue;
-      const double count = counted_rows > 0 ? workspace->counters[kFirstRunCounter + row]
-                                            : runs_of_row(masked, row * masked.row_length, lane);
-      if (lane == 0) chunk.count = count;
+      const int count = counted_rows > 0
+                            ? static_cast<int>(workspace->counters[kFirstRunCounter + row])
+                            : runs_of_row(masked, row_begin, lane);
+      if (lane == 0) chunk.steps_of_row = count;
+    }
+    for (int place = filled; lane == 0 && place < kPlaces; ++place) {
+      chunks.at[place * kWarps + warp].num_steps = 0;
     }
     __syncthreads();
-    // Lane k knows how many steps lie in the first chunks up to number k.
-    const int of_mine = lane < filled ? chunks.at[lane].num_steps : 0;
+    // Lane k knows how many steps lie in the first places up to number k.
+    const int of_mine = lane < kPlacesOfBlock ? chunks.at[lane].num_steps : 0;
     const int upto = joined_upto<Sum>(of_mine), all = __shfl_sync(kAllLanes, upto, kWarp - 1);
     for (int s = warp; s < all; s += kWarps) {
       const int where = __ffs(static_cast<int>(__ballot_sync(kAllLanes, upto > s))) - 1;
-      const Chunks::One& chunk = chunks.at[where];
+      const Chunk& chunk = chunks.at[where];
       const int before = __shfl_sync(kAllLanes, upto - of_mine, where);
       const PolicyRun step = step_of(chunk, masked, s - before, lane);
-      const double count = counts ? chunk.count : 1.0;
+      const double count = counts ? chunk.steps_of_row : 1.0;
       const double weight = step_weight(config.reduction, static_cast<double>(step.length), count);
       add_step<kWarp, form == kOfTokens>(call, step, config, weight, center, own.sums);
       if (counts && lane == 0) own.trajectories += 1.0 / count;
     }
-    __syncthreads();
-  }
+    // Places are filled anew when all steps have been added.
+  } while (__syncthreads_count(number < num_chunks) > 0);
   finish_call<T>(tensors, config, workspace, counted_rows);
 }
 

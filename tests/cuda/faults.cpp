@@ -112,6 +112,16 @@ __global__ void product_and_sum(double* out) {
   out[threadIdx.x] = x * x - (1 + 0x1p-29);
 }
 
+// By how many units of the last place 2^x is off, for many x.
+__global__ void power(double* out) {
+  for (float x = 0; x > -100; x -= 0.37f + 0.001f * threadIdx.x) {
+    const double exact = std::exp2(double{x});
+    const double off = (steppo::cuda::fast_exp2(x) - exact) * 0x1p23 / exact;
+    if (x == 0 && off != 0) out[threadIdx.x] = NAN;
+    if (std::fabs(off) > std::fabs(out[threadIdx.x])) out[threadIdx.x] = off;
+  }
+}
+
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
   cuda_on_host::launch(kernel, {blocks, 1, 1}, {threads, 1, 1}, arguments...);
@@ -148,6 +158,7 @@ int run_all(const std::string& name) {
   if (name == "overrun") one(overrun);
   if (name == "votes") one(votes);
   if (name == "product and sum") one(product_and_sum);
+  if (name == "power") one(power);
   if (name == "too many threads") run(exchange<true>, 1, 1025, out.data());
   std::printf("%g %g\n", out[0], out[kThreads - 1]);
   return 0;

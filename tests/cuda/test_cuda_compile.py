@@ -26,8 +26,8 @@ MOST_SHARED = 48 << 10
 # How long a plain policy loss is, as a part of the one that takes everything. On a mask advantages
 # may differ within a step all the same.
 MOST_OF_GENERAL = {
-    r"policy_loss_masked_kernel<float": 0.69,
-    r"policy_loss_masked_kernel<double": 0.73,
+    r"policy_loss_masked_kernel<float": 0.7,
+    r"policy_loss_masked_kernel<double": 0.74,
     r"policy_loss_kernel<float, 1,": 0.63,
     r"policy_loss_kernel<float": 0.55,
     r"policy_loss_kernel<double": 0.58,

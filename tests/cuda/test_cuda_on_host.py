@@ -59,9 +59,19 @@ def test_a_fault_ends_the_launch_with_an_exception(faults, name, words, seed):
     assert re.match(f"CUDA on the host: ({words})", done.stdout), done.stdout
 
 
-def test_products_and_sums_are_contracted_where_the_processor_can(faults):
+def test_products_and_sums_are_contracted_where_the_processor_can():
+    """At -O2, as the module of all kernels is built."""
     left = 2.0**-60 if cuda_on_host.contraction() else 0.0
-    assert float(run(faults, "product and sum").stdout.split()[0]) == pytest.approx(left, rel=1e-5)
+    assert (
+        run(cuda_on_host.program("faults", "-O2"), "product and sum").stdout.split()
+        == [f"{left:g}"] * 2
+    )
+
+
+def test_approximate_powers_are_off_by_two_units(faults):
+    """A unit is between 1 and 2 of those of the smallest power below."""
+    for off in map(float, run(faults, "power").stdout.split()):
+        assert 1 < abs(off) < 2.6
 
 
 def test_shared_memory_that_was_not_written_is_nan(faults):

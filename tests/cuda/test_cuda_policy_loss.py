@@ -216,18 +216,23 @@ def test_runs_at_the_borders_of_chunks(cuda, length):
 def test_warps_share_the_runs_of_a_row(cuda, length, off):
     """Each counts them, in packs of 16 bytes wherever the row begins, and adds some of them.
 
-    Blocks take many chunks after each other, of which some are full of runs and others empty.
+    Blocks take many chunks after each other, of which some are full of runs and others empty. A run
+    may end thousands of tokens behind its chunk. What lies before the mask is not of it.
     """
     generator = torch.Generator().manual_seed(length + off)
-    mask = torch.rand(3 * length + off, generator=generator)[off:] < 0.5
+    mask = (torch.rand(3 * length + off, generator=generator) < 0.5)[off:]
+    assert mask.data_ptr() % 16 == off
     mask[: length // 2], mask[-length // 3 :] = False, True
+    mask[length - 3 : 2 * length] = torch.arange(length + 3) < length - off
+    if off > 0:
+        mask.as_strided((off,), (1,), 0).fill_(True)
     now, spread = torch.randn((2, 3 * length), generator=generator, dtype=torch.float64) / 10
     given = now, None, torch.zeros_like(now), spread, None, None, None, None, mask
     for reduction in REDUCTIONS:
         config = StepPOConfig(clip_low=0.05, clip_high=0.05, reduction=reduction)
         exact = _REFERENCE_MASKED(*given, length, config.kernel, True, False)
         for most_blocks in (1, 2, 0):
-            cuda.kernels.order(length, 2, most_blocks)
+            cuda.kernels.order(length + most_blocks, 2, most_blocks)
             found = policy_loss.policy_loss_masked(cuda, *given, length, config.kernel, True, False)
             check(found, exact, 1e-11)
 

@@ -49,17 +49,16 @@ void on_layout(Run& run, Ratio ratio, int num_steps, int longest) {
 
 // Rows that are longer than what a warp looks through, and more of them than what the blocks take
 // before their warps share the steps.
-void on_mask(Run& run, Ratio ratio) {
-  constexpr std::int64_t kRows = 40, kLength = 530, kCount = kRows * kLength;
-  Tensors tensors(run, kCount, ratio);
-  const auto advantages = run.numbers(kCount);
+void on_mask(Run& run, Ratio ratio, std::int64_t rows = 40, std::int64_t length = 530) {
+  const std::int64_t count = rows * length;
+  Tensors tensors(run, count, ratio);
+  const auto advantages = run.numbers(count);
   tensors.call.advantages = advantages.data();
   tensors.call.advantages_per_token = true;
   tensors.config.reduction = kTrajectoryMean;
-  const std::unique_ptr<bool[]> mask(new bool[kCount]);
-  for (std::int64_t i = 0; i < kCount; ++i) mask[i] = run.draw(20) < 10 + i / 9 % 10;
-  cuda::policy_loss_masked(tensors.call, {mask.get(), kCount, kLength}, tensors.config,
-                           run.place());
+  const std::unique_ptr<bool[]> mask(new bool[count]);
+  for (std::int64_t i = 0; i < count; ++i) mask[i] = run.draw(20) < 10 + i / 9 % 10;
+  cuda::policy_loss_masked(tensors.call, {mask.get(), count, length}, tensors.config, run.place());
 }
 
 // Steps take a warp, some lanes, or one.
@@ -70,6 +69,9 @@ const Listed token("policy_loss_of_tokens", [](Run& run) { on_layout(run, kToken
 const Listed masked("policy_loss_masked", [](Run& run) { on_mask(run, kGeometric); });
 const Listed masked_center("policy_loss_masked_centered",
                            [](Run& run) { on_mask(run, kCentered); });
+// Rows that a lane reads in some packs at once.
+const Listed masked_rows("policy_loss_masked_of_long_rows",
+                         [](Run& run) { on_mask(run, kGeometric, 3, 5000); });
 const Listed masked_token("policy_loss_masked_of_tokens", [](Run& run) { on_mask(run, kToken); });
 
 }  // namespace
