@@ -13,8 +13,12 @@
 namespace steppo::cuda {
 
 constexpr int kThreads = 256;
+// From this length on a block may share a step, where steps are few: a warp would wait for one load
+// of its tokens after the other. A thread of a block waits once.
+constexpr std::int64_t kLongStep = 4 * kThreads;
+
 // What a kernel is compiled for. A plain call, of steps with one ratio each, clipped, and nothing
-// beside, needs half of the instructions on a layout and seven tenths on a mask.
+// beside, needs half of the instructions on a layout and three fifths on a mask.
 enum Form { kPlain, kOfSteps, kOfTokens };
 
 // Blocks that a multiprocessor has registers for. In fp64, which is there to check the others, it

@@ -88,7 +88,7 @@ STEPPO_DEVICE StepHead<T> head_of(const PolicyArrays<T>& call, const Steps& step
   return head;
 }
 
-// `lanes` lanes take a step.
+// `lanes` threads take a step.
 template <class T, int lanes, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     policy_loss_kernel(const PolicyTensors tensors, const Steps steps, const PolicyConfig given,
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
   StepHead<T> next = head_of(call, steps, counts, first + group);
   clear(call, steps);
   const double center = center_of(tensors, config, workspace);
-  // The lanes of a warp meet in sums, and go through the loop together.
+  // Lanes meet in sums, and go through the loop together.
   for (; first < steps.num_steps; first += stride) {
     const std::int64_t s = first + group;
     const StepHead<T> head = next;
@@ -166,7 +166,9 @@ void policy_loss(const PolicyTensors& tensors, const Steps& steps, const PolicyC
       const bool has_room = steps.num_steps * lanes <= most;
       return length >= (has_room ? 1 : 8) * lanes;
     };
-    if (suits(kWarp)) {
+    if (length >= kLongStep && steps.num_steps * kThreads <= most) {
+      launch_by<T, kThreads>(launch, tensors, steps, config, workspace);
+    } else if (suits(kWarp)) {
       launch_by<T, kWarp>(launch, tensors, steps, config, workspace);
     } else if (suits(16)) {
       launch_by<T, 16>(launch, tensors, steps, config, workspace);

@@ -152,6 +152,10 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kPlaces = 2, kPlacesOfBlock = kPlaces * kWarps;
 static_assert(kPlacesOfBlock <= kWarp, "a lane knows a place");
 
+// So few steps take a block less time one after the other, if they are long, than its warps beside
+// each other.
+constexpr int kFewSteps = kWarps / 2;
+
 // A chunk in which steps begin.
 struct Chunk {
   std::int64_t begin, row_end;
@@ -259,15 +263,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     // Lane k knows how many steps lie in the first places up to number k.
     const int of_mine = lane < kPlacesOfBlock ? chunks.at[lane].num_steps : 0;
     const int upto = joined_upto<Sum>(of_mine), all = __shfl_sync(kAllLanes, upto, kWarp - 1);
-    for (int s = warp; s < all; s += kWarps) {
+    // Long steps that are few are shared by all threads, one after the other.
+    const bool are_few = all <= kFewSteps;
+    for (int s = are_few ? 0 : warp; s < all; s += are_few ? 1 : kWarps) {
       const int where = __ffs(static_cast<int>(__ballot_sync(kAllLanes, upto > s))) - 1;
       const Chunk& chunk = chunks.at[where];
       const int before = __shfl_sync(kAllLanes, upto - of_mine, where);
-      const PolicyRun step = step_of(chunk, masked, s - before, lane);
+      PolicyRun step = step_of(chunk, masked, s - before, lane);
+      const bool is_shared = are_few && step.length >= kLongStep;
+      if (!is_shared && s % kWarps != warp) continue;
       const double count = counts ? chunk.steps_of_row : 1.0;
       const double weight = step_weight(config.reduction, static_cast<double>(step.length), count);
-      add_step<kWarp, form == kOfTokens>(call, step, config, weight, center, own.sums);
-      if (counts && lane == 0) own.trajectories += 1.0 / count;
+      if (is_shared) {
+        step.lane = threadIdx.x;
+        add_step<kThreads, form == kOfTokens>(call, step, config, weight, center, own.sums);
+      } else {
+        add_step<kWarp, form == kOfTokens>(call, step, config, weight, center, own.sums);
+      }
+      if (counts && step.lane == 0) own.trajectories += 1.0 / count;
     }
     // Places are filled anew when all steps have been added.
   } while (__syncthreads_count(number < num_chunks) > 0);

@@ -1,8 +1,10 @@
-// The policy loss of one step by some lanes of a warp: see csrc/cpu/policy_loss.h for the same on a
-// CPU. Gradients lack the factor 1 / normalizer, which is known when every step has been seen.
+// The policy loss of one step by some lanes of a warp, or by a block: see csrc/cpu/policy_loss.h
+// for the same on a CPU. Gradients lack the factor 1 / normalizer, which is known when every step
+// has been seen.
 #pragma once
 
 #include "block_merge.cuh"
+#include "scan.cuh"
 #include "steppo/policy_arrays.h"
 #include "steppo/policy_sums.h"
 
@@ -95,6 +97,16 @@ STEPPO_DEVICE void prefetch_token(const PolicyArrays<T>& call, std::int64_t t) {
   if (call.advantages_per_token) prefetch(call.advantages + t);
 }
 
+// The sum over the threads that share a step: lanes of a warp, or all threads of a block.
+template <int lanes>
+STEPPO_DEVICE double sum_of_sharers(double value) {
+  if constexpr (lanes <= kWarp) {
+    return sum_of_lanes<lanes>(value);
+  } else {
+    return join_block<lanes, Sum>(value, 0.0);
+  }
+}
+
 // What a first look at the tokens of a step adds up.
 struct TokenTotals {
   double z = 0, held = 0, weights = 0, entropy = 0, k3 = 0;
@@ -129,11 +141,11 @@ STEPPO_DEVICE TokenTotals look_at(const PolicyArrays<T>& call, const Step& step,
         if (call.is_weights_per_token) totals.weights += static_cast<double>(token.weight);
         if (call.entropy != nullptr) totals.entropy += static_cast<double>(token.entropy);
       });
-  totals.z = sum_of_lanes<lanes>(totals.z);
-  if (varies) totals.apart = sum_of_lanes<lanes>(totals.apart);
-  if (holds) totals.held = sum_of_lanes<lanes>(totals.held);
-  if (call.is_weights_per_token) totals.weights = sum_of_lanes<lanes>(totals.weights);
-  if (call.entropy != nullptr) totals.entropy = sum_of_lanes<lanes>(totals.entropy);
+  totals.z = sum_of_sharers<lanes>(totals.z);
+  if (varies) totals.apart = sum_of_sharers<lanes>(totals.apart);
+  if (holds) totals.held = sum_of_sharers<lanes>(totals.held);
+  if (call.is_weights_per_token) totals.weights = sum_of_sharers<lanes>(totals.weights);
+  if (call.entropy != nullptr) totals.entropy = sum_of_sharers<lanes>(totals.entropy);
   return totals;
 }
 
@@ -264,7 +276,8 @@ STEPPO_DEVICE void take_apart(const PolicyArrays<T>& call, const Step& step,
 }
 
 // Adds a step to the sums of its lanes, which lie in shared memory, and writes the gradients of its
-// tokens. All lanes of a warp call it together, with a step or an empty one. Returns log rho.
+// tokens. All lanes of a warp call it together, with a step or an empty one; all threads of a block
+// that share one, with that. Returns log rho.
 // `by_token` is the ratio of single tokens.
 template <int lanes, bool by_token, class T, class Step>
 STEPPO_DEVICE double add_step(const PolicyArrays<T>& call, const Step& step,

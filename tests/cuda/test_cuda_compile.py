@@ -26,8 +26,8 @@ MOST_SHARED = 48 << 10
 # How long a plain policy loss is, as a part of the one that takes everything. On a mask advantages
 # may differ within a step all the same.
 MOST_OF_GENERAL = {
-    r"policy_loss_masked_kernel<float": 0.7,
-    r"policy_loss_masked_kernel<double": 0.74,
+    r"policy_loss_masked_kernel<float": 0.62,
+    r"policy_loss_masked_kernel<double": 0.68,
     r"policy_loss_kernel<float, 1,": 0.63,
     r"policy_loss_kernel<float": 0.55,
     r"policy_loss_kernel<double": 0.58,
@@ -129,7 +129,7 @@ def test_a_plain_policy_loss_is_short(kernels: list[Kernel]) -> None:
     """What it leaves out is what it has a kernel of its own for."""
     size = {kernel.name: len(re.findall(r"/\*[0-9a-f]{4,}\*/", kernel.code)) for kernel in kernels}
     plain = [name for name in size if re.match(r"policy_loss(_masked)?_kernel<.*, 0>", name)]
-    assert len(plain) == 10
+    assert len(plain) == 12
     for name in plain:
         most = next(most for kernels, most in MOST_OF_GENERAL.items() if re.match(kernels, name))
         assert size[name] <= most * size[name.replace(", 0>", ", 1>")], name

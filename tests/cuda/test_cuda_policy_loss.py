@@ -149,10 +149,10 @@ def test_fp32(cuda, method):
 
 
 @pytest.mark.parametrize("tolerance", [1e-11, 3e-5], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("length", [1, 2, 4, 7, 8, 14, 15, 300])
+@pytest.mark.parametrize("length", [1, 2, 4, 7, 8, 14, 15, 300, 600])
 @pytest.mark.parametrize("method", ["geometric", "token", "centered"])
 def test_lanes_of_a_step(cuda, method, length, tolerance):
-    """How many lanes take a step depends on their mean length, here about twice `length`.
+    """How many lanes take a step, or a block, depends on their mean length, about twice `length`.
 
     One step is longer than what its lanes load together. A reference makes a call that is not a
     plain one.
@@ -235,6 +235,36 @@ def test_warps_share_the_runs_of_a_row(cuda, length, off):
             cuda.kernels.order(length + most_blocks, 2, most_blocks)
             found = policy_loss.policy_loss_masked(cuda, *given, length, config.kernel, True, False)
             check(found, exact, 1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_block_shares_long_steps_if_they_are_few(cuda, method):
+    """Of 1024 tokens on, and with shorter ones in the same chunks: on a mask and on a layout."""
+    mask = torch.zeros(4, 5000, dtype=torch.bool)
+    mask[0, :1023], mask[0, 1024:2048], mask[0, 2050:2060] = True, True, True
+    mask[1, 5:] = mask[2, 4000:] = mask[3] = True
+    generator = torch.Generator().manual_seed(8)
+    new, spread, reference, weights, entropy = (
+        torch.randn((5, mask.numel()), generator=generator, dtype=torch.float64) / 10
+    )
+    old, layout = torch.zeros_like(new), StepLayout.from_mask(mask)
+    clip = (0.3, 0.2) if method.ratio != "token" else None
+    config = method.config(kl_coef=0.1, entropy_coef=0.05, token_clip=clip)
+    steps = require_layout(layout).steps
+    for advantages, extra in ((spread, True), (spread, False), (torch.full_like(new, 0.7), True)):
+        other = reference if extra else None
+        given = new, entropy, old, advantages, other, weights if extra else None
+        if not extra:
+            given, config = (new, None, *given[2:]), StepPOConfig(clip_low=0.05, clip_high=0.05)
+        needs = True, extra
+        of_steps = [None, None, None, None, None, steps, config.kernel, True, extra, *needs]
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+            args = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in given]
+            args_of_mask = *args, None, None, mask.reshape(-1), 5000, config.kernel, *needs
+            exact = _REFERENCE_MASKED(*in_fp64(args_of_mask))
+            check(policy_loss.policy_loss_masked(cuda, *args_of_mask), exact, tolerance)
+            exact = _REFERENCE(*in_fp64(args), *of_steps)
+            check(policy_loss.policy_loss(cuda, *args, *of_steps), exact, tolerance)
 
 
 def test_a_mask_may_have_any_byte_but_0(cuda):

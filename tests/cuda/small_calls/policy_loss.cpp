@@ -48,8 +48,9 @@ void on_layout(Run& run, Ratio ratio, int num_steps, int longest) {
 }
 
 // Rows that are longer than what a warp looks through, and more of them than what the blocks take
-// before their warps share the steps.
-void on_mask(Run& run, Ratio ratio, std::int64_t rows = 40, std::int64_t length = 530) {
+// before their warps share the steps. A row is one long step, or has many.
+void on_mask(Run& run, Ratio ratio, std::int64_t rows = 40, std::int64_t length = 530,
+             bool is_long = false) {
   const std::int64_t count = rows * length;
   Tensors tensors(run, count, ratio);
   const auto advantages = run.numbers(count);
@@ -57,11 +58,14 @@ void on_mask(Run& run, Ratio ratio, std::int64_t rows = 40, std::int64_t length 
   tensors.call.advantages_per_token = true;
   tensors.config.reduction = kTrajectoryMean;
   const std::unique_ptr<bool[]> mask(new bool[count]);
-  for (std::int64_t i = 0; i < count; ++i) mask[i] = run.draw(20) < 10 + i / 9 % 10;
+  for (std::int64_t i = 0; i < count; ++i) {
+    mask[i] = is_long ? i % length != 0 : run.draw(20) < 10 + i / 9 % 10;
+  }
   cuda::policy_loss_masked(tensors.call, {mask.get(), count, length}, tensors.config, run.place());
 }
 
-// Steps take a warp, some lanes, or one.
+// Steps take a block, a warp, some lanes, or one.
+const Listed blocks("policy_loss_of_blocks", [](Run& run) { on_layout(run, kGeometric, 5, 4000); });
 const Listed geometric("policy_loss_of_long_steps",
                        [](Run& run) { on_layout(run, kGeometric, 70, 40); });
 const Listed centered("policy_loss_of_steps", [](Run& run) { on_layout(run, kCentered, 220, 8); });
@@ -72,6 +76,8 @@ const Listed masked_center("policy_loss_masked_centered",
 // Rows that a lane reads in some packs at once.
 const Listed masked_rows("policy_loss_masked_of_long_rows",
                          [](Run& run) { on_mask(run, kGeometric, 3, 5000); });
+const Listed masked_blocks("policy_loss_masked_of_blocks",
+                           [](Run& run) { on_mask(run, kGeometric, 7, 3000, true); });
 const Listed masked_token("policy_loss_masked_of_tokens", [](Run& run) { on_mask(run, kToken); });
 
 }  // namespace
