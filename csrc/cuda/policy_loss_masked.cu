@@ -7,12 +7,11 @@
 namespace steppo::cuda {
 namespace {
 
+constexpr int kWarps = kThreads / kWarp;
 // Words of a mask, a bit a token, that a warp loads together.
 constexpr int kWords = 6;
 // Tokens of a row that a warp looks through together.
 constexpr std::int64_t kChunk = kWords * kWarp;
-
-constexpr int kWarps = kThreads / kWarp;
 
 // The tokens of [begin, end) as words. The lanes of a warp load them together, and all get them.
 struct MaskWords {
@@ -124,7 +123,7 @@ STEPPO_DEVICE int runs_of_row(const Mask& masked, std::int64_t row_begin, int la
               const unsigned highest = ones >> (kMaskBits - 1);
               unsigned before = __shfl_up_sync(kAllLanes, highest, 1);
               if (lane == 0) before = last;
-              runs += __popc(ones & ~(ones << 1 | before));
+              runs += __popc(begins_of(ones, before));
               last = __shfl_sync(kAllLanes, highest, kWarp - 1);
               return true;
             });

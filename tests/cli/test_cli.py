@@ -182,7 +182,7 @@ if torch.cuda.is_available():
 
     @pytest.mark.gpu
     def test_validate_passes_on_a_gpu():
-        # Triton compiles each variant anew: all of them take an hour.
+        # Triton compiles each variant anew, and there is no time for all of them.
         found = run("validate", "--seed", "5", "--device", "cuda", "--seconds", "20")
         assert found.exit_code == 0, found.output
 
