@@ -58,7 +58,9 @@ class Several(NamedTuple):
         # That of the kernel is accurate too where it is close to 0.
         is_target = self.ids == self.target.unsqueeze(1)
         log_p = torch.where(is_target, of_target.unsqueeze(1).to(log_p.dtype), log_p)
-        return log_p.masked_fill(self.is_bad, torch.nan).to(of_target.dtype)
+        # A conversion to the dtype that is there already may not come last: compiled by torch 2.11,
+        # an output of an autograd function that is another name of a tensor has no gradient.
+        return log_p.to(of_target.dtype).masked_fill(self.is_bad, torch.nan)
 
     def of_rows(self, grad: Tensor) -> Tensor:
         """Return the upstream gradients ``[n]`` of rows with their target."""

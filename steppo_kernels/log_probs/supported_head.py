@@ -41,6 +41,7 @@ class _Kept(NamedTuple):
         held: the ids of their sets that this rank has, all of them without a shard.
         places: int64 ``[n]``, where in these each token has its own id, -1 if nowhere.
         chunk: rows of a product with the whole weight; None if rows of the weight are gathered.
+        sizes: the pairs of each of these chunks.
         sparse: whether the gradient of the weight has only the rows that are kept.
     """
 
@@ -48,6 +49,7 @@ class _Kept(NamedTuple):
     held: KeptSets
     places: Tensor
     chunk: int | None
+    sizes: list[int]
     sparse: bool
 
     def by_id(self, backend: str) -> tuple[Tensor, ...]:
@@ -78,9 +80,10 @@ def kept_log_probs(
     if head.shard is not None:
         held = held.within(head.shard.start, head.shard.size)
         places = held.places(token_ids - head.shard.start, rows.kept)
-    chunk = None
+    chunk, sizes = None, []
     if takes_products(head, rows) and not sparse_grad:
         chunk = check_chunk(chunk_tokens, len(rows.kept), head)
+        sizes = _pairs_of_chunks(held, rows, chunk)
     if head.weight.stride(1) != 1:
         head = head._replace(weight=head.weight.contiguous())
     if head.bias is not None:
@@ -91,7 +94,7 @@ def kept_log_probs(
         head.bias,
         head,
         temperature if isinstance(temperature, Tensor) else None,
-        _Kept(rows, held, places, chunk, sparse_grad),
+        _Kept(rows, held, places, chunk, sizes, sparse_grad),
         need_entropy,
     )
     return found
@@ -342,8 +345,9 @@ class _Backward:
         is_off = torch.autocast(hidden.device.type, enabled=False)
         shape = (min(chunk, len(at)), len(head.weight))
         with is_off, scratch(shape, hidden.dtype, hidden.device) as buffer:
-            for part in torch.arange(len(at), device=at.device).split(chunk):
-                dense, (row, pairs) = buffer[: len(part)].zero_(), _pairs(kept.held, at[part])
+            parts = torch.arange(len(at), device=at.device).split(chunk)
+            for part, size in zip(parts, kept.sizes, strict=True):
+                dense, (row, pairs) = buffer[: len(part)].zero_(), _pairs(kept.held, at[part], size)
                 dense[row, kept.held.sets.ids[pairs].long()] = grad_logits[pairs]
                 gradients.add(
                     dense, hidden[at[part]], at[part], None if units is None else units[part]
@@ -401,21 +405,28 @@ def _multiply_all(head: Head, hidden: Tensor, kept: _Kept, logits: Tensor) -> No
     chunk, at = kept.chunk, kept.rows.kept
     assert chunk is not None
     with head.buffer(min(chunk, len(at))) as buffer:
-        for part in at.split(chunk):
+        for part, size in zip(at.split(chunk), kept.sizes, strict=True):
             dense = buffer[: len(part), : len(head.weight)]
             if len(head.weight):
                 operators.call(
                     "head_logits", head.backend, dense, hidden[part], head.weight, head.bias
                 )
-            row, pairs = _pairs(kept.held, part)
+            row, pairs = _pairs(kept.held, part, size)
             logits[pairs] = dense[row, kept.held.sets.ids[pairs].long()].to(logits.dtype)
 
 
-def _pairs(held: KeptSets, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the pairs of some tokens, and which of the tokens each belongs to."""
+def _pairs_of_chunks(held: KeptSets, rows: KeptRows, chunk: int) -> list[int]:
+    """Return how many pairs each chunk of tokens has. A GPU is waited for once, or not at all."""
+    if rows.covers_all and len(rows.kept) <= chunk:
+        return [held.num_pairs]
+    return torch.stack([held.counts[part].sum() for part in rows.kept.split(chunk)]).tolist()
+
+
+def _pairs(held: KeptSets, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the pairs of some tokens, `size` of them, and which of the tokens each belongs to."""
     counts = held.counts[tokens]
     every = torch.arange(len(tokens), device=tokens.device)
-    row = torch.repeat_interleave(every, counts)
+    row = torch.repeat_interleave(every, counts, output_size=size)
     place = torch.arange(len(row), device=tokens.device) - (counts.cumsum(0) - counts)[row]
     return row, held.sets.offsets[tokens][row] + place
 

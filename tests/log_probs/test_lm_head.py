@@ -209,7 +209,12 @@ _PRODUCTS = [(1, 2, 1), (5, 3, 7), (13, 34, 130), (7, 1100, 65), (510, 66, 70), 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", _PRODUCTS, ids=str)
 def test_sizes_of_head_logits(kernel, shape, dtype):
-    """Halves on the CPU are summed and kept in fp32: not worse than twice an fp32 product."""
+    """Halves are summed and kept in fp32: not worse than twice an fp32 product on a CPU.
+
+    The tensor cores of a GPU cut off what is below the last bit of the largest of the numbers that
+    they add, where a CPU rounds: up to 7.5 times were seen.
+    """
+    is_cut = kernel.device != "cpu" and dtype.itemsize == 2
     rows, size, vocabulary = shape
     generator = torch.Generator().manual_seed(size)
 
@@ -230,7 +235,8 @@ def test_sizes_of_head_logits(kernel, shape, dtype):
                 0.0 if some_bias is None else inputs[2].to(made)
             )
             # One rounding of the largest sum is nobody's error.
-            allowed = 2 * Error.between(plain, exact).largest + 4 * torch.finfo(made).eps
+            worse = 16 if is_cut else 2
+            allowed = worse * Error.between(plain, exact).largest + 4 * torch.finfo(made).eps
             assert Error.between(logits, exact).largest <= allowed
 
 

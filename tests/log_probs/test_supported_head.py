@@ -412,8 +412,11 @@ def test_nothing_of_the_size_of_all_logits_is_made(kernel):
     assert max(seen) < 4001
 
 
-def test_the_host_waits_no_more_than_without_sets(kernel):
-    """For the number of rows, and for one more where masked tokens have no set."""
+def test_the_host_waits_no_more_than_without_sets(kernel, taken):
+    """For the number of rows, and for one more where masked tokens have no set.
+
+    For products, their pairs are then read in one copy beside, which is not seen here.
+    """
     case = head_case(2, vocabulary=26).to(torch.float32, kernel.device)
     kept = kept_of("random", head_case(2, vocabulary=26))
     counts = []
@@ -434,8 +437,8 @@ def test_the_host_waits_no_more_than_without_sets(kernel):
             )
             output.loss.backward()
         counts.append(counter.count)
-    # A CPU looks whether ids are in their sets, and how many ids there are.
-    looks = 4 if kernel.device == "cpu" else 0
+    # With tensors of a CPU there are looks whether ids are in their sets, and how many there are.
+    looks = 2 if kernel.device == "cpu" and kernel.backend != "cpu" else 0
     assert counts[1] <= counts[0] + looks
     assert counts[2] <= counts[0] + looks + 1
 
