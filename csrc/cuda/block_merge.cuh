@@ -59,62 +59,98 @@ struct Added {
   STEPPO_DEVICE double of(double a, double b) { return a + b; }
 };
 
-// How the fields of sums join: calls body(join) with that of a field.
+// How the fields of sums join: `with` calls body(join) with how two neighbouring fields do, `first`
+// and the one behind it. What joins is `turned`.
 struct AllAdded {
   template <class F>
   STEPPO_DEVICE auto with(int, F&& body) {
     return body(Added{});
   }
+
+  STEPPO_DEVICE double turned(int, double number) { return number; }
 };
 
-// What `count` numbers join to, no more than `most` a lane. The lanes of a warp load them together,
-// and all of them get it.
-template <int most, class Join, class Number>
-STEPPO_DEVICE double joined_by_warp(Join, int count, Number&& number_of) {
-  const int lane = threadIdx.x % kWarp;
-  double numbers[most];
+// Numbers that a lane loads before it joins them: there are registers for so many.
+constexpr int kNumbersTogether = 16;
+
+// What `count` numbers that are `apart` join to. `lanes` neighbouring lanes load them together, and
+// all of these get it. `turned` makes of a number what joins.
+template <int lanes, class Join, class Turned>
+STEPPO_DEVICE double joined_by_lanes(Join, const double* numbers, int apart, int count,
+                                     Turned&& turned) {
+  double joined = Join::kNone;
+#pragma unroll 1
+  for (int i = threadIdx.x % lanes; i < count; i += kNumbersTogether * lanes) {
+    double own[kNumbersTogether];
+    const double* at = numbers + i * apart;
 #pragma unroll
-  for (int k = 0; k < most; ++k) {
-    const int at = lane + k * kWarp;
-    numbers[k] = at < count ? number_of(at) : Join::kNone;
-  }
-#pragma unroll
-  for (int apart = 1; apart < most; apart *= 2) {
-#pragma unroll
-    for (int k = 0; k + apart < most; k += 2 * apart) {
-      numbers[k] = Join::of(numbers[k], numbers[k + apart]);
+    for (int k = 0; k < kNumbersTogether; ++k) {
+      own[k] = i + k * lanes < count ? turned(*at) : Join::kNone;
+      at += lanes * apart;
     }
+#pragma unroll
+    for (int with = 1; with < kNumbersTogether; with *= 2) {
+#pragma unroll
+      for (int k = 0; k + with < kNumbersTogether; k += 2 * with) {
+        own[k] = Join::of(own[k], own[k + with]);
+      }
+    }
+    joined = Join::of(joined, own[0]);
   }
 #pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
-    numbers[0] = Join::of(numbers[0], __shfl_xor_sync(kAllLanes, numbers[0], apart));
+  for (int with = lanes / 2; with > 0; with /= 2) {
+    joined = Join::of(joined, __shfl_xor_sync(kAllLanes, joined, with));
   }
-  return numbers[0];
+  return joined;
 }
 
-// Merges sums of which `number_of(field, k)` is a field of the k-th, of `count` and at most `most`,
-// into the slot of thread 0. All threads of a block call it, and can read that after a barrier.
-template <int threads, int most, class S, class Joins, class Number>
-STEPPO_DEVICE void merge_fields(int count, Number&& number_of) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int field = warp; field < kFieldsOf<S>; field += threads / kWarp) {
-    const double joined = Joins::with(field, [&](auto join) {
-      return joined_by_warp<most / kWarp>(join, count, [&](int k) { return number_of(field, k); });
+// Lanes that merge a field. A warp takes two fields at once where it would take them after each
+// other: what lanes wait for is longer than what they do.
+template <int threads, class S>
+constexpr int kLanesOfField = kFieldsOf<S> * kWarp <= threads ? kWarp : kWarp / 2;
+
+// Sums that lie in memory: field f of the k-th of `count` is at[f * of_field + k * of_sum].
+struct SumsAt {
+  const double* at;
+  int of_field, of_sum, count;
+};
+
+// Merges sums into the slot of thread 0. All threads of a block call it, and can read that after a
+// barrier.
+template <int threads, class S, class Joins>
+STEPPO_DEVICE void merge_fields(const SumsAt& sums) {
+  constexpr int kLanes = kLanesOfField<threads, S>, kOfWarp = kWarp / kLanes;
+  const int own = threadIdx.x % kWarp / kLanes, lane = threadIdx.x % kLanes;
+  // Lanes meet in joins, and go through the loop together.
+  for (int first = threadIdx.x / kWarp * kOfWarp; first < kFieldsOf<S>; first += threads / kLanes) {
+    const int field = first + own;
+    const int count = field < kFieldsOf<S> ? sums.count : 0;
+    const double* const numbers = sums.at + field * sums.of_field;
+    const double joined = Joins::with(first, [&](auto join) {
+      return joined_by_lanes<kLanes>(join, numbers, sums.of_sum, count,
+                                     [&](double number) { return Joins::turned(field, number); });
     });
-    if (lane == 0) slots_of_block<threads, S>()[0].numbers[field] = joined;
+    if (count > 0 && lane == 0) {
+      slots_of_block<threads, S>()[0].numbers[field] = Joins::turned(field, joined);
+    }
   }
+}
+
+// Those of the threads of a block.
+template <int threads, class S>
+STEPPO_DEVICE SumsAt sums_of_threads() {
+  const Slot<S>* const slots = slots_of_block<threads, S>();
+  return {slots[0].numbers, 1, static_cast<int>(sizeof(Slot<S>) / sizeof(double)), threads};
 }
 
 // The sum of a block: merges those of its threads, each of which calls this and `sum_of_thread`
 // before. It lies where the sum of thread 0 was; a barrier has to come before that begins anew.
-template <int threads, class S, class Joins = AllAdded>
+template <int threads, class S>
 STEPPO_DEVICE const S& merged_over_block() {
-  Slot<S>* const slots = slots_of_block<threads, S>();
   __syncthreads();
-  merge_fields<threads, threads, S, Joins>(
-      threads, [&](int field, int thread) { return slots[thread].numbers[field]; });
+  merge_fields<threads, S, AllAdded>(sums_of_threads<threads, S>());
   __syncthreads();
-  return sum_in(slots[0]);
+  return sum_in(slots_of_block<threads, S>()[0]);
 }
 
 }  // namespace steppo::cuda

@@ -26,22 +26,26 @@ STEPPO_DEVICE const S* merged_over_grid(Workspace* workspace) {
   constexpr int kMost = Workspace::kParts, kFields = kFieldsOf<S>;
   static_assert(kFields <= Workspace::kFields, "a part has no room for it");
   static_assert(kFields <= kWarp, "a warp leaves it");
-  // Those who merge load the same field of neighbouring blocks together.
-  const auto place_of = [&](int field, int block) {
-    return workspace->partials + field * kMost + block;
-  };
-  const S& whole = merged_over_block<threads, S, Joins>();
   const int thread = threadIdx.x;
-  if (thread < kFields) {
-    *place_of(thread, blockIdx.x) = slots_of_block<threads, S>()[0].numbers[thread];
-  }
-  // Thread 0 tells others what its warp wrote.
-  if (thread < kWarp) __syncwarp();
-  if (!is_last_block(&workspace->counters[0], gridDim.x)) return nullptr;
-  merge_fields<threads, kMost, S, Joins>(
-      static_cast<int>(gridDim.x), [&](int field, int block) { return *place_of(field, block); });
+  const Slot<S>* const slots = slots_of_block<threads, S>();
+  SumsAt sums = sums_of_threads<threads, S>();
   __syncthreads();
-  return &whole;
+  // The threads of a block first, and the blocks then, by the same instructions: new ones would be
+  // waited for while nothing else runs.
+#pragma unroll 1
+  for (bool is_of_grid = false;; is_of_grid = true) {
+    merge_fields<threads, S, Joins>(sums);
+    __syncthreads();
+    if (is_of_grid) return &sum_in(slots_of_block<threads, S>()[0]);
+    // Those who merge load the same field of neighbouring blocks together.
+    if (thread < kFields) {
+      workspace->partials[thread * kMost + blockIdx.x] = slots[0].numbers[thread];
+    }
+    // Thread 0 tells others what its warp wrote.
+    if (thread < kWarp) __syncwarp();
+    if (!is_last_block(&workspace->counters[0], gridDim.x)) return nullptr;
+    sums = {workspace->partials, kMost, 1, static_cast<int>(gridDim.x)};
+  }
 }
 
 }  // namespace steppo::cuda

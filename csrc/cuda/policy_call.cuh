@@ -63,28 +63,27 @@ struct CallSums {
   double trajectories = 0;
 };
 
-// How their fields join, by number, as in `merge` of those sums.
+// How their fields join, by number, as in `merge` of those sums. Neighbouring fields join alike:
+// the greatest ratio is the least of the negative ones.
 struct CallJoins {
   struct Least {
     static constexpr double kNone = std::numeric_limits<double>::infinity();
 
     STEPPO_DEVICE double of(double a, double b) { return lesser(a, b); }
   };
-  struct Greatest {
-    static constexpr double kNone = -std::numeric_limits<double>::infinity();
-
-    STEPPO_DEVICE double of(double a, double b) { return greater(a, b); }
-  };
 
   static_assert(offsetof(CallSums, sums) == 0, "fields have the numbers of those of `sums`");
   static constexpr int kRatioMin = offsetof(PolicySums, ratio_min) / sizeof(double);
   static constexpr int kRatioMax = offsetof(PolicySums, ratio_max) / sizeof(double);
+  static_assert(kRatioMin % 2 == 0 && kRatioMax == kRatioMin + 1, "two lanes of a warp join them");
 
   template <class F>
-  STEPPO_DEVICE double with(int field, F&& body) {
-    return field == kRatioMin   ? body(Least{})
-           : field == kRatioMax ? body(Greatest{})
-                                : body(Added{});
+  STEPPO_DEVICE double with(int first, F&& body) {
+    return first / 2 == kRatioMin / 2 ? body(Least{}) : body(Added{});
+  }
+
+  STEPPO_DEVICE double turned(int field, double number) {
+    return field == kRatioMax ? -number : number;
   }
 };
 

@@ -42,9 +42,10 @@ STEPPO_DEVICE Ids ids_from(const Steps& steps, std::int64_t t, bool wide) {
   return ids;
 }
 
-// Zeroes the gradients of tokens that are no action's. Neighbouring threads have neighbours.
-template <class T>
-STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps) {
+// Zeroes the gradients of tokens that are no action's. Neighbouring threads have neighbours. While
+// it waits for the first ids, it calls `meanwhile`.
+template <class T, class Meanwhile>
+STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps, Meanwhile&& meanwhile) {
   if (call.grad_log_probs == nullptr && call.grad_entropy == nullptr) return;
   const bool wide = is_wide(steps.step_ids);
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * kIds;
@@ -53,6 +54,7 @@ STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps) {
     Ids ids[kPacks];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) ids[p] = ids_from(steps, first + p * stride, wide);
+    meanwhile();
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const std::int64_t t = first + p * stride;
@@ -107,7 +109,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
   std::int64_t first = std::int64_t{blockIdx.x} * kGroups;
   // It is under way while gradients are zeroed, and the next one while a step is added.
   StepHead<T> next = head_of(call, steps, counts, first + group);
-  clear(call, steps);
+  clear(call, steps, [&] {
+    // The tokens of the first step are on their way then.
+    const std::int64_t at = lane * (kBytesOfLine / sizeof(T));
+    if (next.start >= 0 && at < next.length) prefetch_token(call, next.start + at);
+  });
   const double center = center_of(tensors, config, workspace);
   // Lanes meet in sums, and go through the loop together.
   for (; first < steps.num_steps; first += stride) {

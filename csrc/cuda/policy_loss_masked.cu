@@ -1,5 +1,8 @@
 // The policy loss on a mask whose runs of ones are the steps. See losses/policy_loss.py and
 // backends/operators.py of the package.
+#include <limits>
+#include <stdexcept>
+
 #include "masks.cuh"
 #include "policy_call.cuh"
 #include "scan.cuh"
@@ -8,27 +11,30 @@ namespace steppo::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / kWarp;
-// Words of a mask, a bit a token, that a warp loads together.
-constexpr int kWords = 6;
+// Words of a mask, a bit a token, that a warp loads together: those of its tokens, and some behind
+// these, in which the last of its steps may end.
+constexpr int kWords = 6, kWordsBehind = 2;
 // Tokens of a row that a warp looks through together.
 constexpr std::int64_t kChunk = kWords * kWarp;
 
 // The tokens of [begin, end) as words. The lanes of a warp load them together, and all get them.
+template <int count>
 struct MaskWords {
-  unsigned at[kWords];
+  unsigned at[count];
 };
 
-STEPPO_DEVICE MaskWords words_of(const Mask& masked, std::int64_t begin, std::int64_t end,
-                                 int lane) {
-  bool is_one[kWords];
+template <int count>
+STEPPO_DEVICE MaskWords<count> words_of(const Mask& masked, std::int64_t begin, std::int64_t end,
+                                        int lane) {
+  bool is_one[count];
 #pragma unroll
-  for (int k = 0; k < kWords; ++k) {
+  for (int k = 0; k < count; ++k) {
     const std::int64_t t = begin + k * kWarp + lane;
     is_one[k] = t < end && is_set(masked.mask, t);
   }
-  MaskWords words;
+  MaskWords<count> words;
 #pragma unroll
-  for (int k = 0; k < kWords; ++k) words.at[k] = __ballot_sync(kAllLanes, is_one[k]);
+  for (int k = 0; k < count; ++k) words.at[k] = __ballot_sync(kAllLanes, is_one[k]);
   return words;
 }
 
@@ -102,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const std::int64_t row = chunk / chunks_of_row, row_begin = row * masked.row_length;
     const std::int64_t begin = row_begin + chunk % chunks_of_row * kChunk;
     const std::int64_t row_end = row_begin + masked.row_length;
-    const MaskWords words = words_of(masked, begin, row_end, lane);
+    const MaskWords words = words_of<kWords>(masked, begin, row_end, lane);
     unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
     int runs = 0;
 #pragma unroll
@@ -157,12 +163,13 @@ constexpr int kFewSteps = kWarps / 2;
 
 // A chunk in which steps begin.
 struct Chunk {
-  std::int64_t begin, row_end;
-  unsigned ones[kWords];
-  // Of steps that begin in it, and of those of its row, if that is asked for.
-  int num_steps, steps_of_row;
-  // Tokens of the chunk where steps begin, in order.
-  std::uint8_t steps[kChunk / 2];
+  // Its first token, and the one at which its last step ends if that is not in the chunk.
+  std::int64_t begin, last_end;
+  // Of steps that begin in it, of these that end in it, and of those of its row, if that is asked
+  // for.
+  int num_steps, num_ends, steps_of_row;
+  // Tokens of the chunk where its steps begin and end, in order.
+  std::uint8_t begins[kChunk / 2], ends[kChunk / 2];
 };
 static_assert(kChunk <= 256, "a byte holds a token");
 
@@ -170,58 +177,65 @@ struct Chunks {
   Chunk at[kPlacesOfBlock];
 };
 
+// Lists the tokens of word k that are `marked`, as numbers from `count` on; those below 0 are left
+// out. Returns the number of the next one.
+STEPPO_DEVICE int list(std::uint8_t* tokens, int count, unsigned marked, int k, int lane) {
+  const int number = count + __popc(marked & ((1u << lane) - 1));
+  if ((marked >> lane & 1u) != 0 && number >= 0) {
+    tokens[number] = static_cast<std::uint8_t>(k * kWarp + lane);
+  }
+  return count + __popc(marked);
+}
+
 // Zeroes the gradients of tokens of a chunk that are no action's, and fills `chunk` if steps begin
 // in it. Returns how many do.
 template <class T>
 STEPPO_DEVICE int fill(Chunk& chunk, const PolicyArrays<T>& call, const Mask& masked,
                        std::int64_t row_begin, std::int64_t begin, int lane) {
   const std::int64_t row_end = row_begin + masked.row_length;
-  const std::int64_t end = begin + kChunk < row_end ? begin + kChunk : row_end;
   unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
-  const MaskWords words = words_of(masked, begin, end, lane);
-  int num_steps = 0;
+  const MaskWords words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
+  // A step that began before ends before all of these do.
+  int num_steps = 0, num_ends = -static_cast<int>(last);
 #pragma unroll
   for (int k = 0; k < kWords; ++k) {
-    const unsigned ones = words.at[k], begins = begins_of(ones, last);
-    if (lane == k) {
-      chunk.ones[k] = ones;
-      // Its steps wait less for what is on its way.
-      if (ones != 0) prefetch_token(call, begin + k * kWarp);
-    }
-    if ((begins >> lane & 1u) != 0) {
-      const int before = __popc(begins & ((1u << lane) - 1));
-      chunk.steps[num_steps + before] = static_cast<std::uint8_t>(k * kWarp + lane);
-    }
-    num_steps += __popc(begins);
+    const unsigned ones = words.at[k], before = ones << 1 | last;
+    last = ones >> (kWarp - 1);
+    // Its steps wait less for what is on its way.
+    if (lane == k && ones != 0) prefetch_token(call, begin + k * kWarp);
+    num_steps = list(chunk.begins, num_steps, ones & ~before, k, lane);
+    num_ends = list(chunk.ends, num_ends, ~ones & before, k, lane);
     const std::int64_t t = begin + k * kWarp + lane;
-    if (t >= end || (ones >> lane & 1u) != 0) continue;
+    if (t >= row_end || (ones >> lane & 1u) != 0) continue;
     if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = T(0);
     if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
   }
+  if (num_steps == 0) return 0;
+  std::int64_t last_end = 0;
+  if (num_ends < num_steps) {
+    int behind = 0;
+#pragma unroll
+    for (int k = kWordsBehind - 1; k >= 0; --k) {
+      const unsigned zeros = ~words.at[kWords + k];
+      behind = zeros == 0 ? behind + kWarp : __ffs(static_cast<int>(zeros)) - 1;
+    }
+    last_end = begin + kChunk + behind;
+    if (behind == kWordsBehind * kWarp) last_end = end_of_run(masked, last_end, row_end, lane);
+  }
   if (lane == 0) {
     chunk.begin = begin;
-    chunk.row_end = row_end;
+    chunk.last_end = last_end;
     chunk.num_steps = num_steps;
+    chunk.num_ends = num_ends;
   }
   return num_steps;
 }
 
-// The k-th step of a chunk.
-STEPPO_DEVICE PolicyRun step_of(const Chunk& chunk, const Mask& masked, int k, int lane) {
-  const int at = chunk.steps[k];
-  // Zeros from the step's begin on: lane k has those of word k. Behind the row's end there are only
-  // zeros.
-  const unsigned ones = lane < kWords ? chunk.ones[lane] : ~0u;
-  unsigned zeros = lane < at / kWarp ? 0u : ~ones;
-  if (lane == at / kWarp) zeros &= ~0u << at % kWarp;
-  const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
-  const std::int64_t first = chunk.begin + at;
-  if (in == 0) {
-    return {end_of_run(masked, chunk.begin + kChunk, chunk.row_end, lane) - first, first, lane};
-  }
-  const int where = __ffs(static_cast<int>(in)) - 1;
-  const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
-  return {where * kWarp + __ffs(static_cast<int>(bits)) - 1 - at, first, lane};
+// The k-th step of a chunk, for a lane of those that take it.
+STEPPO_DEVICE PolicyRun step_of(const Chunk& chunk, int k, int lane) {
+  const std::int64_t first = chunk.begin + chunk.begins[k];
+  const std::int64_t end = k < chunk.num_ends ? chunk.begin + chunk.ends[k] : chunk.last_end;
+  return {end - first, first, lane};
 }
 
 // Warps look through chunks of rows, and share the steps that they find: some chunks have many, and
@@ -230,8 +244,7 @@ template <class T, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
                               const PolicyConfig given, Workspace* workspace,
-                              std::int64_t chunks_of_row, std::int64_t num_chunks,
-                              int counted_rows) {
+                              unsigned chunks_of_row, unsigned num_chunks, int counted_rows) {
   PolicyArrays<T> call = arrays_of<T>(tensors);
   PolicyConfig config = given;
   if constexpr (form == kPlain) leave_out(call, config);
@@ -240,13 +253,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   CallSums& own = sum_of_thread<kThreads, CallSums>();
   STEPPO_SHARED(Chunks, chunks);
-  std::int64_t number = std::int64_t{blockIdx.x} * kWarps + warp;
+  unsigned number = blockIdx.x * kWarps + warp;
   do {
     int filled = 0;
-    for (; number < num_chunks && filled < kPlaces; number += std::int64_t{gridDim.x} * kWarps) {
-      const std::int64_t row = number / chunks_of_row, row_begin = row * masked.row_length;
+    for (; number < num_chunks && filled < kPlaces; number += gridDim.x * kWarps) {
+      const unsigned row = number / chunks_of_row;
+      const std::int64_t row_begin = row * masked.row_length;
       Chunk& chunk = chunks.at[filled * kWarps + warp];
-      const std::int64_t begin = row_begin + number % chunks_of_row * kChunk;
+      const std::int64_t begin = row_begin + (number - row * chunks_of_row) * kChunk;
       if (fill(chunk, call, masked, row_begin, begin, lane) == 0) continue;
       ++filled;
       if (!counts) continue;
@@ -268,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
       const int where = __ffs(static_cast<int>(__ballot_sync(kAllLanes, upto > s))) - 1;
       const Chunk& chunk = chunks.at[where];
       const int before = __shfl_sync(kAllLanes, upto - of_mine, where);
-      PolicyRun step = step_of(chunk, masked, s - before, lane);
+      PolicyRun step = step_of(chunk, s - before, lane);
       const bool is_shared = are_few && step.length >= kLongStep;
       if (!is_shared && s % kWarps != warp) continue;
       const double count = counts ? chunk.steps_of_row : 1.0;
@@ -301,6 +315,10 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     const std::int64_t rows = masked.row_length > 0 ? masked.num_tokens / masked.row_length : 0;
     const std::int64_t chunks_of_row = ceil_div(masked.row_length, kChunk);
     const std::int64_t chunks = rows * chunks_of_row;
+    // A division of 64 bits takes long. So many tokens have 400 GB of mask.
+    if (chunks > std::numeric_limits<std::int32_t>::max()) {
+      throw std::length_error("policy_loss_masked: the mask is too large");
+    }
     const int counted_rows = counts_before(config, masked, rows) ? static_cast<int>(rows) : 0;
     if (counted_rows > 0) {
       launch(listed<count_runs_of_rows_kernel>(), step_blocks_for(chunks * kWarp), kThreads, masked,
@@ -311,7 +329,7 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
            : form == kOfSteps ? listed<policy_loss_masked_kernel<T, kOfSteps>>()
                               : listed<policy_loss_masked_kernel<T, kOfTokens>>(),
            step_blocks_for(chunks * kWarp, form), kThreads, tensors, masked, config, workspace,
-           chunks_of_row, chunks, counted_rows);
+           static_cast<unsigned>(chunks_of_row), static_cast<unsigned>(chunks), counted_rows);
   });
 }
 

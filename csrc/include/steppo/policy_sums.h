@@ -2,6 +2,7 @@
 // device.
 #pragma once
 
+#include <cstddef>
 #include <limits>
 
 #include "steppo/step_math.h"
@@ -47,46 +48,25 @@ struct Quotient {
 };
 
 // What a metric is made of. `total` is the denominator of the loss, `count` what the reduction
-// counts unless a normalizer was given.
+// counts unless a normalizer was given. The metrics have the order of the fields but for one, which
+// is the sum of two. Lanes of a GPU that take a metric each go one way together.
 STEPPO_FN Quotient policy_metric(PolicyMetric metric, const PolicySums& sums, double total,
                                  double count) {
-  const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
+  static_assert(offsetof(PolicySums, clipped_low) == kClipFraction * sizeof(double) &&
+                    offsetof(PolicySums, tokens) == (kNumTokens - 1) * sizeof(double),
+                "metrics have the order of fields");
+  const double* const fields = reinterpret_cast<const double*>(&sums);
+  const int field = metric - (metric > kClipFraction);
+  double over = metric == kPolicyDenominator ? count : fields[field];
+  if (metric == kClipFraction) over += sums.clipped_high;
+  if (metric == kApproxKL) over = -over;
   // Without a step every ratio is 1.
-  const auto or_one = [&](double number) { return sums.steps == 0 ? 1.0 : number; };
-  switch (metric) {
-    case kPolicyLoss:
-      return {sums.policy, total};
-    case kKLLoss:
-      return {sums.kl, total};
-    case kEntropy:
-      return {sums.entropy, total};
-    case kRatioMean:
-      return {or_one(sums.ratio), steps};
-    case kRatioMin:
-      return {or_one(sums.ratio_min), 1.0};
-    case kRatioMax:
-      return {or_one(sums.ratio_max), 1.0};
-    case kClipFraction:
-      return {sums.clipped_low + sums.clipped_high, steps};
-    case kClipFractionLow:
-      return {sums.clipped_low, steps};
-    case kClipFractionHigh:
-      return {sums.clipped_high, steps};
-    case kTokenClipFraction:
-      return {sums.clipped_tokens, tokens};
-    case kApproxKL:
-      return {-sums.z, tokens};
-    case kApproxKLK3:
-      return {sums.k3, tokens};
-    case kDeadTokenFraction:
-      return {sums.dead, tokens};
-    case kNumSteps:
-      return {sums.steps, 1.0};
-    case kNumTokens:
-      return {sums.tokens, 1.0};
-    default:
-      return {count, 1.0};
-  }
+  if (sums.steps == 0 && metric >= kRatioMean && metric <= kRatioMax) over = 1.0;
+  const bool is_of_steps =
+      metric == kRatioMean || (metric >= kClipFraction && metric <= kClipFractionHigh);
+  const bool is_of_tokens = metric >= kTokenClipFraction && metric <= kDeadTokenFraction;
+  const double steps = sums.steps > 0 ? sums.steps : 1, tokens = sums.tokens > 0 ? sums.tokens : 1;
+  return {over, metric <= kEntropy ? total : is_of_steps ? steps : is_of_tokens ? tokens : 1.0};
 }
 
 // The loss, made of metrics.
