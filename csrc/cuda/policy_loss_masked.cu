@@ -163,29 +163,19 @@ constexpr int kFewSteps = kWarps / 2;
 
 // A chunk in which steps begin.
 struct Chunk {
-  // Its first token, and the one at which its last step ends if that is not in the chunk.
+  // Its first token, and the one at which its last step ends if that is behind it.
   std::int64_t begin, last_end;
-  // Of steps that begin in it, of these that end in it, and of those of its row, if that is asked
-  // for.
-  int num_steps, num_ends, steps_of_row;
-  // Tokens of the chunk where its steps begin and end, in order.
-  std::uint8_t begins[kChunk / 2], ends[kChunk / 2];
+  unsigned ones[kWords];
+  // Of steps that begin in it, and of those of its row, if that is asked for.
+  int num_steps, steps_of_row;
+  // Tokens of the chunk where steps begin, in order.
+  std::uint8_t steps[kChunk / 2];
 };
 static_assert(kChunk <= 256, "a byte holds a token");
 
 struct Chunks {
   Chunk at[kPlacesOfBlock];
 };
-
-// Lists the tokens of word k that are `marked`, as numbers from `count` on; those below 0 are left
-// out. Returns the number of the next one.
-STEPPO_DEVICE int list(std::uint8_t* tokens, int count, unsigned marked, int k, int lane) {
-  const int number = count + __popc(marked & ((1u << lane) - 1));
-  if ((marked >> lane & 1u) != 0 && number >= 0) {
-    tokens[number] = static_cast<std::uint8_t>(k * kWarp + lane);
-  }
-  return count + __popc(marked);
-}
 
 // Zeroes the gradients of tokens of a chunk that are no action's, and fills `chunk` if steps begin
 // in it. Returns how many do.
@@ -194,48 +184,61 @@ STEPPO_DEVICE int fill(Chunk& chunk, const PolicyArrays<T>& call, const Mask& ma
                        std::int64_t row_begin, std::int64_t begin, int lane) {
   const std::int64_t row_end = row_begin + masked.row_length;
   unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
-  const MaskWords words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
-  // A step that began before ends before all of these do.
-  int num_steps = 0, num_ends = -static_cast<int>(last);
+  const auto words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
+  int num_steps = 0;
 #pragma unroll
   for (int k = 0; k < kWords; ++k) {
-    const unsigned ones = words.at[k], before = ones << 1 | last;
-    last = ones >> (kWarp - 1);
-    // Its steps wait less for what is on its way.
-    if (lane == k && ones != 0) prefetch_token(call, begin + k * kWarp);
-    num_steps = list(chunk.begins, num_steps, ones & ~before, k, lane);
-    num_ends = list(chunk.ends, num_ends, ~ones & before, k, lane);
+    const unsigned ones = words.at[k], begins = begins_of(ones, last);
+    if (lane == k) {
+      chunk.ones[k] = ones;
+      // Its steps wait less for what is on its way.
+      if (ones != 0) prefetch_token(call, begin + k * kWarp);
+    }
+    if ((begins >> lane & 1u) != 0) {
+      const int before = __popc(begins & ((1u << lane) - 1));
+      chunk.steps[num_steps + before] = static_cast<std::uint8_t>(k * kWarp + lane);
+    }
+    num_steps += __popc(begins);
     const std::int64_t t = begin + k * kWarp + lane;
     if (t >= row_end || (ones >> lane & 1u) != 0) continue;
     if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = T(0);
     if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
   }
   if (num_steps == 0) return 0;
-  std::int64_t last_end = 0;
-  if (num_ends < num_steps) {
+  std::int64_t last_end = begin + kChunk;
+  if (last != 0) {
+    // It mostly ends in the words behind.
     int behind = 0;
 #pragma unroll
     for (int k = kWordsBehind - 1; k >= 0; --k) {
       const unsigned zeros = ~words.at[kWords + k];
       behind = zeros == 0 ? behind + kWarp : __ffs(static_cast<int>(zeros)) - 1;
     }
-    last_end = begin + kChunk + behind;
+    last_end += behind;
     if (behind == kWordsBehind * kWarp) last_end = end_of_run(masked, last_end, row_end, lane);
   }
   if (lane == 0) {
     chunk.begin = begin;
     chunk.last_end = last_end;
     chunk.num_steps = num_steps;
-    chunk.num_ends = num_ends;
   }
   return num_steps;
 }
 
-// The k-th step of a chunk, for a lane of those that take it.
+// The k-th step of a chunk.
 STEPPO_DEVICE PolicyRun step_of(const Chunk& chunk, int k, int lane) {
-  const std::int64_t first = chunk.begin + chunk.begins[k];
-  const std::int64_t end = k < chunk.num_ends ? chunk.begin + chunk.ends[k] : chunk.last_end;
-  return {end - first, first, lane};
+  const int at = chunk.steps[k];
+  // Zeros from the step's begin on: lane k has those of word k. Behind the row's end there are only
+  // zeros.
+  const unsigned ones = lane < kWords ? chunk.ones[lane] : ~0u;
+  unsigned zeros = lane < at / kWarp ? 0u : ~ones;
+  if (lane == at / kWarp) zeros &= ~0u << at % kWarp;
+  const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
+  const std::int64_t first = chunk.begin + at;
+  if (in == 0) return {chunk.last_end - first, first, lane};
+  const int where = __ffs(static_cast<int>(in)) - 1;
+  const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
+  return {where * kWarp + __ffs(static_cast<int>(bits)) - 1 - at, first, lane};
 }
 
 // Warps look through chunks of rows, and share the steps that they find: some chunks have many, and
