@@ -34,25 +34,38 @@ STEPPO_DEVICE TrajectoryRange range_of(const Timeline& line, std::int64_t trajec
   return {line.trajectory_offsets[trajectory], line.trajectory_offsets[trajectory + 1]};
 }
 
-// The spread of those of a thread's numbers that `has(k)` names, `count` of them, one of which is
-// `near`. Equal ones have none, to the last bit.
-template <class T, int most, class Has>
-STEPPO_DEVICE Spread spread_of_tile(const T (&numbers)[most], int count, T near, Has&& has) {
-  if (count <= 0) return {0, 0, 0};
-  const double first = static_cast<double>(near);
-  double apart = 0, squares = 0;
+// The spread of a thread's numbers, by their distances from one of them, which
+// bounds what is lost where the squares are made those about the mean: `squares` is no more than
+// count + 1 times what is left. Equal numbers have none, to the last bit.
+struct OwnSpread {
+  double first, sum, squares;
+  int count;
+
+  // Takes those of some numbers that `has(k)` names.
+  template <class T, int most, class Has>
+  STEPPO_MEMBER void take(const T (&numbers)[most], Has&& has) {
+    if (count == 0) {
 #pragma unroll
-  for (int k = 0; k < most; ++k) {
-    if (has(k)) apart += static_cast<double>(numbers[k]) - first;
-  }
-  const double mean = first + apart / count;
+      for (int k = 0; k < most; ++k) {
+        if (has(k)) first = static_cast<double>(numbers[k]);
+      }
+    }
 #pragma unroll
-  for (int k = 0; k < most; ++k) {
-    const double own = static_cast<double>(numbers[k]) - mean;
-    if (has(k)) squares += own * own;
+    for (int k = 0; k < most; ++k) {
+      if (!has(k)) continue;
+      const double apart = static_cast<double>(numbers[k]) - first;
+      sum += apart;
+      squares += apart * apart;
+      ++count;
+    }
   }
-  return {static_cast<double>(count), mean, squares};
-}
+
+  STEPPO_MEMBER Spread whole() const {
+    if (count == 0) return {0, 0, 0};
+    const double mean = sum / count;
+    return {static_cast<double>(count), first + mean, squares - sum * mean};
+  }
+};
 
 // Whitens the members first, first + stride, ...
 template <int together, class T>
