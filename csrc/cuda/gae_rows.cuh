@@ -17,15 +17,16 @@
 namespace steppo::cuda {
 
 // X -> sum + factor X.
-struct Affine {
+struct alignas(16) Affine {
   double factor, sum;
 };
 
 STEPPO_DEVICE double image_of(const Affine& map, double x) { return map.sum + map.factor * x; }
 
-// `map` after `before`; `least` is that of the factors.
-STEPPO_DEVICE Affine after(const Affine& map, const Affine& before, double least) {
-  return {times(map.factor, before.factor, least), image_of(map, before.sum)};
+// Makes `map` what it is after `before`; `least` is that of the factors.
+STEPPO_DEVICE void put_before(const Affine& before, Affine& map, double least) {
+  map.sum = image_of(map, before.sum);
+  map.factor = times(map.factor, before.factor, least);
 }
 
 // A row of tokens.
@@ -128,13 +129,23 @@ struct RowTokens {
     }
   }
 
-  // Gives the tokens that begin steps the values of these.
+  // Gives the tokens that begin steps, or all of them, the values of these.
+  template <bool is_every>
   STEPPO_MEMBER void take_values(unsigned begins, const T* of_steps) {
+    if (is_every && is_wide(of_steps + ids[0])) {
+      load_wide(of_steps + ids[0], values);
+      return;
+    }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      if ((begins >> k & 1u) != 0) values[k] = of_steps[ids[k]];
+      if (is_every || (begins >> k & 1u) != 0) values[k] = of_steps[ids[k]];
     }
   }
+};
+
+// gamma lam, its power over the tokens of a thread that each begin a step, and what `times` adds.
+struct Powers {
+  double decay, of_thread, least;
 };
 
 // What the steps have that begin in the tokens of a thread. Where each token begins one, as
@@ -153,22 +164,25 @@ struct RowSteps {
     return is_every || (begins >> k & 1u) != 0;
   }
 
-  // Returns what the tokens make of what they get from behind.
+  // Returns what the tokens make of what they get from behind. `powers` are those of decay.
   template <bool is_every>
-  STEPPO_MEMBER Affine take(const RowTokens<T>& tokens, double gamma, double decay, double least) {
-    Affine map{1, 0};
+  STEPPO_MEMBER Affine take(const RowTokens<T>& tokens, double gamma, const Powers& powers) {
+    Affine map{is_every ? powers.of_thread : 1, 0};
     double rewards = 0, next = 0;
 #pragma unroll
     for (int k = kCount - 1; k >= 0; --k) {
-      rewards += static_cast<double>(tokens.rewards[k]);
+      const double own = static_cast<double>(tokens.rewards[k]);
+      rewards = is_every ? own : rewards + own;
       if (!has<is_every>(k)) continue;
+      const bool is_latest = is_every && k == kCount - 1;
       value[k] = static_cast<double>(tokens.values[k]);
-      delta[k] = gamma * next + (rewards - value[k]);
-      map = {times(map.factor, decay, least), delta[k] + decay * map.sum};
+      delta[k] = is_latest ? rewards - value[k] : gamma * next + (rewards - value[k]);
+      map.sum = is_latest ? delta[k] : delta[k] + powers.decay * map.sum;
+      if (!is_every) map.factor = times(map.factor, powers.decay, powers.least);
       next = value[k];
       rewards = 0;
     }
-    map.sum = gamma * next + rewards + decay * map.sum;
+    map.sum = (is_every ? gamma * next : gamma * next + rewards) + powers.decay * map.sum;
     return map;
   }
 
@@ -275,22 +289,26 @@ struct RowResults {
       const unsigned count =
           is_every ? kWarp * kCount
                    : __shfl_sync(kAllLanes, end, __ffs(static_cast<int>(with_some)) - 1) - first;
+      const unsigned own_place = (kWarp - 1 - lane) * (kCount + 1);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         if (!is_every && (begins >> k & 1u) == 0) continue;
-        const unsigned place =
-            place_of(is_every ? (kWarp - 1 - lane) * kCount + k : tokens.ids[k] - first);
+        const unsigned place = is_every ? own_place + k : place_of(tokens.ids[k] - first);
         room.advantages[place] = advantage[k];
         room.returns[place] = value_return[k];
       }
       // A barrier of the next tile lies before it writes to what is read here.
       __syncwarp();
+      const T *const from_advantages = room.advantages + place_of(lane), *const from_returns =
+                                                                             room.returns +
+                                                                             place_of(lane);
+      advantages += first + std::int64_t{lane};
+      returns += first + std::int64_t{lane};
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        const unsigned number = k * kWarp + lane;
-        if (number >= count) continue;
-        advantages[first + number] = room.advantages[place_of(number)];
-        returns[first + number] = room.returns[place_of(number)];
+        if (k * kWarp + lane >= count) continue;
+        advantages[k * kWarp] = from_advantages[place_of(k * kWarp)];
+        returns[k * kWarp] = from_returns[place_of(k * kWarp)];
       }
     }
   }
@@ -303,7 +321,8 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
                     bool is_wide, Workspace* workspace) {
   // What the warps of a block tell each other in a tile.
   struct Room {
-    Affine of_warp[warps];
+    // Before those of the warps are as many that change nothing: each warp applies `warps` - 1.
+    Affine maps[2 * warps - 1];
     double lead_of_warp[warps];
     // What the tile gets from behind it.
     double behind;
@@ -322,7 +341,11 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
   T* const returns = static_cast<T*>(tensors.returns);
   const int thread = threadIdx.x % kLanes, lane = thread % kWarp, warp = thread / kWarp;
   const double decay = config.gamma * config.lam, least = least_power(decay);
+  const Powers powers{decay, power(decay, kTokens, least), least};
   OwnSpread spread{};
+  if (warps > 1 && thread < 2 * (warps - 1)) {
+    rooms.of_tile[thread % 2].maps[thread / 2] = {1, 0};
+  }
   // The room of a tile is not that of the next one, and a barrier of that lies before the one after
   // it writes to what has been read.
   int turn = 0;
@@ -352,19 +375,19 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
       Affine map;
       if (is_every) {
         steps.begins = (1u << kTokens) - 1;
-        if (values == nullptr) tokens.take_values(steps.begins, given);
-        map = steps.template take<true>(tokens, config.gamma, decay, least);
+        if (values == nullptr) tokens.template take_values<true>(steps.begins, given);
+        map = steps.template take<true>(tokens, config.gamma, powers);
       } else {
         steps.begins = tokens.begins(line);
         tokens.leave_out();
-        if (values == nullptr) tokens.take_values(steps.begins, given);
-        map = steps.template take<false>(tokens, config.gamma, decay, least);
+        if (values == nullptr) tokens.template take_values<false>(steps.begins, given);
+        map = steps.template take<false>(tokens, config.gamma, powers);
       }
 #pragma unroll
       for (int apart = 1; apart < kWarp; apart *= 2) {
         const Affine other{__shfl_up_sync(kAllLanes, map.factor, apart),
                            __shfl_up_sync(kAllLanes, map.sum, apart)};
-        if (lane >= apart) map = after(map, other, least);
+        if (lane >= apart) put_before(other, map, powers.least);
       }
       is_last = tile - kTile <= row.first;
       const bool has_lead = is_last && row.first > row.begin;
@@ -374,16 +397,14 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
       Room& room = rooms.of_tile[turn];
       if constexpr (warps > 1) {
         if (lane == kWarp - 1) {
-          room.of_warp[warp] = map;
+          room.maps[warps - 1 + warp] = map;
           room.lead_of_warp[warp] = lead;
         }
         if (thread == 0 && tile == top) room.behind = carry;
         __syncthreads();
         behind = room.behind;
 #pragma unroll
-        for (int w = 0; w < warps - 1; ++w) {
-          if (w < warp) behind = image_of(room.of_warp[w], behind);
-        }
+        for (int w = 0; w < warps - 1; ++w) behind = image_of(room.maps[warp + w], behind);
       }
       const double image = image_of(map, behind);
       if constexpr (warps > 1) {
