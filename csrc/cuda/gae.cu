@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
   GaeSource<T> source{nullptr, 0, tensors.values_per_token ? line.state_index : nullptr,
                       static_cast<const T*>(tensors.values), rewards};
   Tile tile = tile_of_warp<Tile, warps>();
-  OwnSpread spread{};
+  WarpSpread spread{};
   const std::int64_t stride = std::int64_t{gridDim.x} * kGroups;
   for (; g < line.num_trajectories; g += stride, range = range_of(line, g)) {
     source.members = line.trajectory_steps + range.begin;

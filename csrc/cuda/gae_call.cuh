@@ -34,36 +34,51 @@ STEPPO_DEVICE TrajectoryRange range_of(const Timeline& line, std::int64_t trajec
   return {line.trajectory_offsets[trajectory], line.trajectory_offsets[trajectory + 1]};
 }
 
-// The spread of a thread's numbers, by their distances from one of them, which
-// bounds what is lost where the squares are made those about the mean: `squares` is no more than
+// The spread of the numbers of a warp, by their distances from one of them. It is one of them,
+// which bounds what is lost where the squares become those about the mean: they are no more than
 // count + 1 times what is left. Equal numbers have none, to the last bit.
-struct OwnSpread {
-  double first, sum, squares;
+struct WarpSpread {
+  // The same in all lanes. The others are a lane's own.
+  bool has_near;
+  double near;
   int count;
+  double sum, squares;
 
-  // Takes those of some numbers that `has(k)` names.
+  // Takes those of a lane's numbers that `has(k)` names. All lanes of a warp call it.
   template <class T, int most, class Has>
   STEPPO_MEMBER void take(const T (&numbers)[most], Has&& has) {
-    if (count == 0) {
+    if (!has_near) {
+      bool is_some = false;
+      T some = T(0);
 #pragma unroll
       for (int k = 0; k < most; ++k) {
-        if (has(k)) first = static_cast<double>(numbers[k]);
+        if (!has(k)) continue;
+        is_some = true;
+        some = numbers[k];
       }
+      const unsigned with_some = __ballot_sync(kAllLanes, is_some);
+      if (with_some == 0) return;
+      has_near = true;
+      near =
+          static_cast<double>(__shfl_sync(kAllLanes, some, __ffs(static_cast<int>(with_some)) - 1));
     }
 #pragma unroll
     for (int k = 0; k < most; ++k) {
       if (!has(k)) continue;
-      const double apart = static_cast<double>(numbers[k]) - first;
+      const double apart = static_cast<double>(numbers[k]) - near;
       sum += apart;
       squares += apart * apart;
       ++count;
     }
   }
 
+  // That of all lanes, which all call it and get it.
   STEPPO_MEMBER Spread whole() const {
-    if (count == 0) return {0, 0, 0};
-    const double mean = sum / count;
-    return {static_cast<double>(count), first + mean, squares - sum * mean};
+    if (!has_near) return {0, 0, 0};
+    // Steps have 32-bit ids, so that there are no more of them.
+    const double all = sum_of_lanes<kWarp>(count), apart = sum_of_lanes<kWarp>(sum);
+    const double mean = apart / all;
+    return {all, near + mean, sum_of_lanes<kWarp>(squares) - apart * mean};
   }
 };
 
@@ -106,13 +121,13 @@ __global__ void __launch_bounds__(kGaeThreads, 4)
                                     std::int64_t{gridDim.x} * kGaeThreads);
 }
 
-// Whitens what a launch has computed, of which a thread knows the spread of its own: the last block
+// Whitens what a launch has computed, of which a warp knows the spread of its own: the last block
 // does, or leaves the spread to `whiten_kernel`. All threads of all blocks call it.
 template <int threads, class T>
-STEPPO_DEVICE void finish_gae(T* advantages, const Timeline& line, const Spread& own,
+STEPPO_DEVICE void finish_gae(T* advantages, const Timeline& line, const Spread& of_warp,
                               Workspace* workspace) {
   Spread whole;
-  if (!spread_of_grid<threads>(workspace, own, whole)) return;
+  if (!spread_of_grid<threads>(workspace, of_warp, whole)) return;
   if (line.num_members <= kWhitenedAtOnce) {
     whiten_members<kWhitenedAtTheEnd>(advantages, line, whole, threadIdx.x, threads);
   } else if (threadIdx.x == 0) {

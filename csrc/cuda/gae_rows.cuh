@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
   const int thread = threadIdx.x % kLanes, lane = thread % kWarp, warp = thread / kWarp;
   const double decay = config.gamma * config.lam, least = least_power(decay);
   const Powers powers{decay, power(decay, kTokens, least), least};
-  OwnSpread spread{};
+  WarpSpread spread{};
   if (warps > 1 && thread < 2 * (warps - 1)) {
     rooms.of_tile[thread % 2].maps[thread / 2] = {1, 0};
   }
