@@ -154,8 +154,9 @@ template <class T>
 struct RowSteps {
   static constexpr int kCount = kTokensOfRow<T>;
 
-  // The tokens that begin them, as bits.
+  // The tokens that begin them, as bits, and the step of each token.
   unsigned begins;
+  std::int32_t ids[kCount];
   // By these tokens. An advantage is `delta` and decay times the one behind it.
   double delta[kCount], value[kCount];
 
@@ -255,34 +256,34 @@ struct RowResults {
     return rooms.of_warp[threadIdx.x / kWarp];
   }
 
-  // All lanes of a warp call it. `begins` are the bits of the tokens that have results.
+  // All lanes of a warp call it. Where each has results for all of its tokens, these begin 32 bytes
+  // apart, so that they are at multiples of 16 bytes in all lanes or in none.
   template <bool is_every>
-  STEPPO_DEVICE void store(const RowTokens<T>& tokens, unsigned begins,
-                           const T (&advantage)[kCount], const T (&value_return)[kCount],
-                           T* advantages, T* returns) {
-    if (is_every && is_wide(advantages + tokens.ids[0]) && is_wide(returns + tokens.ids[0])) {
-      store_wide(advantages + tokens.ids[0], advantage);
-      store_wide(returns + tokens.ids[0], value_return);
+  STEPPO_DEVICE void store(const RowSteps<T>& steps, const T (&advantage)[kCount],
+                           const T (&value_return)[kCount], T* advantages, T* returns) {
+    if (is_every && is_wide(advantages + steps.ids[0]) && is_wide(returns + steps.ids[0])) {
+      store_wide(advantages + steps.ids[0], advantage);
+      store_wide(returns + steps.ids[0], value_return);
       return;
     }
     if constexpr (warps == 1) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if (!is_every && (begins >> k & 1u) == 0) continue;
-        advantages[tokens.ids[k]] = advantage[k];
-        returns[tokens.ids[k]] = value_return[k];
+        if (!steps.template has<is_every>(k)) continue;
+        advantages[steps.ids[k]] = advantage[k];
+        returns[steps.ids[k]] = value_return[k];
       }
     } else {
       Room& room = room_of_warp();
       const unsigned lane = threadIdx.x % kWarp;
-      const unsigned with_some = is_every ? kAllLanes : __ballot_sync(kAllLanes, begins != 0);
+      const unsigned with_some = is_every ? kAllLanes : __ballot_sync(kAllLanes, steps.begins != 0);
       if (with_some == 0) return;
       std::int32_t lowest = 0;
 #pragma unroll
       for (int k = kCount - 1; k >= 0; --k) {
-        if (is_every || (begins >> k & 1u) != 0) lowest = tokens.ids[k];
+        if (steps.template has<is_every>(k)) lowest = steps.ids[k];
       }
-      const std::int32_t end = lowest + (is_every ? kCount : __popc(begins));
+      const std::int32_t end = lowest + (is_every ? kCount : __popc(steps.begins));
       // The last lane has what is earliest in the row.
       const std::int32_t first =
           __shfl_sync(kAllLanes, lowest, kWarp - 1 - __clz(static_cast<int>(with_some)));
@@ -292,8 +293,8 @@ struct RowResults {
       const unsigned own_place = (kWarp - 1 - lane) * (kCount + 1);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if (!is_every && (begins >> k & 1u) == 0) continue;
-        const unsigned place = is_every ? own_place + k : place_of(tokens.ids[k] - first);
+        if (!steps.template has<is_every>(k)) continue;
+        const unsigned place = is_every ? own_place + k : place_of(steps.ids[k] - first);
         room.advantages[place] = advantage[k];
         room.returns[place] = value_return[k];
       }
@@ -360,15 +361,14 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
     if (bootstrap != nullptr) carry = config.gamma * static_cast<double>(bootstrap[g]);
     // Packs begin at multiples of 16 bytes.
     const std::int64_t top = (row.end + kTokens - 1) / kTokens * kTokens;
+    RowTokens<T> tokens;
+    tokens.begin = top - (thread + 1) * kTokens;
+    tokens.load(rewards, values, line, row, is_wide, lane == kWarp - 1);
+    // The latest tokens are under way while it is looked for.
+    row.first = line.state_index[first_step];
     bool is_last = false;
     for (std::int64_t tile = top; !is_last; tile -= kTile, turn ^= 1) {
-      RowTokens<T> tokens;
-      tokens.begin = tile - (thread + 1) * kTokens;
-      tokens.load(rewards, values, line, row, is_wide, lane == kWarp - 1);
-      // The next tile is on its way while this one is computed.
       tokens.prefetch_before(kTile, rewards, values, line, row);
-      // The latest tokens are under way while it is looked for.
-      if (tile == top) row.first = line.state_index[first_step];
       tokens.meet(lane);
       const bool is_every = __all_sync(kAllLanes, tokens.begins_all(line));
       RowSteps<T> steps{};
@@ -389,7 +389,15 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
                            __shfl_up_sync(kAllLanes, map.sum, apart)};
         if (lane >= apart) put_before(other, map, powers.least);
       }
+#pragma unroll
+      for (int k = 0; k < kTokens; ++k) steps.ids[k] = tokens.ids[k];
+      const std::int64_t begin = tokens.begin;
       is_last = tile - kTile <= row.first;
+      if (!is_last) {
+        // The next tile is on its way while the results of this one are computed.
+        tokens.begin -= kTile;
+        tokens.load(rewards, values, line, row, is_wide, lane == kWarp - 1);
+      }
       const bool has_lead = is_last && row.first > row.begin;
       double lead = 0;
       if (has_lead) lead = sum_of_lanes<kWarp>(lead_of_lane<kLanes>(rewards, row));
@@ -414,25 +422,23 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
       }
       const double image_behind = __shfl_up_sync(kAllLanes, image, 1);
       if (lane > 0) behind = image_behind;
-      if (has_lead && row.first >= tokens.begin && row.first < tokens.begin + kTokens) {
+      if (has_lead && row.first >= begin && row.first < begin + kTokens) {
         if constexpr (warps > 1) {
           lead = 0;
           for (int w = 0; w < warps; ++w) lead += room.lead_of_warp[w];
         }
-        steps.add_lead(row.first - tokens.begin, lead);
+        steps.add_lead(row.first - begin, lead);
       }
       // What is whitened later is the rounded one: less its own mean it must come out as 0.
       T rounded[kTokens]{}, value_return[kTokens]{};
       using Results = RowResults<T, warps>;
       if (is_every) {
         steps.template finish<true>(behind, decay, rounded, value_return);
-        Results::template store<true>(tokens, steps.begins, rounded, value_return, advantages,
-                                      returns);
+        Results::template store<true>(steps, rounded, value_return, advantages, returns);
         if (config.whiten) spread.take(rounded, [](int) { return true; });
       } else {
         steps.template finish<false>(behind, decay, rounded, value_return);
-        Results::template store<false>(tokens, steps.begins, rounded, value_return, advantages,
-                                       returns);
+        Results::template store<false>(steps, rounded, value_return, advantages, returns);
         if (config.whiten) {
           spread.take(rounded, [&](int k) { return steps.template has<false>(k); });
         }
