@@ -7,19 +7,22 @@
 
 namespace steppo::cuda {
 
-// A product of powers of a factor. That of a factor which is not 0 is not 0 either: an infinite
-// advantage is infinite at all steps before it.
-STEPPO_DEVICE double times(double a, double b) {
-  const double product = a * b;
-  return product > 0 || a == 0 || b == 0 ? product : std::numeric_limits<double>::denorm_min();
+// What is added to each product of powers of a factor. It is lost in any that is not next to 0, and
+// keeps one of a factor that is not 0 from being 0: an infinite advantage is infinite at all steps
+// before it.
+STEPPO_DEVICE double least_power(double factor) {
+  return factor == 0 ? 0 : std::numeric_limits<double>::denorm_min();
 }
 
-STEPPO_DEVICE double power(double factor, unsigned exponent) {
+// A product of powers of a factor, of which `least` is `least_power`.
+STEPPO_DEVICE double times(double a, double b, double least) { return std::fma(a, b, least); }
+
+STEPPO_DEVICE double power(double factor, unsigned exponent, double least) {
   double product = 1;
 #pragma unroll
   for (int bit = 0; bit < 5; ++bit) {
-    if (exponent >> bit & 1u) product = times(product, factor);
-    factor = times(factor, factor);
+    if (exponent >> bit & 1u) product = times(product, factor, least);
+    factor = times(factor, factor, least);
   }
   return product;
 }

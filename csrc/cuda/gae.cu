@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
   std::int64_t g = std::int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
   // Where its steps lie is under way while the factors are multiplied.
   TrajectoryRange range = range_of(line, g);
-  const double decay = config.gamma * config.lam;
-  const double over_thread = power(decay, steps);
-  const double to_lane = power(over_thread, lane);
+  const double decay = config.gamma * config.lam, least = least_power(decay);
+  const double over_thread = power(decay, steps, least);
+  const double to_lane = power(over_thread, lane, least);
   GaeSource<T> source{nullptr, 0, tensors.values_per_token ? line.state_index : nullptr,
                       static_cast<const T*>(tensors.values), rewards};
   Tile tile = tile_of_warp<Tile, warps>();
-  Spread spread{};
+  WarpSpread spread{};
   const std::int64_t stride = std::int64_t{gridDim.x} * kGroups;
   for (; g < line.num_trajectories; g += stride, range = range_of(line, g)) {
     source.members = line.trajectory_steps + range.begin;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
       for (int apart = 1; apart < kWarp; apart *= 2) {
         const double other = __shfl_up_sync(kAllLanes, sum, apart);
         if (lane >= apart) sum += over_lanes * other;
-        over_lanes = times(over_lanes, over_lanes);
+        over_lanes = times(over_lanes, over_lanes, least);
       }
       double advantage = __shfl_up_sync(kAllLanes, sum, 1);
       const double of_warp = __shfl_sync(kAllLanes, sum, kWarp - 1);
@@ -125,12 +125,10 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
         value_return[k] = static_cast<T>(advantage + static_cast<double>(of.value[k + 1]));
       }
       tile.store(rounded, value_return, advantages, returns, lane);
-      if (config.whiten) {
-        merge(spread, spread_of_tile(rounded, count, rounded[0], [&](int k) { return k < count; }));
-      }
+      if (config.whiten) spread.take(rounded, [&](int k) { return k < count; });
     }
   }
-  if (config.whiten) finish_gae<kOwn>(advantages, line, spread, workspace);
+  if (config.whiten) finish_gae<kOwn>(advantages, line, spread.whole(), workspace);
 }
 
 // Where steps lie anywhere: rewards of tokens are first added up by step.

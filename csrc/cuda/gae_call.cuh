@@ -34,25 +34,53 @@ STEPPO_DEVICE TrajectoryRange range_of(const Timeline& line, std::int64_t trajec
   return {line.trajectory_offsets[trajectory], line.trajectory_offsets[trajectory + 1]};
 }
 
-// The spread of those of a thread's numbers that `has(k)` names, `count` of them, one of which is
-// `near`. Equal ones have none, to the last bit.
-template <class T, int most, class Has>
-STEPPO_DEVICE Spread spread_of_tile(const T (&numbers)[most], int count, T near, Has&& has) {
-  if (count <= 0) return {0, 0, 0};
-  const double first = static_cast<double>(near);
-  double apart = 0, squares = 0;
+// The spread of the numbers of a warp, by their distances from one of them. It is one of them,
+// which bounds what is lost where the squares become those about the mean: they are no more than
+// count + 1 times what is left. Equal numbers have none, to the last bit.
+struct WarpSpread {
+  // The same in all lanes. The others are a lane's own.
+  bool has_near;
+  double near;
+  int count;
+  double sum, squares;
+
+  // Takes those of a lane's numbers that `has(k)` names. All lanes of a warp call it.
+  template <class T, int most, class Has>
+  STEPPO_MEMBER void take(const T (&numbers)[most], Has&& has) {
+    if (!has_near) {
+      bool is_some = false;
+      T some = T(0);
 #pragma unroll
-  for (int k = 0; k < most; ++k) {
-    if (has(k)) apart += static_cast<double>(numbers[k]) - first;
-  }
-  const double mean = first + apart / count;
+      for (int k = 0; k < most; ++k) {
+        if (!has(k)) continue;
+        is_some = true;
+        some = numbers[k];
+      }
+      const unsigned with_some = __ballot_sync(kAllLanes, is_some);
+      if (with_some == 0) return;
+      has_near = true;
+      near =
+          static_cast<double>(__shfl_sync(kAllLanes, some, __ffs(static_cast<int>(with_some)) - 1));
+    }
 #pragma unroll
-  for (int k = 0; k < most; ++k) {
-    const double own = static_cast<double>(numbers[k]) - mean;
-    if (has(k)) squares += own * own;
+    for (int k = 0; k < most; ++k) {
+      if (!has(k)) continue;
+      const double apart = static_cast<double>(numbers[k]) - near;
+      sum += apart;
+      squares += apart * apart;
+      ++count;
+    }
   }
-  return {static_cast<double>(count), mean, squares};
-}
+
+  // That of all lanes, which all call it and get it.
+  STEPPO_MEMBER Spread whole() const {
+    if (!has_near) return {0, 0, 0};
+    // Steps have 32-bit ids, so that there are no more of them.
+    const double all = sum_of_lanes<kWarp>(count), apart = sum_of_lanes<kWarp>(sum);
+    const double mean = apart / all;
+    return {all, near + mean, sum_of_lanes<kWarp>(squares) - apart * mean};
+  }
+};
 
 // Whitens the members first, first + stride, ...
 template <int together, class T>
@@ -93,13 +121,13 @@ __global__ void __launch_bounds__(kGaeThreads, 4)
                                     std::int64_t{gridDim.x} * kGaeThreads);
 }
 
-// Whitens what a launch has computed, of which a thread knows the spread of its own: the last block
+// Whitens what a launch has computed, of which a warp knows the spread of its own: the last block
 // does, or leaves the spread to `whiten_kernel`. All threads of all blocks call it.
 template <int threads, class T>
-STEPPO_DEVICE void finish_gae(T* advantages, const Timeline& line, const Spread& own,
+STEPPO_DEVICE void finish_gae(T* advantages, const Timeline& line, const Spread& of_warp,
                               Workspace* workspace) {
   Spread whole;
-  if (!spread_of_grid<threads>(workspace, own, whole)) return;
+  if (!spread_of_grid<threads>(workspace, of_warp, whole)) return;
   if (line.num_members <= kWhitenedAtOnce) {
     whiten_members<kWhitenedAtTheEnd>(advantages, line, whole, threadIdx.x, threads);
   } else if (threadIdx.x == 0) {

@@ -17,15 +17,16 @@
 namespace steppo::cuda {
 
 // X -> sum + factor X.
-struct Affine {
+struct alignas(16) Affine {
   double factor, sum;
 };
 
 STEPPO_DEVICE double image_of(const Affine& map, double x) { return map.sum + map.factor * x; }
 
-// `map` after `before`.
-STEPPO_DEVICE Affine after(const Affine& map, const Affine& before) {
-  return {times(map.factor, before.factor), image_of(map, before.sum)};
+// Makes `map` what it is after `before`; `least` is that of the factors.
+STEPPO_DEVICE void put_before(const Affine& before, Affine& map, double least) {
+  map.sum = image_of(map, before.sum);
+  map.factor = times(map.factor, before.factor, least);
 }
 
 // A row of tokens.
@@ -33,6 +34,8 @@ struct RowOfSteps {
   std::int64_t begin, end;
   // The token that begins the first step.
   std::int64_t first;
+
+  STEPPO_MEMBER bool has(std::int64_t token) const { return token >= begin && token < end; }
 };
 
 // Tokens that a thread takes at once.
@@ -46,20 +49,22 @@ struct RowTokens {
 
   std::int64_t begin;
   std::int32_t ids[kCount];
+  // The id of the token before them.
+  std::int32_t before;
   T rewards[kCount], values[kCount];
 
-  // `from_values` is null where steps have values.
+  // `from_values` is null where steps have values. Of a warp, the last lane alone loads `before`.
   STEPPO_MEMBER void load(const T* from_rewards, const T* from_values, const Timeline& line,
-                          const RowOfSteps& row, bool is_wide) {
-    const bool is_any = begin < row.end && begin + kCount > row.begin;
-    if (is_wide && is_any && begin + kCount <= line.num_tokens) {
+                          const RowOfSteps& row, bool is_wide, bool is_last_lane) {
+    before = is_last_lane && row.has(begin - 1) ? line.step_ids[begin - 1] : -1;
+    if (is_wide && begin >= row.begin && begin + kCount <= row.end) {
       load_wide(line.step_ids + begin, ids);
       load_wide(from_rewards + begin, rewards);
       if (from_values != nullptr) load_wide(from_values + begin, values);
     } else {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        const bool is_inside = begin + k >= row.begin && begin + k < row.end;
+        const bool is_inside = row.has(begin + k);
         ids[k] = is_inside ? line.step_ids[begin + k] : -1;
         rewards[k] = is_inside ? from_rewards[begin + k] : T(0);
         values[k] = is_inside && from_values != nullptr ? from_values[begin + k] : T(0);
@@ -72,76 +77,163 @@ struct RowTokens {
                                      const T* from_values, const Timeline& line,
                                      const RowOfSteps& row) const {
     const std::int64_t there = begin - apart;
-    if (there < row.first) return;
+    // Where the first step begins may not be known yet, and is not waited for.
+    if (there < row.begin) return;
     prefetch(line.step_ids + there);
     prefetch(from_rewards + there);
     if (from_values != nullptr) prefetch(from_values + there);
   }
 
-  // Leaves out what is of other rows, and what no step takes.
-  STEPPO_MEMBER void narrow(const RowOfSteps& row) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const bool is_inside = begin + k >= row.begin && begin + k < row.end;
-      if (!is_inside) ids[k] = -1;
-      if (!is_inside || (ids[k] < 0 && !std::isfinite(rewards[k]))) rewards[k] = T(0);
-    }
+  // Lanes get from their neighbours what is before their tokens. All lanes of a warp call it.
+  STEPPO_MEMBER void meet(int lane) {
+    const std::int32_t of_next = __shfl_down_sync(kAllLanes, ids[kCount - 1], 1);
+    if (lane < kWarp - 1) before = of_next;
   }
 
-  // Which of them begin a step, as bits. `before` is the id of the token before them.
-  STEPPO_MEMBER unsigned begins(const Timeline& line, std::int32_t before) const {
-    // Behind a token of no step, a step may begin or go on.
-    std::int64_t state[kCount];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const bool asks = ids[k] >= 0 && (k > 0 ? ids[k - 1] : before) < 0;
-      state[k] = asks ? line.state_index[ids[k]] : -1;
-    }
-    unsigned found = 0;
+  // Whether each of them begins a step. The numbers of a row's steps follow each other.
+  STEPPO_MEMBER bool begins_all(const Timeline& line) const {
+    if (ids[0] < 0 || ids[kCount - 1] - ids[0] != kCount - 1) return false;
+    return before < 0 ? line.state_index[ids[0]] == begin : before != ids[0];
+  }
+
+  // Which of them begin a step, as bits.
+  STEPPO_MEMBER unsigned begins(const Timeline& line) const {
+    unsigned found = 0, asks = 0;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const std::int32_t last = k > 0 ? ids[k - 1] : before;
-      const bool is_begin = ids[k] >= 0 && (last < 0 ? state[k] == begin + k : last != ids[k]);
-      found |= static_cast<unsigned>(is_begin) << k;
+      const bool is_behind_none = last < 0;
+      if (ids[k] >= 0 && is_behind_none) asks |= 1u << k;
+      if (ids[k] >= 0 && !is_behind_none && last != ids[k]) found |= 1u << k;
+    }
+    // Behind a token of no step, a step may begin or go on.
+    if (asks != 0) {
+      std::int64_t state[kCount];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        state[k] = (asks >> k & 1u) != 0 ? line.state_index[ids[k]] : -1;
+      }
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        if (state[k] == begin + k) found |= 1u << k;
+      }
     }
     return found;
   }
+
+  // Leaves out rewards that no step takes.
+  STEPPO_MEMBER void leave_out() {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (ids[k] < 0 && !std::isfinite(rewards[k])) rewards[k] = T(0);
+    }
+  }
+
+  // Gives the tokens that begin steps, or all of them, the values of these.
+  template <bool is_every>
+  STEPPO_MEMBER void take_values(unsigned begins, const T* of_steps) {
+    if (is_every && is_wide(of_steps + ids[0])) {
+      load_wide(of_steps + ids[0], values);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (is_every || (begins >> k & 1u) != 0) values[k] = of_steps[ids[k]];
+    }
+  }
 };
 
-// Gives the tokens that begin steps the values of these.
-template <class T>
-STEPPO_DEVICE void take_values(RowTokens<T>& tokens, unsigned begins, const T* of_steps) {
-#pragma unroll
-  for (int k = 0; k < RowTokens<T>::kCount; ++k) {
-    if ((begins >> k & 1u) != 0) tokens.values[k] = of_steps[tokens.ids[k]];
-  }
-}
+// gamma lam, its power over the tokens of a thread that each begin a step, and what `times` adds.
+struct Powers {
+  double decay, of_thread, least;
+};
 
-// The sum of the rewards of a row before its first step, which gets them. All lanes of the row call
-// it and get it.
-template <int warps, class T>
-STEPPO_DEVICE double rewards_before(const T* rewards, const RowOfSteps& row) {
-  if (row.first == row.begin) return 0;
-  constexpr int kLanes = warps * kWarp;
-  struct Room {
-    double of_warp[warps];
-  };
-  STEPPO_SHARED(Room, room);
+// What the steps have that begin in the tokens of a thread. Where each token begins one, as
+// `is_every` says, nothing has to be asked of single ones.
+template <class T>
+struct RowSteps {
+  static constexpr int kCount = kTokensOfRow<T>;
+
+  // The tokens that begin them, as bits, and the step of each token.
+  unsigned begins;
+  std::int32_t ids[kCount];
+  // By these tokens. An advantage is `delta` and decay times the one behind it.
+  double delta[kCount], value[kCount];
+
+  template <bool is_every>
+  STEPPO_MEMBER bool has(int k) const {
+    return is_every || (begins >> k & 1u) != 0;
+  }
+
+  // Returns what the tokens make of what they get from behind. `powers` are those of decay.
+  template <bool is_every>
+  STEPPO_MEMBER Affine take(const RowTokens<T>& tokens, double gamma, const Powers& powers) {
+    Affine map{is_every ? powers.of_thread : 1, 0};
+    double rewards = 0, next = 0;
+#pragma unroll
+    for (int k = kCount - 1; k >= 0; --k) {
+      const double own = static_cast<double>(tokens.rewards[k]);
+      rewards = is_every ? own : rewards + own;
+      if (!has<is_every>(k)) continue;
+      const bool is_latest = is_every && k == kCount - 1;
+      value[k] = static_cast<double>(tokens.values[k]);
+      delta[k] = is_latest ? rewards - value[k] : gamma * next + (rewards - value[k]);
+      map.sum = is_latest ? delta[k] : delta[k] + powers.decay * map.sum;
+      if (!is_every) map.factor = times(map.factor, powers.decay, powers.least);
+      next = value[k];
+      rewards = 0;
+    }
+    map.sum = (is_every ? gamma * next : gamma * next + rewards) + powers.decay * map.sum;
+    return map;
+  }
+
+  // `lead` is what the first step of the row gets from before it.
+  STEPPO_MEMBER void add_lead(std::int64_t place, double lead) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (place == k) delta[k] += lead;
+    }
+  }
+
+  template <bool is_every>
+  STEPPO_MEMBER void finish(double behind, double decay, T (&advantage)[kCount],
+                            T (&value_return)[kCount]) const {
+    double last = behind, factor = 1;
+#pragma unroll
+    for (int k = kCount - 1; k >= 0; --k) {
+      if (!has<is_every>(k)) continue;
+      last = delta[k] + factor * last;
+      factor = decay;
+      advantage[k] = static_cast<T>(last);
+      value_return[k] = static_cast<T>(last + value[k]);
+    }
+  }
+};
+
+// A lane's part of the rewards of a row before its first step, which gets them.
+template <int lanes, class T>
+STEPPO_DEVICE double lead_of_lane(const T* rewards, const RowOfSteps& row) {
   double sum = 0;
 #pragma unroll 4
-  for (std::int64_t t = row.begin + threadIdx.x % kLanes; t < row.first; t += kLanes) {
+  for (std::int64_t t = row.begin + threadIdx.x % lanes; t < row.first; t += lanes) {
     const T reward = rewards[t];
     if (std::isfinite(reward)) sum += static_cast<double>(reward);
   }
-  sum = sum_of_lanes<kWarp>(sum);
-  if constexpr (warps > 1) {
-    if (threadIdx.x % kWarp == 0) room.of_warp[threadIdx.x / kWarp] = sum;
-    __syncthreads();
-    sum = 0;
-    // The barriers of a tile lie before the next row writes to it.
-    for (int w = 0; w < warps; ++w) sum += room.of_warp[w];
-  }
   return sum;
+}
+
+// Stores numbers from a multiple of 16 bytes on.
+template <class N, int count>
+STEPPO_DEVICE void store_wide(N* to, const N (&from)[count]) {
+  constexpr int kTogether = 16 / sizeof(N);
+  static_assert(count % kTogether == 0, "one store is of 16 bytes");
+#pragma unroll
+  for (int part = 0; part < count; part += kTogether) {
+    Pack<N, kTogether> pack;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) pack.at[k] = from[part + k];
+    *reinterpret_cast<Pack<N, kTogether>*>(to + part) = pack;
+  }
 }
 
 // Where the results of a tile go. Steps that begin in the tokens of a warp have numbers that follow
@@ -154,51 +246,70 @@ struct RowResults {
   };
 
   // Places of neighbouring lanes lie in different banks.
-  STEPPO_DEVICE int place_of(int number) { return number + number / kCount; }
+  STEPPO_DEVICE unsigned place_of(unsigned number) { return number + number / kCount; }
 
-  // All lanes of a warp call it. `begins` are the bits of the tokens that have results.
-  STEPPO_DEVICE void store(const RowTokens<T>& tokens, unsigned begins,
-                           const T (&advantage)[kCount], const T (&value_return)[kCount],
-                           T* advantages, T* returns) {
+  STEPPO_DEVICE Room& room_of_warp() {
+    struct Rooms {
+      Room of_warp[warps];
+    };
+    STEPPO_SHARED(Rooms, rooms);
+    return rooms.of_warp[threadIdx.x / kWarp];
+  }
+
+  // All lanes of a warp call it. Where each has results for all of its tokens, these begin 32 bytes
+  // apart, so that they are at multiples of 16 bytes in all lanes or in none.
+  template <bool is_every>
+  STEPPO_DEVICE void store(const RowSteps<T>& steps, const T (&advantage)[kCount],
+                           const T (&value_return)[kCount], T* advantages, T* returns) {
+    if (is_every && is_wide(advantages + steps.ids[0]) && is_wide(returns + steps.ids[0])) {
+      store_wide(advantages + steps.ids[0], advantage);
+      store_wide(returns + steps.ids[0], value_return);
+      return;
+    }
     if constexpr (warps == 1) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if ((begins >> k & 1u) == 0) continue;
-        advantages[tokens.ids[k]] = advantage[k];
-        returns[tokens.ids[k]] = value_return[k];
+        if (!steps.template has<is_every>(k)) continue;
+        advantages[steps.ids[k]] = advantage[k];
+        returns[steps.ids[k]] = value_return[k];
       }
     } else {
-      struct Rooms {
-        Room of_warp[warps];
-      };
-      STEPPO_SHARED(Rooms, rooms);
-      Room& room = rooms.of_warp[threadIdx.x / kWarp];
-      const int lane = threadIdx.x % kWarp;
-      const unsigned with_some = __ballot_sync(kAllLanes, begins != 0);
+      Room& room = room_of_warp();
+      const unsigned lane = threadIdx.x % kWarp;
+      const unsigned with_some = is_every ? kAllLanes : __ballot_sync(kAllLanes, steps.begins != 0);
       if (with_some == 0) return;
       std::int32_t lowest = 0;
 #pragma unroll
       for (int k = kCount - 1; k >= 0; --k) {
-        if ((begins >> k & 1u) != 0) lowest = tokens.ids[k];
+        if (steps.template has<is_every>(k)) lowest = steps.ids[k];
       }
+      const std::int32_t end = lowest + (is_every ? kCount : __popc(steps.begins));
       // The last lane has what is earliest in the row.
-      lowest = __shfl_sync(kAllLanes, lowest, kWarp - 1 - __clz(static_cast<int>(with_some)));
-      const int count = sum_of_lanes<kWarp>(__popc(begins));
+      const std::int32_t first =
+          __shfl_sync(kAllLanes, lowest, kWarp - 1 - __clz(static_cast<int>(with_some)));
+      const unsigned count =
+          is_every ? kWarp * kCount
+                   : __shfl_sync(kAllLanes, end, __ffs(static_cast<int>(with_some)) - 1) - first;
+      const unsigned own_place = (kWarp - 1 - lane) * (kCount + 1);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if ((begins >> k & 1u) == 0) continue;
-        const int place = place_of(tokens.ids[k] - lowest);
+        if (!steps.template has<is_every>(k)) continue;
+        const unsigned place = is_every ? own_place + k : place_of(steps.ids[k] - first);
         room.advantages[place] = advantage[k];
         room.returns[place] = value_return[k];
       }
-      // The barriers of the next tile lie before it writes to what is read here.
+      // A barrier of the next tile lies before it writes to what is read here.
       __syncwarp();
+      const T *const from_advantages = room.advantages + place_of(lane), *const from_returns =
+                                                                             room.returns +
+                                                                             place_of(lane);
+      advantages += first + std::int64_t{lane};
+      returns += first + std::int64_t{lane};
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        const int number = k * kWarp + lane;
-        if (number >= count) continue;
-        advantages[lowest + number] = room.advantages[place_of(number)];
-        returns[lowest + number] = room.returns[place_of(number)];
+        if (k * kWarp + lane >= count) continue;
+        advantages[k * kWarp] = from_advantages[place_of(k * kWarp)];
+        returns[k * kWarp] = from_returns[place_of(k * kWarp)];
       }
     }
   }
@@ -209,12 +320,20 @@ template <class T, int warps>
 __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
     gae_rows_kernel(const GaeTensors tensors, const Timeline line, const GaeConfig config,
                     bool is_wide, Workspace* workspace) {
+  // What the warps of a block tell each other in a tile.
   struct Room {
-    Affine of_warp[warps];
+    // Before those of the warps are as many that change nothing: each warp applies `warps` - 1.
+    Affine maps[2 * warps - 1];
+    double lead_of_warp[warps];
+    // What the tile gets from behind it.
+    double behind;
   };
-  STEPPO_SHARED(Room, room);
+  struct Rooms {
+    Room of_tile[2];
+  };
+  STEPPO_SHARED(Rooms, rooms);
   constexpr int kOwn = gae_threads<warps>, kLanes = warps * kWarp, kGroups = kOwn / kLanes;
-  constexpr int kTokens = kTokensOfRow<T>;
+  constexpr int kTokens = kTokensOfRow<T>, kTile = kLanes * kTokens;
   const T* const rewards = static_cast<const T*>(tensors.rewards);
   const T* const given = static_cast<const T*>(tensors.values);
   const T* const values = tensors.values_per_token ? given : nullptr;
@@ -222,99 +341,111 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
   T* const advantages = static_cast<T*>(tensors.advantages);
   T* const returns = static_cast<T*>(tensors.returns);
   const int thread = threadIdx.x % kLanes, lane = thread % kWarp, warp = thread / kWarp;
-  const double decay = config.gamma * config.lam;
-  Spread spread{};
+  const double decay = config.gamma * config.lam, least = least_power(decay);
+  const Powers powers{decay, power(decay, kTokens, least), least};
+  WarpSpread spread{};
+  if (warps > 1 && thread < 2 * (warps - 1)) {
+    rooms.of_tile[thread % 2].maps[thread / 2] = {1, 0};
+  }
+  // The room of a tile is not that of the next one, and a barrier of that lies before the one after
+  // it writes to what has been read.
+  int turn = 0;
   const std::int64_t stride = std::int64_t{gridDim.x} * kGroups;
   for (std::int64_t g = std::int64_t{blockIdx.x} * kGroups + threadIdx.x / kLanes;
        g < line.num_trajectories; g += stride) {
     RowOfSteps row{line.row_offsets[g], line.row_offsets[g + 1], 0};
     const TrajectoryRange members = range_of(line, g);
     if (members.begin == members.end) continue;
-    // Packs begin at multiples of 16 bytes. The latest are under way while the first is looked for.
+    const std::int64_t first_step = line.trajectory_steps[members.begin];
+    double carry = 0;
+    if (bootstrap != nullptr) carry = config.gamma * static_cast<double>(bootstrap[g]);
+    // Packs begin at multiples of 16 bytes.
     const std::int64_t top = (row.end + kTokens - 1) / kTokens * kTokens;
     RowTokens<T> tokens;
     tokens.begin = top - (thread + 1) * kTokens;
-    tokens.load(rewards, values, line, row, is_wide);
-    row.first = line.state_index[line.trajectory_steps[members.begin]];
-    const double lead = rewards_before<warps>(rewards, row);
-    double carry = bootstrap == nullptr ? 0.0 : config.gamma * static_cast<double>(bootstrap[g]);
-    for (std::int64_t tile = top; tile > row.first; tile -= kLanes * kTokens) {
-      if (tile != top) {
-        tokens.begin = tile - (thread + 1) * kTokens;
-        tokens.load(rewards, values, line, row, is_wide);
-      }
-      // The next tile is on its way while this one is computed.
-      tokens.prefetch_before(kLanes * kTokens, rewards, values, line, row);
-      tokens.narrow(row);
-      std::int32_t before = __shfl_down_sync(kAllLanes, tokens.ids[kTokens - 1], 1);
-      if (lane == kWarp - 1) {
-        // Without it, this lane would have to look where its step begins.
-        const std::int64_t at = tokens.begin - 1;
-        before = at >= row.begin && at < row.end ? line.step_ids[at] : -1;
-      }
-      const unsigned begins = tokens.begins(line, before);
-      if (values == nullptr) take_values(tokens, begins, given);
-      const auto reward_of = [&](int k) {
-        const double own = static_cast<double>(tokens.rewards[k]);
-        return tokens.begin + k == row.first ? own + lead : own;
-      };
-      Affine map{1, 0};
-#pragma unroll
-      for (int k = kTokens - 1; k >= 0; --k) {
-        if ((begins >> k & 1u) != 0) {
-          const double value = static_cast<double>(tokens.values[k]);
-          map = {times(decay, map.factor),
-                 config.gamma * value + decay * (reward_of(k) - value + map.sum)};
-        } else {
-          map.sum += reward_of(k);
-        }
+    tokens.load(rewards, values, line, row, is_wide, lane == kWarp - 1);
+    // The latest tokens are under way while it is looked for.
+    row.first = line.state_index[first_step];
+    bool is_last = false;
+    for (std::int64_t tile = top; !is_last; tile -= kTile, turn ^= 1) {
+      tokens.prefetch_before(kTile, rewards, values, line, row);
+      tokens.meet(lane);
+      const bool is_every = __all_sync(kAllLanes, tokens.begins_all(line));
+      RowSteps<T> steps{};
+      Affine map;
+      if (is_every) {
+        steps.begins = (1u << kTokens) - 1;
+        if (values == nullptr) tokens.template take_values<true>(steps.begins, given);
+        map = steps.template take<true>(tokens, config.gamma, powers);
+      } else {
+        steps.begins = tokens.begins(line);
+        tokens.leave_out();
+        if (values == nullptr) tokens.template take_values<false>(steps.begins, given);
+        map = steps.template take<false>(tokens, config.gamma, powers);
       }
 #pragma unroll
       for (int apart = 1; apart < kWarp; apart *= 2) {
         const Affine other{__shfl_up_sync(kAllLanes, map.factor, apart),
                            __shfl_up_sync(kAllLanes, map.sum, apart)};
-        if (lane >= apart) map = after(map, other);
+        if (lane >= apart) put_before(other, map, powers.least);
       }
-      const Affine before_lane{__shfl_up_sync(kAllLanes, map.factor, 1),
-                               __shfl_up_sync(kAllLanes, map.sum, 1)};
-      const Affine of_warp{__shfl_sync(kAllLanes, map.factor, kWarp - 1),
-                           __shfl_sync(kAllLanes, map.sum, kWarp - 1)};
-      double behind = carry;
-      if constexpr (warps > 1) {
-        if (lane == 0) room.of_warp[warp] = of_warp;
-        __syncthreads();
-        for (int w = 0; w < warps; ++w) {
-          if (w == warp) behind = carry;
-          carry = image_of(room.of_warp[w], carry);
-        }
-        // The next tile writes to what has been read here.
-        __syncthreads();
-      } else {
-        carry = image_of(of_warp, carry);
-      }
-      if (lane > 0) behind = image_of(before_lane, behind);
-      // What is whitened later is the rounded one: less its own mean it must come out as 0.
-      T rounded[kTokens]{}, value_return[kTokens]{}, near = T(0);
 #pragma unroll
-      for (int k = kTokens - 1; k >= 0; --k) {
-        if ((begins >> k & 1u) != 0) {
-          const double value = static_cast<double>(tokens.values[k]);
-          const double advantage = reward_of(k) - value + behind;
-          near = rounded[k] = static_cast<T>(advantage);
-          value_return[k] = static_cast<T>(advantage + value);
-          behind = config.gamma * value + decay * advantage;
-        } else {
-          behind += reward_of(k);
-        }
+      for (int k = 0; k < kTokens; ++k) steps.ids[k] = tokens.ids[k];
+      const std::int64_t begin = tokens.begin;
+      is_last = tile - kTile <= row.first;
+      if (!is_last) {
+        // The next tile is on its way while the results of this one are computed.
+        tokens.begin -= kTile;
+        tokens.load(rewards, values, line, row, is_wide, lane == kWarp - 1);
       }
-      RowResults<T, warps>::store(tokens, begins, rounded, value_return, advantages, returns);
-      if (config.whiten) {
-        merge(spread, spread_of_tile(rounded, __popc(begins), near,
-                                     [&](int k) { return (begins >> k & 1u) != 0; }));
+      const bool has_lead = is_last && row.first > row.begin;
+      double lead = 0;
+      if (has_lead) lead = sum_of_lanes<kWarp>(lead_of_lane<kLanes>(rewards, row));
+      double behind = carry;
+      Room& room = rooms.of_tile[turn];
+      if constexpr (warps > 1) {
+        if (lane == kWarp - 1) {
+          room.maps[warps - 1 + warp] = map;
+          room.lead_of_warp[warp] = lead;
+        }
+        if (thread == 0 && tile == top) room.behind = carry;
+        __syncthreads();
+        behind = room.behind;
+#pragma unroll
+        for (int w = 0; w < warps - 1; ++w) behind = image_of(room.maps[warp + w], behind);
+      }
+      const double image = image_of(map, behind);
+      if constexpr (warps > 1) {
+        if (thread == kLanes - 1 && !is_last) rooms.of_tile[turn ^ 1].behind = image;
+      } else {
+        carry = __shfl_sync(kAllLanes, image, kWarp - 1);
+      }
+      const double image_behind = __shfl_up_sync(kAllLanes, image, 1);
+      if (lane > 0) behind = image_behind;
+      if (has_lead && row.first >= begin && row.first < begin + kTokens) {
+        if constexpr (warps > 1) {
+          lead = 0;
+          for (int w = 0; w < warps; ++w) lead += room.lead_of_warp[w];
+        }
+        steps.add_lead(row.first - begin, lead);
+      }
+      // What is whitened later is the rounded one: less its own mean it must come out as 0.
+      T rounded[kTokens]{}, value_return[kTokens]{};
+      using Results = RowResults<T, warps>;
+      if (is_every) {
+        steps.template finish<true>(behind, decay, rounded, value_return);
+        Results::template store<true>(steps, rounded, value_return, advantages, returns);
+        if (config.whiten) spread.take(rounded, [](int) { return true; });
+      } else {
+        steps.template finish<false>(behind, decay, rounded, value_return);
+        Results::template store<false>(steps, rounded, value_return, advantages, returns);
+        if (config.whiten) {
+          spread.take(rounded, [&](int k) { return steps.template has<false>(k); });
+        }
       }
     }
   }
-  if (config.whiten) finish_gae<kOwn>(advantages, line, spread, workspace);
+  if (config.whiten) finish_gae<kOwn>(advantages, line, spread.whole(), workspace);
 }
 
 template <class T>

@@ -99,10 +99,10 @@ WIDE = {
     "rewards_kernel<float, 16, true>": (4, 0),
     "rewards_kernel<double, 1, true>": (6, 0),
     "rewards_kernel<double, 16, true>": (6, 0),
-    "gae_rows_kernel<float, 1>": (6, 0),
-    "gae_rows_kernel<float, 16>": (6, 0),
-    "gae_rows_kernel<double, 1>": (5, 0),
-    "gae_rows_kernel<double, 16>": (5, 0),
+    "gae_rows_kernel<float, 1>": (8, 4),
+    "gae_rows_kernel<float, 16>": (8, 4),
+    "gae_rows_kernel<double, 1>": (7, 4),
+    "gae_rows_kernel<double, 16>": (7, 4),
 }
 
 

@@ -250,3 +250,31 @@ def test_equal_advantages_have_no_spread(cuda, shape, dtype, of_tokens):
     advantages, returns = case.on(cuda, (0.0, 1.0, 1.0))
     assert not advantages.any()
     assert (returns == returns[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 512), (3, 8192)], ids=str)
+@pytest.mark.parametrize("values_per_token", [False, True])
+def test_a_prompt_ends_where_tokens_of_a_warp_begin(cuda, shape, values_per_token, dtype):
+    """All tokens of the warp begin steps, and the first one gets the rewards of the prompt."""
+    ids = torch.arange(shape[1]).repeat(shape[0], 1)
+    # The numbers of the last row's steps begin at no multiple of 16 bytes.
+    for row, prompt in enumerate([0, shape[1] // 2 + 3, shape[1] // 2]):
+        ids[row, :prompt] = -1
+    steps = require_layout(StepLayout.from_step_ids(ids, backend="reference"))
+    for config in [(0.99, 0.95, 1.0), (0.0, 1.0, 0.0)]:
+        Case(steps, dtype, per_token=(True, values_per_token)).check(cuda, config)
+
+
+@pytest.mark.parametrize("place", [0, 1, 300, -2, -1])
+@pytest.mark.parametrize("shape", [(1, 40), (2, 3000)], ids=str)
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_an_advantage_far_from_all_others(cuda, place, shape, of_tokens):
+    """The spread loses no digits to it, wherever it lies."""
+    ones = torch.ones(shape)
+    steps = require_layout(StepLayout.from_mask(ones, boundaries=ones, backend="reference"))
+    case = Case(steps, torch.float64, per_token=(of_tokens, of_tokens))
+    case.rewards[place % shape[1]] = 1e9
+    config = (0.0, 1.0, 1.0)
+    found, exact = case.on(cuda, config)[0], case.exact(config)[0]
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
