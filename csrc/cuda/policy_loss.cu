@@ -110,9 +110,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
   // It is under way while gradients are zeroed, and the next one while a step is added.
   StepHead<T> next = head_of(call, steps, counts, first + group);
   clear(call, steps, [&] {
-    // The tokens of the first step are on their way then.
-    const std::int64_t at = lane * (kBytesOfLine / sizeof(T));
-    if (next.start >= 0 && at < next.length) prefetch_token(call, next.start + at);
+    // The tokens of the first step are on their way then. Where fewer lanes share a step, there are
+    // so many steps that this takes longer than it saves.
+    if constexpr (lanes >= kWarp) {
+      const std::int64_t at = lane * (kBytesOfLine / sizeof(T));
+      if (next.start >= 0 && at < next.length) prefetch_token(call, next.start + at);
+    }
   });
   const double center = center_of(tensors, config, workspace);
   // Lanes meet in sums, and go through the loop together.

@@ -2,10 +2,10 @@
 // backends/operators.py of the package.
 #include <limits>
 #include <stdexcept>
+#include <type_traits>
 
 #include "masks.cuh"
 #include "policy_call.cuh"
-#include "scan.cuh"
 
 namespace steppo::cuda {
 namespace {
@@ -152,97 +152,19 @@ __global__ void __launch_bounds__(kThreads)
   leave_center(workspace);
 }
 
-// Chunks with steps that a warp finds before the warps of a block share these: so few that the
-// shared memory of three blocks fits into the smaller multiprocessors.
-constexpr int kPlaces = 2, kPlacesOfBlock = kPlaces * kWarps;
-static_assert(kPlacesOfBlock <= kWarp, "a lane knows a place");
-
-// So few steps take a block less time one after the other, if they are long, than its warps beside
-// each other.
-constexpr int kFewSteps = kWarps / 2;
-
-// A chunk in which steps begin.
-struct Chunk {
-  // Its first token, and the one at which its last step ends if that is behind it.
-  std::int64_t begin, last_end;
-  unsigned ones[kWords];
-  // Of steps that begin in it, and of those of its row, if that is asked for.
-  int num_steps, steps_of_row;
-  // Tokens of the chunk where steps begin, in order.
-  std::uint8_t steps[kChunk / 2];
-};
-static_assert(kChunk <= 256, "a byte holds a token");
-
-struct Chunks {
-  Chunk at[kPlacesOfBlock];
+// A long step that a warp leaves to all threads of its block, or an empty one.
+struct LongStep {
+  std::int64_t length, start;
+  double steps_of_row;
 };
 
-// Zeroes the gradients of tokens of a chunk that are no action's, and fills `chunk` if steps begin
-// in it. Returns how many do.
-template <class T>
-STEPPO_DEVICE int fill(Chunk& chunk, const PolicyArrays<T>& call, const Mask& masked,
-                       std::int64_t row_begin, std::int64_t begin, int lane) {
-  const std::int64_t row_end = row_begin + masked.row_length;
-  unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
-  const auto words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
-  int num_steps = 0;
-#pragma unroll
-  for (int k = 0; k < kWords; ++k) {
-    const unsigned ones = words.at[k], begins = begins_of(ones, last);
-    if (lane == k) {
-      chunk.ones[k] = ones;
-      // Its steps wait less for what is on its way.
-      if (ones != 0) prefetch_token(call, begin + k * kWarp);
-    }
-    if ((begins >> lane & 1u) != 0) {
-      const int before = __popc(begins & ((1u << lane) - 1));
-      chunk.steps[num_steps + before] = static_cast<std::uint8_t>(k * kWarp + lane);
-    }
-    num_steps += __popc(begins);
-    const std::int64_t t = begin + k * kWarp + lane;
-    if (t >= row_end || (ones >> lane & 1u) != 0) continue;
-    if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = T(0);
-    if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
-  }
-  if (num_steps == 0) return 0;
-  std::int64_t last_end = begin + kChunk;
-  if (last != 0) {
-    // It mostly ends in the words behind.
-    int behind = 0;
-#pragma unroll
-    for (int k = kWordsBehind - 1; k >= 0; --k) {
-      const unsigned zeros = ~words.at[kWords + k];
-      behind = zeros == 0 ? behind + kWarp : __ffs(static_cast<int>(zeros)) - 1;
-    }
-    last_end += behind;
-    if (behind == kWordsBehind * kWarp) last_end = end_of_run(masked, last_end, row_end, lane);
-  }
-  if (lane == 0) {
-    chunk.begin = begin;
-    chunk.last_end = last_end;
-    chunk.num_steps = num_steps;
-  }
-  return num_steps;
-}
+struct LongSteps {
+  LongStep of_warp[kWarps];
+};
 
-// The k-th step of a chunk.
-STEPPO_DEVICE PolicyRun step_of(const Chunk& chunk, int k, int lane) {
-  const int at = chunk.steps[k];
-  // Zeros from the step's begin on: lane k has those of word k. Behind the row's end there are only
-  // zeros.
-  const unsigned ones = lane < kWords ? chunk.ones[lane] : ~0u;
-  unsigned zeros = lane < at / kWarp ? 0u : ~ones;
-  if (lane == at / kWarp) zeros &= ~0u << at % kWarp;
-  const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
-  const std::int64_t first = chunk.begin + at;
-  if (in == 0) return {chunk.last_end - first, first, lane};
-  const int where = __ffs(static_cast<int>(in)) - 1;
-  const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
-  return {where * kWarp + __ffs(static_cast<int>(bits)) - 1 - at, first, lane};
-}
-
-// Warps look through chunks of rows, and share the steps that they find: some chunks have many, and
-// others none.
+// A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
+// steps that begin there, however far they reach. Warps that shared out what they find would wait
+// for each other first.
 template <class T, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
@@ -255,51 +177,88 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
   const bool counts = config.reduction == kTrajectoryMean;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   CallSums& own = sum_of_thread<kThreads, CallSums>();
-  STEPPO_SHARED(Chunks, chunks);
-  unsigned number = blockIdx.x * kWarps + warp;
-  do {
-    int filled = 0;
-    for (; number < num_chunks && filled < kPlaces; number += gridDim.x * kWarps) {
-      const unsigned row = number / chunks_of_row;
-      const std::int64_t row_begin = row * masked.row_length;
-      Chunk& chunk = chunks.at[filled * kWarps + warp];
-      const std::int64_t begin = row_begin + (number - row * chunks_of_row) * kChunk;
-      if (fill(chunk, call, masked, row_begin, begin, lane) == 0) continue;
-      ++filled;
-      if (!counts) continue;
-      const int count = counted_rows > 0
-                            ? static_cast<int>(workspace->counters[kFirstRunCounter + row])
-                            : runs_of_row(masked, row_begin, lane);
-      if (lane == 0) chunk.steps_of_row = count;
-    }
-    for (int place = filled; lane == 0 && place < kPlaces; ++place) {
-      chunks.at[place * kWarps + warp].num_steps = 0;
-    }
-    __syncthreads();
-    // Lane k knows how many steps lie in the first places up to number k.
-    const int of_mine = lane < kPlacesOfBlock ? chunks.at[lane].num_steps : 0;
-    const int upto = joined_upto<Sum>(of_mine), all = __shfl_sync(kAllLanes, upto, kWarp - 1);
-    // Long steps that are few are shared by all threads, one after the other.
-    const bool are_few = all <= kFewSteps;
-    for (int s = are_few ? 0 : warp; s < all; s += are_few ? 1 : kWarps) {
-      const int where = __ffs(static_cast<int>(__ballot_sync(kAllLanes, upto > s))) - 1;
-      const Chunk& chunk = chunks.at[where];
-      const int before = __shfl_sync(kAllLanes, upto - of_mine, where);
-      PolicyRun step = step_of(chunk, s - before, lane);
-      const bool is_shared = are_few && step.length >= kLongStep;
-      if (!is_shared && s % kWarps != warp) continue;
-      const double count = counts ? chunk.steps_of_row : 1.0;
-      const double weight = step_weight(config.reduction, static_cast<double>(step.length), count);
-      if (is_shared) {
-        step.lane = threadIdx.x;
-        add_step<kThreads, form == kOfTokens>(call, step, config, weight, center, own.sums);
-      } else {
-        add_step<kWarp, form == kOfTokens>(call, step, config, weight, center, own.sums);
+  STEPPO_SHARED(LongSteps, long_steps);
+  const auto add = [&](auto sharers, const PolicyRun& step, double steps_of_row) {
+    const double weight =
+        step_weight(config.reduction, static_cast<double>(step.length), steps_of_row);
+    add_step<decltype(sharers)::value, form == kOfTokens>(call, step, config, weight, center,
+                                                          own.sums);
+    if (counts && step.lane == 0) own.trajectories += 1.0 / steps_of_row;
+  };
+  if (lane == 0) long_steps.of_warp[warp].length = 0;
+  bool has_left = false;
+  for (unsigned number = blockIdx.x * kWarps + warp; number < num_chunks;
+       number += gridDim.x * kWarps) {
+    const unsigned row = number / chunks_of_row;
+    const std::int64_t row_begin = row * masked.row_length;
+    const std::int64_t row_end = row_begin + masked.row_length;
+    const std::int64_t begin = row_begin + (number - row * chunks_of_row) * kChunk;
+    unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
+    const auto words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
+    // Lane k keeps word k: what is asked for by a number that is not known here lies in memory.
+    unsigned ones = 0, begins = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      const unsigned begins_here = begins_of(words.at[k], last);
+      if (lane == k) {
+        ones = words.at[k];
+        begins = begins_here;
+        // Its steps wait less for what is on its way.
+        if (ones != 0) prefetch_token(call, begin + k * kWarp);
       }
-      if (counts && step.lane == 0) own.trajectories += 1.0 / count;
+      const std::int64_t t = begin + k * kWarp + lane;
+      if (t >= row_end || (words.at[k] >> lane & 1u) != 0) continue;
+      if (call.grad_log_probs != nullptr) call.grad_log_probs[t] = T(0);
+      if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
     }
-    // Places are filled anew when all steps have been added.
-  } while (__syncthreads_count(number < num_chunks) > 0);
+    // The end of a step that begins here and ends behind is mostly in the words behind.
+    int behind = 0;
+#pragma unroll
+    for (int k = kWordsBehind - 1; k >= 0; --k) {
+      const unsigned zeros = ~words.at[kWords + k];
+      behind = zeros == 0 ? behind + kWarp : __ffs(static_cast<int>(zeros)) - 1;
+    }
+    unsigned with_begins = __ballot_sync(kAllLanes, begins != 0);
+    if (with_begins == 0) continue;
+    const double steps_of_row = !counts             ? 1.0
+                                : counted_rows == 0 ? runs_of_row(masked, row_begin, lane)
+                                                    : workspace->counters[kFirstRunCounter + row];
+    for (; with_begins != 0; with_begins &= with_begins - 1) {
+      const int word = __ffs(static_cast<int>(with_begins)) - 1;
+      unsigned left = __shfl_sync(kAllLanes, begins, word);
+      for (; left != 0; left &= left - 1) {
+        const int bit = __ffs(static_cast<int>(left)) - 1;
+        const std::int64_t first = begin + word * kWarp + bit;
+        // Zeros from the step's begin on, in the words of the chunk: lane k has those of word k.
+        // Behind the row's end there are only zeros.
+        unsigned zeros = lane < word || lane >= kWords ? 0u : ~ones;
+        if (lane == word) zeros &= ~0u << bit;
+        const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
+        std::int64_t stop = begin + kChunk + behind;
+        if (in != 0) {
+          const int where = __ffs(static_cast<int>(in)) - 1;
+          const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
+          stop = begin + where * kWarp + __ffs(static_cast<int>(bits)) - 1;
+        } else if (behind == kWordsBehind * kWarp) {
+          stop = end_of_run(masked, stop, row_end, lane);
+        }
+        const PolicyRun step{stop - first, first, lane};
+        if (step.length >= kLongStep && !has_left) {
+          has_left = true;
+          if (lane == 0) long_steps.of_warp[warp] = {step.length, first, steps_of_row};
+        } else {
+          add(std::integral_constant<int, kWarp>{}, step, steps_of_row);
+        }
+      }
+    }
+  }
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) {
+    const LongStep& step = long_steps.of_warp[w];
+    if (step.length == 0) continue;
+    add(std::integral_constant<int, kThreads>{},
+        PolicyRun{step.length, step.start, static_cast<int>(threadIdx.x)}, step.steps_of_row);
+  }
   finish_call<T>(tensors, config, workspace, counted_rows);
 }
 
