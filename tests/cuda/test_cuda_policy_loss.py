@@ -213,7 +213,7 @@ def test_runs_at_the_borders_of_chunks(cuda, length):
 
 @pytest.mark.parametrize("off", [0, 1, 15])
 @pytest.mark.parametrize("length", [2047, 2048, 2064, 4099, 6150])
-def test_warps_share_the_runs_of_a_row(cuda, length, off):
+def test_warps_count_the_runs_of_a_row(cuda, length, off):
     """Each counts them, in packs of 16 bytes wherever the row begins, and adds some of them.
 
     Blocks take many chunks after each other, of which some are full of runs and others empty. A run
@@ -238,7 +238,7 @@ def test_warps_share_the_runs_of_a_row(cuda, length, off):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_block_shares_long_steps_if_they_are_few(cuda, method):
+def test_a_block_shares_long_steps(cuda, method):
     """Of 1024 tokens on, and with shorter ones in the same chunks: on a mask and on a layout."""
     mask = torch.zeros(4, 5000, dtype=torch.bool)
     mask[0, :1023], mask[0, 1024:2048], mask[0, 2050:2060] = True, True, True
@@ -265,6 +265,26 @@ def test_a_block_shares_long_steps_if_they_are_few(cuda, method):
             check(policy_loss.policy_loss_masked(cuda, *args_of_mask), exact, tolerance)
             exact = _REFERENCE(*in_fp64(args), *of_steps)
             check(policy_loss.policy_loss(cuda, *args, *of_steps), exact, tolerance)
+
+
+@pytest.mark.parametrize("most_blocks", [1, 2, 0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_warp_leaves_one_long_step_to_its_block(cuda, reduction, most_blocks):
+    """It takes the others: rows of 1536 tokens have 8 chunks, of which a block's first warp begins.
+
+    The last ones end at the row's end, at the end of a chunk, and in the words behind one.
+    """
+    mask = torch.ones(7, 1536, dtype=torch.bool)
+    mask[4, 1152:], mask[5, 1200:], mask[6, 1216:] = False, False, False
+    generator = torch.Generator().manual_seed(3)
+    now, spread = torch.randn((2, mask.numel()), generator=generator, dtype=torch.float64) / 10
+    config = StepPOConfig(clip_low=0.05, clip_high=0.05, reduction=reduction)
+    given = now, None, torch.zeros_like(now), spread, None, None, None, None, mask.reshape(-1)
+    exact = _REFERENCE_MASKED(*given, 1536, config.kernel, True, False)
+    cuda.kernels.order(5, 2, most_blocks)
+    check(
+        policy_loss.policy_loss_masked(cuda, *given, 1536, config.kernel, True, False), exact, 1e-11
+    )
 
 
 def test_a_mask_may_have_any_byte_but_0(cuda):

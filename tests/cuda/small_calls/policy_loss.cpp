@@ -47,8 +47,8 @@ void on_layout(Run& run, Ratio ratio, int num_steps, int longest) {
   cuda::policy_loss(tensors.call, layout.steps(), tensors.config, run.place());
 }
 
-// Rows that are longer than what a warp looks through, and more of them than what the blocks take
-// before their warps share the steps. A row is one long step, or has many.
+// Rows that are longer than what a warp looks through, of which a row is one long step, or has
+// many.
 void on_mask(Run& run, Ratio ratio, std::int64_t rows = 40, std::int64_t length = 530,
              bool is_long = false) {
   const std::int64_t count = rows * length;
