@@ -15,8 +15,8 @@ _PAGE = Path(__file__).parents[1] / "cuda_account.md"
 
 
 def _floors() -> list[str]:
-    found = runs()
-    lines = floors.table(found)
+    found, others = runs()
+    lines = floors.table(found, others)
     if found:
         when = "; ".join(run.when for run in found)
         lines = [f"Measured: {found[0].device};", f"{when}.", "", *lines]

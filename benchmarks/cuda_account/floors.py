@@ -231,29 +231,38 @@ WORKS = (
 )
 
 
-def table(runs: Sequence[Run]) -> list[str]:
+def table(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
     """Return the lines of the table.
 
     Args:
         runs: what was measured; a call is read from the first one that has it.
+        others: what other GPUs measured.
     """
     lines = [
         "| call | launches | loads that wait | MB | TFLOP | floor | estimate | measured | target |"
-        " on paper | on the GPU |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        " on paper | on the GPU | on another |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for work in WORKS:
-        found = ((work.measured(run.results), run) for run in runs)
-        measured, run = next((one for one in found if one[0] is not None), (None, None))
+        measured, run = _first(work, runs)
+        other, other_run = _first(work, others)
+        beside = "" if other is None or other_run is None else f"{_time(other)} ({other_run.gpu})"
         shown = "" if measured is None else _time(measured)
         lines.append(
             f"| {work.name} | {work.launches} | {work.loads} | {work.num_bytes / 1e6:.1f} | "
             f"{work.operations / 1e12:.1f} | {_time(work.floor)} | {_time(work.estimate)} | "
             f"{shown}{'' if run is None or run is runs[0] else f' ({run.when})'} | "
             f"{'' if work.target is None else _time(work.target)} | "
-            f"{_verdict(work.estimate, work.target)} | {_verdict(measured, work.target)} |"
+            f"{_verdict(work.estimate, work.target)} | {_verdict(measured, work.target)} | "
+            f"{beside} |"
         )
     return lines
+
+
+def _first(work: Work, runs: Sequence[Run]) -> tuple[float | None, Run | None]:
+    """Return what was measured of a call, and the first run that has it."""
+    found = ((work.measured(run.results), run) for run in runs)
+    return next((one for one in found if one[0] is not None), (None, None))
 
 
 def _verdict(value: float | None, target: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What `make gpu-check` measured on a GPU of the targets, where that was kept."""
+"""What `make gpu-check` measured, where that was kept: on a GPU of the targets, and on others."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ class Run(NamedTuple):
 
     Attributes:
         when: the date and the hour.
+        gpu: its name.
         device: the GPU, its driver, and what ran on it.
         results: the rows.
     """
 
     when: str
+    gpu: str
     device: str
     results: Results
 
 
-def runs() -> list[Run]:
-    """Return the runs, the latest first."""
+def runs() -> tuple[list[Run], list[Run]]:
+    """Return the runs on the GPU of the targets and those on others, the latest first."""
     found = []
     for path in _RESULTS.rglob(f"{NAME}.json"):
         document = json.loads(path.read_text())
         machine = document["machine"]
-        if is_for(machine["device"]):
-            device = (
-                f"{machine['device']}, driver {machine['driver']}, CUDA {machine['cuda']}, "
-                f"torch {machine['torch']}"
-            )
-            found.append(Run(machine["date"], device, Results(document)))
-    return sorted(found, key=lambda run: run.when, reverse=True)
+        device = (
+            f"{machine['device']}, driver {machine['driver']}, CUDA {machine['cuda']}, "
+            f"torch {machine['torch']}"
+        )
+        found.append(Run(machine["date"], machine["device"], device, Results(document)))
+    found.sort(key=lambda run: run.when, reverse=True)
+    return [run for run in found if is_for(run.gpu)], [run for run in found if not is_for(run.gpu)]
