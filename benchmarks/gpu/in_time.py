@@ -3,7 +3,8 @@
 ``python -m pytest -p benchmarks.gpu.in_time --in-time 120 --counts counts.json``
 
 Tests are put in rounds. The first has one case of every test function on every backend, the second
-a second one, and so on. When the time is up, the session ends.
+a second one, and so on. When the time is up, the session ends. `--draw 7` draws which case comes
+first, so that runs which end before their tests do begin others.
 
 A kernel that goes astray leaves a GPU that answers nothing more in its process, and every later
 test would fail for that reason. After a test that failed the device is therefore asked. A worker of
@@ -14,6 +15,7 @@ to that test, and starts another worker for the rest. Without xdist the session 
 from __future__ import annotations
 
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -34,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("in time")
     group.addoption("--in-time", type=float, help="seconds after which no test is begun")
     group.addoption("--counts", type=Path, help="file for the counts, as JSON")
+    group.addoption("--draw", type=int, help="draw the order of cases by this number")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,11 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put items in rounds."""
     seen: Counter[tuple[str, str]] = Counter()
     rounds = []
-    for place, item in enumerate(items):
+    seed = config.getoption("--draw")
+    places = list(range(len(items)))
+    if seed is not None:
+        # Every process draws the same.
+        random.Random(seed).shuffle(places)
+    for place in places:
+        item = items[place]
         kind = (item.nodeid.partition("[")[0], _backend(item))
         rounds.append((seen[kind], place, item))
         seen[kind] += 1

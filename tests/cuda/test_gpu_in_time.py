@@ -68,6 +68,39 @@ def test_tests_run_in_rounds(tmp_path: Path) -> None:
     assert failure["why"].startswith("AssertionError: [('many', 0), 'one']")
 
 
+DRAWN = """
+import pytest
+order = []
+
+@pytest.mark.parametrize("k", range(40))
+def test_many(k):
+    order.append(k)
+
+def test_one():
+    order.append("one")
+
+def test_last():
+    assert False, order[:2]
+
+@pytest.mark.parametrize("k", range(40))
+def test_others(k):
+    pass
+"""
+
+
+@pytest.mark.parametrize("words", WAYS)
+def test_cases_are_drawn(words: tuple[str, ...], tmp_path: Path) -> None:
+    """A first case of each function comes first, which is another one for another number."""
+    firsts = []
+    for draw in ("1", "2", "1"):
+        code, found, said = run(DRAWN, tmp_path, f"--draw={draw}", *words)
+        assert (code, numbers(found)) == (1, (81, 1, 0, 0)), said
+        (failure,) = found["failures"]
+        firsts.append(failure["why"])
+        assert "'one']" in firsts[-1]
+    assert firsts[0] == firsts[2] != firsts[1]
+
+
 SLOW = """
 import time
 import pytest
