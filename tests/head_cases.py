@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 from batches import ragged_mask
@@ -198,7 +200,15 @@ class _Waits(TorchDispatchMode):
 @contextmanager
 def waits() -> Iterator[_Waits]:
     """Count the operations inside for which the host would wait for a GPU."""
-    with _Waits() as counter:
+    counter = _Waits()
+    tolist = Tensor.tolist
+
+    def counted(values: Tensor) -> Any:
+        # No mode sees it.
+        counter.count += 1
+        return tolist(values)
+
+    with mock.patch.object(Tensor, "tolist", counted), counter:
         yield counter
 
 

@@ -7,9 +7,9 @@
 
 namespace steppo::cuda {
 
-// What is added to each product of powers of a factor. It is lost in any that is not next to 0, and
-// keeps one of a factor that is not 0 from being 0: an infinite advantage is infinite at all steps
-// before it.
+// What is added to each product of powers of a factor. In one that is not next to 0 it decides
+// between two roundings at most. It keeps one of a factor that is not 0 from being 0: an infinite
+// advantage is infinite at all steps before it.
 STEPPO_DEVICE double least_power(double factor) {
   return factor == 0 ? 0 : std::numeric_limits<double>::denorm_min();
 }

@@ -54,7 +54,7 @@ STEPPO_DEVICE void clear(const PolicyArrays<T>& call, const Steps& steps, Meanwh
     Ids ids[kPacks];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) ids[p] = ids_from(steps, first + p * stride, wide);
-    meanwhile();
+    if (first < stride) meanwhile();
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const std::int64_t t = first + p * stride;

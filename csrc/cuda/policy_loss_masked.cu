@@ -1,7 +1,6 @@
 // The policy loss on a mask whose runs of ones are the steps. See losses/policy_loss.py and
 // backends/operators.py of the package.
-#include <limits>
-#include <stdexcept>
+#include <algorithm>
 #include <type_traits>
 
 #include "masks.cuh"
@@ -152,6 +151,33 @@ __global__ void __launch_bounds__(kThreads)
   leave_center(workspace);
 }
 
+// A chunk of a row. A row of 2^31 of them would have 400 GB of mask.
+struct ChunkPlace {
+  std::int64_t row;
+  unsigned chunk;
+};
+
+// The chunks of all rows, which warps take in turn: a turn is so many rows and chunks of one. A
+// warp divides once, and few numbers: a division of 64 bits takes long.
+struct Chunks {
+  std::int64_t num_rows;
+  unsigned of_row;
+  ChunkPlace turn;
+
+  STEPPO_MEMBER ChunkPlace first(unsigned number) const {
+    const unsigned row = number / of_row;
+    return {row, number - row * of_row};
+  }
+
+  STEPPO_MEMBER void advance(ChunkPlace& at) const {
+    at.row += turn.row;
+    at.chunk += turn.chunk;
+    if (at.chunk < of_row) return;
+    at.chunk -= of_row;
+    ++at.row;
+  }
+};
+
 // A long step that a warp leaves to all threads of its block, or an empty one.
 struct LongStep {
   std::int64_t length, start;
@@ -163,13 +189,13 @@ struct LongSteps {
 };
 
 // A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
-// steps that begin there, however far they reach. Warps that shared out what they find would wait
-// for each other first.
+// steps that begin there, however far they reach, but for one long step. Warps that shared out what
+// they find would wait for each other first.
 template <class T, int form>
 __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
-                              const PolicyConfig given, Workspace* workspace,
-                              unsigned chunks_of_row, unsigned num_chunks, int counted_rows) {
+                              const PolicyConfig given, Workspace* workspace, const Chunks chunks,
+                              int counted_rows) {
   PolicyArrays<T> call = arrays_of<T>(tensors);
   PolicyConfig config = given;
   if constexpr (form == kPlain) leave_out(call, config);
@@ -187,12 +213,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
   };
   if (lane == 0) long_steps.of_warp[warp].length = 0;
   bool has_left = false;
-  for (unsigned number = blockIdx.x * kWarps + warp; number < num_chunks;
-       number += gridDim.x * kWarps) {
-    const unsigned row = number / chunks_of_row;
-    const std::int64_t row_begin = row * masked.row_length;
+  for (ChunkPlace at = chunks.first(blockIdx.x * kWarps + warp); at.row < chunks.num_rows;
+       chunks.advance(at)) {
+    const std::int64_t row_begin = at.row * masked.row_length;
     const std::int64_t row_end = row_begin + masked.row_length;
-    const std::int64_t begin = row_begin + (number - row * chunks_of_row) * kChunk;
+    const std::int64_t begin = row_begin + at.chunk * kChunk;
     unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
     const auto words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
     // Lane k keeps word k: what is asked for by a number that is not known here lies in memory.
@@ -220,9 +245,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
     }
     unsigned with_begins = __ballot_sync(kAllLanes, begins != 0);
     if (with_begins == 0) continue;
-    const double steps_of_row = !counts             ? 1.0
-                                : counted_rows == 0 ? runs_of_row(masked, row_begin, lane)
-                                                    : workspace->counters[kFirstRunCounter + row];
+    const double steps_of_row = !counts ? 1.0
+                                : counted_rows == 0
+                                    ? runs_of_row(masked, row_begin, lane)
+                                    : workspace->counters[kFirstRunCounter + at.row];
     for (; with_begins != 0; with_begins &= with_begins - 1) {
       const int word = __ffs(static_cast<int>(with_begins)) - 1;
       unsigned left = __shfl_sync(kAllLanes, begins, word);
@@ -277,21 +303,20 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
     const std::int64_t rows = masked.row_length > 0 ? masked.num_tokens / masked.row_length : 0;
     const std::int64_t chunks_of_row = ceil_div(masked.row_length, kChunk);
     const std::int64_t chunks = rows * chunks_of_row;
-    // A division of 64 bits takes long. So many tokens have 400 GB of mask.
-    if (chunks > std::numeric_limits<std::int32_t>::max()) {
-      throw std::length_error("policy_loss_masked: the mask is too large");
-    }
     const int counted_rows = counts_before(config, masked, rows) ? static_cast<int>(rows) : 0;
     if (counted_rows > 0) {
       launch(listed<count_runs_of_rows_kernel>(), step_blocks_for(chunks * kWarp), kThreads, masked,
              workspace, chunks_of_row, chunks);
     }
     const Form form = form_of(tensors, config, false);
+    const std::int64_t blocks = step_blocks_for(chunks * kWarp, form);
+    const std::int64_t turn = blocks * kWarps, of_row = std::max<std::int64_t>(chunks_of_row, 1);
+    const ChunkPlace of_turn{turn / of_row, static_cast<unsigned>(turn % of_row)};
     launch(form == kPlain     ? listed<policy_loss_masked_kernel<T, kPlain>>()
            : form == kOfSteps ? listed<policy_loss_masked_kernel<T, kOfSteps>>()
                               : listed<policy_loss_masked_kernel<T, kOfTokens>>(),
-           step_blocks_for(chunks * kWarp, form), kThreads, tensors, masked, config, workspace,
-           static_cast<unsigned>(chunks_of_row), static_cast<unsigned>(chunks), counted_rows);
+           blocks, kThreads, tensors, masked, config, workspace,
+           Chunks{rows, static_cast<unsigned>(of_row), of_turn}, counted_rows);
   });
 }
 

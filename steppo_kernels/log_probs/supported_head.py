@@ -7,6 +7,7 @@ logits instead.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -419,7 +420,12 @@ def _pairs_of_chunks(held: KeptSets, rows: KeptRows, chunk: int) -> list[int]:
     """Return how many pairs each chunk of tokens has. A GPU is waited for once, or not at all."""
     if rows.covers_all and len(rows.kept) <= chunk:
         return [held.num_pairs]
-    return torch.stack([held.counts[part].sum() for part in rows.kept.split(chunk)]).tolist()
+    if len(rows.kept) == 0:
+        return [0]
+    upto, size = held.counts[rows.kept].cumsum(0), len(rows.kept)
+    last = torch.arange(chunk, size + chunk, chunk, device=upto.device).clamp_(max=size) - 1
+    ends = upto[last].tolist()
+    return [end - begin for begin, end in itertools.pairwise([0, *ends])]
 
 
 def _pairs(held: KeptSets, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -413,10 +413,7 @@ def test_nothing_of_the_size_of_all_logits_is_made(kernel):
 
 
 def test_the_host_waits_no_more_than_without_sets(kernel, taken):
-    """For the number of rows, and for one more where masked tokens have no set.
-
-    For products, their pairs are then read in one copy beside, which is not seen here.
-    """
+    """For the number of rows, and where masked tokens have no set once more."""
     case = head_case(2, vocabulary=26).to(torch.float32, kernel.device)
     kept = kept_of("random", head_case(2, vocabulary=26))
     counts = []
@@ -441,6 +438,30 @@ def test_the_host_waits_no_more_than_without_sets(kernel, taken):
     looks = 2 if kernel.device == "cpu" and kernel.backend != "cpu" else 0
     assert counts[1] <= counts[0] + looks
     assert counts[2] <= counts[0] + looks + 1
+
+
+def test_products_ask_once_for_the_pairs_of_their_chunks(kernel, monkeypatch):
+    """And not at all where there is one chunk of all tokens: in forward, and not again after it."""
+    monkeypatch.setattr(supported_head, "BREAK_EVEN", _ALWAYS)
+    case = head_case(2, vocabulary=26).to(torch.float32, kernel.device)
+    hidden = torch.where(case.mask.unsqueeze(-1), case.hidden, 0.0).detach().requires_grad_()
+    ids = torch.where(case.mask, case.token_ids, 0)
+    every = torch.ones(*ids.shape, 26, dtype=torch.bool)
+    given = TokenSupport.from_mask(every).to(kernel.device)
+    _ = given._held.counts
+    counts = []
+    for chunk in (1000, 7, 3):
+        with waits() as counter:
+            linear_token_log_probs(
+                hidden,
+                case.weight,
+                ids,
+                support=given,
+                chunk_tokens=chunk,
+                backend=kernel.backend,
+            ).sum().backward()
+        counts.append(counter.count)
+    assert counts == [counts[0], counts[0] + 1, counts[0] + 1]
 
 
 def test_threads_share_sets(kernel):
