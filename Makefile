@@ -52,8 +52,9 @@ test: install .venv/nvcc
 	$(BIN)/$(TEST)
 
 # The tests that touch other people's packages, with the newest of these or with the oldest that
-# pyproject.toml allows. Only torch stays what it is.
-test-newest test-oldest: test-%: .venv-%/built
+# pyproject.toml allows. Only torch stays what it is. Processes that tests start find the package of
+# this folder, and the module that .venv has built there.
+test-newest test-oldest: test-%: install .venv-%/built
 	.venv-$*/bin/$(TEST) -m third_party $(OPTIONS)
 
 # Old packages make deprecated calls of newer ones.
