@@ -1,8 +1,8 @@
 // Merges what the threads of a block have added up, in a fixed order.
 //
 // A sum is a struct S of doubles, and S{} is that of nothing. The sums of the threads lie in shared
-// memory, where a large one takes no registers. Each field is merged by itself, by a warp or by half
-// of one.
+// memory, where a large one takes no registers. Each field is merged by itself, by a warp or by
+// half of one.
 #pragma once
 
 #include <cstring>

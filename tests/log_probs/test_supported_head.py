@@ -13,7 +13,7 @@ import pytest
 import torch
 from batches import Error
 from grids import grid
-from head_cases import head_case, new_tensors, waits
+from head_cases import head_case, new_tensors
 from head_regimes import REGIMES, Regime, draw, evaluate, typed
 from kept_cases import KINDS, kept_of, or_all
 
@@ -410,58 +410,6 @@ def test_nothing_of_the_size_of_all_logits_is_made(kernel):
         )
         log_probs.sum().backward()
     assert max(seen) < 4001
-
-
-def test_the_host_waits_no_more_than_without_sets(kernel, taken):
-    """For the number of rows, and where masked tokens have no set once more."""
-    case = head_case(2, vocabulary=26).to(torch.float32, kernel.device)
-    kept = kept_of("random", head_case(2, vocabulary=26))
-    counts = []
-    for sets in (None, kept, kept & case.mask.cpu().unsqueeze(-1)):
-        given = None if sets is None else TokenSupport.from_mask(sets).to(kernel.device)
-        if given is not None:
-            _ = given._held.by_id.num_slots
-        with waits() as counter:
-            output = linear_steppo_loss(
-                case.hidden,
-                case.weight,
-                case.token_ids,
-                None,
-                case.advantages,
-                case.layout,
-                support=given,
-                backend=kernel.backend,
-            )
-            output.loss.backward()
-        counts.append(counter.count)
-    # With tensors of a CPU there are looks whether ids are in their sets, and how many there are.
-    looks = 2 if kernel.device == "cpu" and kernel.backend != "cpu" else 0
-    assert counts[1] <= counts[0] + looks
-    assert counts[2] <= counts[0] + looks + 1
-
-
-def test_products_ask_once_for_the_pairs_of_their_chunks(kernel, monkeypatch):
-    """And not at all where there is one chunk of all tokens: in forward, and not again after it."""
-    monkeypatch.setattr(supported_head, "BREAK_EVEN", _ALWAYS)
-    case = head_case(2, vocabulary=26).to(torch.float32, kernel.device)
-    hidden = torch.where(case.mask.unsqueeze(-1), case.hidden, 0.0).detach().requires_grad_()
-    ids = torch.where(case.mask, case.token_ids, 0)
-    every = torch.ones(*ids.shape, 26, dtype=torch.bool)
-    given = TokenSupport.from_mask(every).to(kernel.device)
-    _ = given._held.counts
-    counts = []
-    for chunk in (1000, 7, 3):
-        with waits() as counter:
-            linear_token_log_probs(
-                hidden,
-                case.weight,
-                ids,
-                support=given,
-                chunk_tokens=chunk,
-                backend=kernel.backend,
-            ).sum().backward()
-        counts.append(counter.count)
-    assert counts == [counts[0], counts[0] + 1, counts[0] + 1]
 
 
 def test_threads_share_sets(kernel):
