@@ -45,6 +45,20 @@ STEPPO_DEVICE void load_wide(const N* from, N (&to)[count]) {
   }
 }
 
+// Stores numbers from a multiple of 16 bytes on.
+template <class N, int count>
+STEPPO_DEVICE void store_wide(N* to, const N (&from)[count]) {
+  constexpr int kTogether = 16 / sizeof(N);
+  static_assert(count % kTogether == 0, "one store is of 16 bytes");
+#pragma unroll
+  for (int part = 0; part < count; part += kTogether) {
+    Pack<N, kTogether> pack;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) pack.at[k] = from[part + k];
+    *reinterpret_cast<Pack<N, kTogether>*>(to + part) = pack;
+  }
+}
+
 // A pack of 16 bytes, of memory that is read or written once: the caches need not keep it. One that
 // is shared is read by other processors as well: their common cache keeps it, and their own do not.
 #if defined(STEPPO_CUDA_ON_HOST)

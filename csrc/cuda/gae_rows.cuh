@@ -222,20 +222,6 @@ STEPPO_DEVICE double lead_of_lane(const T* rewards, const RowOfSteps& row) {
   return sum;
 }
 
-// Stores numbers from a multiple of 16 bytes on.
-template <class N, int count>
-STEPPO_DEVICE void store_wide(N* to, const N (&from)[count]) {
-  constexpr int kTogether = 16 / sizeof(N);
-  static_assert(count % kTogether == 0, "one store is of 16 bytes");
-#pragma unroll
-  for (int part = 0; part < count; part += kTogether) {
-    Pack<N, kTogether> pack;
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) pack.at[k] = from[part + k];
-    *reinterpret_cast<Pack<N, kTogether>*>(to + part) = pack;
-  }
-}
-
 // Where the results of a tile go. Steps that begin in the tokens of a warp have numbers that follow
 // each other, so that its lanes can exchange them and store side by side.
 template <class T, int warps>
@@ -300,9 +286,8 @@ struct RowResults {
       }
       // A barrier of the next tile lies before it writes to what is read here.
       __syncwarp();
-      const T *const from_advantages = room.advantages + place_of(lane), *const from_returns =
-                                                                             room.returns +
-                                                                             place_of(lane);
+      const T* const from_advantages = room.advantages + place_of(lane);
+      const T* const from_returns = room.returns + place_of(lane);
       advantages += first + std::int64_t{lane};
       returns += first + std::int64_t{lane};
 #pragma unroll

@@ -97,23 +97,57 @@ bool counts_before(const PolicyConfig& config, const Mask& masked, std::int64_t 
          rows <= kMostLongRows;
 }
 
+// A chunk of a row. A row of 2^31 of them would have 400 GB of mask.
+struct ChunkPlace {
+  std::int64_t row;
+  unsigned chunk;
+};
+
+// The chunks of all rows, which warps take in turn: a turn is so many rows and chunks of one. A
+// warp divides once, and few numbers: a division of 64 bits takes long.
+struct Chunks {
+  std::int64_t num_rows;
+  unsigned of_row;
+  ChunkPlace turn;
+
+  STEPPO_MEMBER ChunkPlace first(unsigned number) const {
+    const unsigned row = number / of_row;
+    return {row, number - row * of_row};
+  }
+
+  STEPPO_MEMBER void advance(ChunkPlace& at) const {
+    at.row += turn.row;
+    at.chunk += turn.chunk;
+    if (at.chunk < of_row) return;
+    at.chunk -= of_row;
+    ++at.row;
+  }
+};
+
+// The chunks of rows by the warps of so many blocks.
+Chunks chunks_of(const Mask& masked, std::int64_t rows, std::int64_t blocks) {
+  const std::int64_t of_row = std::max<std::int64_t>(ceil_div(masked.row_length, kChunk), 1);
+  const std::int64_t turn = blocks * kWarps;
+  return {
+      rows, static_cast<unsigned>(of_row), {turn / of_row, static_cast<unsigned>(turn % of_row)}};
+}
+
 // Counts the runs of rows, a chunk a warp.
 __global__ void __launch_bounds__(kThreads, 4)
-    count_runs_of_rows_kernel(const Mask masked, Workspace* workspace, std::int64_t chunks_of_row,
-                              std::int64_t chunks) {
+    count_runs_of_rows_kernel(const Mask masked, Workspace* workspace, const Chunks chunks) {
   const int lane = threadIdx.x % kWarp;
-  for (std::int64_t chunk = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; chunk < chunks;
-       chunk += std::int64_t{gridDim.x} * kWarps) {
-    const std::int64_t row = chunk / chunks_of_row, row_begin = row * masked.row_length;
-    const std::int64_t begin = row_begin + chunk % chunks_of_row * kChunk;
+  for (ChunkPlace at = chunks.first(blockIdx.x * kWarps + threadIdx.x / kWarp);
+       at.row < chunks.num_rows; chunks.advance(at)) {
+    const std::int64_t row_begin = at.row * masked.row_length;
     const std::int64_t row_end = row_begin + masked.row_length;
-    const MaskWords words = words_of<kWords>(masked, begin, row_end, lane);
+    const std::int64_t begin = row_begin + at.chunk * kChunk;
+    const auto words = words_of<kWords>(masked, begin, row_end, lane);
     unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
     int runs = 0;
 #pragma unroll
     for (int k = 0; k < kWords; ++k) runs += __popc(begins_of(words.at[k], last));
     if (lane == 0 && runs > 0) {
-      atomicAdd(&workspace->counters[kFirstRunCounter + row], static_cast<unsigned>(runs));
+      atomicAdd(&workspace->counters[kFirstRunCounter + at.row], static_cast<unsigned>(runs));
     }
   }
 }
@@ -150,33 +184,6 @@ __global__ void __launch_bounds__(kThreads)
   sum_of_thread<kThreads, Center>() = sum;
   leave_center(workspace);
 }
-
-// A chunk of a row. A row of 2^31 of them would have 400 GB of mask.
-struct ChunkPlace {
-  std::int64_t row;
-  unsigned chunk;
-};
-
-// The chunks of all rows, which warps take in turn: a turn is so many rows and chunks of one. A
-// warp divides once, and few numbers: a division of 64 bits takes long.
-struct Chunks {
-  std::int64_t num_rows;
-  unsigned of_row;
-  ChunkPlace turn;
-
-  STEPPO_MEMBER ChunkPlace first(unsigned number) const {
-    const unsigned row = number / of_row;
-    return {row, number - row * of_row};
-  }
-
-  STEPPO_MEMBER void advance(ChunkPlace& at) const {
-    at.row += turn.row;
-    at.chunk += turn.chunk;
-    if (at.chunk < of_row) return;
-    at.chunk -= of_row;
-    ++at.row;
-  }
-};
 
 // A long step that a warp leaves to all threads of its block, or an empty one.
 struct LongStep {
@@ -301,22 +308,20 @@ void policy_loss_masked(const PolicyTensors& tensors, const Mask& masked,
              tensors, masked, config, workspace);
     }
     const std::int64_t rows = masked.row_length > 0 ? masked.num_tokens / masked.row_length : 0;
-    const std::int64_t chunks_of_row = ceil_div(masked.row_length, kChunk);
-    const std::int64_t chunks = rows * chunks_of_row;
+    const std::int64_t threads = rows * ceil_div(masked.row_length, kChunk) * kWarp;
     const int counted_rows = counts_before(config, masked, rows) ? static_cast<int>(rows) : 0;
     if (counted_rows > 0) {
-      launch(listed<count_runs_of_rows_kernel>(), step_blocks_for(chunks * kWarp), kThreads, masked,
-             workspace, chunks_of_row, chunks);
+      const std::int64_t blocks = step_blocks_for(threads);
+      launch(listed<count_runs_of_rows_kernel>(), blocks, kThreads, masked, workspace,
+             chunks_of(masked, rows, blocks));
     }
     const Form form = form_of(tensors, config, false);
-    const std::int64_t blocks = step_blocks_for(chunks * kWarp, form);
-    const std::int64_t turn = blocks * kWarps, of_row = std::max<std::int64_t>(chunks_of_row, 1);
-    const ChunkPlace of_turn{turn / of_row, static_cast<unsigned>(turn % of_row)};
+    const std::int64_t blocks = step_blocks_for(threads, form);
     launch(form == kPlain     ? listed<policy_loss_masked_kernel<T, kPlain>>()
            : form == kOfSteps ? listed<policy_loss_masked_kernel<T, kOfSteps>>()
                               : listed<policy_loss_masked_kernel<T, kOfTokens>>(),
-           blocks, kThreads, tensors, masked, config, workspace,
-           Chunks{rows, static_cast<unsigned>(of_row), of_turn}, counted_rows);
+           blocks, kThreads, tensors, masked, config, workspace, chunks_of(masked, rows, blocks),
+           counted_rows);
   });
 }
 

@@ -418,11 +418,10 @@ def _multiply_all(head: Head, hidden: Tensor, kept: _Kept, logits: Tensor) -> No
 
 def _pairs_of_chunks(held: KeptSets, rows: KeptRows, chunk: int) -> list[int]:
     """Return how many pairs each chunk of tokens has. A GPU is waited for once, or not at all."""
-    if rows.covers_all and len(rows.kept) <= chunk:
-        return [held.num_pairs]
-    if len(rows.kept) == 0:
-        return [0]
-    upto, size = held.counts[rows.kept].cumsum(0), len(rows.kept)
+    size = len(rows.kept)
+    if size == 0 or (rows.covers_all and size <= chunk):
+        return [held.num_pairs if size else 0]
+    upto = held.counts[rows.kept].cumsum(0)
     last = torch.arange(chunk, size + chunk, chunk, device=upto.device).clamp_(max=size) - 1
     ends = upto[last].tolist()
     return [end - begin for begin, end in itertools.pairwise([0, *ends])]
