@@ -49,8 +49,11 @@ def file_of(name: str) -> Path:
 
 
 def loaded(name: str) -> ModuleType:
-    """Return a module from its file: backend `cuda` may be another that tests have built."""
-    spec = importlib.util.spec_from_file_location(name, file_of(name))
+    """Return a module from its file: backend `cuda` may be another that tests have built.
+
+    The name is one that nothing else has: pybind11 makes one module a name, of whatever file.
+    """
+    spec = importlib.util.spec_from_file_location(f"installed.{name}", file_of(name))
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
