@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.reference.policy_loss import clip_tokens
+from ..backends.untraced import untraced
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
-from ..log_probs.untraced import untraced
 from ..ranks import Call, Ranks
 from .words import as_many, bits_of, listed, numbers_of, value_of
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import Backend
+from ..backends.untraced import untraced
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..log_probs.linear_token_log_probs import linear_token_log_probs
-from ..log_probs.untraced import untraced
 from ..log_probs.vocabulary_shard import local_hidden
 from ..losses.inputs import check_loss_inputs
 from ..losses.policy_loss import steppo_loss

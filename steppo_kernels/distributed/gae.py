@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import Backend
+from ..backends.untraced import untraced
 from ..layout.step_layout import StepLayout, require_layout
-from ..log_probs.untraced import untraced
 from ..losses.gae import step_gae as gae_of_this_rank
 from ..outputs import StepAdvantages
 from ..ranks import Call, Ranks

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..log_probs.untraced import untraced
+from ..backends.untraced import untraced
 from ..outputs import (
     NUM_POLICY_METRICS,
     NUM_VALUE_METRICS,

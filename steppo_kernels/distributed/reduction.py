@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.untraced import untraced
 from ..config import REDUCTIONS, Reduction, one_of
 from ..layout import integers
 from ..layout.step_layout import StepLayout, require_layout
-from ..log_probs.untraced import untraced
 from ..ranks import Call, Ranks
 from .words import Gradients, as_many, divisor, listed
 

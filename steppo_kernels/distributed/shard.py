@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
+from ..backends.untraced import untraced
 from ..layout import integers
-from ..log_probs.untraced import untraced
 from ..ranks import Call, Ranks
 from . import columns as columns_of
 from .blocks import Blocks

@@ -10,10 +10,12 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
+from ..backends.untraced import traced
 from .step_layout import StepLayout, require_layout
 from .step_tensors import StepTensors
 
 
+@traced
 def broadcast_to_tokens(
     per_step: Tensor, layout: StepLayout, *, backend: Backend = "auto"
 ) -> Tensor:

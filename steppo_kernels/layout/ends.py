@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.untraced import untraced
 from .markers import token_set
 from .step_layout import StepLayout, require_layout
 
 
+@untraced
 def check_step_ends(
     layout: StepLayout, token_ids: Tensor, end: int | Tensor | Sequence[int]
 ) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from .. import checks
 from ..backends.choice import Backend
 from ..backends.reference.reductions import reduction_weights
+from ..backends.untraced import untraced
 from ..config import REDUCTIONS, Reduction, one_of
 from ..devices import device_of
 from ..inference import outside_inference_mode
@@ -129,6 +130,7 @@ class StepLayout:
         return self._held.num_trajectories
 
     @classmethod
+    @untraced
     @outside_inference_mode
     def from_mask(
         cls,
@@ -164,6 +166,7 @@ class StepLayout:
         return layout_of(build.from_mask(mask, cu_seqlens, boundaries, steps_per_row, backend))
 
     @classmethod
+    @untraced
     @outside_inference_mode
     def from_step_ids(
         cls, step_ids: Tensor, *, cu_seqlens: Tensor | None = None, backend: Backend = "auto"
@@ -191,6 +194,7 @@ class StepLayout:
         return layout_of(build.from_step_ids(step_ids, cu_seqlens, backend))
 
     @classmethod
+    @untraced
     @outside_inference_mode
     def from_rows(
         cls,
@@ -227,6 +231,7 @@ class StepLayout:
         return layout_of(build.from_rows(mask, trajectory_ids, step_indices, valid, backend))
 
     @classmethod
+    @untraced
     @outside_inference_mode
     def from_markers(
         cls,
@@ -283,6 +288,7 @@ class StepLayout:
             build.from_markers(token_ids, start, end, stop, valid, cu_seqlens, backend)
         )
 
+    @untraced
     @outside_inference_mode
     def per_token(self) -> StepLayout:
         """Return the same batch with every action token a step of its own (token-level PPO).
@@ -295,6 +301,7 @@ class StepLayout:
         """
         return layout_of(regroup.per_token(require_layout(self)))
 
+    @untraced
     @outside_inference_mode
     def per_trajectory(self) -> StepLayout:
         """Return the same batch with every trajectory one step (sequence-level GSPO).
@@ -310,6 +317,7 @@ class StepLayout:
         """
         return layout_of(regroup.per_trajectory(require_layout(self)))
 
+    @untraced
     @outside_inference_mode
     def keep(self, mask: Tensor) -> StepLayout:
         """Return the layout without the tokens where `mask` is False.

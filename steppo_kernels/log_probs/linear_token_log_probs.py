@@ -10,20 +10,20 @@ from torch import Tensor
 from .. import checks
 from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
+from ..backends.saved import save, saved
+from ..backends.untraced import traced_without, untraced
 from .kept_rows import check_support, rows_of
 from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
 from .plain_head import plain_log_probs
-from .saved import save, saved
 from .sharded_head import again, localized, on_shards, shared
 from .supported_head import kept_log_probs
 from .targets import entropy_shape, ids_of, one_id, token_shape
 from .token_support import TokenSupport
-from .untraced import untraced, untraced_with
 
 _NAME = "linear_token_log_probs"
 
 
-@untraced_with("tp_group", "support")
+@traced_without("tp_group", "support")
 def linear_token_log_probs(
     hidden: Tensor,
     weight: Tensor,

@@ -17,13 +17,13 @@ from .. import checks
 from ..backends import operators
 from ..backends.derivatives import first_only
 from ..backends.records import MOST_ROW_BYTES
+from ..backends.saved import save, saved
+from ..backends.untraced import untraced
 from .kept_rows import KeptRows
 from .kept_sets import KeptSets
 from .lm_head import Head, HeadGradients, check_chunk
 from .memory import gradient, scratch
-from .saved import save, saved
 from .sharded_head import again
-from .untraced import untraced
 from .vocabulary_shard import HiddenRows, of_all
 
 _NAME = "support"

@@ -14,17 +14,17 @@ from ..backends import operators
 from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
 from ..backends.reference import token_log_probs as reference
+from ..backends.saved import save, saved
+from ..backends.untraced import traced_without
 from . import kept_logits
 from .kept_rows import KeptRows, check_support, rows_of
 from .overwrite import Part, whole_of
-from .saved import save, saved
 from .several_ids import Several
 from .targets import Targets, entropy_shape, one_id, token_shape
 from .token_support import TokenSupport
-from .untraced import untraced_with
 
 
-@untraced_with("support")
+@traced_without("support")
 def token_log_probs(
     logits: Tensor,
     token_ids: Tensor,

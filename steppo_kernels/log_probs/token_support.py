@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.untraced import untraced
 from ..config import one_of
 from ..devices import device_of
 from ..inference import outside_inference_mode
@@ -65,6 +66,7 @@ class TokenSupport:
         )
 
     @classmethod
+    @untraced
     def from_csr(
         cls,
         ids: Tensor,
@@ -105,6 +107,7 @@ class TokenSupport:
         return _made("ids", flat, borders.diff(), torch.Size(wanted), missing)
 
     @classmethod
+    @untraced
     def from_padded(cls, ids: Tensor, *, pad: int = -1, missing: Missing = "error") -> TokenSupport:
         """Take sets that are filled up to the same length.
 
@@ -134,6 +137,7 @@ class TokenSupport:
         return _made("ids", wide[is_id], is_id.sum(-1).reshape(-1), every.shape[:-1], missing)
 
     @classmethod
+    @untraced
     def from_lists(
         cls, sets: Iterable[Iterable[int]], mask: Tensor, *, missing: Missing = "error"
     ) -> TokenSupport:
@@ -169,6 +173,7 @@ class TokenSupport:
         return _made("sets", ids, counts, is_sampled.shape, missing)
 
     @classmethod
+    @untraced
     def from_mask(cls, mask: Tensor, *, missing: Missing = "error") -> TokenSupport:
         """Take sets as a mask of the vocabulary.
 
@@ -216,6 +221,7 @@ class TokenSupport:
         """How many ids each set has, int64 of the token shape."""
         return require_support(self)._held.counts.view(self.shape).clone()
 
+    @untraced
     @outside_inference_mode
     def __getitem__(self, index: Any) -> TokenSupport:
         """Return the sets of some tokens: those that ``token_ids[index]`` would have.

@@ -8,10 +8,12 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
+from ..backends.untraced import traced
 from ..layout.step_layout import StepLayout, require_layout
 from ..outputs import StepAdvantages
 
 
+@traced
 def step_gae(
     rewards: Tensor,
     values: Tensor,

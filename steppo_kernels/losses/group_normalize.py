@@ -11,11 +11,13 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
+from ..backends.untraced import traced
 from ..layout import integers
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
 
 
+@traced
 def group_normalize(
     values: Tensor,
     groups: Tensor | Sequence[Any],

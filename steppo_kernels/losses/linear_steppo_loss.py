@@ -14,6 +14,8 @@ from ..backends.choice import Backend
 from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.records import Steps
 from ..backends.reference.reductions import reduction_weights
+from ..backends.saved import save, saved
+from ..backends.untraced import traced_without, untraced
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..log_probs.kept_rows import check_support
@@ -26,10 +28,8 @@ from ..log_probs.lm_head import (
     check_head,
     live_rows,
 )
-from ..log_probs.saved import save, saved
 from ..log_probs.sharded_head import localized, on_shards, shared
 from ..log_probs.token_support import TokenSupport
-from ..log_probs.untraced import untraced, untraced_with
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_loss_inputs
 from .policy_loss import loss_of, run_operator
@@ -38,7 +38,7 @@ from .scaled_gradient import scaled_gradient
 _NAME = "linear_steppo_loss"
 
 
-@untraced_with("tp_group", "support")
+@traced_without("tp_group", "support")
 def linear_steppo_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -6,19 +6,19 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import Backend
+from ..backends.untraced import traced_without
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout
 from ..log_probs.kept_rows import check_support, rows_of
 from ..log_probs.targets import Targets
 from ..log_probs.token_log_probs import log_probs_of, logits_of
 from ..log_probs.token_support import TokenSupport
-from ..log_probs.untraced import untraced_with
 from ..outputs import StepPOOutput
 from .inputs import check_loss_inputs
 from .policy_loss import loss_of
 
 
-@untraced_with("support")
+@traced_without("support")
 def steppo_loss_from_logits(
     logits: Tensor,
     token_ids: Tensor,

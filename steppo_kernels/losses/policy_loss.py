@@ -18,14 +18,16 @@ from ..backends.derivatives import (
     with_others,
 )
 from ..backends.reference import policy_loss as reference
+from ..backends.saved import hand_over, handed_back
+from ..backends.untraced import traced
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
-from ..log_probs.saved import hand_over, handed_back
 from ..outputs import POLICY_METRICS, Metrics, StepPOOutput
 from .inputs import LossInputs, check_entropy, check_loss_inputs
 from .scaled_gradient import scaled_gradient
 
 
+@traced
 def steppo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor | None,

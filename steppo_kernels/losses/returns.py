@@ -7,10 +7,12 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import Backend
+from ..backends.untraced import traced
 from ..layout.step_layout import StepLayout, require_layout
 from .gae import step_gae
 
 
+@traced
 def step_returns(
     rewards: Tensor,
     layout: StepLayout,

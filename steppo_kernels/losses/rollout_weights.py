@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
+from ..backends.untraced import traced
 from ..config import one_of
 from ..layout import csr
 from ..layout.broadcast import sum_over_steps
@@ -27,6 +28,7 @@ Outside = Literal["truncate", "mask"]
 _LOG_WEIGHT_MAX = 20.0
 
 
+@traced
 def rollout_weights(
     old_log_probs: Tensor,
     rollout_log_probs: Tensor,

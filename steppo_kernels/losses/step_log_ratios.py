@@ -7,12 +7,14 @@ from torch import Tensor
 
 from .. import checks
 from ..backends.choice import Backend, resolve
+from ..backends.untraced import traced
 from ..config import RATIOS, RatioKind, one_of
 from ..layout.broadcast import sum_over_steps
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
 
 
+@traced
 def step_log_ratios(
     log_probs: Tensor,
     old_log_probs: Tensor | None,

@@ -18,13 +18,15 @@ from ..backends.derivatives import (
     with_others,
 )
 from ..backends.reference import value_loss as reference
+from ..backends.saved import hand_over, handed_back
+from ..backends.untraced import traced
 from ..config import REDUCTIONS, Reduction, one_of
 from ..layout.step_layout import StepLayout, require_layout
-from ..log_probs.saved import hand_over, handed_back
 from ..outputs import VALUE_METRICS, Metrics, StepPOOutput
 from .scaled_gradient import scaled_gradient
 
 
+@traced
 def step_value_loss(
     values: Tensor,
     returns: Tensor,

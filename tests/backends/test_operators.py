@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from batches import Batch, random_batch
+from graphs import in_one_graph
 from grids import grid
 from head_samples import head_samples
 from kept_samples import kept_samples
@@ -357,7 +358,7 @@ def test_compile_without_graph_breaks_or_recompiles(target, masked):
         pytest.skip("the reference builds a layout of the mask, whose size depends on its values")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(train_step, backend=counter, fullgraph=True)
+    compiled = in_one_graph(train_step, counter)
     shapes = [(3, 30), (4, 35), (5, 41), (2, 64), (6, 27)]
     for seed, (rows, length) in enumerate(shapes if target.backend == "cpu" else shapes[:3]):
         batch = finite_batch(target, seed, rows, length)
@@ -392,7 +393,7 @@ def test_compile_of_the_family(target, masked, config):
     torch._dynamo.reset()
     # The reference's graph is long; that it can be traced is what is seen here.
     counter = CompileCounterWithBackend("eager" if target.backend == "reference" else "aot_eager")
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    compiled = in_one_graph(step, counter)
     for seed, shape in enumerate([(3, 20), (4, 26), (5, 23)]):
         batch = finite_batch(target, seed, *shape)
         advantages = torch.where(batch.mask, batch.entropy - 1.5, 0.0).detach()
@@ -438,7 +439,7 @@ def test_compile_with_numbers_that_change(target):
             ).sum()
         )
 
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = in_one_graph(step)
     for number in (3.0, 4.0, 5.5, 7.25):
         torch.testing.assert_close(compiled(number), step(number))
 
@@ -449,14 +450,14 @@ def test_compile_with_the_default_compiler(kernel):
         pytest.skip("what is compiled around interpreted kernels is no different")
     torch._dynamo.reset()
     batch = finite_batch(kernel)
-    found = results_and_grads(torch.compile(train_step, fullgraph=True), batch, False, "auto")
+    found = results_and_grads(in_one_graph(train_step, "inductor"), batch, False, "auto")
     assert_as_eager(found, results_and_grads(train_step, batch, False, "auto"))
 
 
 def test_compile_needs_no_gradient(kernel, masked):
     torch._dynamo.reset()
     batch = finite_batch(kernel)
-    compiled = torch.compile(train_step, backend="aot_eager", fullgraph=True)
+    compiled = in_one_graph(train_step)
     with torch.no_grad():
         found = compiled(batch, batch.layout, masked, kernel.backend)
         expected = train_step(batch, batch.layout, masked, kernel.backend)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import need_whole_graphs
 from typer.testing import CliRunner, Result
 
 import steppo_kernels
@@ -261,6 +262,7 @@ def value_rows(seconds: float = 60.0) -> dict[str, benchmark.Row]:
 
 
 def test_what_torch_compile_makes_is_timed_beside_the_others(compiles):
+    need_whole_graphs()
     made = []
     compiler = torch.compile
 

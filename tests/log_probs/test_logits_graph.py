@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from graphs import in_one_graph
 from head_cases import new_tensors
 from logit_cases import draw, fused, on
 
@@ -91,7 +92,7 @@ def test_compile(target, inplace):
     if target.backend == "reference" and inplace:
         pytest.skip("the reference does nothing in place")
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = in_one_graph(step)
     for seed, (rows, length) in enumerate([(2, 5), (3, 7)]):
         logits, ids = on(target, *draw(seed, rows * length, 21))
         logits = logits.float().view(rows, length, 21).requires_grad_()

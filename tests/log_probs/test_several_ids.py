@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import Error
+from graphs import in_one_graph
 from grids import grid
 from head_cases import head_case, products
 
@@ -264,7 +265,7 @@ def test_compiled_code(kernel):
         return (token_log_probs(leaf * 1.0, ids, backend=kernel.backend) * 0.5).sum()
 
     found = []
-    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+    for function in (run, in_one_graph(run)):
         leaf = logits.clone().requires_grad_()
         value = function(leaf)
         value.backward()

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from batches import fp64, ragged_mask, random_batch, two_steps
+from graphs import in_one_graph
 from grids import grid
 from hypothesis import strategies as st
 from oracle import OracleLayout
@@ -187,7 +188,7 @@ def test_a_compiled_call_does_not_look(target, level):
         )
         return found.weights, found.metrics.values
 
-    compiled = torch.compile(weights, backend="aot_eager", fullgraph=True)
+    compiled = in_one_graph(weights)
     found, metrics = compiled(batch.old_log_probs, rollout)
     assert bool(found.isnan().any())
     assert bool(metrics[0].isnan())

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from batches import Error, fp64, ragged_mask, random_batch, two_steps
+from graphs import in_one_graph
 from grids import grid
 from hypothesis import strategies as st
 from oracle import OracleLayout
@@ -213,7 +214,7 @@ def test_a_compiled_objective_is_one_graph(target):
         )
         return (batch.advantages * x.exp()).mean()
 
-    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    compiled = in_one_graph(objective)
     leaves = [batch.log_probs.clone().requires_grad_() for _ in range(2)]
     for function, leaf in zip((objective, compiled), leaves, strict=True):
         function(leaf).backward()

@@ -106,6 +106,8 @@ _FLOORS = (
         "backends.operators",
         "backends.derivatives",
         "backends.fakes",
+        "backends.saved",
+        "backends.untraced",
     ),
     ("backends.choice",),
     ("layout", "log_probs", "memory"),

@@ -1,4 +1,4 @@
-"""Functions that compiled code calls as they are."""
+"""Functions that compiled code traces, and functions that it calls as they are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.compiler import is_compiling
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+# Dynamo of an older torch knows no properties of named tuples, which layouts hold.
+_OLDEST_THAT_TRACES = "2.11"
 
 
 def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -29,8 +31,13 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-def untraced_with(*names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Return a decorator of functions at which a graph breaks if they are given such a keyword."""
+def traced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return a function that becomes a part of a graph, with a torch that can trace it."""
+    return function if torch.__version__ >= _OLDEST_THAT_TRACES else untraced(function)
+
+
+def traced_without(*names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return a decorator of functions that are `traced` if they are given no such keyword."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
@@ -38,6 +45,6 @@ def untraced_with(*names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
             is_given = any(kwargs.get(name) is not None for name in names)
             return (untraced(function) if is_given else function)(*args, **kwargs)
 
-        return run
+        return traced(run)
 
     return decorate
