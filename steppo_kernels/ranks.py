@@ -167,14 +167,15 @@ class Call:
         """Return the memory of a word; that of all ranks' words is there with it."""
         if self._word is None or self._every is None:
             assert self._size is not None
-            options: Any = {"dtype": torch.float64, "device": self._device}
-            self._every = torch.zeros((self.ranks.size, *self._size), **options)
-            self._word = torch.zeros(self._size, **options)
+            self._every = torch.zeros(
+                (self.ranks.size, *self._size), dtype=torch.float64, device=self._device
+            )
+            self._word = self._every.new_zeros(self._size)
         return self._word
 
     def _say(self, status: int, kind: int, number: int) -> Tensor:
         word = self._allocate()
-        word[-1, :3] = torch.tensor((status, kind, number), dtype=torch.float64)
+        word[-1, :3] = word.new_tensor((status, kind, number))
         # A collective that fails is not begun once more.
         self._is_over = True
         every = self.ranks.gather(word, self._every)

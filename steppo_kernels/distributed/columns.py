@@ -17,7 +17,9 @@ def rows_of(length: int, cu_seqlens: Tensor | Sequence[int] | None) -> list[tupl
     if cu_seqlens is None:
         return [(0, length)]
     given = integers.vector("cu_seqlens", cu_seqlens).cpu()
-    ends = row_offsets("length", torch.empty(length, device="cpu"), given).tolist()
+    ends = row_offsets(
+        "length", torch.empty(length, dtype=torch.bool, device="cpu"), given
+    ).tolist()
     return list(pairwise(ends)) or [(0, 0)]
 
 

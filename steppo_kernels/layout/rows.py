@@ -106,4 +106,6 @@ def _order_rows(codes: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, T
         )
     starts = torch.ones(len(codes), dtype=torch.bool, device="cpu")
     starts[1:] = codes.diff() != 0
-    return rows, torch.cat((starts.nonzero().squeeze(1), torch.tensor([len(codes)], device="cpu")))
+    return rows, torch.cat(
+        (starts.nonzero().squeeze(1), torch.tensor([len(codes)], dtype=torch.int64, device="cpu"))
+    )

@@ -296,9 +296,7 @@ def _gradients(
     chunks = -(-len(live) // ctx.chunk)
     needed = ctx.needs_input_grad[:3]
     gradients = HeadGradients(head, hidden, needed, chunks, len(live), len(live))
-    # Autocast would round what the forward did not. It may be on here where it was off there.
-    is_off = torch.autocast(hidden.device.type, enabled=False)
-    with is_off, head.buffer(min(ctx.chunk, len(live))) as buffer:
+    with head.buffer(min(ctx.chunk, len(live))) as buffer:
         for part in live.split(ctx.chunk) if len(live) else ():
             at = index[part]
             rows = head.evaluate(hidden[at], token_ids, at, e is not None, buffer)

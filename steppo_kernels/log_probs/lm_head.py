@@ -19,6 +19,7 @@ from ..backends import operators
 from ..backends.gpu.products import KEEPS_FP32
 from ..backends.reference.token_log_probs import check_ids
 from ..backends.reference.vocabulary_shard import gradient_without_token, local_ids
+from .autocast import without_autocast
 from .memory import KEPT_BYTES, scratch
 from .several_ids import Several
 from .targets import Targets
@@ -75,6 +76,7 @@ class Head(NamedTuple):
         columns = count if self.backend == "cpu" else -(-count // _ALIGNED) * _ALIGNED
         return scratch((rows, columns), dtype, self.weight.device)
 
+    @without_autocast
     def evaluate(
         self, hidden: Tensor, token_ids: Tensor, index: Tensor, need_entropy: bool, buffer: Tensor
     ) -> Evaluated:
@@ -295,6 +297,7 @@ class HeadGradients:
         """Whether a gradient is wanted at all."""
         return not (self.hidden is None and self.weight is None and self.bias is None)
 
+    @without_autocast
     def add(
         self, grad_logits: Tensor, hidden: Tensor, index: Tensor, units: Tensor | None = None
     ) -> None:
@@ -334,7 +337,7 @@ class HeadGradients:
             return torch.mm(grad_logits, weight)
         if grad_logits.is_cuda:
             return torch.mm(grad_logits, weight, out_dtype=torch.float32)
-        sums = torch.zeros(len(grad_logits), weight.shape[1], device=weight.device)
+        sums = weight.new_zeros((len(grad_logits), weight.shape[1]), dtype=torch.float32)
         for columns, part in zip(
             grad_logits.split(CPU_SLICE, dim=1), weight.split(CPU_SLICE), strict=True
         ):

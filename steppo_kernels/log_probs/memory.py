@@ -95,7 +95,7 @@ def _can_keep(device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and type(torch.empty(0, device=device)) is Tensor
+        and type(torch.empty(0, dtype=torch.float32, device=device)) is Tensor
     )
 
 
@@ -111,7 +111,7 @@ def _alone() -> tuple[int, int] | None:
     """
     if not hasattr(torch._C, "_storage_Use_Count"):
         return None
-    tensor = torch.empty(1, device="cpu")
+    tensor = torch.empty(1, dtype=torch.float32, device="cpu")
     storage = tensor.untyped_storage()
     held = _references(storage)
     del tensor

@@ -343,9 +343,8 @@ class _Backward:
             c, e, units = head.in_units(c, e, at)
             units = units.to(torch.float32)
         grad_logits = self._grad_logits(c, e).to(hidden.dtype)
-        is_off = torch.autocast(hidden.device.type, enabled=False)
         shape = (min(chunk, len(at)), len(head.weight))
-        with is_off, scratch(shape, hidden.dtype, hidden.device) as buffer:
+        with scratch(shape, hidden.dtype, hidden.device) as buffer:
             parts = torch.arange(len(at), device=at.device).split(chunk)
             for part, size in zip(parts, kept.sizes, strict=True):
                 dense, (row, pairs) = buffer[: len(part)].zero_(), _pairs(kept.held, at[part], size)

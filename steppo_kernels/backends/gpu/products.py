@@ -67,7 +67,10 @@ def is_exact_row(
     right = _integers((40, 24), 53, device, dtype).t()
     row = _integers((40,), 71, device, dtype)
     # Libraries add the row in another way where rows of the product are padded, as logits are.
-    outs = [torch.full((48, width), torch.nan, device=device)[:, :40] for width in (40, 44)]
+    outs = [
+        torch.full((48, width), torch.nan, dtype=torch.float32, device=device)[:, :40]
+        for width in (40, 44)
+    ]
     exact = left.double() @ right.double() + row.double()
 
     def run_all() -> None:

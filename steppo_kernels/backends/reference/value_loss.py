@@ -54,7 +54,7 @@ def value_loss(
         is_clipped = is_moved & (clipped > error**2)
         # No number is larger than a NaN: it becomes both the loss and the gradient.
         is_lost = is_moved & clipped.isnan()
-    gain = torch.where(is_lost, torch.nan, 1.0)
+    gain = torch.ones_like(error).masked_fill(is_lost, torch.nan)
     is_flat = is_clipped | ((weights * error == 0) & ~is_lost)
     loss = torch.where(is_clipped, clipped, gain * (_ZeroStays.apply(v, is_flat) - target) ** 2)
     loss = 0.5 * loss

@@ -110,7 +110,7 @@ class Part(NamedTuple):
         made = logits.detach()
         if not hasattr(made, "full_tensor"):
             shape = torch.Size((*made.shape[:-1], self.vocabulary))
-            stride = torch.empty(shape, device="meta").stride()
+            stride = torch.empty(shape, dtype=made.dtype, device="meta").stride()
             placed = [Shard(made.dim() - 1)]
             made = DTensor.from_local(
                 made, self.mesh, placed, run_check=False, shape=shape, stride=stride

@@ -39,7 +39,7 @@ class Watch(TorchDispatchMode):
         if self._runs:
             self._runs = self._sees = False
             # Code that torch.compile made around the start puts modes to sleep when it ends.
-            torch.empty(0)
+            torch.empty(0, dtype=torch.float32, device="cpu")
             self.__exit__(None, None, None)
 
     def why_unknown(self, made: Tensor) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ...losses.gae import step_gae
@@ -58,7 +57,8 @@ def advantages_of(
     if args.step_critic:
         found = with_critic(samples, args)
     else:
-        found = StepAdvantages(torch.empty(0), torch.empty(0))
+        none = samples.rewards[:0]
+        found = StepAdvantages(none, none)
     if function is None:
         advantages = found.advantages if args.step_critic else without_critic(samples, args)
     else:

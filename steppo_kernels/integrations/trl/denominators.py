@@ -18,7 +18,7 @@ def count_of(layout: StepLayout, reduction: Reduction) -> Tensor:
     The denominator of ``"sum"`` is 1, however many parts there are; a part adds nothing to it.
     """
     if reduction == "sum":
-        return torch.zeros((), device=layout.device)
+        return torch.zeros((), dtype=torch.float32, device=layout.device)
     return layout.reduction_weights(reduction)[1].to(torch.float32)
 
 

@@ -109,7 +109,7 @@ def log_extremes(
 
 def _share_of_rows(flags: Tensor, layout: StepLayout) -> Tensor:
     """Return the share of the steps of each row that have a flag, NaN of a row without a step."""
-    found = torch.zeros(layout.shape[0], 2, device=flags.device)
+    found = torch.zeros((layout.shape[0], 2), dtype=torch.float32, device=flags.device)
     found.index_add_(0, layout.step_rows, torch.stack((flags, torch.ones_like(flags)), 1).float())
     return found[:, 0] / found[:, 1]
 

@@ -79,10 +79,12 @@ class LocalSteps:
         """
         device = self._valid.device
         # NaN marks that there is no step. Values are 0 where there is no critic.
-        table = torch.full((*self._valid.shape, 2), torch.nan, device=device)
+        table = torch.full((*self._valid.shape, 2), torch.nan, dtype=torch.float32, device=device)
         for row, given in enumerate(rewards):
             if given is not None and self.runs[row]:
-                table[row, : self.runs[row], 0] = torch.tensor(given, device=device)
+                table[row, : self.runs[row], 0] = torch.tensor(
+                    given, dtype=table.dtype, device=device
+                )
         table[..., 1][self._valid] = 0.0 if values is None else values.to(table)
         every = accelerator.gather(
             accelerator.pad_across_processes(table, dim=1, pad_index=torch.nan)

@@ -216,7 +216,7 @@ class StepPOTrainer(GRPOTrainer):
         if not self.model.training:
             size = args.per_device_eval_batch_size
         found = []
-        for rows in torch.arange(len(inputs["input_ids"])).split(size):
+        for rows in torch.arange(len(inputs["input_ids"]), device="cpu").split(size):
             part = {name: given[rows] for name, given in inputs.items()}
             with self._critic.listening() as heard:
                 heads.run_body(self, self.model, part, length)

@@ -54,11 +54,12 @@ class Rows:
     def marked(self, key: str | None) -> Tensor:
         """Return which rows have True under a key of their `extra_fields`, bool ``[B]``."""
         if key is None:
-            return torch.zeros(len(self.keys), dtype=torch.bool)
+            return torch.zeros(len(self.keys), dtype=torch.bool, device="cpu")
         fields = self.extra_fields or [{}] * len(self.keys)
         # Padding is a copy of a row, with its fields.
         pairs = zip(fields, self.is_padding, strict=True)
-        return torch.tensor([bool(field.get(key)) and not padding for field, padding in pairs])
+        marks = [bool(field.get(key)) and not padding for field, padding in pairs]
+        return torch.tensor(marks, dtype=torch.bool, device="cpu")
 
     def numbers(self, key: str, needed: Tensor) -> Tensor:
         """Return the number under a key of the `extra_fields` of the rows that need one, ``[B]``.
@@ -66,7 +67,7 @@ class Rows:
         Raises:
             ValueError: such a row has none.
         """
-        found = torch.zeros(len(self.keys))
+        found = torch.zeros(len(self.keys), dtype=torch.float32, device="cpu")
         for row in needed.nonzero().flatten().tolist():
             value = (self.extra_fields or [{}] * len(self.keys))[row].get(key)
             is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -104,7 +105,7 @@ class Steps:
                 its trajectory; or a step stands in two rows.
         """
         is_state = rows.marked(bootstrap_key)
-        is_step = ~is_state & ~torch.tensor(rows.is_padding, dtype=torch.bool)
+        is_step = ~is_state & ~torch.tensor(rows.is_padding, dtype=torch.bool, device="cpu")
         acting = is_state & rows.mask.bool().any(1)
         if bool(acting.any()):
             raise ValueError(
@@ -121,7 +122,7 @@ class Steps:
 
     def bootstrap_values(self, values: Tensor) -> Tensor:
         """Return the value after the last step of each trajectory, 0 where it ended, ``[G]``."""
-        found = torch.zeros(self.layout.num_trajectories, dtype=values.dtype)
+        found = values.new_zeros(self.layout.num_trajectories)
         names, indices = self.rows.trajectories, self.rows.indices
         place = {names[row]: number for number, row in enumerate(self.last.tolist())}
         for row in self.is_state.nonzero().flatten().tolist():
