@@ -116,11 +116,11 @@ class Trial:
                 got = results(self.subject, self.backend, {parameter: case.made})
             else:
                 with case.made():
-                    got = results(self.subject, self.backend, {}, backward=False)
+                    got = results(self.subject, self.backend, {})
         except Exception as error:
             return unnamed(self.subject, error)
         if not parameter:
-            return difference(got, self.ordinary, case)
+            return difference(got, self.ordinary, case) or of_dtype(got, self.ordinary)
         if case.plain is None:
             return None
         if case.plain is self.subject.ordinary(parameter):
@@ -149,9 +149,7 @@ class Results(NamedTuple):
     gradients: dict[str, torch.Tensor]
 
 
-def results(
-    subject: Subject, backend: str, changed: dict[str, object], *, backward: bool = True
-) -> Results:
+def results(subject: Subject, backend: str, changed: dict[str, object]) -> Results:
     """Call a function and its backward."""
     arguments = {**subject.arguments, **changed}
     leaves = {}
@@ -166,7 +164,7 @@ def results(
         arguments["backend"] = backend
     found = list(tensors(subject.function(**arguments)))
     summed = [one.sum() for one in found if one.grad_fn is not None and one.is_floating_point()]
-    if summed and backward:
+    if summed:
         sum(summed).backward()
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return Results([one.detach() for one in found], gradients)
@@ -214,6 +212,14 @@ def difference(got: Results, want: Results, case: Case) -> str | None:
             return f"{name} has {one.numel()} entries, expected {two.numel()}"
         if not torch.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True):
             return f"{name} is {one.tolist()!s:.90}, expected {two.tolist()!s:.90}"
+    return None
+
+
+def of_dtype(got: Results, want: Results) -> str | None:
+    """Return which result has another dtype."""
+    for at, (one, two) in enumerate(zip(got.values, want.values, strict=True)):
+        if one.dtype != two.dtype:
+            return f"result {at} is {one.dtype}, expected {two.dtype}"
     return None
 
 

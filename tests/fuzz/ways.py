@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import decimal
 import fractions
@@ -303,11 +304,23 @@ class _Nothing(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 MODES: dict[str, Callable[[], object]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "a device context": lambda: torch.device("meta"),
     "a dispatch mode": _Nothing,
     "bfloat16 autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "bfloat16 as default": lambda: _default(torch.bfloat16),
+    "float64 as default": lambda: _default(torch.float64),
     "anomaly detection": torch.autograd.detect_anomaly,
 }
