@@ -64,17 +64,18 @@ def gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         storage = None
     with torch.inference_mode(False):
         if (
-            storage is not None
-            and _references(storage) == _ALONE
-            and storage.nbytes() == nbytes
+            storage is None
+            or _references(storage) != _ALONE
+            or storage.nbytes() != nbytes
             # Another process may have shared memory too.
-            and not storage.is_shared()
+            or storage.is_shared()
         ):
-            made = torch.empty(0, dtype=dtype, device="cpu").set_(storage).resize_(shape)
-        else:
             del storage
-            made = torch.empty(shape, dtype=dtype, device="cpu")
-    _kept_gradient[:] = [made.untyped_storage()]
+            storage = torch.empty(shape, dtype=dtype, device="cpu").untyped_storage()
+        # Found or made, it is handed out in one way: a tensor that checkpointing computes anew is
+        # told from one that was written to by its version, and may lie in the same memory.
+        made = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)
+    _kept_gradient[:] = [storage]
     return made
 
 

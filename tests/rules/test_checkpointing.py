@@ -1,0 +1,40 @@
+"""A loss within a checkpoint, whose backward pass computes it anew, gives the same gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from fuzz.crash_worker import results
+from fuzz.subjects import subjects
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+
+# Where allocations are poisoned, no memory is kept.
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("stops_early", [True, False], ids=["stops-early", "to-the-end"])
+@pytest.mark.parametrize(
+    "subject", [one for one in subjects() if one.leaves], ids=lambda one: one.name
+)
+def test_a_checkpointed_call_is_as_a_plain_one(kernel, subject, stops_early):
+    if kernel.device != "cpu":
+        pytest.skip("the subjects are on a CPU, where memory is kept")
+
+    @functools.wraps(subject.function)
+    def checkpointed(**arguments):
+        with set_checkpoint_early_stop(stops_early):
+            return checkpoint(subject.function, use_reentrant=False, **arguments)
+
+    plain = results(subject, kernel.backend, {})
+    held = []
+    # Memory of a gradient is found, or made anew while the last gradient is held.
+    for turn in range(4):
+        found = results(subject._replace(function=checkpointed), kernel.backend, {})
+        assert found.gradients.keys() == plain.gradients.keys()
+        for name, gradient in found.gradients.items():
+            assert torch.equal(gradient, plain.gradients[name])
+        for one, other in zip(found.values, plain.values, strict=True):
+            assert torch.equal(one, other)
+        held = [found] if turn % 2 else []
+    assert held
