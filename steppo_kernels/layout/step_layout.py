@@ -18,6 +18,7 @@ from ..backends.untraced import untraced
 from ..config import REDUCTIONS, Reduction, one_of
 from ..devices import device_of
 from ..inference import outside_inference_mode
+from ..pickling import state_of
 from . import build, regroup
 from .loaded import checked_tensors
 from .step_tensors import StepTensors
@@ -432,7 +433,8 @@ class StepLayout:
         raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def __getstate__(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self._held.by_name().items()}
+        held = self._held.by_name()
+        return state_of(self, lambda: {name: value.clone() for name, value in held.items()})
 
     @outside_inference_mode
     def __setstate__(self, state: Mapping[str, object]) -> None:

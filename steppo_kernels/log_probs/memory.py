@@ -74,7 +74,7 @@ def gradient(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
             storage = torch.empty(shape, dtype=dtype, device="cpu").untyped_storage()
         # Found or made, it is handed out in one way: a tensor that checkpointing computes anew is
         # told from one that was written to by its version, and may lie in the same memory.
-        made = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)
+        made = torch.empty(0, dtype=dtype, device="cpu").set_(storage).resize_(shape)
     _kept_gradient[:] = [storage]
     return made
 

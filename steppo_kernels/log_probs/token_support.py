@@ -16,6 +16,7 @@ from ..backends.untraced import untraced
 from ..config import one_of
 from ..devices import device_of
 from ..inference import outside_inference_mode
+from ..pickling import state_of
 from .kept_sets import MOST_IDS, KeptSets
 
 Missing = Literal["error", "full"]
@@ -282,12 +283,13 @@ class TokenSupport:
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            "ids": self.ids,
-            "offsets": self.offsets,
-            "shape": tuple(self.shape),
-            "missing": self.missing,
-        }
+        shape, missing = tuple(self.shape), self.missing
+
+        def copied() -> dict[str, object]:
+            ids, offsets = self.ids, self.offsets
+            return {"ids": ids, "offsets": offsets, "shape": shape, "missing": missing}
+
+        return state_of(self, copied)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         loaded = TokenSupport.from_csr(**state)

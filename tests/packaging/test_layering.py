@@ -93,6 +93,7 @@ _FLOORS = (
         "checks",
         "devices",
         "inference",
+        "pickling",
         "ranks",
         "_version",
         "_C_cpu",
