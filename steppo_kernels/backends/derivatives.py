@@ -17,6 +17,13 @@ from torch.compiler import is_compiling
 
 Backward = Callable[..., Any]
 
+# Those of `torch.autograd.grad(is_grads_batched=True)`, and of `torch.func.vmap`.
+_IS_BATCHED = tuple(
+    getattr(torch._C._functorch, name)
+    for name in ("is_legacy_batchedtensor", "is_batchedtensor")
+    if hasattr(torch._C._functorch, name)
+)
+
 
 def first_only(
     function: str, inputs: Callable[[Any], tuple[Tensor | None, ...]]
@@ -32,6 +39,7 @@ def first_only(
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def once(ctx: Any, *grads: Tensor | None) -> Any:
+            refuse_batches(*grads)
             # A compiled graph refuses second derivatives by itself.
             if is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *grads)
@@ -49,6 +57,18 @@ def first_only(
         return once
 
     return decorate
+
+
+def refuse_batches(*grads: Tensor | None) -> None:
+    """Raise in a backward that is given batches of upstream gradients, which no kernel takes."""
+    if is_compiling():
+        return
+    for grad in grads:
+        if grad is not None and any(is_batched(grad) for is_batched in _IS_BATCHED):
+            raise RuntimeError(
+                "is_grads_batched: got a batch of upstream gradients, expected one backward for "
+                "each of them"
+            )
 
 
 def keep_inputs(ctx: Any, *inputs: Tensor | None) -> None:

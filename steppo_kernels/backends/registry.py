@@ -29,6 +29,7 @@ _RECORDS = (Steps, Timeline, States, Sets, IdIndex)
 # Kernels of `cuda` keep a workspace between calls, and launchers what they allocate others like.
 # Neither may come from the memory of the graphs that `mode="reduce-overhead"` records.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 stems: dict[str, str] = {}
 handles: dict[str, Any] = {}
 
@@ -39,8 +40,18 @@ def call(name: str, backend: str, *args: Any) -> Any:
 
 
 def runner(name: str, backend: str) -> Callable[..., Any]:
-    """Return what `call` calls."""
+    """Return what `call` calls.
+
+    Raises:
+        RuntimeError: what records operators of torch would not see what a kernel writes.
+    """
     if not is_compiling():
+        if _is_recorded() and backend != "reference":
+            raise RuntimeError(
+                f"backend: got a call of {backend!r} within torch.jit.trace or make_fx, which do "
+                "not see what kernels write, expected torch.compile or torch.export, or "
+                "'reference'"
+            )
         return launcher(backend, name)
 
     def compiled(*args: Any) -> Any:
@@ -48,6 +59,12 @@ def runner(name: str, backend: str) -> Callable[..., Any]:
         return handles[name](*[list(x) if isinstance(x, _RECORDS) else x for x in args], backend)
 
     return compiled
+
+
+def _is_recorded() -> bool:
+    """Return whether torch.jit.trace or make_fx watches."""
+    is_traced = torch._C._get_tracing_state() is not None
+    return is_traced or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 @functools.cache

@@ -13,12 +13,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Those of `torch.autograd.grad(is_grads_batched=True)`, and of `torch.func.vmap`.
-_IS_BATCHED = tuple(
-    getattr(torch._C._functorch, name)
-    for name in ("is_legacy_batchedtensor", "is_batchedtensor")
-    if hasattr(torch._C._functorch, name)
-)
 # The saved-tensor hooks that are on; a torch without the answer says that there are some.
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
@@ -61,22 +55,15 @@ def save(ctx: Any, given_temperature: Tensor | None, **tensors: Tensor | None) -
         ctx.temperature = given_temperature.detach(), given_temperature._version
 
 
-def saved(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the saved tensors to a backward that was given `grads`.
+def saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """Return the tensors that `save` was given.
 
     Raises:
-        RuntimeError: a saved tensor or the temperature was changed in place since, or `grads` are
-            batches.
+        RuntimeError: a saved tensor or the temperature was changed in place since.
     """
     found: tuple[Tensor | None, ...] = ctx.saved_tensors
     if torch.compiler.is_compiling():
         return found
-    for grad in grads:
-        if grad is not None and any(is_batched(grad) for is_batched in _IS_BATCHED):
-            raise RuntimeError(
-                "is_grads_batched: got a batch of upstream gradients, expected one backward for "
-                "each of them"
-            )
     for (name, version), value in zip(ctx.versions.items(), found, strict=False):
         if version is not None and value is not None:
             version.check(name, value)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
+from ..backends.derivatives import refuse_batches
 from ..backends.untraced import traced
 from .step_layout import StepLayout, require_layout
 from .step_tensors import StepTensors
@@ -92,6 +93,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batches(grad)
         back = _Linear.apply(
             grad.resolve_neg().contiguous(), *ctx.saved_tensors, not ctx.to_tokens, ctx.backend
         )

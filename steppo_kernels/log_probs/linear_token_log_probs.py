@@ -262,7 +262,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         # The head of the forward pass, with the tensors that autograd has watched since.
         head: Head = ctx.head
         with again(_NAME, head.shard) as call:
-            tensors: Any = saved(ctx, grad, grad_entropy)
+            tensors: Any = saved(ctx)
             hidden, weight, bias, temperatures, token_ids, index = tensors
             head = head._replace(weight=weight, bias=bias, temperatures=temperatures)
             zeros = torch.zeros_like(token_ids, dtype=checks.compute_dtype(hidden))

@@ -174,7 +174,7 @@ class _KeptLogProbs(torch.autograd.Function):
         head: Head = ctx.head
         kept: _Kept = ctx.kept
         with again(_NAME, head.shard) as call:
-            tensors: Any = saved(ctx, grad, grad_entropy)
+            tensors: Any = saved(ctx)
             hidden, weight, bias, temperatures, logits, top, log_sum, entropy, directions = tensors
             head = head._replace(weight=weight, bias=bias, temperatures=temperatures)
             if call is not None and head.shard is not None:

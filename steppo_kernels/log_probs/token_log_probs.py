@@ -316,7 +316,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @first_only("token_log_probs", lambda ctx: ctx.saved_tensors[:1])
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        tensors: Any = saved(ctx, grad, grad_entropy)
+        tensors: Any = saved(ctx)
         whole, token_ids, mask, temperatures, top, log_sum, entropy, beside = tensors
         whole = whole.detach()
         part: Part | None = ctx.part
@@ -328,6 +328,9 @@ class _TokenLogProbs(torch.autograd.Function):
                     "modified by an inplace operation, as the first put their gradient there"
                 )
             ctx.is_spent = True
+            # Hooks may also hand out a copy that is laid out in another way.
+            dense = part is not None or not _overwritable(_three_dims(whole), whole)
+            whole = whole.contiguous() if dense else whole
         logits = whole if part is None else part.of(whole)
         grad_logits = logits if ctx.inplace else whole.new_empty(whole.shape)
         if grad is None:

@@ -495,6 +495,6 @@ class _LinearStepPO(torch.autograd.Function):
             grad
             if grad is None
             else scaled_gradient(ctx.backend, grad, grad_loss, None, grad.shape, ctx.dtype)
-            for grad in saved(ctx, grad_loss)
+            for grad in saved(ctx)
         )
         return *gradients, None, None, None, None, None, None

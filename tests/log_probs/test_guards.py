@@ -261,21 +261,6 @@ def test_logits_that_two_losses_overwrite_raise(hooks):
         other.backward()
 
 
-def test_a_batch_of_upstream_gradients_raises_at_once(kernel):
-    given = arguments(kernel.device)
-    logits = numbers(1, 3, 5).to(kernel.device).requires_grad_()
-    every = torch.eye(3, dtype=torch.float64, device=kernel.device).view(3, 1, 3)
-    for log_probs in (
-        token_log_probs(logits, given["token_ids"], backend=kernel.backend),
-        linear_token_log_probs(logits, given["weight"], given["token_ids"], backend=kernel.backend),
-    ):
-        with pytest.raises(RuntimeError, match="is_grads_batched: got a batch"):
-            torch.autograd.grad(log_probs, logits, every, is_grads_batched=True)
-    loss = _linear_steppo_loss(logits, given, kernel.backend)
-    with pytest.raises(RuntimeError, match="is_grads_batched: got a batch"):
-        torch.autograd.grad(loss, logits, every[:, 0, 0], is_grads_batched=True)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("inplace", [False, True], ids=["plain", "inplace"])
 def test_a_bad_upstream_gradient_reaches_no_masked_token(target, bad, inplace):

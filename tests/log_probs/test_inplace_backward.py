@@ -265,3 +265,34 @@ def test_inplace_backward_needs_memory_of_its_own(kernel):
         token_log_probs(
             logits, ids[:, : logits.shape[1]], inplace_backward=True, backend=kernel.backend
         )
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [lambda z: z, lambda z: z[:, :-1], lambda z: z[1]],
+    ids=["whole", "next token", "one row"],
+)
+@pytest.mark.parametrize("inplace", [False, True], ids=["plain", "inplace"])
+def test_hooks_that_return_logits_in_another_layout(kernel, cut, inplace):
+    """A gradient in the place of a copy is the gradient all the same."""
+
+    def turned(value):
+        if value.dim() < 2:
+            return value
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    logits = torch.randn((2, 4, 7), generator=torch.Generator().manual_seed(4)).to(kernel.device)
+    ids = cut(torch.arange(8, device=kernel.device).view(2, 4) % 7)
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    found = []
+    for way in (nullcontext(), hooks(turned, lambda kept: kept), hooks(lambda kept: kept, turned)):
+        leaf = logits.clone().requires_grad_()
+        with way:
+            log_probs = token_log_probs(
+                cut(leaf * 1.0), ids, inplace_backward=inplace, backend=kernel.backend
+            )
+        (log_probs**2).sum().backward()
+        found.append(leaf.grad)
+    assert found[0].any()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-7)

@@ -1,0 +1,41 @@
+"""What records operators of torch is refused: it would not see what kernels write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fuzz.crash_worker import results, tensors
+from fuzz.subjects import subjects
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def of_one_tensor(subject, backend):
+    """Return a subject's call as a function of one tensor, and that tensor."""
+    name, *_ = subject.leaves
+
+    def call(value):
+        given = {**subject.arguments, "backend": backend, name: value}
+        return next(tensors(subject.function(**given)))
+
+    return call, subject.arguments[name]
+
+
+# Modules are called on the backend that is the fastest.
+@pytest.mark.parametrize(
+    "subject",
+    [one for one in subjects() if one.leaves and "backend" in one.parameters],
+    ids=lambda one: one.name,
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_recorded_call_raises(kernel, subject):
+    if kernel.device != "cpu":
+        pytest.skip("the subjects are on a CPU")
+    call, value = of_one_tensor(subject, kernel.backend)
+    with pytest.raises(RuntimeError, match=r"backend: got .* within torch\.jit\.trace"):
+        torch.jit.trace(call, (value,), check_trace=False)
+    # Some look at values first, which torch refuses.
+    with pytest.raises(RuntimeError, match=r"within torch\.jit\.trace|value out of a tracing"):
+        make_fx(call)(value)
+    # Nothing is left behind.
+    results(subject, kernel.backend, {})
