@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -20,7 +21,8 @@ def outside_inference_mode(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
+        # Dynamo does not trace the question. A graph has its own answer to it.
+        if is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args, **options)
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **options)

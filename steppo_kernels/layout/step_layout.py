@@ -346,6 +346,7 @@ class StepLayout:
             regroup.keep(held, checks.as_many("mask", flags, held.shape).view(held.shape))
         )
 
+    @untraced
     @outside_inference_mode
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> StepLayout:
         """Return the layout on `device`; itself, if it lies there.
@@ -419,7 +420,10 @@ class StepLayout:
 
     @outside_inference_mode
     def _show(self, name: str) -> Tensor:
-        """Return the caller's copy of a tensor."""
+        """Return the caller's copy of a tensor; in compiled code one of its own."""
+        if is_compiling():
+            own: Tensor = getattr(self._held, name).clone()
+            return own
         if name not in self._copies:
             copy: Tensor = getattr(self._held, name).clone()
             # Two threads both get the copy that the first one made.

@@ -463,3 +463,25 @@ def test_compile_needs_no_gradient(kernel, masked):
         expected = train_step(batch, batch.layout, masked, kernel.backend)
     assert not found[0].requires_grad
     assert_as_eager(found, expected)
+
+
+def test_what_a_layout_shows_is_part_of_a_graph(target):
+    def step(batch, layout, of_rows):
+        _, total = layout.reduction_weights("token_mean")
+        advantages = of_rows[layout.step_rows]
+        return steppo_loss(
+            batch.log_probs, batch.old_log_probs, advantages, layout,
+            normalizer=total, backend=target.backend,
+        ).loss  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = in_one_graph(step)
+    for seed, (rows, length) in enumerate([(3, 20), (4, 26)]):
+        batch = finite_batch(target, seed, rows, length)
+        of_rows = torch.linspace(-1, 1, rows, dtype=torch.float32, device=target.device)
+        found = compiled(batch, batch.layout, of_rows)
+        assert_as_eager([found], [step(batch, batch.layout, of_rows)])
+        # The copies of the caller are not those of the graph.
+        assert torch.equal(
+            batch.layout.step_rows, batch.layout.to("cpu").step_rows.to(found.device)
+        )
