@@ -9,6 +9,8 @@ from every_function import TERMS, everything
 from grids import grid
 from methods import FEW
 
+from steppo_kernels import StepLayout, StepPOConfig, steppo_loss
+
 # More rows than a grid's second dimension, which take the interpreter minutes. One row, one token,
 # odd sizes, one step that is huge.
 _SIZES = {
@@ -77,3 +79,32 @@ def test_extreme_steps(kernel, form, method):
         for name, value in exact.items():
             scale = float(value.abs().max())
             torch.testing.assert_close(found[name].cpu(), value, rtol=1e-9, atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize("ratio", ["token", "geometric", "product"])
+def test_fp32_sums_of_a_very_long_step(target, ratio):
+    """Added one after another in fp32, its terms would lose three of seven digits."""
+    if target.interpreted:
+        pytest.skip("as many tokens take the CPU minutes")
+    length = 200_000
+    generator = torch.Generator().manual_seed(2)
+    log_probs = -torch.rand(1, length, generator=generator)
+    change = 1e-3 * torch.randn(1, length, generator=generator)
+    given = [value.to(target.device) for value in (log_probs, log_probs + change)]
+    layout = StepLayout.from_mask(torch.ones(1, length, device=target.device))
+    leaf = given[0].requires_grad_()
+    loss = steppo_loss(
+        leaf,
+        given[1],
+        torch.tensor([0.8], device=target.device),
+        layout,
+        config=StepPOConfig(ratio=ratio, clip_low=0.9, clip_high=9.0),
+        backend=target.backend,
+    ).loss
+    (grad,) = torch.autograd.grad(loss, leaf)
+    z = given[0].detach().double() - given[1].double()
+    powers = {"token": z.exp(), "geometric": z.mean().exp(), "product": z.sum().exp()}
+    wanted = -0.8 * powers[ratio]
+    assert loss.item() == pytest.approx(wanted.mean().item(), rel=2e-6)
+    per_token = wanted if ratio == "product" else wanted / length
+    torch.testing.assert_close(grad.double(), per_token.expand_as(grad), rtol=2e-6, atol=0.0)

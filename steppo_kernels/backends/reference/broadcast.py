@@ -18,4 +18,6 @@ def sum_over_steps(per_token: Tensor, token_index: Tensor, step_offsets: Tensor)
     """Add up the tokens of each step: ``[N]`` to ``[S]``, the transpose of the broadcast."""
     if step_offsets.numel() == 1:
         return per_token[token_index]
-    return torch.segment_reduce(per_token[token_index], "sum", offsets=step_offsets)
+    # It adds one after another: in fp32, a step of 100,000 tokens would lose three digits.
+    every = per_token[token_index].to(torch.float64)
+    return torch.segment_reduce(every, "sum", offsets=step_offsets).to(per_token.dtype)
