@@ -126,7 +126,7 @@ def encode(tokenizer: Any, trajectories: list[dict[str, Any]], max_tokens: int) 
     attention_mask = (torch.arange(token_ids.shape[1]) < lengths[:, None]).long()
     start = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    layout = StepLayout.from_markers(token_ids, start, end)
+    layout = StepLayout.from_markers(token_ids, start, end, valid=attention_mask)
     if layout.num_steps == 0:
         raise ValueError(f"max_tokens: got {max_tokens}, where no assistant message has begun")
     # The end of a conversation may be cut off, but no step is made of anything else.

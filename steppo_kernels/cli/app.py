@@ -243,7 +243,7 @@ def demo(
         if package in ("", "steppo_kernels"):
             raise
         typer.secho(
-            f"The demo needs the package {package}: pip install 'steppo-kernels[demo]'",
+            f"The demo needs the package {package}: pip install '.[demo]' in a clone",
             fg=typer.colors.RED,
             err=True,
         )

@@ -9,7 +9,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] == "steppo_kernels":
         raise
     raise ModuleNotFoundError(
-        f'The demo needs the package {error.name}: pip install "steppo-kernels[demo]"',
+        f"The demo needs the package {error.name}: pip install '.[demo]' in a clone",
         name=error.name,
     ) from error
 

@@ -189,10 +189,12 @@ def _ids(given: object, is_one: bool, layouts: Sequence[StepLayout]) -> list[lis
 
 
 def _is_nested(ids: object) -> bool:
-    """Return whether ids stand in a list of lists, as for several layouts."""
+    """Return whether ids stand in a list of lists, tensors or arrays, as for several layouts."""
     if isinstance(ids, Tensor) or not isinstance(ids, Sequence) or isinstance(ids, str):
         return False
-    return len(ids) > 0 and not isinstance(ids[0], str) and not hasattr(ids[0], "__index__")
+    if len(ids) == 0 or isinstance(ids[0], str):
+        return False
+    return isinstance(ids[0], Sequence) or getattr(ids[0], "ndim", 0) > 0
 
 
 def _key(name: str, entry: object) -> int:

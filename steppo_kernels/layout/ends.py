@@ -32,7 +32,8 @@ def check_step_ends(
         end: the token id that ends a turn, e.g. of ``<|im_end|>``, or several of which each does.
 
     Raises:
-        ValueError: the layout has one of these mistakes; also for other wrong arguments.
+        ValueError: the layout has one of these mistakes, or there is no end token; also for other
+            wrong arguments.
         TypeError: naming the argument.
 
     Example:
@@ -62,8 +63,10 @@ def check_step_ends(
     has_next = following < steps.row_offsets[rows]
     is_missed = has_next & is_end[torch.where(has_next, following, last)]
     is_late = inside[(slots - 1).clamp_min(0)] & (lengths[lengths > 0] > 1)
-    found = (inside, is_late, is_end[last], is_missed & ~is_end[last])
-    num_inside, num_late, num_ended, num_missed = torch.stack([x.sum() for x in found]).tolist()
+    found = (is_end, inside, is_late, is_end[last], is_missed & ~is_end[last])
+    num_ends, num_inside, num_late, num_ended, num_missed = torch.stack(
+        [x.sum() for x in found]
+    ).tolist()
     if num_inside and num_inside == num_late:
         raise ValueError(
             f"layout: got {num_late} steps with one token behind an end token, expected the end "
@@ -84,4 +87,9 @@ def check_step_ends(
             "the mask is shifted by one to the left, or was made by comparing ids with a padding "
             "id that also ends turns. Make it of lengths, or by from_markers with the attention "
             "mask as valid"
+        )
+    if len(slots) and not num_ends:
+        raise ValueError(
+            f"end: got {ends}, which do not occur in token_ids, expected the tokens that end a "
+            "turn there, such as <|im_end|>, and a batch in which some turn ended by itself"
         )

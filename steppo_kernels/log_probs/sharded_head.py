@@ -74,7 +74,7 @@ def shared(
         "dtype of weight": weight.dtype,
         "rows": num_rows,
         "chunk_tokens": chunk_tokens,
-        "bytes of a chunk": chunk_budget(hidden.device),
+        "bytes of a chunk": chunk_budget(hidden.device) if chunk_tokens is None else "not used",
         "dtype of logits": logits_dtype(head.backend, weight.dtype),
         "reference": head.backend == "reference",
         "bias": head.bias is not None,

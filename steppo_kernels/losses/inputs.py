@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from .. import checks
 from ..backends.choice import resolve
 from ..backends.records import Steps
-from ..config import KernelConfig, StepPOConfig
+from ..config import DEFAULT_CONFIG, KernelConfig, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..layout.step_tensors import StepTensors
 
@@ -110,6 +110,8 @@ def check_loss_inputs(
     if old_log_probs is not None:
         own = values if name == "log_probs" else None
         _warn_of_rounding(own, old_log_probs, config, clip_low, clip_high)
+        if clip_low is None and clip_high is None:
+            _warn_of_single_tokens(config)
         old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
         old_log_probs = checks.constant(old_log_probs)
     if ref_log_probs is not None:
@@ -190,6 +192,19 @@ def _warn_of_rounding(
                 "the losses from logits and hidden states do, or widen the clip range",
                 stacklevel=_level_of_the_caller(),
             )
+
+
+def _warn_of_single_tokens(config: StepPOConfig) -> None:
+    """Warn of ratios of single tokens with the clip range of means over steps."""
+    bounds = config.clip_low, config.clip_high
+    is_default = bounds == (DEFAULT_CONFIG.clip_low, DEFAULT_CONFIG.clip_high)
+    if config.ratio == "token" and config.surrogate == "clip" and is_default and not is_compiling():
+        warnings.warn(
+            f"config: got ratio='token' with the default clip range {bounds}, expected one for "
+            "single tokens, such as clip_low=0.2, clip_high=0.2: the default is for the mean over "
+            "a step, and clips a third of all tokens whose log-ratios are about 0.001",
+            stacklevel=_level_of_the_caller(),
+        )
 
 
 def _level_of_the_caller() -> int:

@@ -313,4 +313,4 @@ def test_demo_without_its_packages_says_how_to_get_them(monkeypatch):
     found = run("demo")
     assert found.exit_code == 1
     assert "gymnasium" in found.output
-    assert "pip install 'steppo-kernels[demo]'" in found.output
+    assert "pip install '.[demo]'" in found.output

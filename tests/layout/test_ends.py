@@ -52,6 +52,13 @@ def test_nothing():
         check_step_ends(layout_of(mask), torch.zeros(mask.shape, dtype=torch.int64), END)
 
 
+def test_a_token_that_ends_no_turn():
+    """Such as the end token of a base model, where a chat template has one of its own."""
+    with pytest.raises(ValueError, match=r"^end: got \[99\], which do not occur in token_ids"):
+        check_step_ends(layout_of(MASK), IDS, 99)
+    check_step_ends(layout_of(MASK * 0), IDS, 99)
+
+
 def test_a_mask_that_is_shifted_to_the_left():
     """That of logits, whose position i predicts token i + 1."""
     with pytest.raises(ValueError, match=r"no step .* and 4 that stop right before .* to the left"):

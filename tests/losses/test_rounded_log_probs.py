@@ -102,3 +102,15 @@ def test_it_is_said_once():
             steppo_loss(half, None, _ADVANTAGES, _LAYOUT)
             steppo_loss(half.float(), half, _ADVANTAGES, _LAYOUT)
     assert len(caught) == 1
+
+
+def test_the_default_range_and_single_tokens():
+    full = torch.full((1, 5), -1.5)
+    (found,) = texts(full, full, StepPOConfig(ratio="token"))
+    assert "config: got ratio='token' with the default clip range (0.0003, 0.0004)" in found
+    assert texts(full, full, _WIDE) == []
+    assert texts(full, full) == []
+    # Nothing is clipped on-policy, and bounds of steps take the place of the range.
+    assert texts(full, None, StepPOConfig(ratio="token")) == []
+    bounds = torch.full((2,), 0.2)
+    assert texts(full, full, StepPOConfig(ratio="token"), clip_low=bounds) == []

@@ -22,7 +22,7 @@ _RELEASE = "1.16"
 
 if importlib.util.find_spec("trl") is None:
     raise ModuleNotFoundError(
-        f"trl: is not installed, expected TRL {_RELEASE}: pip install 'steppo-kernels[trl]'",
+        f"trl: is not installed, expected TRL {_RELEASE}: pip install '.[trl]' in a clone",
         name="trl",
     )
 if not f"{importlib.metadata.version('trl')}.".startswith(f"{_RELEASE}."):
