@@ -264,6 +264,7 @@ def steps_or_tokens(
     raise ValueError(
         f"{name}: got shape {tuple(found)}, expected one entry per step {(num_steps,)} "
         f"or the token shape {tuple(shape)}"
+        + ("; one of a row goes to its steps by x[layout.step_rows]" if found == shape[:1] else "")
     )
 
 

@@ -119,12 +119,12 @@ def check_loss_inputs(
         ref_log_probs = checks.constant(ref_log_probs)
     elif config.kl_coef != 0:
         raise ValueError("ref_log_probs: got None, expected a tensor, as config.kl_coef is not 0")
-    advantages, by_token = checks.steps_or_tokens(
+    advantages, by_token = _per_step_or_token(
         "advantages", advantages, num_steps, shape, device, dtype
     )
     weights_by_token = False
     if is_weights is not None:
-        is_weights, weights_by_token = checks.steps_or_tokens(
+        is_weights, weights_by_token = _per_step_or_token(
             "is_weights", is_weights, num_steps, shape, device, dtype
         )
         is_weights = checks.constant(is_weights)
@@ -214,6 +214,23 @@ def _level_of_the_caller() -> int:
     while frame is not None and str(frame.f_globals.get("__name__")).startswith(own):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _per_step_or_token(
+    name: str,
+    value: object,
+    num_steps: int | None,
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, bool]:
+    """Return numbers of steps or of tokens; a mask (no `num_steps`) takes those of tokens alone."""
+    if num_steps is None and isinstance(value, Tensor) and value.numel() != shape.numel():
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)} with a mask, expected the token shape "
+            f"{tuple(shape)}; one of a step goes with a layout, StepLayout.from_mask(mask)"
+        )
+    return checks.steps_or_tokens(name, value, num_steps, shape, device, dtype)
 
 
 def _per_step(name: str, value: Tensor, held: StepTensors | None, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from batches import random_batch
@@ -251,6 +252,10 @@ def exact_ids(rank: int, size: int) -> float:
     unused = AssertionError("an integer of 64 bits is told apart by a hash")
     with mock.patch.object(hashlib, "blake2b", side_effect=unused):
         weights, normalizer = batch_reduction(layout, "trajectory_mean", trajectory_ids=ids)
+        for given in ([ids], [torch.tensor(ids)], [np.array(ids)], torch.tensor(ids)):
+            again = batch_reduction(layout, "trajectory_mean", trajectory_ids=given)
+            assert torch.equal(again[0][0], weights[0])
+            assert again[1] == normalizer
     assert weights[0].tolist() == [1 / size] * 4
     return float(normalizer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from steppo_kernels import (
     linear_token_log_probs,
 )
 from steppo_kernels.distributed import ContextShard
+from steppo_kernels.log_probs import sharded_head
 
 # Ways to give shards.
 
@@ -254,6 +256,25 @@ def test_ranks_that_were_given_different_arguments(worlds: Worlds, size: int) ->
         assert f"{name} is " in error, (name, error)
         assert error.count(f"on rank {size - 1}") >= 1
         assert all(other[name] == error for other in answers[1:])
+
+
+def other_budgets(rank: int, size: int) -> str:
+    """Ranks whose devices have other sizes raise, unless chunks have a given size."""
+
+    def call(head: str) -> None:
+        task = Task(DRAWN, torch.float64, "cpu", head=head)
+        case = shard_of(head_case(**DRAWN).to(task.dtype), rank, size)
+        found_in(task, case, tp_group=distributed.group.WORLD)
+
+    with mock.patch.object(sharded_head, "chunk_budget", return_value=2**20 + rank):
+        error = error_of(lambda: call("usual"))
+        call("in chunks")
+    return error
+
+
+def test_bytes_of_a_chunk_count_where_they_decide(worlds: Worlds) -> None:
+    for error in worlds.run(2, other_budgets):
+        assert "bytes of a chunk is 1048576 on rank 0, 1048577 on rank 1" in error
 
 
 # The rules of all gradients.

@@ -58,7 +58,13 @@ _CALLS = [
     (TypeError, "advantages: got NoneType", loss(advantages=None)),
     (ValueError, "advantages: got a tensor", loss(advantages=STEPS.to("meta"))),
     (ValueError, "advantages: got shape (4, 1)", loss(advantages=STEPS[:, None])),
-    (ValueError, "advantages: got shape (4,)", mask_loss(advantages=STEPS)),
+    (ValueError, "advantages: got shape (4,) with a mask", mask_loss(advantages=STEPS)),
+    (
+        ValueError,
+        "advantages: got shape (2,), expected one entry per step (4,) or the token shape (2, 6); "
+        "one of a row goes to its steps by x[layout.step_rows]",
+        loss(advantages=STEPS[:2]),
+    ),
     (TypeError, "layout: got NoneType", loss(layout=None)),
     (TypeError, "layout: got list", loss(layout=[[0, 1]])),
     (ValueError, "log_probs: got a tensor on cpu", loss(layout=LAYOUT.to("meta"))),
@@ -73,7 +79,7 @@ _CALLS = [
     (ValueError, "entropy: got shape (2, 7)", loss(entropy=torch.zeros(2, 7))),
     (TypeError, "entropy: got torch.bool", loss(entropy=MASK)),
     (ValueError, "is_weights: got shape (5,)", loss(is_weights=torch.ones(5))),
-    (ValueError, "is_weights: got shape", mask_loss(is_weights=STEPS)),
+    (ValueError, "is_weights: got shape (4,) with a mask", mask_loss(is_weights=STEPS)),
     (TypeError, "is_weights: got float", loss(is_weights=1.0)),
     (ValueError, "step_weights: got it with a mask", mask_loss(step_weights=STEPS)),
     (ValueError, "step_weights: got shape (2, 6)", loss(step_weights=TOKENS)),
