@@ -11,7 +11,7 @@ import pytest
 import torch
 from batches import random_batch
 from collectives import counted, parted
-from every_function import TERMS, close, rows_of
+from functions_of_steps import TERMS, close, rows_of
 from methods import METHODS
 from torch import Tensor
 from worlds import Worlds

@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import random_batch
 from collectives import counted, parted
-from every_function import close, rows_of
+from functions_of_steps import close, rows_of
 from torch import Tensor
 from worlds import Worlds
 

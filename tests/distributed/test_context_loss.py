@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from collectives import counted, error_of
-from every_function import close
+from functions_of_steps import close
 from head_cases import head_case
 from heads import bounds
 from methods import METHODS

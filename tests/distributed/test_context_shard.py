@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import random_batch
 from collectives import counted, error_of
-from every_function import TERMS, assert_bitwise
+from functions_of_steps import TERMS, assert_bitwise
 from methods import METHODS
 from torch import Tensor
 from worlds import Worlds

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from batches import policy_results, random_batch
-from every_function import CONFIG, ON_TOKENS, assert_bitwise, everything
+from functions_of_steps import CONFIG, ON_TOKENS, assert_bitwise, everything
 from grids import grid
 
 from steppo_kernels import (

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from batches import ragged_mask, random_batch
-from every_function import CONFIG, ON_TOKENS, TERMS, assert_bitwise, everything
+from functions_of_steps import CONFIG, ON_TOKENS, TERMS, assert_bitwise, everything
 from grids import grid
 from methods import FEW, METHODS
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from batches import random_batch
-from every_function import CONFIG, ON_TOKENS, TERMS, close, counts, exact_sums, rows_of
+from functions_of_steps import CONFIG, ON_TOKENS, TERMS, close, counts, exact_sums, rows_of
 from grids import grid
 from methods import FEW, METHODS
 

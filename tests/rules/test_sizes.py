@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import policy_results, random_batch
-from every_function import TERMS, everything
+from functions_of_steps import TERMS, everything
 from grids import grid
 from methods import FEW
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import random_batch
-from every_function import TERMS, close, losses
+from functions_of_steps import TERMS, close, losses
 from grids import grid
 from methods import FEW, METHODS
 

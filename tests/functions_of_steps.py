@@ -1,4 +1,4 @@
-"""Every public function on one batch, all results by name; rows of batches; exact comparison."""
+"""Every function of steps on one batch, all results by name; rows of batches; exact comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from steppo_kernels import (
     StepLayout,
     StepPOConfig,
     broadcast_to_tokens,
+    group_normalize,
+    rollout_weights,
     step_gae,
+    step_log_ratios,
+    step_returns,
     step_value_loss,
     steppo_loss,
 )
@@ -61,6 +65,35 @@ def everything(batch: Batch, backend: str, config: StepPOConfig = CONFIG) -> dic
     spread = broadcast_to_tokens(per_step, batch.layout, backend=backend)
     spread.backward(batch.on_tokens(batch.returns).nan_to_num(0.0))
     found |= {"broadcast": spread.detach(), "grad_per_step": per_step.grad}
+    found |= _of_steps(batch, backend)
+    return found
+
+
+def _of_steps(batch: Batch, backend: str) -> dict:
+    """Return what the functions give that advantages, ratios and weights are made with."""
+    found = {}
+    found["discounted returns"] = step_returns(
+        batch.rewards,
+        batch.layout,
+        gamma=0.9,
+        bootstrap_values=batch.bootstrap_values,
+        backend=backend,
+    )
+    groups = torch.arange(batch.layout.num_trajectories, device=batch.mask.device) // 2
+    found["of groups"] = group_normalize(
+        batch.advantages.detach(), groups, layout=batch.layout, backend=backend
+    )
+    log_probs = batch.log_probs.detach().clone().requires_grad_()
+    ratios = step_log_ratios(log_probs, batch.old_log_probs, batch.layout, backend=backend)
+    (ratios * batch.advantages.detach()).sum().backward()
+    found |= {"log-ratios": ratios.detach(), "grad_log_probs of ratios": log_probs.grad}
+    for level in ("token", "step", "trajectory"):
+        weights = rollout_weights(
+            batch.old_log_probs, batch.ref_log_probs, batch.layout,
+            level=level, low=0.5, high=2.0, backend=backend,
+        )  # fmt: skip
+        found[f"rollout weights, {level=}"] = weights.weights
+        found[f"rollout metrics, {level=}"] = weights.metrics.values
     return found
 
 
