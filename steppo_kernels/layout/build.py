@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, csr
 from ..backends.choice import resolve
-from . import csr, integers, segment
+from . import integers, segment
 from .markers import Markers
 from .regroup import with_rewards_of_rows
 from .rows import in_time_order, row_offsets, uniform_offsets

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, csr
 from ..backends.reference.segment import step_starts
-from . import csr
 from .step_tensors import DERIVED, StepTensors
 
 _DTYPES = {

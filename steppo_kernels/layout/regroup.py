@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import csr
 from ..backends.reference.segment import step_starts
-from . import csr
 from .step_tensors import StepTensors
 
 

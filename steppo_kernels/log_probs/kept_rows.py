@@ -91,14 +91,14 @@ def rows_of(support: TokenSupport, token_ids: Tensor, index: Tensor, vocabulary:
     held = _within(support._held, index, vocabulary)
     check_ids(token_ids[index], vocabulary)
     places = held.places(token_ids, index)
-    is_missing: Tensor | None = places < 0
-    assert is_missing is not None
-    is_full = None
+    is_none = places < 0
+    is_full: Tensor | None = None
+    is_missing: Tensor | None = is_none
     if support.missing == "full":
-        is_full, is_missing = is_missing, None
+        is_full, is_missing = is_none, None
     elif held.has_empty:
         is_full = held.counts[index] == 0
-        is_missing = is_missing & ~is_full
+        is_missing = is_none & ~is_full
     # The host waits for this, but not for where there are none.
     if is_full is not None and not bool(is_full.any()):
         is_full = None

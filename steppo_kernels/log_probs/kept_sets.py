@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import csr
 from ..backends.records import IdIndex, Sets, kept
 
 # Pairs of one id that are summed together: enough of them that what the sums of parts move is small
@@ -26,8 +27,9 @@ class KeptSets:
 
     Attributes:
         sets: the ids, ascending within a token and each once.
-        largest: the largest of the ids, -1 without one.
-        has_empty: whether a token has no ids.
+        largest: an id that none is above, -1 without ids.
+        has_empty: whether a token has no ids. Sets that were cut to a range of ids have the answer
+            of the whole sets.
     """
 
     def __init__(self, ids: Tensor, offsets: Tensor, largest: int, *, has_empty: bool) -> None:
@@ -96,12 +98,10 @@ class KeptSets:
         That of -1 is empty.
         """
         every = torch.nn.functional.pad(self.counts, (0, 1))
-        offsets, counts = self.sets.offsets[tokens], every[tokens]
-        borders = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        total = int(borders[-1])
-        shifts = torch.repeat_interleave(offsets - borders[:-1], counts, output_size=total)
-        ids = self.sets.ids[torch.arange(total, device=tokens.device) + shifts]
-        if not total:
+        counts = every[tokens]
+        borders = csr.prefix(counts)
+        ids = self.sets.ids[csr.ranges(self.sets.offsets[tokens], counts)]
+        if not len(ids):
             return KeptSets(ids, borders, -1, has_empty=len(counts) > 0)
         # Both are read at once: a GPU is waited for.
         least, largest = torch.stack((counts.min(), ids.max().long())).tolist()
@@ -120,8 +120,7 @@ class KeptSets:
         def make() -> KeptSets:
             ids = self.sets.ids
             is_in = (ids >= start) & (ids < start + size)
-            before = torch.nn.functional.pad(is_in.cumsum(0), (1, 0))
-            offsets = before[self.sets.offsets]
+            offsets = csr.prefix(is_in.to(torch.int64))[self.sets.offsets]
             return KeptSets(ids[is_in] - start, offsets, size - 1, has_empty=self.has_empty)
 
         if start == 0 and size > self.largest:
@@ -153,7 +152,7 @@ def id_index(ids: Tensor, tokens: Tensor) -> IdIndex:
     is_slot = is_long[part_ids]
     part_slots = torch.where(is_slot, is_slot.cumsum(0) - 1, -1)
     long_ids = is_long.nonzero().squeeze(1)
-    long_slots = torch.nn.functional.pad(num_parts[long_ids].cumsum(0), (1, 0))
+    long_slots = csr.prefix(num_parts[long_ids])
     return IdIndex(
         distinct, pairs, tokens[pairs], parts, part_ids, part_slots, long_ids, long_slots
     )

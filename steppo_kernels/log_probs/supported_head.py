@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, csr
 from ..backends import operators
 from ..backends.derivatives import first_only
 from ..backends.records import MOST_ROW_BYTES
@@ -431,8 +431,7 @@ def _pairs(held: KeptSets, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
     counts = held.counts[tokens]
     every = torch.arange(len(tokens), device=tokens.device)
     row = torch.repeat_interleave(every, counts, output_size=size)
-    place = torch.arange(len(row), device=tokens.device) - (counts.cumsum(0) - counts)[row]
-    return row, held.sets.offsets[tokens][row] + place
+    return row, csr.ranges(held.sets.offsets[tokens], counts, size)
 
 
 _applied = untraced(_KeptLogProbs.apply)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, csr
 from ..backends.untraced import untraced
 from ..config import one_of
 from ..devices import device_of
@@ -336,7 +336,7 @@ def _made(
         keys = keys.unique()
         tokens, ids = keys // MOST_IDS, keys % MOST_IDS
         counts = torch.bincount(tokens, minlength=len(counts))
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    offsets = csr.prefix(counts)
     has_empty = bool((counts == 0).any())
     held = KeptSets(ids.to(torch.int32), offsets, largest, has_empty=has_empty)
     return _of(held, shape, missing)

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, csr
 from ..backends import operators
 from ..backends.choice import Backend, resolve
 from ..backends.untraced import traced
 from ..layout import integers
 from ..layout.step_layout import StepLayout, require_layout
-from ..layout.step_tensors import StepTensors
 
 
 @traced
@@ -77,7 +76,10 @@ def group_normalize(
         steps = require_layout(layout)
         device = steps.device
         values = checks.vector("values", values, steps.num_steps, "step", device, dtype)
-        ids = _of_steps(_ids(groups, steps.num_trajectories, "trajectory", device), steps)
+        ids = _ids(groups, steps.num_trajectories, "trajectory", device)
+        of_steps = csr.owners(steps.trajectory_steps, steps.trajectory_offsets, steps.num_steps)
+        # The id behind the last one is that of a step of no trajectory.
+        ids = torch.cat((ids, ids.new_full((1,), -1)))[of_steps]
     chosen = resolve(backend, device)
     is_member = ids >= 0
     numbers = torch.where(is_member, values, 0.0).to(torch.float64)
@@ -119,16 +121,6 @@ class _Groups(NamedTuple):
         counts = (self.offsets.diff() - less).clamp_min(1)
         means: Tensor = (sums / counts)[self.places]
         return means
-
-
-def _of_steps(ids: Tensor, steps: StepTensors) -> Tensor:
-    """Return for each step the id of its trajectory, -1 for a step of none."""
-    members = steps.trajectory_steps
-    every = torch.arange(len(members), device=ids.device)
-    trajectories = torch.searchsorted(steps.trajectory_offsets, every, right=True) - 1
-    of_steps = torch.full((steps.num_steps,), -1, dtype=torch.int64, device=ids.device)
-    of_steps[members] = ids[trajectories]
-    return of_steps
 
 
 def _ids(groups: Tensor | Sequence[Any], length: int, what: str, device: torch.device) -> Tensor:

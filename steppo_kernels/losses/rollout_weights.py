@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, csr
 from ..backends import operators
 from ..backends.choice import Backend, resolve
 from ..backends.untraced import traced
 from ..config import one_of
-from ..layout import csr
 from ..layout.broadcast import sum_over_steps
 from ..layout.step_layout import StepLayout
 from ..layout.step_tensors import StepTensors
@@ -121,7 +120,9 @@ def rollout_weights(
         metrics = _metrics(raw, has_tokens, bounds)
         weights = torch.where(has_tokens, _within(raw, bounds, outside), 1.0)
         if steps is not None and level == "trajectory":
-            weights = torch.cat((weights, weights.new_ones(1)))[_trajectory_of(steps)]
+            # The weight behind the last one is that of a step of no trajectory.
+            of_steps = csr.owners(steps.trajectory_steps, steps.trajectory_offsets, steps.num_steps)
+            weights = torch.cat((weights, weights.new_ones(1)))[of_steps]
     return RolloutWeights(
         weights.view(shape) if level == "token" else weights, Metrics(metrics, ROLLOUT_METRICS)
     )
@@ -158,15 +159,6 @@ def _pooled(z: Tensor, steps: StepTensors, level: str, backend: str) -> tuple[Te
     total = operators.call("sum_over_steps", backend, sums, members, offsets)
     counted = csr.prefix(lengths[members].to(torch.int64))[offsets]
     return total, counted.diff()
-
-
-def _trajectory_of(steps: StepTensors) -> Tensor:
-    """Return the trajectory of each step; of a step of none, the number of trajectories."""
-    members = steps.trajectory_steps
-    found = members.new_full((steps.num_steps,), steps.num_trajectories)
-    places = torch.arange(members.shape[0], device=members.device)
-    found[members] = csr.group_of(places, steps.trajectory_offsets)
-    return found
 
 
 def _within(weights: Tensor, bounds: tuple[float, float], outside: str) -> Tensor:

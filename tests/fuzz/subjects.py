@@ -18,6 +18,8 @@ IDS = torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 7, 3, 1, 2]]) % 5
 TOKENS = torch.linspace(-1.0, -0.1, 12).reshape(2, 6)
 STEPS = torch.linspace(-1.0, 1.0, 4)
 STEP_IDS = torch.tensor([[-1, 0, 0, -1, 3, 3], [0, 0, 1, -1, 1, 2]])
+# Each step ends with a 4.
+ENDED = torch.tensor([[0, 1, 4, 0, 4, 0], [1, 4, 0, 4, 0, 0]])
 CUTS = torch.tensor([0, 5, 5, 12])
 
 
@@ -146,7 +148,7 @@ def subjects() -> list[Subject]:
         Subject("broadcast_to_tokens", named.broadcast_to_tokens,
                 {"per_step": STEPS, "layout": steps}, ("per_step",)),
         Subject("check_step_ends", named.check_step_ends,
-                {"layout": steps, "token_ids": torch.where(MASK, 1, 0), "end": 4}),
+                {"layout": steps, "token_ids": ENDED, "end": 4}),
         Subject("step_gae", named.step_gae,
                 {"rewards": TOKENS, "values": TOKENS, "layout": steps,
                  "bootstrap_values": torch.tensor([0.5, -0.5])}),

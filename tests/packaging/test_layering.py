@@ -91,6 +91,7 @@ _FLOORS = (
         "config",
         "outputs",
         "checks",
+        "csr",
         "devices",
         "inference",
         "pickling",

@@ -11,10 +11,13 @@ def prefix(counts: Tensor) -> Tensor:
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
 
-def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Return starts[0], starts[0] + 1, ..., `lengths[0]` of them, then those of starts[1], ..."""
+def ranges(starts: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
+    """Return starts[0], starts[0] + 1, ..., `lengths[0]` of them, then those of starts[1], ...
+
+    If their number `total` is not known, the host waits for it.
+    """
     offsets = prefix(lengths)
-    total = int(offsets[-1])
+    total = int(offsets[-1]) if total is None else total
     shift = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=total)
     return torch.arange(total, device=starts.device) + shift
 
@@ -22,6 +25,16 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
 def group_of(places: Tensor, offsets: Tensor) -> Tensor:
     """Return the group that each of `places` (int64, members by their number) belongs to."""
     return torch.searchsorted(offsets, places, right=True) - 1
+
+
+def owners(members: Tensor, offsets: Tensor, count: int) -> Tensor:
+    """Return the group that has each of `count` members (int64), -1 for one of no group.
+
+    `members` are those of the groups, end to end.
+    """
+    found = members.new_full((count,), -1)
+    found[members] = group_of(torch.arange(len(members), device=members.device), offsets)
+    return found
 
 
 def regrouped(keys: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
