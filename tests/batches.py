@@ -204,6 +204,13 @@ def errors(actual: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[st
     return {name: Error.between(actual[name], value) for name, value in exact.items()}
 
 
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:
+    """Compare results of the same names, entry by entry, relative to the largest of each."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert Error.between(found[name], value).largest <= bound, name
+
+
 def _ratio(error: float, scale: float) -> float:
     if error == 0.0:
         return 0.0

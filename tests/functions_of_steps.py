@@ -89,9 +89,14 @@ def _of_steps(batch: Batch, backend: str) -> dict:
     found |= {"log-ratios": ratios.detach(), "grad_log_probs of ratios": log_probs.grad}
     for level in ("token", "step", "trajectory"):
         weights = rollout_weights(
-            batch.old_log_probs, batch.ref_log_probs, batch.layout,
-            level=level, low=0.5, high=2.0, backend=backend,
-        )  # fmt: skip
+            batch.old_log_probs,
+            batch.ref_log_probs,
+            batch.layout,
+            level=level,
+            low=0.5,
+            high=2.0,
+            backend=backend,
+        )
         found[f"rollout weights, {level=}"] = weights.weights
         found[f"rollout metrics, {level=}"] = weights.metrics.values
     return found

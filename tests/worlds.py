@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 
@@ -23,6 +25,20 @@ _PATIENCE, _LIMIT = 60, 180
 def is_possible() -> bool:
     """Return whether this torch has what the tests need."""
     return distributed.is_available() and distributed.is_gloo_available()
+
+
+def spawn(run: Callable[[int, str], None], folder: Path, size: int) -> None:
+    """Run a function of the rank and of where the ranks meet in processes of their own."""
+    if not is_possible():
+        pytest.skip("this torch has no gloo")
+    ranks = torch.multiprocessing.spawn(run, (str(folder / "rendezvous"),), nprocs=size, join=False)
+    deadline = time.monotonic() + _LIMIT
+    try:
+        while not ranks.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks take too long"
+    finally:
+        for process in ranks.processes:
+            process.kill()
 
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:

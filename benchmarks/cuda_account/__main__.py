@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
+from ..tables_of_page import renew
 from . import code, floors
 from .runs import runs
 
@@ -32,17 +33,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"put the tables into {_PAGE.name}")
     parser.add_argument("--only", choices=TABLES, help="this table alone")
     options = parser.parse_args()
-    write = options.write
-    page = _PAGE.read_text() if write else ""
-    for name in [options.only] if options.only else TABLES:
-        text = "\n".join(TABLES[name]())
-        print(f"{name}\n\n{text}\n")
-        if write:
-            begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-            before, rest = page.split(begin)
-            page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
-    if write:
-        _PAGE.write_text(page)
+    names = [options.only] if options.only else TABLES
+    renew(TABLES, names, _PAGE if options.write else None)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ..timing import Run, measure, runs
 from ..variants import Variant
 from ..vocabulary import peers
 from ..vocabulary.cases import Shape, head_case, row_log_probs
-from ..vocabulary.heads import available
+from ..vocabulary.heads import available, eager_rows
 from ..vocabulary.variants import (
     BARE_PRODUCT,
     EAGER_ACTIONS,
@@ -41,16 +41,12 @@ def call_of(variant: Variant) -> Callable[[], Tensor]:
     case = head_case(SHAPE)
     backend = fused_backend()
 
-    def plain() -> Tensor:
-        hidden, ids = peers.rows_of(case)
-        return row_log_probs((hidden @ case.weight.t()).float(), ids)
-
     calls: dict[Variant, Callable[[], Tensor]] = {
         FUSED: lambda: sk.linear_token_log_probs(  # type: ignore[dict-item,return-value]
             case.hidden, case.weight, case.steps.token_ids, mask=case.steps.mask, backend=backend
         ),
         BARE_PRODUCT: lambda: torch.mm(peers.rows_of(case)[0], case.weight.t()),
-        EAGER_ACTIONS: plain,
+        EAGER_ACTIONS: lambda: eager_rows(case),
         LIGER_SCALED: lambda: peers.liger_scaled(case),
         TRL_CHUNKED: lambda: peers.trl_chunked(case),
     }

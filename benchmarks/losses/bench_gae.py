@@ -76,17 +76,21 @@ def token_bytes(case: str) -> int:
     return 8 * mask.numel() + 28 * layout.num_tokens
 
 
+def _gae_of(
+    rewards: Tensor, values: Tensor, layout: sk.StepLayout, backend: Backend
+) -> Callable[[], Pair]:
+    def call() -> Pair:
+        out = sk.step_gae(rewards, values, layout, gamma=GAMMA, lam=LAM, backend=backend)
+        return out.advantages, out.returns
+
+    return call
+
+
 def token_gae(case: str, variant: Variant) -> Callable[[], Pair]:
     """Return the call that a variant makes: advantages and returns, ``[S]`` or ``[B, T]``."""
     mask, rewards, values, layout = token_case(case)
     if variant == FUSED:
-        backend = fused_backend()
-
-        def fused() -> Pair:
-            out = sk.step_gae(rewards, values, layout, gamma=GAMMA, lam=LAM, backend=backend)
-            return out.advantages, out.returns
-
-        return fused
+        return _gae_of(rewards, values, layout, fused_backend())
     # verl's trainer hands the mask on as int64.
     integers = mask.to(torch.int64)
     core = peers.verl()
@@ -264,13 +268,7 @@ def turn_gae(variant: Variant) -> Callable[[], Pair]:
     layout = policy_case(TURNS).layout
     if variant == FLOOR:
         return gae_floor(rewards, layout)
-    backend: Backend = fused_backend() if variant == FUSED else "reference"
-
-    def of_steps() -> Pair:
-        out = sk.step_gae(rewards, values, layout, gamma=GAMMA, lam=LAM, backend=backend)
-        return out.advantages, out.returns
-
-    return of_steps
+    return _gae_of(rewards, values, layout, fused_backend() if variant == FUSED else "reference")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..tables_of_page import renew
 from .assumptions import (
     BANDWIDTH,
     CLOCK,
@@ -65,17 +66,7 @@ def main() -> None:
     """Print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"put the tables into {_PAGE.name}")
-    write = parser.parse_args().write
-    page = _PAGE.read_text() if write else ""
-    for name, table in _TABLES.items():
-        text = "\n".join(table())
-        print(f"{name}\n\n{text}\n")
-        if write:
-            begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-            before, rest = page.split(begin)
-            page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
-    if write:
-        _PAGE.write_text(page)
+    renew(_TABLES, _TABLES, _PAGE if parser.parse_args().write else None)
 
 
 if __name__ == "__main__":

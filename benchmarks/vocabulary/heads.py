@@ -76,7 +76,7 @@ def loss_of(case: HeadCase, variant: Variant) -> Callable[[], Tensor]:
     }
     log_probs: dict[Variant, Callable[[], Tensor]] = {
         EAGER: lambda: row_log_probs((case.hidden @ case.weight.t()).float(), case.steps.token_ids),
-        EAGER_ACTIONS: lambda: _eager_rows(case),
+        EAGER_ACTIONS: lambda: eager_rows(case),
         LIGER_SCALED: lambda: peers.liger_scaled(case),
         TRL_CHUNKED: lambda: peers.trl_chunked(case),
         CCE: lambda: peers.cut_cross_entropy(case),
@@ -219,7 +219,8 @@ def _two_calls(case: HeadCase) -> Tensor:
     ).loss
 
 
-def _eager_rows(case: HeadCase) -> Tensor:
+def eager_rows(case: HeadCase) -> Tensor:
+    """Return the log-probs of the action tokens, of logits in the dtype of the head."""
     hidden, ids = peers.rows_of(case)
     return row_log_probs((hidden @ case.weight.t()).float(), ids)
 

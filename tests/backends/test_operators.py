@@ -470,9 +470,13 @@ def test_what_a_layout_shows_is_part_of_a_graph(target):
         _, total = layout.reduction_weights("token_mean")
         advantages = of_rows[layout.step_rows]
         return steppo_loss(
-            batch.log_probs, batch.old_log_probs, advantages, layout,
-            normalizer=total, backend=target.backend,
-        ).loss  # fmt: skip
+            batch.log_probs,
+            batch.old_log_probs,
+            advantages,
+            layout,
+            normalizer=total,
+            backend=target.backend,
+        ).loss
 
     torch._dynamo.reset()
     compiled = in_one_graph(step)

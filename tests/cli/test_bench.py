@@ -51,11 +51,6 @@ ROW = (
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(threads_restored):
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
 def _short(monkeypatch):
     """Leave the smallest size of each case, and two short turns."""
     small = [

@@ -19,15 +19,6 @@ from steppo_kernels.cli import main
 from steppo_kernels.cli import validate as validation
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Batches are small: beside other processes, threads would mostly wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(*words: str) -> Result:
     return CliRunner().invoke(main, list(words))
 

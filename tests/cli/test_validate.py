@@ -62,15 +62,6 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return set_wrong
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Batches are small: beside other processes, threads would mostly wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(*words: str, operation: str = "") -> tuple[int, dict[str, Any]]:
     """Run the command on the stand-in; return its exit code and what it printed."""
     found = CliRunner().invoke(

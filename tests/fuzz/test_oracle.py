@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable
 
 import pytest
 from oracle import (
@@ -18,17 +16,7 @@ from oracle import (
     value_loss,
 )
 
-_STEP = 1e-6
-
-
-def _differences(function: Callable[[list[float]], float], at: list[float]) -> list[float]:
-    slopes = []
-    for place in range(len(at)):
-        above, below = list(at), list(at)
-        above[place] += _STEP
-        below[place] -= _STEP
-        slopes.append((function(above) - function(below)) / (2 * _STEP))
-    return slopes
+from fuzz.slopes import differences, floats
 
 
 def _layout(kind: str) -> OracleLayout:
@@ -38,11 +26,6 @@ def _layout(kind: str) -> OracleLayout:
     mask = [True, True, True, False, True, True, False, False, True, True, True, False]
     rows = OracleLayout.from_rows(mask, (6, 2), "abaabb", [0, 0, 2, 1, 5, 3])
     return rows.per_trajectory() if kind == "trajectories" else rows
-
-
-def _floats(seed: int, low: float, high: float, count: int = 12) -> list[float]:
-    chance = random.Random(seed)
-    return [chance.uniform(low, high) for _ in range(count)]
 
 
 @pytest.mark.parametrize("ratio", ["geometric", "product"])
@@ -55,19 +38,19 @@ def test_gradients_of_the_policy_loss(ratio: str, kl: str, reduction: str, kind:
         ratio=ratio, clip_low=0.1, clip_high=0.2, dual_clip=1.5, reduction=reduction,
         kl_coef=0.3, kl_estimator=kl, entropy_coef=0.2,
     )  # fmt: skip
-    of_steps = _floats(1, -1, 1)
+    of_steps = floats(1, -1, 1)
     advantages = [of_steps[step] if step >= 0 else math.nan for step in layout.step_ids]
 
     def loss(new: list[float], entropy: list[float]):
         return policy_loss(
-            new, _floats(3, -2, 0), advantages, layout, config=config,
-            ref_log_probs=_floats(4, -2, 0), entropy=entropy,
+            new, floats(3, -2, 0), advantages, layout, config=config,
+            ref_log_probs=floats(4, -2, 0), entropy=entropy,
         )  # fmt: skip
 
-    new, entropy = _floats(2, -2, 0), _floats(5, 0, 2)
+    new, entropy = floats(2, -2, 0), floats(5, 0, 2)
     found = loss(new, entropy)
-    by_new = _differences(lambda at: loss(at, entropy).loss, new)
-    by_entropy = _differences(lambda at: loss(new, at).loss, entropy)
+    by_new = differences(lambda at: loss(at, entropy).loss, new)
+    by_entropy = differences(lambda at: loss(new, at).loss, entropy)
     assert found.of_log_probs == pytest.approx(by_new, rel=1e-6, abs=1e-8)
     assert found.of_entropy == pytest.approx(by_entropy, rel=1e-6, abs=1e-8)
     assert any(found.of_log_probs)
@@ -76,13 +59,13 @@ def test_gradients_of_the_policy_loss(ratio: str, kl: str, reduction: str, kind:
 def test_the_center_of_the_centered_ratio_carries_no_gradient() -> None:
     layout, config = _layout("mask"), LossConfig(ratio="centered", clip_low=0.9, clip_high=9.0)
 
-    new, old = _floats(2, -2, 0), _floats(3, -2, 0)
+    new, old = floats(2, -2, 0), floats(3, -2, 0)
     actions = layout.actions
     center = sum(new[at] - old[at] for at in actions) / len(actions)
     advantages = [1.0] * 12
     found = policy_loss(new, old, advantages, layout, config=config)
     fixed = policy_loss(new, old, advantages, layout, config=config, ratio_center=center)
-    slopes = _differences(
+    slopes = differences(
         lambda at: (
             policy_loss(at, old, advantages, layout, config=config, ratio_center=center).loss
         ),
@@ -95,24 +78,24 @@ def test_the_center_of_the_centered_ratio_carries_no_gradient() -> None:
 @pytest.mark.parametrize("clips", [False, True])
 def test_gradients_of_the_value_loss(clips: bool) -> None:
     layout = _layout("rows")
-    old = dict(enumerate(_floats(2, -1, 1))) if clips else None
+    old = dict(enumerate(floats(2, -1, 1))) if clips else None
 
     def loss(values: list[float]):
         return value_loss(
-            dict(enumerate(values)), _floats(1, -1, 1), layout,
+            dict(enumerate(values)), floats(1, -1, 1), layout,
             old_values=old, clip=0.3, reduction="trajectory_mean",
         )  # fmt: skip
 
-    values = _floats(3, -1, 1, 6)
+    values = floats(3, -1, 1, 6)
     found = loss(values)
-    slopes = _differences(lambda at: loss(at).loss, values)
+    slopes = differences(lambda at: loss(at).loss, values)
     assert found.gradient == pytest.approx(slopes, rel=1e-6, abs=1e-8)
     assert clips == (found.metrics["clip_fraction"] > 0)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_gradients_of_a_head(softcap: float | None) -> None:
-    hidden, flat, bias = _floats(1, -1, 1, 3), _floats(2, -1, 1, 12), _floats(3, -1, 1, 4)
+    hidden, flat, bias = floats(1, -1, 1, 3), floats(2, -1, 1, 12), floats(3, -1, 1, 4)
 
     def value(hidden: list[float], flat: list[float], bias: list[float]) -> float:
         weight = [flat[v * 3 : v * 3 + 3] for v in range(4)]
@@ -126,11 +109,11 @@ def test_gradients_of_a_head(softcap: float | None) -> None:
     of_logits = log_prob_gradients(logits, 2, 0.7, 1.3, -0.4)
     of_hidden = head_gradients(hidden, weight, logits, softcap, of_logits, weight_sums, bias_sums)
     for found, slopes in (
-        (of_hidden, _differences(lambda at: value(at, flat, bias), hidden)),
+        (of_hidden, differences(lambda at: value(at, flat, bias), hidden)),
         (
             [slope for row in weight_sums for slope in row],
-            _differences(lambda at: value(hidden, at, bias), flat),
+            differences(lambda at: value(hidden, at, bias), flat),
         ),
-        (bias_sums, _differences(lambda at: value(hidden, flat, at), bias)),
+        (bias_sums, differences(lambda at: value(hidden, flat, at), bias)),
     ):
         assert found == pytest.approx(slopes, rel=1e-6, abs=1e-8)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from oracle import LossConfig, OracleLayout, policy_loss, rollout_weights, step_log_ratios
 
-_STEP = 1e-6
+from fuzz.slopes import differences, floats
+
 _SURROGATES = ["clip", "cispo", "mask", "soft", "quadratic", "tv"]
 _RATIOS = ["geometric", "product", "centered", "token"]
 _COMBINATIONS = [
@@ -25,23 +25,8 @@ _LAYOUT = OracleLayout.from_step_ids([-1, 0, 0, -1, 1, 1, 2, 2, -1, 2, 3, 3], (2
 )
 
 
-def _floats(seed: int, low: float, high: float, count: int = 12) -> list[float]:
-    chance = random.Random(seed)
-    return [chance.uniform(low, high) for _ in range(count)]
-
-
 def _spread(of_steps: Sequence[float]) -> list[float]:
     return [of_steps[step] if step >= 0 else math.nan for step in _LAYOUT.step_ids]
-
-
-def _differences(function: Callable[[list[float]], float], at: list[float]) -> list[float]:
-    slopes = []
-    for place in range(len(at)):
-        above, below = list(at), list(at)
-        above[place] += _STEP
-        below[place] -= _STEP
-        slopes.append((function(above) - function(below)) / (2 * _STEP))
-    return slopes
 
 
 def _weight(surrogate: str, ratio: float, advantage: float, gap: float, bounds) -> float:
@@ -69,11 +54,11 @@ def test_gradients_where_advantages_and_weights_are_constant_in_a_step(
         reduction="token_mean",
         log_ratio_max=0.9,
     )
-    low, high = _floats(6, 0.1, 0.6, 4), _floats(7, 0.1, 0.9, 4)
+    low, high = floats(6, 0.1, 0.6, 4), floats(7, 0.1, 0.9, 4)
     bounds = {"clip_low": low, "clip_high": high} if by_step else {}
     of_steps = [0.7, -0.8, 1.1, -0.4]
-    advantages, weights = _spread(of_steps), _spread(_floats(8, 0.5, 2, 4))
-    old = _floats(3, -2, 0)
+    advantages, weights = _spread(of_steps), _spread(floats(8, 0.5, 2, 4))
+    old = floats(3, -2, 0)
 
     def loss(new: list[float]):
         return policy_loss(
@@ -83,7 +68,7 @@ def test_gradients_where_advantages_and_weights_are_constant_in_a_step(
             _LAYOUT,
             config=config,
             is_weights=weights,
-            step_weights=_floats(9, 0.5, 2, 4),
+            step_weights=floats(9, 0.5, 2, 4),
             normalizer=3.0,
             ratio_center=0.1,
             **bounds,
@@ -91,7 +76,7 @@ def test_gradients_where_advantages_and_weights_are_constant_in_a_step(
 
     live = 0
     for seed in range(40, 48):
-        new = [value + move for value, move in zip(old, _floats(seed, -0.9, 0.9), strict=True)]
+        new = [value + move for value, move in zip(old, floats(seed, -0.9, 0.9), strict=True)]
         found = loss(new)
         if found.margin < 1e-4:
             continue
@@ -99,7 +84,7 @@ def test_gradients_where_advantages_and_weights_are_constant_in_a_step(
             # Their weight is a constant: the value that is differentiated is linear in x.
             scales = [
                 own * weights[step[0]] / 3.0
-                for own, step in zip(_floats(9, 0.5, 2, 4), _LAYOUT.steps, strict=True)
+                for own, step in zip(floats(9, 0.5, 2, 4), _LAYOUT.steps, strict=True)
             ]
 
             def coefficient(at: int, x: float, new: list[float] = new, scales=scales) -> float:
@@ -119,7 +104,7 @@ def test_gradients_where_advantages_and_weights_are_constant_in_a_step(
                     coefficient(step[0], x)
                     for step, x in zip(_LAYOUT.steps, found.step_log_ratio, strict=True)
                 ]
-                slopes = _differences(
+                slopes = differences(
                     lambda at, factors=factors: sum(
                         factor * x
                         for factor, x in zip(factors, loss(at).step_log_ratio, strict=True)
@@ -127,7 +112,7 @@ def test_gradients_where_advantages_and_weights_are_constant_in_a_step(
                     new,
                 )
         else:
-            slopes = _differences(lambda at: loss(at).loss, new)
+            slopes = differences(lambda at: loss(at).loss, new)
         assert found.of_log_probs == pytest.approx(slopes, rel=1e-6, abs=1e-8)
         live += sum(map(bool, found.of_log_probs))
     assert live > 10
@@ -140,8 +125,8 @@ def test_a_token_with_its_own_advantage_and_weight_has_the_gradient_of_a_step_of
     config = LossConfig(
         ratio=ratio, surrogate=surrogate, clip_low=0.4, clip_high=0.6, reduction="step_mean"
     )
-    new, old = _floats(2, -2, 0), _floats(3, -2, 0)
-    advantages, weights = _floats(4, -1, 1), _floats(5, 0.5, 2)
+    new, old = floats(2, -2, 0), floats(3, -2, 0)
+    advantages, weights = floats(4, -1, 1), floats(5, 0.5, 2)
     advantages[5] = 0.0
 
     def gradient(advantages: list[float], weights: list[float]) -> list[float]:
@@ -222,13 +207,13 @@ def test_an_unknown_ratio_shows_but_where_the_advantage_is_zero(surrogate: str) 
 
 @pytest.mark.parametrize("ratio", _RATIOS)
 def test_gradients_of_step_log_ratios(ratio: str) -> None:
-    new, old, upstream = _floats(2, -2, 0), _floats(3, -2, 0), _floats(4, -1, 1, 4)
+    new, old, upstream = floats(2, -2, 0), floats(3, -2, 0), floats(4, -1, 1, 4)
 
     def ratios(new: list[float]):
         return step_log_ratios(new, old, _LAYOUT, ratio=ratio, upstream=upstream, ratio_center=0.2)
 
     values, gradient = ratios(new)
-    slopes = _differences(
+    slopes = differences(
         lambda at: sum(u * x for u, x in zip(upstream, ratios(at)[0], strict=True)), new
     )
     assert gradient == pytest.approx(slopes, rel=1e-6, abs=1e-8)

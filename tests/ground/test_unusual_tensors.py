@@ -400,8 +400,12 @@ def test_numbers_of_other_types(backend, kind):
 
 
 def test_chunks_counted_by_other_types(backend):
-    for count in (np.int64(3), np.int32(3)):
+    found = [
         linear_token_log_probs(_HIDDEN, _WEIGHT, _IDS, chunk_tokens=count, backend=backend)
+        for count in (3, np.int64(3), np.int32(3))
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("number", [10**400, -(10**400), np.bool_(True), np.ones(1), "1", 1j])

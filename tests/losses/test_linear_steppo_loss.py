@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import Error
+from batches import Error, assert_same
 from grids import grid
 from head_cases import head_case, new_tensors, plain_log_probs, plain_loss, products
 
@@ -46,12 +46,6 @@ def collect(case, output, head, upstream):
     if output.step_log_ratio is not None:
         found["step_log_ratio"] = output.step_log_ratio
     return found
-
-
-def assert_same(found, expected, bound):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert Error.between(found[name], value).largest <= bound, name
 
 
 def options_of(name, case):

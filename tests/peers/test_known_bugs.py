@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from batches import Error
+from batches import Error, assert_same
 from grids import grid
 from head_cases import head_case
 
@@ -94,12 +94,6 @@ def draw(function, kernel, *, dtype=torch.float64, seed=3, shift=0.0, **sizes):
     case.bias = case.bias + shift
     case = case.to(dtype, kernel.device)
     return Call(function, case)
-
-
-def assert_same(found, expected, bound):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert Error.between(found[name], value).largest <= bound, name
 
 
 @grid(cover=1, function=FROM_LOGITS + LINEAR, vocabulary=[5, 4097, 4100])

@@ -23,9 +23,16 @@ def one_pass(head, device, backend, **options):
     layout = StepLayout.from_mask(torch.ones(2, 8, device=device), backend=backend)
     advantages = torch.tensor([1.0, -0.5], device=device)
     return linear_steppo_loss(
-        *head[:2], _IDS.to(device), None, advantages, layout,
-        bias=head[2], normalizer=1e7, backend=backend, **options,
-    ).loss  # fmt: skip
+        *head[:2],
+        _IDS.to(device),
+        None,
+        advantages,
+        layout,
+        bias=head[2],
+        normalizer=1e7,
+        backend=backend,
+        **options,
+    ).loss
 
 
 def log_probs(head, device, backend, **options):
