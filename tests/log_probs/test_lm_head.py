@@ -335,6 +335,26 @@ def test_autocast_around_backward_alone(kernel):
         assert torch.equal(plain, autocast)
 
 
+def test_the_default_dtype_has_no_say_in_sums():
+    """Those of a head in fp16 over slices of the vocabulary on a CPU, above all."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (
+        torch.randn(4, 16, generator=generator),
+        torch.randn(9000, 16, generator=generator),
+    )
+    found = []
+    for default in (torch.float32, torch.bfloat16, torch.float64):
+        leaf = hidden.half().requires_grad_()
+        torch.set_default_dtype(default)
+        try:
+            linear_token_log_probs(leaf, weight.half(), torch.arange(4)).sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(leaf.grad)
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("vocabulary", [1000, 151_936, 10**7])
 def test_rows_of_a_chunk_are_a_share_of_the_memory(monkeypatch, backend, vocabulary):
