@@ -264,7 +264,6 @@ def steps_or_tokens(
     raise ValueError(
         f"{name}: got shape {tuple(found)}, expected one entry per step {(num_steps,)} "
         f"or the token shape {tuple(shape)}"
-        + ("; one of a row goes to its steps by x[layout.step_rows]" if found == shape[:1] else "")
     )
 
 

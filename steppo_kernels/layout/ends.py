@@ -90,6 +90,6 @@ def check_step_ends(
         )
     if len(slots) and not num_ends:
         raise ValueError(
-            f"end: got {ends}, which do not occur in token_ids, expected the tokens that end a "
-            "turn there, such as <|im_end|>, and a batch in which some turn ended by itself"
+            f"end: got {ends}, of which nothing occurs in token_ids, expected the tokens that end "
+            "a turn there, such as <|im_end|>, and a batch in which some turn ended by itself"
         )

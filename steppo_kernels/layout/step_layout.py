@@ -438,7 +438,7 @@ class StepLayout:
 
     def __getstate__(self) -> dict[str, Tensor]:
         held = self._held.by_name()
-        return state_of(self, lambda: {name: value.clone() for name, value in held.items()})
+        return state_of(lambda: {name: value.clone() for name, value in held.items()})
 
     @outside_inference_mode
     def __setstate__(self, state: Mapping[str, object]) -> None:

@@ -27,7 +27,7 @@ class KeptSets:
 
     Attributes:
         sets: the ids, ascending within a token and each once.
-        largest: an id that none is above, -1 without ids.
+        largest: an id that none of them is above; -1 is above none.
         has_empty: whether a token has no ids. Sets that were cut to a range of ids have the answer
             of the whole sets.
     """
@@ -100,8 +100,9 @@ class KeptSets:
         every = torch.nn.functional.pad(self.counts, (0, 1))
         counts = every[tokens]
         borders = csr.prefix(counts)
-        ids = self.sets.ids[csr.ranges(self.sets.offsets[tokens], counts)]
-        if not len(ids):
+        total = int(borders[-1])
+        ids = self.sets.ids[csr.ranges(self.sets.offsets[tokens], counts, total)]
+        if not total:
             return KeptSets(ids, borders, -1, has_empty=len(counts) > 0)
         # Both are read at once: a GPU is waited for.
         least, largest = torch.stack((counts.min(), ids.max().long())).tolist()

@@ -329,8 +329,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 )
             ctx.is_spent = True
             # Hooks may also hand out a copy that is laid out in another way.
-            dense = part is not None or not _overwritable(_three_dims(whole), whole)
-            whole = whole.contiguous() if dense else whole
+            if part is not None or not _overwritable(_three_dims(whole), whole):
+                whole = whole.contiguous()
         logits = whole if part is None else part.of(whole)
         grad_logits = logits if ctx.inplace else whole.new_empty(whole.shape)
         if grad is None:

@@ -289,7 +289,7 @@ class TokenSupport:
             ids, offsets = self.ids, self.offsets
             return {"ids": ids, "offsets": offsets, "shape": shape, "missing": missing}
 
-        return state_of(self, copied)
+        return state_of(copied)
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         loaded = TokenSupport.from_csr(**state)

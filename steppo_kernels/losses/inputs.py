@@ -196,13 +196,17 @@ def _warn_of_rounding(
 
 def _warn_of_single_tokens(config: StepPOConfig) -> None:
     """Warn of ratios of single tokens with the clip range of means over steps."""
+    if config.ratio != "token" or is_compiling():
+        return
     bounds = config.clip_low, config.clip_high
     is_default = bounds == (DEFAULT_CONFIG.clip_low, DEFAULT_CONFIG.clip_high)
-    if config.ratio == "token" and config.surrogate == "clip" and is_default and not is_compiling():
+    # With the others a token beyond the range keeps a gradient.
+    if is_default and config.surrogate in ("clip", "mask"):
         warnings.warn(
             f"config: got ratio='token' with the default clip range {bounds}, expected one for "
             "single tokens, such as clip_low=0.2, clip_high=0.2: the default is for the mean over "
-            "a step, and clips a third of all tokens whose log-ratios are about 0.001",
+            "a step, and leaves a third of all tokens or more without a gradient where their "
+            "log-ratios are about 0.001",
             stacklevel=_level_of_the_caller(),
         )
 
@@ -225,10 +229,18 @@ def _per_step_or_token(
     dtype: torch.dtype,
 ) -> tuple[Tensor, bool]:
     """Return numbers of steps or of tokens; a mask (no `num_steps`) takes those of tokens alone."""
-    if num_steps is None and isinstance(value, Tensor) and value.numel() != shape.numel():
+    if not checks.is_ready(value, dtype, device):
+        value = checks.floating(name, value, device)
+    found = value.shape
+    if num_steps is None and found.numel() != shape.numel():
         raise ValueError(
-            f"{name}: got shape {tuple(value.shape)} with a mask, expected the token shape "
+            f"{name}: got shape {tuple(found)} with a mask, expected the token shape "
             f"{tuple(shape)}; one of a step goes with a layout, StepLayout.from_mask(mask)"
+        )
+    if found == shape[:1] != (num_steps,) and found.numel() != shape.numel():
+        raise ValueError(
+            f"{name}: got shape {tuple(found)}, expected one entry per step {(num_steps,)} or "
+            f"the token shape {tuple(shape)}; one of a row goes to its steps by x[layout.step_rows]"
         )
     return checks.steps_or_tokens(name, value, num_steps, shape, device, dtype)
 

@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 # The package asks once, when it is imported.
 _NEWER, torch.__version__ = torch.__version__, TorchVersion(sys.argv[2])
 
-from fuzz.crash_worker import difference, results  # noqa: E402
+from fuzz.crash_worker import difference, of_kind, results  # noqa: E402
 from fuzz.subjects import Subject, subjects  # noqa: E402
 from fuzz.ways import Case  # noqa: E402
 
@@ -34,7 +34,8 @@ def compiled(subject: Subject, backend: str) -> str | int:
         found = results(subject._replace(function=function), backend, {})
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]
-    wrong = difference(found, results(subject, backend, {}), Case("compiled", None))
+    plain = results(subject, backend, {})
+    wrong = difference(found, plain, Case("compiled", None)) or of_kind(found, plain)
     return wrong or counter.frame_count
 
 

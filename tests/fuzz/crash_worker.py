@@ -29,6 +29,8 @@ from steppo_kernels import StepLayout, StepPOConfig, TokenSupport
 # Longest that a case may take.
 _SECONDS = 20
 _MEMORY = 16 << 30
+# Modes in which nothing has a gradient.
+_WITHOUT = ("called under no_grad", "called under inference_mode")
 _CONFIG = {field.name for field in dataclasses.fields(StepPOConfig)}
 
 
@@ -120,7 +122,8 @@ class Trial:
         except Exception as error:
             return unnamed(self.subject, error)
         if not parameter:
-            return difference(got, self.ordinary, case) or of_dtype(got, self.ordinary)
+            wrong = difference(got, self.ordinary, case)
+            return wrong or (None if case.name in _WITHOUT else of_kind(got, self.ordinary))
         if case.plain is None:
             return None
         if case.plain is self.subject.ordinary(parameter):
@@ -215,11 +218,18 @@ def difference(got: Results, want: Results, case: Case) -> str | None:
     return None
 
 
-def of_dtype(got: Results, want: Results) -> str | None:
-    """Return which result has another dtype."""
-    for at, (one, two) in enumerate(zip(got.values, want.values, strict=True)):
+def of_kind(got: Results, want: Results) -> str | None:
+    """Return which gradient is missing, or what has another dtype."""
+    if got.gradients.keys() != want.gradients.keys():
+        return f"gradients of {sorted(got.gradients)}, expected those of {sorted(want.gradients)}"
+    pairs = {
+        f"result {at}": pair for at, pair in enumerate(zip(got.values, want.values, strict=True))
+    }
+    for name, gradient in want.gradients.items():
+        pairs[f"gradient of {name}"] = (got.gradients[name], gradient)
+    for name, (one, two) in pairs.items():
         if one.dtype != two.dtype:
-            return f"result {at} is {one.dtype}, expected {two.dtype}"
+            return f"{name} is {one.dtype}, expected {two.dtype}"
     return None
 
 

@@ -42,6 +42,16 @@ class Subject(NamedTuple):
     arguments: dict[str, object]
     leaves: tuple[str, ...] = ()
 
+    def on(self, device: str) -> Subject:
+        """Return the subject with its arguments on a device."""
+        movable = (torch.Tensor, StepLayout, TokenSupport)
+        return self._replace(
+            arguments={
+                name: value.to(device) if isinstance(value, movable) else value
+                for name, value in self.arguments.items()
+            }
+        )
+
     @property
     def parameters(self) -> list[str]:
         """Return the names that its signature has, those with a default included."""

@@ -54,7 +54,7 @@ def test_nothing():
 
 def test_a_token_that_ends_no_turn():
     """Such as the end token of a base model, where a chat template has one of its own."""
-    with pytest.raises(ValueError, match=r"^end: got \[99\], which do not occur in token_ids"):
+    with pytest.raises(ValueError, match=r"^end: got \[99\], of which nothing occurs in token_ids"):
         check_step_ends(layout_of(MASK), IDS, 99)
     check_step_ends(layout_of(MASK * 0), IDS, 99)
 

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from batches import Error
+from batches import Error, assert_same
 from grids import grid
 from head_cases import head_case, new_tensors, plain_log_probs, products
 
@@ -41,11 +41,6 @@ def collect(case, log_probs, entropy, upstream, upstream_entropy):
     if upstream_entropy is not None:
         total = total + (entropy * upstream_entropy).sum()
     return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), **case.gradients(total)}
-
-
-def assert_same(found, expected, bound):
-    for name, value in expected.items():
-        assert Error.between(found[name], value).largest <= bound, name
 
 
 def ramp(case, start=1.0):

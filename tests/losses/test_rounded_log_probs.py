@@ -108,8 +108,10 @@ def test_the_default_range_and_single_tokens():
     full = torch.full((1, 5), -1.5)
     (found,) = texts(full, full, StepPOConfig(ratio="token"))
     assert "config: got ratio='token' with the default clip range (0.0003, 0.0004)" in found
+    assert len(texts(full, full, StepPOConfig(ratio="token", surrogate="mask"))) == 1
     assert texts(full, full, _WIDE) == []
     assert texts(full, full) == []
+    assert texts(full, full, StepPOConfig(ratio="token", surrogate="cispo")) == []
     # Nothing is clipped on-policy, and bounds of steps take the place of the range.
     assert texts(full, None, StepPOConfig(ratio="token")) == []
     bounds = torch.full((2,), 0.2)

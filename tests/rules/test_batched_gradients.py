@@ -12,13 +12,12 @@ from fuzz.subjects import subjects
     "subject", [one for one in subjects() if one.leaves], ids=lambda one: one.name
 )
 def test_a_batch_of_upstream_gradients_raises(kernel, subject):
-    if kernel.device != "cpu":
-        pytest.skip("the subjects are on a CPU")
+    subject = subject.on(kernel.device)
     leaves = {name: subject.arguments[name].clone().requires_grad_() for name in subject.leaves}
     given = {**subject.arguments, **leaves}
     if "backend" in subject.parameters:
         given["backend"] = kernel.backend
     found = next(one for one in tensors(subject.function(**given)) if one.requires_grad)
-    upstream = torch.ones((2, *found.shape), dtype=found.dtype)
+    upstream = torch.ones((2, *found.shape), dtype=found.dtype, device=kernel.device)
     with pytest.raises(RuntimeError, match="is_grads_batched: got a batch"):
         torch.autograd.grad(found, list(leaves.values()), upstream, is_grads_batched=True)

@@ -27,14 +27,17 @@ def test_a_checkpointed_call_is_as_a_plain_one(kernel, subject, stops_early):
             return checkpoint(subject.function, use_reentrant=False, **arguments)
 
     plain = results(subject, kernel.backend, {})
-    held = []
-    # Memory of a gradient is found, or made anew while the last gradient is held.
     for turn in range(4):
         found = results(subject._replace(function=checkpointed), kernel.backend, {})
-        assert found.gradients.keys() == plain.gradients.keys()
-        for name, gradient in found.gradients.items():
-            assert torch.equal(gradient, plain.gradients[name])
-        for one, other in zip(found.values, plain.values, strict=True):
-            assert torch.equal(one, other)
-        held = [found] if turn % 2 else []
-    assert held
+        assert_same(found, plain)
+        # The next call finds the memory of this gradient, or makes it anew while this one is held.
+        if turn % 2:
+            del found
+
+
+def assert_same(found, plain):
+    assert found.gradients.keys() == plain.gradients.keys()
+    for name, gradient in plain.gradients.items():
+        assert torch.equal(found.gradients[name], gradient)
+    for one, other in zip(found.values, plain.values, strict=True):
+        assert torch.equal(one, other)

@@ -29,8 +29,7 @@ def of_one_tensor(subject, backend):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_recorded_call_raises(kernel, subject):
-    if kernel.device != "cpu":
-        pytest.skip("the subjects are on a CPU")
+    subject = subject.on(kernel.device)
     call, value = of_one_tensor(subject, kernel.backend)
     with pytest.raises(RuntimeError, match=r"backend: got .* within torch\.jit\.trace"):
         torch.jit.trace(call, (value,), check_trace=False)
