@@ -11,7 +11,7 @@ from .. import checks
 from ..backends.choice import Backend, resolve
 from ..backends.derivatives import first_only
 from ..backends.saved import save, saved
-from ..backends.untraced import traced_without, untraced
+from ..backends.untraced import untraced
 from .kept_rows import check_support, rows_of
 from .lm_head import Head, HeadGradients, check_chunk, check_head, live_rows
 from .plain_head import plain_log_probs
@@ -23,7 +23,7 @@ from .token_support import TokenSupport
 _NAME = "linear_token_log_probs"
 
 
-@traced_without("tp_group", "support")
+@untraced
 def linear_token_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -199,7 +199,7 @@ def log_probs_of_head(
         index = rows.full
     if len(index) or rows is None:
         found.append(
-            _in_chunks(
+            _LinearTokenLogProbs.apply(
                 hidden,
                 head.weight,
                 head.bias,
@@ -308,6 +308,3 @@ def _gradients(
             grad_logits = head.differentiate(rows, of_log_probs, of_entropy)
             gradients.add(grad_logits, rows.hidden, at, units)
     return gradients.finish()
-
-
-_in_chunks = untraced(_LinearTokenLogProbs.apply)

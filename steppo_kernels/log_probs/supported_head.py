@@ -18,7 +18,6 @@ from ..backends import operators
 from ..backends.derivatives import first_only
 from ..backends.records import MOST_ROW_BYTES
 from ..backends.saved import save, saved
-from ..backends.untraced import untraced
 from .kept_rows import KeptRows
 from .kept_sets import KeptSets
 from .lm_head import Head, HeadGradients, check_chunk
@@ -89,7 +88,7 @@ def kept_log_probs(
         head = head._replace(weight=head.weight.contiguous())
     if head.bias is not None:
         head = head._replace(bias=head.bias.contiguous())
-    found: tuple[Tensor, Tensor] = _applied(
+    found: tuple[Tensor, Tensor] = _KeptLogProbs.apply(
         hidden.contiguous(),
         head.weight,
         head.bias,
@@ -432,6 +431,3 @@ def _pairs(held: KeptSets, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
     every = torch.arange(len(tokens), device=tokens.device)
     row = torch.repeat_interleave(every, counts, output_size=size)
     return row, csr.ranges(held.sets.offsets[tokens], counts, size)
-
-
-_applied = untraced(_KeptLogProbs.apply)

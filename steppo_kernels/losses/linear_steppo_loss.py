@@ -15,7 +15,7 @@ from ..backends.derivatives import first_only, keep_inputs, kept_inputs
 from ..backends.records import Steps
 from ..backends.reference.reductions import reduction_weights
 from ..backends.saved import save, saved
-from ..backends.untraced import traced_without, untraced
+from ..backends.untraced import untraced
 from ..config import DEFAULT_CONFIG, StepPOConfig
 from ..layout.step_layout import StepLayout, require_layout
 from ..log_probs.kept_rows import check_support
@@ -38,7 +38,7 @@ from .scaled_gradient import scaled_gradient
 _NAME = "linear_steppo_loss"
 
 
-@traced_without("tp_group", "support")
+@untraced
 def linear_steppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -239,7 +239,6 @@ def _facts(inputs: LossInputs) -> dict[str, object]:
     }
 
 
-@untraced
 def _in_one_pass(
     rows: Tensor,
     head: Head,
