@@ -300,5 +300,5 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("steppo_kernels.demo")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without_gymnasium)
-    with pytest.raises(ModuleNotFoundError, match=r"gymnasium.*steppo-kernels\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"gymnasium.*pip install '\.\[demo\]'"):
         importlib.import_module("steppo_kernels.demo")
