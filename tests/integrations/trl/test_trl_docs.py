@@ -44,7 +44,7 @@ def test_another_release_and_no_release_of_trl_raise(monkeypatch):
     with pytest.raises(ImportError, match=r"trl: got version 1.160.0, expected 1.16, whose hooks"):
         importlib.reload(trl)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'steppo-kernels\[trl\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[trl\]'"):
         importlib.reload(trl)
     monkeypatch.undo()
     importlib.reload(trl)
