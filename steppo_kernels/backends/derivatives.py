@@ -1,4 +1,6 @@
-"""First derivatives alone: a gradient of a kernel raises where it would be differentiated again.
+"""First derivatives alone, and one at a time: what no kernel gives raises in a backward pass.
+
+A gradient of a kernel raises where it would be differentiated again.
 
 `torch.autograd.function.once_differentiable` looks at the incoming gradients only. These carry no
 graph when a loss is differentiated with ``create_graph=True``, so that the returned gradient counts

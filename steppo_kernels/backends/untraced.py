@@ -16,7 +16,7 @@ _OLDEST_THAT_TRACES = "2.11"
 
 
 def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Return a function at which a graph breaks, since what it does depends on numbers of a batch.
+    """Return a function at which a graph breaks: what it does depends on numbers of a batch.
 
     `torch.compiler.disable` does that too, but imports the compiler where nothing is compiled.
     """
@@ -32,7 +32,7 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def traced(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Return a function that becomes a part of a graph, with a torch that can trace it."""
+    """Return a function that is part of a graph; `untraced` with a torch that is too old."""
     return function if torch.__version__ >= _OLDEST_THAT_TRACES else untraced(function)
 
 

@@ -283,13 +283,14 @@ class TokenSupport:
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        shape, missing = tuple(self.shape), self.missing
-
-        def copied() -> dict[str, object]:
-            ids, offsets = self.ids, self.offsets
-            return {"ids": ids, "offsets": offsets, "shape": shape, "missing": missing}
-
-        return state_of(copied)
+        return state_of(
+            lambda: {
+                "ids": self.ids,
+                "offsets": self.offsets,
+                "shape": tuple(self.shape),
+                "missing": self.missing,
+            }
+        )
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         loaded = TokenSupport.from_csr(**state)

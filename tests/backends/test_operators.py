@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from batches import Batch, random_batch
+from functions_of_steps import ON_TOKENS
 from graphs import in_one_graph
 from grids import grid
 from head_samples import head_samples
@@ -47,15 +48,7 @@ _CONFIGS = [
 def finite_batch(target, seed=1, rows=3, length=30, dtype=torch.float32) -> Batch:
     """A batch whose masked positions hold 0, as comparisons of NaN fail."""
     batch = random_batch(seed, rows, length, dtype=dtype, device=target.device)
-    for name in (
-        "log_probs",
-        "old_log_probs",
-        "ref_log_probs",
-        "entropy",
-        "token_weights",
-        "values",
-        "old_values",
-    ):
+    for name in ON_TOKENS:
         getattr(batch, name)[~batch.mask] = 0.0
     return batch
 
