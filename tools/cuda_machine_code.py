@@ -62,6 +62,12 @@ class Kernel(NamedTuple):
         return found
 
     @property
+    def stream(self) -> list[str]:
+        """The instructions of the loop that takes the fewest of them for a load of 16 bytes."""
+        streams = [loop.splitlines() for loop in self.loops if re.search(WIDE_LOAD, loop)]
+        return min(streams, key=lambda loop: len(loop) / len(re.findall(WIDE_LOAD, str(loop))))
+
+    @property
     def wide_loads(self) -> int:
         """The loads of 16 bytes."""
         return self.count(WIDE_LOAD)

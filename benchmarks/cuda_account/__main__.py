@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 from ..tables_of_page import renew
-from . import code, floors
+from . import code, floors, logits
 from .runs import runs
 
 _PAGE = Path(__file__).parents[1] / "cuda_account.md"
@@ -24,7 +24,7 @@ def _floors() -> list[str]:
     return lines
 
 
-TABLES = {"floors": _floors, "code": code.table}
+TABLES = {"floors": _floors, "logits": logits.table, "code": code.table}
 
 
 def main() -> None:

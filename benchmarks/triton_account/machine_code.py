@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Instructions of the pipe that does 64 results a clock: comparisons, integers, conversions.
 _ALU_NAMES = {
     "FMNMX",
+    "HMNMX2",
     "FSETP",
     "FSEL",
     "FSET",
@@ -95,16 +97,24 @@ def loops(sass: str) -> list[Loop]:
 
 
 def _loop(code: list[str], labels: dict[str, int], first: int, last: int) -> Loop:
-    names: Counter[str] = Counter()
-    moves: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
+    done = []
     at = first
     while at <= last:
-        name, *marks = re.sub(r"^@!?U?P\w+ ", "", code[at]).split()[0].rstrip(";").split(".")
-        names[name] += 1
-        if name in moves:
-            moves[name][next((_WIDTHS[mark] for mark in marks if mark in _WIDTHS), 4)] += 1
+        done.append(code[at])
         branch = _BRANCH.match(code[at])
         # The branch over the block that holds the token is taken in all blocks but one.
         skips = branch and branch[1] and at < labels[branch[2]] <= last
         at = labels[branch[2]] if branch and skips else at + 1
+    return loop_of(done)
+
+
+def loop_of(instructions: Iterable[str]) -> Loop:
+    """Return a loop by what a thread does in one round."""
+    names: Counter[str] = Counter()
+    moves: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
+    for instruction in instructions:
+        name, *marks = re.sub(r"^@!?U?P\w+ ", "", instruction).split()[0].rstrip(";").split(".")
+        names[name] += 1
+        if name in moves:
+            moves[name][next((_WIDTHS[mark] for mark in marks if mark in _WIDTHS), 4)] += 1
     return Loop(names, moves["LDG"], moves["STG"])

@@ -122,10 +122,18 @@ STEPPO_DEVICE void prefetch([[maybe_unused]] const void* at) {
 #endif
 }
 
+STEPPO_DEVICE float to_number(BFloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float number;
+  memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
 // Single instructions.
 #if defined(STEPPO_CUDA_ON_HOST)
 STEPPO_DEVICE float larger(float x, float low) { return x < low ? low : x; }
 STEPPO_DEVICE float fast_exp2(float x) { return cuda_on_host::approximate_exp2(x); }
+STEPPO_DEVICE float fast_reciprocal(float x) { return cuda_on_host::approximate_reciprocal(x); }
 STEPPO_DEVICE float to_number(Half x) {
   return half_to_float<float>(static_cast<std::uint32_t>(x.bits));
 }
@@ -140,6 +148,15 @@ STEPPO_DEVICE std::uint32_t two_numbers(BFloat16, float low, float high) {
   };
   return rounded(low) | rounded(high) << 16;
 }
+template <class In>
+STEPPO_DEVICE std::uint32_t larger_halves(In, std::uint32_t a, std::uint32_t b) {
+  const auto larger = [](std::uint32_t x, std::uint32_t y) -> std::uint32_t {
+    const float of_x = to_number(In{static_cast<std::uint16_t>(x)});
+    const float of_y = to_number(In{static_cast<std::uint16_t>(y)});
+    return (of_x > of_y || of_y != of_y ? x : y) & 0xFFFFu;
+  };
+  return larger(a, b) | larger(a >> 16, b >> 16) << 16;
+}
 #else
 // The larger one; x if that is NaN.
 STEPPO_DEVICE float larger(float x, float low) {
@@ -152,6 +169,12 @@ STEPPO_DEVICE float fast_exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
+}
+// 1 / x, wrong by a unit of the last place at most; 0 below the normal range.
+STEPPO_DEVICE float fast_reciprocal(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
 }
 STEPPO_DEVICE float to_number(Half x) {
   float number;
@@ -167,6 +190,17 @@ STEPPO_DEVICE std::uint32_t two_numbers(Half, float low, float high) {
 STEPPO_DEVICE std::uint32_t two_numbers(BFloat16, float low, float high) {
   std::uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+// Of two words of two halves each, the larger ones; where one is NaN, the other.
+STEPPO_DEVICE std::uint32_t larger_halves(Half, std::uint32_t a, std::uint32_t b) {
+  std::uint32_t both;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  return both;
+}
+STEPPO_DEVICE std::uint32_t larger_halves(BFloat16, std::uint32_t a, std::uint32_t b) {
+  std::uint32_t both;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
   return both;
 }
 #endif

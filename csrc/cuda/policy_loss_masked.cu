@@ -185,50 +185,72 @@ __global__ void __launch_bounds__(kThreads)
   leave_center(workspace);
 }
 
-// A long step that a warp leaves to all threads of its block, or an empty one.
-struct LongStep {
+// A step, and the steps of its row.
+struct FoundStep {
   std::int64_t length, start;
   double steps_of_row;
 };
 
-struct LongSteps {
-  LongStep of_warp[kWarps];
-};
+// The steps that begin in the chunks of a warp, however far they reach. Where it comes to a chunk,
+// it zeroes the gradients of tokens that are no action's.
+template <class T>
+struct StepFinder {
+  const PolicyArrays<T>& call;
+  const Mask& masked;
+  const Chunks& chunks;
+  // Of a row; null where a row has to be read for them, or where nobody asks.
+  const unsigned* counted;
+  bool counts;
+  int lane;
+  ChunkPlace at;
 
-// A warp takes chunks of rows: it zeroes the gradients of tokens that are no action's, and adds the
-// steps that begin there, however far they reach, but for one long step. Warps that shared out what
-// they find would wait for each other first.
-template <class T, int form>
-__global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
-    policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
-                              const PolicyConfig given, Workspace* workspace, const Chunks chunks,
-                              int counted_rows) {
-  PolicyArrays<T> call = arrays_of<T>(tensors);
-  PolicyConfig config = given;
-  if constexpr (form == kPlain) leave_out(call, config);
-  const double center = center_of(tensors, config, workspace);
-  const bool counts = config.reduction == kTrajectoryMean;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  CallSums& own = sum_of_thread<kThreads, CallSums>();
-  STEPPO_SHARED(LongSteps, long_steps);
-  const auto add = [&](auto sharers, const PolicyRun& step, double steps_of_row) {
-    const double weight =
-        step_weight(config.reduction, static_cast<double>(step.length), steps_of_row);
-    add_step<decltype(sharers)::value, form == kOfTokens>(call, step, config, weight, center,
-                                                          own.sums);
-    if (counts && step.lane == 0) own.trajectories += 1.0 / steps_of_row;
-  };
-  if (lane == 0) long_steps.of_warp[warp].length = 0;
-  bool has_left = false;
-  for (ChunkPlace at = chunks.first(blockIdx.x * kWarps + warp); at.row < chunks.num_rows;
-       chunks.advance(at)) {
+  // Of the chunk: lane k has the ones of word k, and those that begin steps. What is asked for by a
+  // number that is not known here lies in memory otherwise.
+  unsigned ones = 0, begins = 0, with_begins = 0;
+  std::int64_t begin = 0, row_end = 0;
+  // Ones that follow each other from the end of the chunk on, as far as they are loaded.
+  int behind = 0;
+  double steps_of_row = 1;
+
+  // Finds the next step; false if there is none. All lanes of a warp call it and get it.
+  STEPPO_MEMBER bool next(FoundStep& step) {
+    while (with_begins == 0) {
+      if (at.row >= chunks.num_rows) return false;
+      enter();
+      chunks.advance(at);
+      if (at.row < chunks.num_rows) prefetch_mask();
+    }
+    const int word = __ffs(static_cast<int>(with_begins)) - 1;
+    const unsigned in_word = __shfl_sync(kAllLanes, begins, word);
+    const int bit = __ffs(static_cast<int>(in_word)) - 1;
+    if (lane == word) begins &= begins - 1;
+    if ((in_word & (in_word - 1)) == 0) with_begins &= with_begins - 1;
+    const std::int64_t first = begin + word * kWarp + bit;
+    // Zeros from the step's begin on, in the words of the chunk: lane k has those of word k. Behind
+    // the row's end there are only zeros.
+    unsigned zeros = lane < word || lane >= kWords ? 0u : ~ones;
+    if (lane == word) zeros &= ~0u << bit;
+    const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
+    std::int64_t stop = begin + kChunk + behind;
+    if (in != 0) {
+      const int where = __ffs(static_cast<int>(in)) - 1;
+      const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
+      stop = begin + where * kWarp + __ffs(static_cast<int>(bits)) - 1;
+    } else if (behind == kWordsBehind * kWarp) {
+      stop = end_of_run(masked, stop, row_end, lane);
+    }
+    step = {stop - first, first, steps_of_row};
+    return true;
+  }
+
+ private:
+  STEPPO_MEMBER void enter() {
     const std::int64_t row_begin = at.row * masked.row_length;
-    const std::int64_t row_end = row_begin + masked.row_length;
-    const std::int64_t begin = row_begin + at.chunk * kChunk;
+    row_end = row_begin + masked.row_length;
+    begin = row_begin + at.chunk * kChunk;
     unsigned last = begin > row_begin && is_set(masked.mask, begin - 1);
     const auto words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
-    // Lane k keeps word k: what is asked for by a number that is not known here lies in memory.
-    unsigned ones = 0, begins = 0;
+    ones = begins = 0;
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
       const unsigned begins_here = begins_of(words.at[k], last);
@@ -244,53 +266,104 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
       if (call.grad_entropy != nullptr) call.grad_entropy[t] = T(0);
     }
     // The end of a step that begins here and ends behind is mostly in the words behind.
-    int behind = 0;
+    behind = 0;
 #pragma unroll
     for (int k = kWordsBehind - 1; k >= 0; --k) {
       const unsigned zeros = ~words.at[kWords + k];
       behind = zeros == 0 ? behind + kWarp : __ffs(static_cast<int>(zeros)) - 1;
     }
-    unsigned with_begins = __ballot_sync(kAllLanes, begins != 0);
-    if (with_begins == 0) continue;
-    const double steps_of_row = !counts ? 1.0
-                                : counted_rows == 0
-                                    ? runs_of_row(masked, row_begin, lane)
-                                    : workspace->counters[kFirstRunCounter + at.row];
-    for (; with_begins != 0; with_begins &= with_begins - 1) {
-      const int word = __ffs(static_cast<int>(with_begins)) - 1;
-      unsigned left = __shfl_sync(kAllLanes, begins, word);
-      for (; left != 0; left &= left - 1) {
-        const int bit = __ffs(static_cast<int>(left)) - 1;
-        const std::int64_t first = begin + word * kWarp + bit;
-        // Zeros from the step's begin on, in the words of the chunk: lane k has those of word k.
-        // Behind the row's end there are only zeros.
-        unsigned zeros = lane < word || lane >= kWords ? 0u : ~ones;
-        if (lane == word) zeros &= ~0u << bit;
-        const unsigned in = __ballot_sync(kAllLanes, zeros != 0);
-        std::int64_t stop = begin + kChunk + behind;
-        if (in != 0) {
-          const int where = __ffs(static_cast<int>(in)) - 1;
-          const unsigned bits = __shfl_sync(kAllLanes, zeros, where);
-          stop = begin + where * kWarp + __ffs(static_cast<int>(bits)) - 1;
-        } else if (behind == kWordsBehind * kWarp) {
-          stop = end_of_run(masked, stop, row_end, lane);
-        }
-        const PolicyRun step{stop - first, first, lane};
-        if (step.length >= kLongStep && !has_left) {
-          has_left = true;
-          if (lane == 0) long_steps.of_warp[warp] = {step.length, first, steps_of_row};
-        } else {
-          add(std::integral_constant<int, kWarp>{}, step, steps_of_row);
-        }
-      }
+    with_begins = __ballot_sync(kAllLanes, begins != 0);
+    if (counts && with_begins != 0) {
+      steps_of_row = counted != nullptr ? counted[at.row] : runs_of_row(masked, row_begin, lane);
+    }
+  }
+
+  // Asks for the mask of a chunk, which is on its way while steps of another one are added.
+  STEPPO_MEMBER void prefetch_mask() const {
+    const std::int64_t t = at.row * masked.row_length + at.chunk * kChunk + lane * kBytesOfLine;
+    if (lane * kBytesOfLine < kChunk && t < masked.num_tokens) prefetch(masked.mask + t);
+  }
+};
+
+// Short steps that groups of lanes of a warp take together: what a step takes besides its tokens is
+// done once for all of them.
+constexpr int kGroup = 8, kGroups = kWarp / kGroup;
+constexpr std::int64_t kShortStep = 16 * kGroup;
+
+struct StepsOfGroups {
+  // Groups that have a step, the first ones.
+  int count = 0;
+  // That of the own group, or an empty one.
+  FoundStep own{0, 0, 1};
+
+  STEPPO_MEMBER void put(const FoundStep& step, int lane) {
+    if (lane / kGroup == count) own = step;
+    ++count;
+  }
+  STEPPO_MEMBER FoundStep first() const {
+    return {__shfl_sync(kAllLanes, own.length, 0), __shfl_sync(kAllLanes, own.start, 0),
+            __shfl_sync(kAllLanes, own.steps_of_row, 0)};
+  }
+};
+
+// Long steps that warps leave to all threads of their block, or empty ones.
+struct LongSteps {
+  FoundStep of_warp[kWarps];
+};
+
+// A warp adds the steps that it finds: short ones together, others one after the other, but for one
+// long step. Warps that shared out what they find would wait for each other first.
+template <class T, int form>
+__global__ void __launch_bounds__(kThreads, kBlocksOfCore<T, form>)
+    policy_loss_masked_kernel(const PolicyTensors tensors, const Mask masked,
+                              const PolicyConfig given, Workspace* workspace, const Chunks chunks,
+                              int counted_rows) {
+  PolicyArrays<T> call = arrays_of<T>(tensors);
+  PolicyConfig config = given;
+  if constexpr (form == kPlain) leave_out(call, config);
+  const double center = center_of(tensors, config, workspace);
+  const bool counts = config.reduction == kTrajectoryMean;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  CallSums& own = sum_of_thread<kThreads, CallSums>();
+  STEPPO_SHARED(LongSteps, long_steps);
+  const auto add = [&](auto sharers, const FoundStep& step) {
+    constexpr int kSharers = decltype(sharers)::value;
+    const PolicyRun run{step.length, step.start, static_cast<int>(threadIdx.x % kSharers)};
+    const double weight =
+        step_weight(config.reduction, static_cast<double>(step.length), step.steps_of_row);
+    add_step<kSharers, form == kOfTokens>(call, run, config, weight, center, own.sums);
+    if (counts && run.lane == 0 && run.length > 0) own.trajectories += 1.0 / step.steps_of_row;
+  };
+  if (lane == 0) long_steps.of_warp[warp].length = 0;
+  const unsigned* const counted =
+      counted_rows > 0 ? workspace->counters + kFirstRunCounter : nullptr;
+  StepFinder<T> steps{
+      call, masked, chunks, counted, counts, lane, chunks.first(blockIdx.x * kWarps + warp)};
+  StepsOfGroups together;
+  bool has_left = false;
+  for (bool is_more = true; is_more;) {
+    FoundStep step{0, 0, 1};
+    is_more = steps.next(step);
+    if (is_more && step.length <= kShortStep) {
+      together.put(step, lane);
+      if (together.count < kGroups) continue;
+    } else if (step.length >= kLongStep && !has_left) {
+      has_left = true;
+      if (lane == 0) long_steps.of_warp[warp] = step;
+      continue;
+    }
+    if (together.count == kGroups || (!is_more && together.count > 1)) {
+      add(std::integral_constant<int, kGroup>{}, together.own);
+      together = {};
+    } else {
+      if (!is_more) step = together.first();
+      if (step.length > 0) add(std::integral_constant<int, kWarp>{}, step);
     }
   }
   __syncthreads();
   for (int w = 0; w < kWarps; ++w) {
-    const LongStep& step = long_steps.of_warp[w];
-    if (step.length == 0) continue;
-    add(std::integral_constant<int, kThreads>{},
-        PolicyRun{step.length, step.start, static_cast<int>(threadIdx.x)}, step.steps_of_row);
+    const FoundStep& step = long_steps.of_warp[w];
+    if (step.length > 0) add(std::integral_constant<int, kThreads>{}, step);
   }
   finish_call<T>(tensors, config, workspace, counted_rows);
 }

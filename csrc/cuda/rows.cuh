@@ -64,12 +64,6 @@ constexpr int kLoads = sizeof(In) == sizeof(double) ? 1 : 4;
 
 STEPPO_DEVICE float to_number(float x) { return x; }
 STEPPO_DEVICE double to_number(double x) { return x; }
-STEPPO_DEVICE float to_number(BFloat16 x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float number;
-  memcpy(&number, &bits, sizeof number);
-  return number;
-}
 
 STEPPO_DEVICE double larger(double x, double low) { return x < low ? low : x; }
 
@@ -107,11 +101,36 @@ struct Cap {
       : cap(static_cast<Value>(softcap)), inverse(static_cast<Value>(1 / softcap)) {}
 };
 
+// cap * tanh(x / cap), and its derivative, by the instructions for powers and reciprocals. The
+// value is off by two units of the last place, as that of tanhf.
+STEPPO_DEVICE Capped<float> fast_soft_cap(float x, const Cap<float>& cap) {
+  const float u = fabsf(x) * cap.inverse, square = u * u;
+  // tanh(u) = u + u square P(square) up to 0.9, to 2e-8.
+  const float near_0 =
+      u + u * square *
+              (-0.333331978f +
+               square * (0.133300791f +
+                         square * (-0.0537038657f +
+                                   square * (0.0208563782f + square * (-0.00680185469f +
+                                                                       square * 0.00127776422f)))));
+  // Above, what is left to 1 is 2 / (e^2u + 1).
+  const float left = 2.0f * fast_reciprocal(1.0f + fast_exp2(u * 2.88539008f));
+  const bool is_near_0 = u < 0.9f;
+  const float size = is_near_0 ? near_0 : 1.0f - left;
+  const float rest = is_near_0 ? 1.0f - near_0 : left;
+  return {copysignf(cap.cap * size, x), rest * (2.0f - rest)};
+}
+
 // One capped logit, and the derivative of the cap.
 template <bool is_capped, class In>
 STEPPO_DEVICE Capped<RowValue<In>> capped_logit(In x, const Cap<RowValue<In>>& cap) {
-  if constexpr (is_capped) return soft_cap(to_number(x), cap.cap, cap.inverse);
-  return {to_number(x), 1};
+  if constexpr (!is_capped) {
+    return {to_number(x), 1};
+  } else if constexpr (sizeof(In) == sizeof(double)) {
+    return soft_cap(x, cap.cap, cap.inverse);
+  } else {
+    return fast_soft_cap(to_number(x), cap);
+  }
 }
 
 // Whether rows of this type of logits can be computed in their own type at a temperature.
@@ -191,6 +210,15 @@ STEPPO_DEVICE void unpack(const Pack<BFloat16, count>& pack, float (&x)[count]) 
   }
 }
 
+// The same with a softcap.
+template <bool is_capped, class In, int count>
+STEPPO_DEVICE void unpack_capped(const Pack<In, count>& pack, const Cap<RowValue<In>>& cap,
+                                 RowValue<In> (&x)[count]) {
+  unpack(pack, x);
+#pragma unroll
+  for (int k = 0; k < count; ++k) x[k] = capped_logit<is_capped>(x[k], cap).value;
+}
+
 // Divides a row where packs of T can be moved.
 template <class T>
 STEPPO_DEVICE Division<kPack<T>> divided(const T* row, std::int64_t length) {
@@ -226,25 +254,54 @@ STEPPO_DEVICE Pack<In, count> load_numbers(const In* from) {
   return numbers;
 }
 
-// Calls take(index, numbers) for each pack that this thread takes; `from` is where the first one
-// begins. Several are loaded before the first is taken. With `all_load_first`, all threads of the
-// block have then loaded theirs.
-template <int count, bool is_wide, int at_once, bool all_load_first, class In, class F>
-STEPPO_DEVICE void for_packs(const In* from, int packs, F&& take) {
-  for (int begin = 0; begin < packs; begin += at_once * kRowThreads) {
-    const int first = begin + static_cast<int>(threadIdx.x);
-    Pack<In, count> loaded[at_once] = {};
+// Asks for what a block reads first of a row, a line a thread. While it is under way, the block
+// finds out what to do with it.
+template <class In>
+STEPPO_DEVICE void prefetch_row(const In* row, std::int64_t length) {
+  const std::int64_t at = threadIdx.x * (kBytesOfLine / std::int64_t{sizeof(In)});
+  if (at < length) prefetch(row + at);
+}
+
+// Packs of a row that a thread loads together. In a turn that is whole, all threads of the block
+// have all of theirs.
+template <class In, int count, int at_once, bool is_whole>
+struct Turn {
+  static constexpr int kAtOnce = at_once;
+
+  // The first pack of this thread, and those of the row.
+  int first, packs;
+  Pack<In, count> loaded[at_once];
+
+  STEPPO_MEMBER Turn(int begin, int of_row)
+      : first(begin + static_cast<int>(threadIdx.x)), packs(of_row) {}
+
+  STEPPO_MEMBER int at(int k) const { return first + k * kRowThreads; }
+  STEPPO_MEMBER bool has(int k) const { return is_whole || at(k) < packs; }
+
+  // `from` is where the first pack of the row begins.
+  template <bool is_wide>
+  STEPPO_MEMBER void load(const In* from) {
 #pragma unroll
     for (int k = 0; k < at_once; ++k) {
-      const int at = first + k * kRowThreads;
-      if (at < packs) loaded[k] = load_numbers<count, is_wide>(from + std::int64_t{at} * count);
+      if (has(k)) loaded[k] = load_numbers<count, is_wide>(from + std::int64_t{at(k)} * count);
     }
-    if constexpr (all_load_first) __syncthreads();
-#pragma unroll
-    for (int k = 0; k < at_once; ++k) {
-      const int at = first + k * kRowThreads;
-      if (at < packs) take(at, loaded[k]);
-    }
+  }
+};
+
+// Calls take(turn) for each turn of a row, in their order. All threads of the block come to each.
+template <int count, bool is_wide, int at_once, class In, class F>
+STEPPO_DEVICE void for_turns(const In* from, int packs, F&& take) {
+  constexpr int kOfTurn = at_once * kRowThreads;
+  int begin = 0;
+  for (; begin <= packs - kOfTurn; begin += kOfTurn) {
+    Turn<In, count, at_once, true> turn(begin, packs);
+    turn.template load<is_wide>(from);
+    take(turn);
+  }
+  if (begin < packs) {
+    Turn<In, count, at_once, false> turn(begin, packs);
+    turn.template load<is_wide>(from);
+    take(turn);
   }
 }
 

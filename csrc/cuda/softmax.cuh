@@ -28,13 +28,42 @@ STEPPO_DEVICE void move_to(Value top, const ExpScale<Value>& scale, Sums<Value>&
   sums.top = top;
 }
 
-// Adds numbers to sums, which move at most once.
-template <bool need_moment, int count, class Value>
-STEPPO_DEVICE void add(const Value (&x)[count], const ExpScale<Value>& scale, Sums<Value>& sums) {
+// The largest of some numbers, but for NaN.
+STEPPO_DEVICE float larger_number(float a, float b) { return fmaxf(a, b); }
+STEPPO_DEVICE double larger_number(double a, double b) { return a > b ? a : b; }
+template <class Value, int count>
+STEPPO_DEVICE Value largest(const Value (&x)[count]) {
   Value high = x[0];
 #pragma unroll
-  for (int k = 1; k < count; ++k) high = x[k] > high ? x[k] : high;
-  if (high > sums.top) move_to<need_moment>(high, scale, sums);
+  for (int k = 1; k < count; ++k) high = larger_number(x[k], high);
+  return high;
+}
+
+// The same of packs. Those of halves are compared two by two.
+template <class In, int count>
+STEPPO_DEVICE RowValue<In> largest(const Pack<In, kPack<In>> (&packs)[count]) {
+  if constexpr (sizeof(In) == 2) {
+    std::uint32_t words[4 * count];
+    memcpy(words, packs, sizeof words);
+    Pack<In, 2> high;
+#pragma unroll
+    for (int k = 1; k < 4 * count; ++k) words[0] = larger_halves(In{}, words[0], words[k]);
+    memcpy(&high, words, sizeof high);
+    RowValue<In> x[2];
+    unpack(high, x);
+    return largest(x);
+  } else {
+    RowValue<In> high = packs[0].at[0];
+#pragma unroll
+    for (int k = 0; k < count; ++k) high = larger_number(largest(packs[k].at), high);
+    return high;
+  }
+}
+
+// Adds numbers that are no larger than the top.
+template <bool need_moment, int count, class Value>
+STEPPO_DEVICE void add_below(const Value (&x)[count], const ExpScale<Value>& scale,
+                             Sums<Value>& sums) {
 #pragma unroll
   for (int k = 0; k < count; ++k) {
     Value d = x[k] - sums.top;
@@ -43,6 +72,29 @@ STEPPO_DEVICE void add(const Value (&x)[count], const ExpScale<Value>& scale, Su
     const Value e = power(d * scale.scale);
     sums.sum += e;
     if constexpr (need_moment) sums.moment += e * d;
+  }
+}
+
+// Adds numbers to sums, which move at most once.
+template <bool need_moment, int count, class Value>
+STEPPO_DEVICE void add(const Value (&x)[count], const ExpScale<Value>& scale, Sums<Value>& sums) {
+  const Value high = largest(x);
+  if (high > sums.top) move_to<need_moment>(high, scale, sums);
+  add_below<need_moment>(x, scale, sums);
+}
+
+// The same with packs of them.
+template <bool need_moment, int count, class In>
+STEPPO_DEVICE void add(Pack<In, kPack<In>> (&packs)[count], const ExpScale<RowValue<In>>& scale,
+                       Sums<RowValue<In>>& sums) {
+  const RowValue<In> high = largest(packs);
+  if (high > sums.top) move_to<need_moment>(high, scale, sums);
+#pragma unroll
+  for (int p = 0; p < count; ++p) {
+    RowValue<In> x[kPack<In>];
+    keep_packed(packs[p]);
+    unpack(packs[p], x);
+    add_below<need_moment>(x, scale, sums);
   }
 }
 
@@ -65,9 +117,9 @@ struct Slope {
     return base - base == 0 && most - most == 0;
   }
 
-  template <class In>
-  __device__ __forceinline__ Value operator()(In x, const Cap<RowValue<In>>& cap) const {
-    const Capped<RowValue<In>> z = capped_logit<is_capped>(x, cap);
+  template <class Logit>
+  __device__ __forceinline__ Value operator()(Logit x, const Cap<Logit>& cap) const {
+    const Capped<Logit> z = capped_logit<is_capped>(x, cap);
     Value d = static_cast<Value>(z.value) - top;
     if constexpr (has_rise) d = larger(d, scale.lowest);
     const Value exponent = d * scale.scale;

@@ -43,6 +43,22 @@ STEPPO_DEVICE RowSums merge(Sums<Value> mine, const ExpScale<Value>& scale) {
   return all;
 }
 
+// Adds what a thread has loaded in a whole turn.
+template <bool is_capped, bool need_moment, int count, class In>
+STEPPO_DEVICE void add_packs(Pack<In, kPack<In>> (&packs)[count], const Cap<RowValue<In>>& cap,
+                             const ExpScale<RowValue<In>>& scale, Sums<RowValue<In>>& sums) {
+  if constexpr (is_capped) {
+#pragma unroll
+    for (int p = 0; p < count; ++p) {
+      RowValue<In> x[kPack<In>];
+      unpack_capped<is_capped>(packs[p], cap, x);
+      add<need_moment>(x, scale, sums);
+    }
+  } else {
+    add<need_moment>(packs, scale, sums);
+  }
+}
+
 // The sums over a row but its token, whose logit is `target`. Thread 0 gets them. The token may be
 // none of the row's, which may be a part of another.
 template <bool is_capped, bool need_moment, class In>
@@ -50,24 +66,39 @@ STEPPO_DEVICE RowSums sum_row(const In* row, std::int64_t length, std::int64_t i
                               RowValue<In> target, double temperature,
                               const Cap<RowValue<In>>& cap) {
   using Value = RowValue<In>;
-  constexpr int kCount = kPack<In>;
+  constexpr int kCount = kPack<In>, kOfTurn = kLoads<In> * kRowThreads;
   constexpr Value kLeftOut = -std::numeric_limits<Value>::infinity();
   const auto parts = divided(row, length);
+  const In* const from = row + parts.head;
   const ExpScale<Value> scale = exp_scale<Value>(temperature);
   Sums<Value> sums = first_sums(threadIdx.x == 0, target);
   const int own_pack = parts.pack_of(id);
   const int own = static_cast<int>((id - parts.head) % kCount);
-  const auto take = [&](int at, const Pack<In, kCount>& pack) {
-    Value x[kCount];
+  // Whole turns come first, but for that of the token: nothing is asked of their packs.
+  const int whole = parts.packs / kOfTurn * kOfTurn;
+  const int own_turn = own_pack < 0 ? whole : own_pack / kOfTurn * kOfTurn;
+  for (int begin = 0; begin < whole; begin += kOfTurn) {
+    if (begin == own_turn) continue;
+    Turn<In, kCount, kLoads<In>, true> turn(begin, parts.packs);
+    turn.template load<true>(from);
+    add_packs<is_capped, need_moment>(turn.loaded, cap, scale, sums);
+  }
+#pragma unroll 1
+  for (int begin = own_turn; begin < parts.packs; begin = begin < whole ? whole : parts.packs) {
+    Turn<In, kCount, kLoads<In>, false> turn(begin, parts.packs);
+    turn.template load<true>(from);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) x[k] = capped_logit<is_capped>(pack.at[k], cap).value;
-    if (at == own_pack) {
+    for (int k = 0; k < kLoads<In>; ++k) {
+      if (!turn.has(k)) continue;
+      Value x[kCount];
+      unpack_capped<is_capped>(turn.loaded[k], cap, x);
+      if (turn.at(k) == own_pack) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) x[k] = k == own ? kLeftOut : x[k];
+        for (int j = 0; j < kCount; ++j) x[j] = j == own ? kLeftOut : x[j];
+      }
+      add<need_moment>(x, scale, sums);
     }
-    add<need_moment>(x, scale, sums);
-  };
-  for_packs<kCount, true, kLoads<In>, false>(row + parts.head, parts.packs, take);
+  }
   if (const int at = parts.single(); at >= 0 && at != id) {
     const Value x[1] = {capped_logit<is_capped>(row[at], cap).value};
     add<need_moment>(x, scale, sums);
@@ -119,8 +150,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<In>)
     const double temperature = temperature_of(targets, row);
     const Cap<Value> cap(targets.softcap);
     const In* const x = row_of<In>(logits, row);
-    const std::int64_t id = targets.token_ids[row], begin = split.begin();
-    const std::int64_t length = split.length(logits.vocabulary);
+    const std::int64_t begin = split.begin(), length = split.length(logits.vocabulary);
+    prefetch_row(x + begin, length);
+    const std::int64_t id = targets.token_ids[row];
     Value target = std::numeric_limits<Value>::quiet_NaN();
     if (threadIdx.x == 0 && is_word(id, logits.vocabulary))
       target = capped_logit<is_capped>(x[id], cap).value;
@@ -159,28 +191,32 @@ STEPPO_DEVICE void write_row(const In* row, Out* out, const Division<kPack<Out>>
   constexpr int kAtOnce = (kLoads<In> * kPack<In> / kCount + 1) / 2;
   const int single = parts.single();
   const In alone = single >= 0 ? row[single] : In{};
-  const int own_pack = parts.pack_of(id);
-  const int own = static_cast<int>((id - parts.head) % kCount);
   auto* const packs = reinterpret_cast<Pack<Out, kCount>*>(out + parts.head);
   const In* const from = row + parts.head;
-  const auto take = [&](int at, const Pack<In, kCount>& pack) {
-    float slopes[kCount];
+  const auto take = [&](auto& turn) {
+    if constexpr (is_halved) __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) slopes[k] = slope(pack.at[k]);
-    if (at == own_pack) {
+    for (int k = 0; k < turn.kAtOnce; ++k) {
+      if (!turn.has(k)) continue;
+      float slopes[kCount];
+      unpack(turn.loaded[k], slopes);
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) slopes[k] = k == own ? target : slopes[k];
+      for (int j = 0; j < kCount; ++j) slopes[j] = slope(slopes[j]);
+      store_once(packs + turn.at(k), packed<Out>(slopes));
     }
-    store_once(packs + at, packed<Out>(slopes));
   };
   // Packs of gradients need not be packs of logits.
   if (is_wide(from)) {
-    for_packs<kCount, true, kAtOnce, is_halved>(from, parts.packs, take);
+    for_turns<kCount, true, kAtOnce>(from, parts.packs, take);
   } else {
-    for_packs<kCount, false, 1, is_halved>(from, parts.packs, take);
+    for_turns<kCount, false, 1>(from, parts.packs, take);
   }
   if constexpr (is_halved) __syncthreads();
-  if (single >= 0) store_number(out + single, single == id ? target : slope(alone));
+  if (single >= 0) store_number(out + single, slope(to_number(alone)));
+  // The thread that has written there writes anew.
+  if (threadIdx.x == parts.owner_of(id) && is_word(id, parts.length)) {
+    store_number(out + id, target);
+  }
 }
 
 // The same number by number, for what is computed in fp64.
@@ -191,7 +227,7 @@ STEPPO_DEVICE void write_fp64_row(const In* row, Out* out, std::int64_t length, 
     const std::int64_t at = begin + threadIdx.x;
     const In x = at < length ? row[at] : In{};
     if constexpr (is_halved) __syncthreads();
-    if (at < length) store_number(out + at, at == id ? target : slope(x));
+    if (at < length) store_number(out + at, at == id ? target : slope(to_number(x)));
   }
 }
 
@@ -253,6 +289,7 @@ __global__ void __launch_bounds__(kRowThreads, has_rise ? 3 : kRowBlocks<In>)
       return;
     }
     const std::int64_t begin = split.begin();
+    prefetch_row(row_of<In>(logits, row) + begin, parts.length);
     // The thread that writes over the target is the one that reads it.
     if (threadIdx.x == parts.owner_of(targets.token_ids[row] - begin)) {
       head = head_of<is_capped, has_rise, In>(logits, targets, grads, row, begin, out, parts, grad,
@@ -268,13 +305,13 @@ __global__ void __launch_bounds__(kRowThreads, has_rise ? 3 : kRowBlocks<In>)
     const Slope<is_capped, has_rise, float> slope(head.temperature, head.top, head.gradient);
     if (fits_fp32(head.temperature) && slope.is_finite()) {
       write_row<kIsHalved>(x, out, parts, head.id, static_cast<float>(head.gradient.target),
-                           [&](In logit) { return slope(logit, cap); });
+                           [&](Value logit) { return slope(logit, cap); });
       return;
     }
   }
   const Slope<is_capped, has_rise, double> slope(head.temperature, head.top, head.gradient);
   write_fp64_row<kIsHalved>(x, out, parts.length, head.id, head.gradient.target,
-                            [&](In logit) { return slope(logit, cap); });
+                            [&](Value logit) { return slope(logit, cap); });
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 //
 // What it cannot model:
 // - The last bits of a GPU. Products and sums are contracted to FMAs where the host's processor has
-//   them, though not the same ones as by nvcc, and ex2.approx is off by as much as it may be,
-//   though not by the same. Functions of a library are those of the host.
+//   them, though not the same ones as by nvcc, and what is approximate is off by as much as it may
+//   be, though not by the same. Functions of a library are those of the host.
 // - Speed: occupancy, registers, bank conflicts, coalescing, caches and hints to them.
 // - Switches at any instruction. A thread runs until it meets others, comes to an atomic or ends. A
 //   race in between shows with ThreadSanitizer, and need not change a number.
@@ -39,20 +39,31 @@ namespace cuda_on_host {
 
 // Arithmetic.
 
-// 2^x as ex2.approx.ftz gives it: off by up to 2 units of the last place, always by the same for
-// one x, and 0 below the normal range. That of 0 is 1.
-CUDA_ON_HOST_FN float approximate_exp2(float x) {
-  if (x < -126.0f) return 0.0f;
-  const float power = std::exp2(x);
-  if (x == 0.0f || !std::isfinite(power)) return power;
-  std::uint32_t from, bits;
-  std::memcpy(&from, &x, sizeof from);
-  std::memcpy(&bits, &power, sizeof bits);
-  const std::uint32_t drawn = from * 2654435761u >> 16;
-  bits += drawn % 5 - 2;
+// A number off by up to so many units of the last place, always by the same.
+CUDA_ON_HOST_FN float near_to(float number, std::uint32_t units) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  const std::uint32_t drawn = bits * 2654435761u >> 16;
+  bits += drawn % (2 * units + 1) - units;
   float near;
   std::memcpy(&near, &bits, sizeof near);
   return near;
+}
+
+// 2^x as ex2.approx.ftz gives it: off by up to 2 units of the last place, and 0 below the normal
+// range. That of 0 is 1.
+CUDA_ON_HOST_FN float approximate_exp2(float x) {
+  if (x < -126.0f) return 0.0f;
+  const float power = std::exp2(x);
+  return x == 0.0f || !std::isfinite(power) ? power : near_to(power, 2);
+}
+
+// 1 / x as rcp.approx.ftz gives it: off by up to a unit of the last place, and 0 below the normal
+// range.
+CUDA_ON_HOST_FN float approximate_reciprocal(float x) {
+  const float reciprocal = 1.0f / x;
+  if (std::fabs(reciprocal) < 1.17549435e-38f) return std::copysign(0.0f, x);
+  return std::isfinite(reciprocal) ? near_to(reciprocal, 1) : reciprocal;
 }
 
 // Memory of a block.

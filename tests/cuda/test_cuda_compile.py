@@ -16,7 +16,8 @@ MOST_REGISTERS = {
     r"policy_loss(_masked)?_kernel<float, (\d+, )?0>": 85,
     r"(policy_loss(_masked)?|gae|gae_rows)_kernel<": 128,
     r"rewards_kernel<": 86,
-    r"token_log_probs_kernel<double": 66,
+    r"token_log_probs_kernel<double": 68,
+    r"token_log_probs_backward_kernel<.*, true>": 80,
     r"kept_weight_gradient_kernel<steppo::(Half|BFloat16), true>": 64,
     r"kept_(hidden|weight)_gradient_kernel<": 80,
     r"kept_head_kernel<[\w:]+, 256, 4, false": 255,
@@ -55,6 +56,15 @@ _ROW_SUMS = {
     (_HALF, "float"): (8, 2),
     (_BFLOAT, _BFLOAT): (8, 1),
     (_BFLOAT, "float"): (8, 2),
+}
+# Instructions that a thread takes for a logit, at most: forward and backward, plain, with an
+# entropy, with a softcap and with both. Next to the memory of an H100 there is time for 22 of them
+# forward and 43 backward, in halves.
+MOST_A_LOGIT = {
+    ("forward", 2): (6.6, 8.7, 26.0, 28.0),
+    ("forward", 4): (7.1, 9.2, 26.5, 29.0),
+    ("backward", 2): (6.5, 8.6, 29.6, 32.0),
+    ("backward", 4): (6.1, 8.1, 29.5, 32.0),
 }
 _SWITCHES = ("false, false", "false, true", "true, false", "true, true")
 # The kernels that move 16 bytes at once, at the least, and how often.
@@ -182,6 +192,23 @@ def test_loops_over_logits_compute_in_fp32(kernels: list[Kernel]) -> None:
             assert re.search(r"\bD(ADD|MUL|FMA|SETP)\b", loop) is None, kernel.name
     # At a temperature that is out of the range of fp32 they do.
     assert any(re.search(r"\bDFMA\b", loop) for kernel in rows for loop in kernel.loops)
+
+
+def test_a_logit_takes_few_instructions(kernels: list[Kernel]) -> None:
+    """Where single packs are asked about, it takes up to twice as many."""
+    rows = [
+        kernel
+        for kernel in kernels
+        if kernel.name.startswith("token_log_probs") and "double" not in kernel.name
+    ]
+    assert len(rows) == 32
+    for kernel in rows:
+        width = 4 if "<float" in kernel.name else 2
+        logits = 16 // width * len(re.findall(WIDE_LOAD, "\n".join(kernel.stream)))
+        kind = "backward" if "backward" in kernel.name else "forward"
+        is_capped, has_entropy = re.findall("true|false", kernel.name)
+        most = MOST_A_LOGIT[kind, width][2 * (is_capped == "true") + (has_entropy == "true")]
+        assert len(kernel.stream) / logits <= most, kernel.name
 
 
 def test_the_test_reads_what_it_is_about(kernels: list[Kernel]) -> None:

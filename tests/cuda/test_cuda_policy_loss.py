@@ -237,6 +237,34 @@ def test_warps_count_the_runs_of_a_row(cuda, length, off):
             check(found, exact, 1e-11)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 14])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_groups_of_lanes_take_short_steps_together(cuda, method, count):
+    """Of one or of many chunks, up to 128 tokens each, with longer ones in between or not."""
+    lengths = [3, 128, 127, 1, 129, 40, 8, 9, 300, 128, 31, 1100, 64, 2][:count]
+    row = [ones for length in lengths for ones in (*[True] * length, False, False)]
+    apart = [ones for length in lengths for ones in (*[True] * length, *[False] * 400)]
+    generator = torch.Generator().manual_seed(count)
+    for tokens in (row, apart[: 40 * len(row)]):
+        mask = torch.tensor([tokens, [not one for one in tokens], tokens])
+        now, spread, reference = (
+            torch.randn((3, mask.numel()), generator=generator, dtype=torch.float64) / 10
+        )
+        of_step = torch.full_like(now, 0.7)
+        old = torch.zeros_like(now)
+        for advantages, other in ((of_step, None), (spread, reference)):
+            config = method.config(
+                kl_coef=0.0 if other is None else 0.1, reduction=REDUCTIONS[count % len(REDUCTIONS)]
+            )
+            given = now, None, old, advantages, other, None, None, None, mask.reshape(-1)
+            tail = mask.shape[1], config.kernel, True, False
+            exact = _REFERENCE_MASKED(*given, *tail)
+            for most_blocks in (1, 0):
+                cuda.kernels.order(count, 2, most_blocks)
+                found = policy_loss.policy_loss_masked(cuda, *given, *tail)
+                check(found, exact, 1e-11)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_block_shares_long_steps(cuda, method):
     """Of 1024 tokens on, and with shorter ones in the same chunks: on a mask and on a layout."""

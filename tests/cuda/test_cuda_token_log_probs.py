@@ -93,6 +93,44 @@ def test_long_rows_do_not_depend_on_the_order_of_threads(cuda, dtype):
         close(value, expected, ERRORS[value.dtype])
 
 
+# More than two turns of a block of the halves, and more of wider numbers. Tokens begin and end
+# turns, or lie within one.
+TURNS = 20_003
+PLACES = [0, 5, 512, 4095, 4096, 8184, 8191, 8192, 8199, 12_288, 16_383, 16_384, 18_000, TURNS - 1]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_of_any_turn(cuda, dtype, softcap):
+    """Sums leave the token out, wherever it is, though it is the largest."""
+    for offset in (0, 3):
+        logits, _ = draw(len(PLACES), TURNS, dtype, offset)
+        ids = torch.tensor(PLACES)
+        logits[0, torch.arange(len(PLACES)), ids] = 25.0
+        found = forward(cuda, logits, ids, softcap=softcap)
+        for value, expected in zip(found, exact(logits, ids, softcap=softcap), strict=False):
+            close(value, expected, ERRORS[value.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_turns_that_are_not_finite(cuda, dtype):
+    """Of each row a word is larger than all before it, no word, infinite or NaN."""
+    logits, ids = draw(6, TURNS, dtype)
+    values = logits[0]
+    values[0] = torch.linspace(-50, 60, TURNS).to(dtype)
+    values[1, :17_000] = -torch.inf
+    values[2, 1000:] = -torch.inf
+    values[3, 4100] = torch.nan
+    values[4, 12_000] = torch.inf
+    values[5, TURNS - 1] = torch.nan
+    ids[1], ids[2] = 19_000, 7
+    log_probs, entropy, *_ = forward(cuda, logits, ids)
+    expected = exact(logits, ids)
+    close(log_probs, expected[0], ERRORS[log_probs.dtype])
+    close(entropy, expected[1], ERRORS[log_probs.dtype])
+    assert log_probs.isnan().tolist() == [False, False, False, True, True, True]
+
+
 @pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
 def test_few_rows_are_split(cuda, shape):
     """Their tokens lie anywhere, also where parts begin and end; some rows are masked."""

@@ -7,6 +7,8 @@ import torch
 from test_cuda_token_log_probs import (
     DTYPES,
     FEW_ROWS,
+    PLACES,
+    TURNS,
     VOCABULARIES,
     computed_in,
     draw,
@@ -115,6 +117,23 @@ def test_half_gradients_in_the_first_half_of_rows_of_fp32(cuda, vocabulary, half
         halved = logits.view(half)[..., :vocabulary]
         assert halved.data_ptr() == logits.data_ptr()
         assert torch.equal(backward(cuda, halved, logits, targets, sums, grads), apart)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_of_any_turn(cuda, dtype):
+    """The token's own gradient is where it belongs, and nowhere else."""
+    logits, _ = draw(len(PLACES), TURNS, dtype, offset=3)
+    ids = torch.tensor(PLACES)
+    targets = ids, None, None, 0.8, 0.0
+    _, *sums = forward(cuda, logits, *targets)
+    grads = tuple(upstream(len(PLACES), dtype))
+    expected = exact_gradient(logits, targets, grads)
+    found = backward(cuda, empty_like(logits, 1), logits, targets, sums, grads)
+    close(found, expected)
+    if dtype == torch.float32:
+        halved = logits.view(torch.bfloat16)[..., :TURNS]
+        backward(cuda, halved, logits, targets, sums, grads)
+        assert torch.equal(halved, found.bfloat16())
 
 
 @pytest.mark.parametrize("is_halved", [False, True])
