@@ -150,12 +150,12 @@ STEPPO_DEVICE std::uint32_t two_numbers(BFloat16, float low, float high) {
 }
 template <class In>
 STEPPO_DEVICE std::uint32_t larger_halves(In, std::uint32_t a, std::uint32_t b) {
-  const auto larger = [](std::uint32_t x, std::uint32_t y) -> std::uint32_t {
+  const auto larger_half = [](std::uint32_t x, std::uint32_t y) -> std::uint32_t {
     const float of_x = to_number(In{static_cast<std::uint16_t>(x)});
     const float of_y = to_number(In{static_cast<std::uint16_t>(y)});
     return (of_x > of_y || of_y != of_y ? x : y) & 0xFFFFu;
   };
-  return larger(a, b) | larger(a >> 16, b >> 16) << 16;
+  return larger_half(a, b) | larger_half(a >> 16, b >> 16) << 16;
 }
 #else
 // The larger one; x if that is NaN.

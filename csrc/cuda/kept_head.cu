@@ -186,6 +186,7 @@ STEPPO_DEVICE int place_in(const KeptRows& rows, const Part& of, std::int64_t pa
   return place >= 0 && place < of.count ? static_cast<int>(place) : -1;
 }
 
+// Beside what a thread keeps there are not the registers for `fast_soft_cap`.
 template <class In>
 STEPPO_DEVICE Capped<RowValue<In>> capped(const KeptRows& rows, RowValue<In> logit) {
   if (!(rows.softcap > 0)) return {logit, 1};

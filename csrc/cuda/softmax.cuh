@@ -28,9 +28,10 @@ STEPPO_DEVICE void move_to(Value top, const ExpScale<Value>& scale, Sums<Value>&
   sums.top = top;
 }
 
-// The largest of some numbers, but for NaN.
 STEPPO_DEVICE float larger_number(float a, float b) { return fmaxf(a, b); }
 STEPPO_DEVICE double larger_number(double a, double b) { return a > b ? a : b; }
+
+// The largest of some numbers. Of a NaN among them nothing is asked: the sum becomes one.
 template <class Value, int count>
 STEPPO_DEVICE Value largest(const Value (&x)[count]) {
   Value high = x[0];

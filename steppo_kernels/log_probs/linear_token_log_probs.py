@@ -63,7 +63,7 @@ def linear_token_log_probs(
             ids of each token, which may come twice: all of them from one pass.
         bias: ``[V]``.
         temperature: above 0, what logits are divided by; a number, or one for each token.
-        softcap: logits become ``softcap * tanh(logits / softcap)`` first.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first; 1e-30 to 1e30.
         mask: bool or 0/1 ``[...]``; other rows cost nothing, and their results and gradients are 0.
             Their number is copied to the host.
         return_entropy: also return the entropies, differentiable as the log-probs are.

@@ -409,6 +409,9 @@ def check_head(
     if sparse_grad and torch.is_grad_enabled():
         _check_leaves(weight, bias)
     softcap = 0.0 if softcap is None else checks.positive_number("softcap", softcap)
+    # Kernels divide by it in fp32.
+    if softcap and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap: got {softcap!r}, expected a number from 1e-30 to 1e30")
     # As in torch's own products, double precision stays.
     if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)

@@ -97,7 +97,7 @@ def linear_steppo_loss(
         layout: as in `steppo_loss`; of a mask, a layout is made first.
         bias: ``[V]``.
         temperature: above 0, what logits are divided by; a number or one for each token.
-        softcap: logits become ``softcap * tanh(logits / softcap)`` first.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first; 1e-30 to 1e30.
         support: as in `linear_token_log_probs`; sets of masked tokens may be anything.
         sparse_grad: as in `linear_token_log_probs`.
         chunk_tokens: action tokens of a chunk. None takes as many as have (fp32) logits of 256 MiB

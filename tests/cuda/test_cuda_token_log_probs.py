@@ -97,6 +97,14 @@ def test_long_rows_do_not_depend_on_the_order_of_threads(cuda, dtype):
 # turns, or lie within one.
 TURNS = 20_003
 PLACES = [0, 5, 512, 4095, 4096, 8184, 8191, 8192, 8199, 12_288, 16_383, 16_384, 18_000, TURNS - 1]
+# So many rows are not split. All but the last ones are masked, and not read.
+MANY_ROWS = 257
+
+
+def draw_turns(count, dtype, offset=0):
+    """Return logits of many rows of several turns, tokens, and the mask of the last `count`."""
+    logits, ids = draw(MANY_ROWS, TURNS, dtype, offset)
+    return logits, ids, torch.arange(MANY_ROWS) >= MANY_ROWS - count
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0], ids=["plain", "softcap"])
@@ -104,31 +112,32 @@ PLACES = [0, 5, 512, 4095, 4096, 8184, 8191, 8192, 8199, 12_288, 16_383, 16_384,
 def test_tokens_of_any_turn(cuda, dtype, softcap):
     """Sums leave the token out, wherever it is, though it is the largest."""
     for offset in (0, 3):
-        logits, _ = draw(len(PLACES), TURNS, dtype, offset)
-        ids = torch.tensor(PLACES)
-        logits[0, torch.arange(len(PLACES)), ids] = 25.0
-        found = forward(cuda, logits, ids, softcap=softcap)
-        for value, expected in zip(found, exact(logits, ids, softcap=softcap), strict=False):
+        logits, ids, mask = draw_turns(len(PLACES), dtype, offset)
+        ids[mask] = torch.tensor(PLACES)
+        logits[0, mask.nonzero().squeeze(1), ids[mask]] = 25.0
+        found = forward(cuda, logits, ids, mask, softcap=softcap)
+        exact_sums = exact(logits, ids, mask, softcap=softcap)
+        for value, expected in zip(found, exact_sums, strict=False):
             close(value, expected, ERRORS[value.dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_turns_that_are_not_finite(cuda, dtype):
     """Of each row a word is larger than all before it, no word, infinite or NaN."""
-    logits, ids = draw(6, TURNS, dtype)
-    values = logits[0]
+    logits, ids, mask = draw_turns(6, dtype)
+    values, tokens = logits[0, -6:], ids[-6:]
     values[0] = torch.linspace(-50, 60, TURNS).to(dtype)
     values[1, :17_000] = -torch.inf
     values[2, 1000:] = -torch.inf
     values[3, 4100] = torch.nan
     values[4, 12_000] = torch.inf
     values[5, TURNS - 1] = torch.nan
-    ids[1], ids[2] = 19_000, 7
-    log_probs, entropy, *_ = forward(cuda, logits, ids)
-    expected = exact(logits, ids)
+    tokens[1], tokens[2] = 19_000, 7
+    log_probs, entropy, *_ = forward(cuda, logits, ids, mask)
+    expected = exact(logits, ids, mask)
     close(log_probs, expected[0], ERRORS[log_probs.dtype])
     close(entropy, expected[1], ERRORS[log_probs.dtype])
-    assert log_probs.isnan().tolist() == [False, False, False, True, True, True]
+    assert log_probs[-6:].isnan().tolist() == [False, False, False, True, True, True]
 
 
 @pytest.mark.parametrize("shape", FEW_ROWS, ids=str)

@@ -7,11 +7,13 @@ import torch
 from test_cuda_token_log_probs import (
     DTYPES,
     FEW_ROWS,
+    MANY_ROWS,
     PLACES,
     TURNS,
     VOCABULARIES,
     computed_in,
     draw,
+    draw_turns,
     exact,
     forward,
 )
@@ -122,11 +124,11 @@ def test_half_gradients_in_the_first_half_of_rows_of_fp32(cuda, vocabulary, half
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_of_any_turn(cuda, dtype):
     """The token's own gradient is where it belongs, and nowhere else."""
-    logits, _ = draw(len(PLACES), TURNS, dtype, offset=3)
-    ids = torch.tensor(PLACES)
-    targets = ids, None, None, 0.8, 0.0
+    logits, ids, mask = draw_turns(len(PLACES), dtype, offset=3)
+    ids[mask] = torch.tensor(PLACES)
+    targets = ids, mask, None, 0.8, 0.0
     _, *sums = forward(cuda, logits, *targets)
-    grads = tuple(upstream(len(PLACES), dtype))
+    grads = tuple(upstream(MANY_ROWS, dtype))
     expected = exact_gradient(logits, targets, grads)
     found = backward(cuda, empty_like(logits, 1), logits, targets, sums, grads)
     close(found, expected)
@@ -134,6 +136,9 @@ def test_tokens_of_any_turn(cuda, dtype):
         halved = logits.view(torch.bfloat16)[..., :TURNS]
         backward(cuda, halved, logits, targets, sums, grads)
         assert torch.equal(halved, found.bfloat16())
+    else:
+        backward(cuda, logits, logits, targets, sums, grads)
+        assert torch.equal(logits, found)
 
 
 @pytest.mark.parametrize("is_halved", [False, True])

@@ -38,7 +38,8 @@ void log_probs(Run& run, const Way& way) {
                                  run.place());
 }
 
-// More logits than the threads of a block take in one turn.
+// Backward, more logits than the threads of a block take in one turn; rows that are not halved are
+// split.
 const Listed forward("token_log_probs", [](Run& run) { log_probs(run, {5001}); });
 const Listed in_place("token_log_probs_backward",
                       [](Run& run) { log_probs(run, {5001, 0.7, Way::kInPlace}); });
