@@ -116,8 +116,10 @@ STEPPO_DEVICE void keep_packed([[maybe_unused]] P& pack) {
 constexpr int kBytesOfLine = 128;
 
 // Asks for the line that lies at an address. Nothing waits for it.
-STEPPO_DEVICE void prefetch([[maybe_unused]] const void* at) {
-#if !defined(STEPPO_CUDA_ON_HOST)
+STEPPO_DEVICE void prefetch(const void* at) {
+#if defined(STEPPO_CUDA_ON_HOST)
+  cuda_on_host::touch(at);
+#else
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
 #endif
 }
