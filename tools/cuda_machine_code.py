@@ -64,8 +64,11 @@ class Kernel(NamedTuple):
     @property
     def stream(self) -> list[str]:
         """The instructions of the loop that takes the fewest of them for a load of 16 bytes."""
-        streams = [loop.splitlines() for loop in self.loops if re.search(WIDE_LOAD, loop)]
-        return min(streams, key=lambda loop: len(loop) / len(re.findall(WIDE_LOAD, str(loop))))
+        streams = [loop for loop in self.loops if re.search(WIDE_LOAD, loop)]
+        shortest = min(
+            streams, key=lambda loop: loop.count("\n") / len(re.findall(WIDE_LOAD, loop))
+        )
+        return shortest.splitlines()
 
     @property
     def wide_loads(self) -> int:

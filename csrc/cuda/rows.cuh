@@ -102,7 +102,7 @@ struct Cap {
 };
 
 // cap * tanh(x / cap), and its derivative, by the instructions for powers and reciprocals. The
-// hyperbolic tangent is off by three units of the last place, and the value by up to four.
+// value is off by some units of the last place.
 STEPPO_DEVICE Capped<float> fast_soft_cap(float x, const Cap<float>& cap) {
   const float u = fabsf(x) * cap.inverse, square = u * u;
   // tanh(u) = u + u square P(square) up to 0.9, to 2e-8.

@@ -177,14 +177,20 @@ def test_the_account_has_them(kernels: list[Kernel], request: pytest.FixtureRequ
     }
 
 
-def test_loops_over_logits_compute_in_fp32(kernels: list[Kernel]) -> None:
-    """Few GPUs have as many units for fp64."""
-    rows = [
+def logits_kernels(kernels: list[Kernel]) -> list[Kernel]:
+    """Return those that read rows of logits in fp32 or in halves."""
+    found = [
         kernel
         for kernel in kernels
         if kernel.name.startswith("token_log_probs") and "double" not in kernel.name
     ]
-    assert len(rows) == 32
+    assert len(found) == 32
+    return found
+
+
+def test_loops_over_logits_compute_in_fp32(kernels: list[Kernel]) -> None:
+    """Few GPUs have as many units for fp64."""
+    rows = logits_kernels(kernels)
     for kernel in rows:
         loops = [loop for loop in kernel.loops if re.search(WIDE_LOAD, loop)]
         assert loops, kernel.name
@@ -196,13 +202,7 @@ def test_loops_over_logits_compute_in_fp32(kernels: list[Kernel]) -> None:
 
 def test_a_logit_takes_few_instructions(kernels: list[Kernel]) -> None:
     """Where single packs are asked about, it takes up to twice as many."""
-    rows = [
-        kernel
-        for kernel in kernels
-        if kernel.name.startswith("token_log_probs") and "double" not in kernel.name
-    ]
-    assert len(rows) == 32
-    for kernel in rows:
+    for kernel in logits_kernels(kernels):
         width = 4 if "<float" in kernel.name else 2
         logits = 16 // width * len(re.findall(WIDE_LOAD, "\n".join(kernel.stream)))
         kind = "backward" if "backward" in kernel.name else "forward"

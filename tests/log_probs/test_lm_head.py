@@ -73,6 +73,16 @@ def test_equals_plain_pytorch(target, given, which, chunk):
     assert_same(found, plain(case, **options), 1e-11)
 
 
+@grid(cover=1, softcap=[1e-30, 1e30], dtype=[torch.float32, torch.float64])
+def test_the_least_and_the_largest_softcap(target, softcap, dtype):
+    """All logits become 0, or stay as they are."""
+    case, exact_case = (head_case(3).to(kind, target.device) for kind in (dtype, torch.float64))
+    options = {"softcap": softcap, "upstream": ramp(case), "upstream_entropy": ramp(case, 2.0)}
+    found = {name: x.double() for name, x in fused(case, target.backend, **options).items()}
+    error = 1e-11 if dtype == torch.float64 else 1e-5
+    assert_same(found, plain(exact_case, **options), error)
+
+
 def test_gradcheck(target):
     case = head_case(2, rows=2, length=5, size=2, vocabulary=4).to(torch.float64, target.device)
     case.hidden = torch.where(case.mask[..., None], case.hidden.detach(), 0.0).requires_grad_()

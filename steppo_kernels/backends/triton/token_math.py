@@ -52,9 +52,11 @@ def soft_cap(b_logit, cap, high, low):
     """
     if b_logit.dtype == tl.float64:
         b_u = b_logit / cap
-        b_e = tl.exp(-2.0 * tl.abs(b_u))
-        b_r = 1.0 / (1.0 + b_e)
-        b_tanh = (1.0 - b_e) * b_r
+        # 1 - e would cancel near 0.
+        b_m = expm1(-2.0 * tl.abs(b_u))
+        b_e = 1.0 + b_m
+        b_r = 1.0 / (2.0 + b_m)
+        b_tanh = -b_m * b_r
     else:
         # The products of an infinite logit would be infinities of different signs.
         b_x = tl.maximum(b_logit.to(tl.float32), -3.4e38, propagate_nan=tl.PropagateNan.ALL)
