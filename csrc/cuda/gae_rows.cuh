@@ -72,18 +72,6 @@ struct RowTokens {
     }
   }
 
-  // Asks for the memory of the tokens that are so many before these.
-  STEPPO_MEMBER void prefetch_before(std::int64_t apart, const T* from_rewards,
-                                     const T* from_values, const Timeline& line,
-                                     const RowOfSteps& row) const {
-    const std::int64_t there = begin - apart;
-    // Where the first step begins may not be known yet, and is not waited for.
-    if (there < row.begin) return;
-    prefetch(line.step_ids + there);
-    prefetch(from_rewards + there);
-    if (from_values != nullptr) prefetch(from_values + there);
-  }
-
   // Lanes get from their neighbours what is before their tokens. All lanes of a warp call it.
   STEPPO_MEMBER void meet(int lane) {
     const std::int32_t of_next = __shfl_down_sync(kAllLanes, ids[kCount - 1], 1);
@@ -353,7 +341,6 @@ __global__ void __launch_bounds__(gae_threads<warps>, warps > 1 ? 1 : 2)
     row.first = line.state_index[first_step];
     bool is_last = false;
     for (std::int64_t tile = top; !is_last; tile -= kTile, turn ^= 1) {
-      tokens.prefetch_before(kTile, rewards, values, line, row);
       tokens.meet(lane);
       const bool is_every = __all_sync(kAllLanes, tokens.begins_all(line));
       RowSteps<T> steps{};

@@ -12,6 +12,7 @@ import torch
 
 from ..config import one_of
 from .modules import module_of
+from .registry import refuse_recording
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -153,11 +154,14 @@ def resolve(backend: str, device: torch.device) -> str:
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
-        RuntimeError: the named backend cannot run on `device`; the text says why.
+        RuntimeError: the named backend cannot run on `device`; the text says why. Or the call is
+            recorded: that is said before sizes, which are tensors then, meet those of a GPU.
     """
     if type(backend) is not str or backend not in BACKENDS:
         one_of("backend", backend, BACKENDS)
-    return _resolved(backend, device.type)
+    chosen = _resolved(backend, device.type)
+    refuse_recording(chosen)
+    return chosen
 
 
 # What `torch.compiler.assume_constant_result` sets, without its import of all of dynamo: a compiled

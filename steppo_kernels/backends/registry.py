@@ -46,12 +46,7 @@ def runner(name: str, backend: str) -> Callable[..., Any]:
         RuntimeError: what records operators of torch would not see what a kernel writes.
     """
     if not is_compiling():
-        if _is_recorded() and backend != "reference":
-            raise RuntimeError(
-                f"backend: got a call of {backend!r} within torch.jit.trace or make_fx, which do "
-                "not see what kernels write, expected torch.compile or torch.export, or "
-                "'reference'"
-            )
+        refuse_recording(backend)
         return launcher(backend, name)
 
     def compiled(*args: Any) -> Any:
@@ -61,10 +56,20 @@ def runner(name: str, backend: str) -> Callable[..., Any]:
     return compiled
 
 
-def _is_recorded() -> bool:
-    """Return whether torch.jit.trace or make_fx watches."""
+def refuse_recording(backend: str) -> None:
+    """Take calls that nothing records, or that run on the reference.
+
+    Raises:
+        RuntimeError: torch.jit.trace or make_fx watches.
+    """
+    if backend == "reference" or is_compiling():
+        return
     is_traced = torch._C._get_tracing_state() is not None
-    return is_traced or torch._C._get_dispatch_mode(_PROXY) is not None
+    if is_traced or torch._C._get_dispatch_mode(_PROXY) is not None:
+        raise RuntimeError(
+            f"backend: got a call of {backend!r} within torch.jit.trace or make_fx, which do not "
+            "see what kernels write, expected torch.compile or torch.export, or 'reference'"
+        )
 
 
 @functools.cache

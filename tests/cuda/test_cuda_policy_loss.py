@@ -240,8 +240,8 @@ def test_warps_count_the_runs_of_a_row(cuda, length, off):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 14])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_groups_of_lanes_take_short_steps_together(cuda, method, count):
-    """Of one or of many chunks, up to 128 tokens each, with longer ones in between or not."""
-    lengths = [3, 128, 127, 1, 129, 40, 8, 9, 300, 128, 31, 1100, 64, 2][:count]
+    """Of one or of many chunks, up to 64 tokens each, with longer ones in between or not."""
+    lengths = [3, 64, 63, 1, 65, 40, 8, 9, 300, 64, 31, 1100, 128, 2][:count]
     row = [ones for length in lengths for ones in (*[True] * length, False, False)]
     apart = [ones for length in lengths for ones in (*[True] * length, *[False] * 400)]
     generator = torch.Generator().manual_seed(count)
@@ -296,9 +296,31 @@ def test_a_block_shares_long_steps(cuda, method):
 
 
 @pytest.mark.parametrize("most_blocks", [1, 2, 0])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 10, 16, 31, 32, 33, 65, 700])
+def test_a_warp_takes_a_step_where_there_are_no_more(cuda, count, most_blocks):
+    """Else groups of lanes take short ones; 0, 1 or 3 of them are longer.
+
+    A step of one token in every second place is as much as a chunk can hold.
+    """
+    generator = torch.Generator().manual_seed(count)
+    for longer in (0, 1, 3):
+        mask = torch.zeros(2, 1536 * 5, dtype=torch.bool)
+        mask[0, : 2 * count : 2] = True
+        for k in range(longer):
+            mask[1, 300 * k : 300 * k + 70 + k] = True
+        now, spread = torch.randn((2, mask.numel()), generator=generator, dtype=torch.float64) / 10
+        config = StepPOConfig(clip_low=0.05, clip_high=0.05, reduction="trajectory_mean")
+        given = now, None, torch.zeros_like(now), spread, None, None, None, None, mask.reshape(-1)
+        tail = mask.shape[1], config.kernel, True, False
+        exact = _REFERENCE_MASKED(*given, *tail)
+        cuda.kernels.order(count, 2, most_blocks)
+        check(policy_loss.policy_loss_masked(cuda, *given, *tail), exact, 1e-11)
+
+
+@pytest.mark.parametrize("most_blocks", [1, 2, 0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_warp_leaves_one_long_step_to_its_block(cuda, reduction, most_blocks):
-    """It takes the others: rows of 1536 tokens have 8 chunks, of which a block's first warp begins.
+def test_a_block_shares_every_long_step(cuda, reduction, most_blocks):
+    """One after the other: rows of 1536 tokens have 8 chunks, of which the first has a step.
 
     The last ones end at the row's end, at the end of a chunk, and in the words behind one.
     """
