@@ -96,7 +96,7 @@ struct ChunkPlace {
 };
 
 // The chunks of all rows, which warps take in turn: a turn is so many rows and chunks of one. A
-// warp divides once, and few numbers: a division of 64 bits takes long.
+// warp divides once, and small numbers: a division of 64 bits takes long.
 struct Chunks {
   std::int64_t num_rows, turns;
   unsigned of_row;
@@ -143,11 +143,12 @@ STEPPO_DEVICE int runs_of_row(const Mask& masked, std::int64_t row_begin, int la
   return sum_of_lanes<kWarp>(runs);
 }
 
-// Chunks of a warp whose steps a block takes together. A lane can look at every slot, one of them.
+// Chunks of a warp whose steps a block takes together. Each lane looks at a slot, and a warp at
+// all.
 constexpr int kTogether = kWarp / kWarps, kSlots = kWarps * kTogether;
 static_assert(kSlots == kWarp, "a slot a lane");
-// Short steps are taken by groups of lanes: what a step takes besides its tokens is done once for
-// all groups of a warp.
+// Short steps are taken by groups of lanes, unless a block has a warp for each step: what a step
+// takes besides its tokens is done once for all groups of a warp.
 constexpr int kGroup = 8;
 constexpr int kShortStep = 8 * kGroup;
 
@@ -211,8 +212,8 @@ struct Numbering {
   // All lanes of a warp call it, with the same number below `count`.
   STEPPO_MEMBER StepPlace place_of(int number) const {
     const int slot = __popc(__ballot_sync(kAllLanes, upto <= number));
-    const int before = __shfl_sync(kAllLanes, upto, (slot - 1) % kWarp);
-    return {slot, slot > 0 ? number - before : number};
+    const int before = __shfl_sync(kAllLanes, upto, slot > 0 ? slot - 1 : 0);
+    return {slot, number - (slot > 0 ? before : 0)};
   }
 };
 
@@ -223,7 +224,7 @@ struct StepFinder {
   const PolicyArrays<T>& call;
   const Mask& masked;
   const Chunks& chunks;
-  // Of a row; null where a row has to be read for them, or where nobody asks.
+  // The steps of each row; null where a row has to be read for them, or where nobody asks.
   const unsigned* counted;
   bool counts;
   int lane;
@@ -235,7 +236,8 @@ struct StepFinder {
     const std::int64_t begin = row_begin + at.chunk * kChunk;
     const unsigned before = begin > row_begin && is_set(masked.mask, begin - 1);
     const auto words = words_of<kWords + kWordsBehind>(masked, begin, row_end, lane);
-    // Its steps wait less for what is on its way. A lane asks for what a word of tokens has.
+    // Its steps wait less for what is on its way. A lane asks for the first line of what the tokens
+    // of a word have.
     unsigned of_lane = 0;
 #pragma unroll
     for (int k = 0; k < kWords; ++k) of_lane = lane == k ? words.at[k] : of_lane;
@@ -245,41 +247,29 @@ struct StepFinder {
     if (counts && has_begins(words, before)) {
       steps_of_row = counted != nullptr ? counted[at.row] : runs_of_row(masked, row_begin, lane);
     }
-    // What tokens of this lane there are, from the chunk's begin on.
+    // The chunk's tokens, which are fewer at the row's end.
     const int size = row_end - begin < kChunk ? static_cast<int>(row_end - begin) : kChunk;
     T* const grads = call.grad_log_probs == nullptr ? nullptr : call.grad_log_probs + begin;
     T* const grads_of_entropy = call.grad_entropy == nullptr ? nullptr : call.grad_entropy + begin;
-    // From the last word to the first: `stop` is the first zero behind a word, as far as anybody
-    // asks.
+    // From the last word to the first: `stop` is where a run ends that goes on behind a word, as
+    // counted from the chunk's begin, and as far as anybody asks.
     constexpr int kFar = kChunk + kLongStep;
     int stop = end < begin + kFar ? static_cast<int>(end - begin) : kFar;
-    int shorts = 0, others = 0;
+    InSlot found{0, 0};
     const unsigned own = 1u << lane;
 #pragma unroll
     for (int k = kWords - 1; k >= 0; --k) {
       const unsigned ones = words.at[k];
-      unsigned last = k > 0 ? words.at[(k - 1) % kWords] >> (kWarp - 1) : before;
+      unsigned last = k > 0 ? words.at[k > 0 ? k - 1 : 0] >> (kWarp - 1) : before;
       const unsigned begins = begins_of(ones, last);
       const int first = k * kWarp + lane;
       if (begins != 0) {
         const unsigned zeros = ~ones & ~(own - 1);
-        const int length =
-            (zeros != 0 ? k * kWarp + __ffs(static_cast<int>(zeros)) - 1 : stop) - first;
-        const unsigned is_short = begins & __ballot_sync(kAllLanes, length <= kShortStep);
-        const unsigned is_other = begins & ~is_short & __ballot_sync(kAllLanes, length < kLongStep);
-        if ((begins & own) != 0) {
-          const bool is_mine_short = (is_short & own) != 0;
-          const int number = is_mine_short ? shorts + __popc(is_short & (own - 1))
-                                           : others + __popc(is_other & (own - 1));
-          if (length < kLongStep) {
-            slots.steps[slot][is_mine_short ? number : StepSlots::kMost - 1 - number] = {
-                static_cast<std::uint16_t>(first), static_cast<std::uint16_t>(length)};
-          } else {
-            slots.shared[slot] = {end - begin - first, begin + first, steps_of_row};
-          }
+        const int stop_of_lane = zeros != 0 ? k * kWarp + __ffs(static_cast<int>(zeros)) - 1 : stop;
+        put(slots, slot, begins, {stop_of_lane - first, first}, found);
+        if (stop_of_lane - first >= kLongStep && (begins & own) != 0) {
+          slots.shared[slot] = {end - begin - first, begin + first, steps_of_row};
         }
-        shorts += __popc(is_short);
-        others += __popc(is_other);
       }
       if (ones != ~0u) stop = k * kWarp + __ffs(static_cast<int>(~ones)) - 1;
       if (first >= size || (ones & own) != 0) continue;
@@ -287,13 +277,13 @@ struct StepFinder {
       if (grads_of_entropy != nullptr) grads_of_entropy[first] = T(0);
     }
     if (lane != 0) return;
-    slots.shorts[slot] = shorts;
-    slots.others[slot] = others;
+    slots.shorts[slot] = found.shorts;
+    slots.others[slot] = found.others;
     slots.begins[slot] = begin;
     slots.steps_of_row[slot] = steps_of_row;
   }
 
-  // Asks for the mask of a chunk, which is on its way while others are looked through.
+  // Asks for the mask of a chunk, which is on its way while another one is looked through.
   STEPPO_MEMBER void prefetch_mask(const ChunkPlace& at) const {
     const std::int64_t t = at.row * masked.row_length + at.chunk * kChunk + lane * kBytesOfLine;
     if (lane * kBytesOfLine < kChunk && t < masked.num_tokens) prefetch(masked.mask + t);
@@ -301,6 +291,33 @@ struct StepFinder {
 
  private:
   using Words = MaskWords<kWords + kWordsBehind>;
+
+  // Steps that lie in a slot.
+  struct InSlot {
+    int shorts, others;
+  };
+  // That of this lane, if one begins at its token.
+  struct StepOfLane {
+    int length, first;
+  };
+
+  // Adds to a slot what begins in a word of a chunk, but for a long step.
+  STEPPO_MEMBER void put(StepSlots& slots, int slot, unsigned begins, const StepOfLane& step,
+                         InSlot& in) const {
+    const unsigned own = 1u << lane;
+    const unsigned is_short = begins & __ballot_sync(kAllLanes, step.length <= kShortStep);
+    const unsigned is_other =
+        begins & ~is_short & __ballot_sync(kAllLanes, step.length < kLongStep);
+    if (((is_short | is_other) & own) != 0) {
+      const bool is_mine_short = (is_short & own) != 0;
+      const int number = is_mine_short ? in.shorts + __popc(is_short & (own - 1))
+                                       : in.others + __popc(is_other & (own - 1));
+      slots.steps[slot][is_mine_short ? number : StepSlots::kMost - 1 - number] = {
+          static_cast<std::uint16_t>(step.first), static_cast<std::uint16_t>(step.length)};
+    }
+    in.shorts += __popc(is_short);
+    in.others += __popc(is_other);
+  }
 
   STEPPO_MEMBER bool has_begins(const Words& words, unsigned before) const {
     unsigned begins = 0;

@@ -57,10 +57,10 @@ def runner(name: str, backend: str) -> Callable[..., Any]:
 
 
 def refuse_recording(backend: str) -> None:
-    """Take calls that nothing records, or that run on the reference.
+    """Refuse a call that records of torch's operators would miss; a compiler knows ours.
 
     Raises:
-        RuntimeError: torch.jit.trace or make_fx watches.
+        RuntimeError: it runs kernels, and torch.jit.trace or make_fx watches.
     """
     if backend == "reference" or is_compiling():
         return
