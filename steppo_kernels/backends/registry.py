@@ -62,10 +62,10 @@ def refuse_recording(backend: str) -> None:
     Raises:
         RuntimeError: it runs kernels, and torch.jit.trace or make_fx watches.
     """
-    if backend == "reference" or is_compiling():
-        return
     is_traced = torch._C._get_tracing_state() is not None
-    if is_traced or torch._C._get_dispatch_mode(_PROXY) is not None:
+    if not is_traced and torch._C._get_dispatch_mode(_PROXY) is None:
+        return
+    if backend != "reference" and not is_compiling():
         raise RuntimeError(
             f"backend: got a call of {backend!r} within torch.jit.trace or make_fx, which do not "
             "see what kernels write, expected torch.compile or torch.export, or 'reference'"

@@ -8,6 +8,8 @@ from fuzz.crash_worker import results, tensors
 from fuzz.subjects import subjects
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from steppo_kernels.backends import choice
+
 
 def of_one_tensor(subject, backend):
     """Return a subject's call as a function of one tensor, and that tensor."""
@@ -38,3 +40,26 @@ def test_a_recorded_call_raises(kernel, subject):
         make_fx(call)(value)
     # Nothing is left behind.
     results(subject, kernel.backend, {})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [lambda call, x: torch.jit.trace(call, (x,)), lambda call, x: make_fx(call)(x)],
+    ids=["torch.jit.trace", "make_fx"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_it_is_refused_where_its_backend_is_chosen(record):
+    """Before anything is computed: sizes are tensors of the CPU while torch.jit.trace records."""
+
+    def doubled(backend):
+        def call(x):
+            choice.resolve(backend, x.device)
+            return 2 * x
+
+        return call
+
+    x = torch.ones(2)
+    assert record(doubled("reference"), x)(x).tolist() == [2, 2]
+    for backend in ("cpu", "auto"):
+        with pytest.raises(RuntimeError, match=r"^backend: got a call of 'cpu' within torch"):
+            record(doubled(backend), x)
