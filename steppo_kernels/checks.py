@@ -16,7 +16,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -450,23 +449,6 @@ def solid(value: Tensor, dtype: torch.dtype) -> Tensor:
 def constant(value: Tensor) -> Tensor:
     """Return `value` without its graph."""
     return value.detach() if value.requires_grad else value
-
-
-def wants_gradient(*values: Tensor | None) -> bool:
-    """Return whether autograd is to record what kernels make of `values`.
-
-    Raises:
-        RuntimeError: one is a dual number of forward mode, whose tangent would be lost.
-    """
-    if not is_compiling() and forward_ad._current_level >= 0:
-        for value in values:
-            if value is not None and forward_ad.unpack_dual(value).tangent is not None:
-                raise RuntimeError(
-                    "forward-mode differentiation: got a dual number, expected reverse mode alone"
-                )
-    if not torch.is_grad_enabled():
-        return False
-    return any(value is not None and value.requires_grad for value in values)
 
 
 def _number(name: str, value: object, expected: str) -> Any:

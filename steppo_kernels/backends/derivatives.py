@@ -1,4 +1,4 @@
-"""First derivatives alone, and one at a time: what no kernel gives raises in a backward pass.
+"""First derivatives alone, in reverse mode and one at a time: what no kernel gives raises.
 
 A gradient of a kernel raises where it would be differentiated again.
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 Backward = Callable[..., Any]
@@ -25,6 +26,25 @@ _IS_BATCHED = tuple(
     for name in ("is_legacy_batchedtensor", "is_batchedtensor")
     if hasattr(torch._C._functorch, name)
 )
+
+
+def wants_gradient(*values: Tensor | None) -> bool:
+    """Return whether autograd is to record what kernels make of `values`.
+
+    Raises:
+        RuntimeError: one is a dual number of forward mode, whose tangent would be lost.
+    """
+    if not is_compiling() and forward_ad._current_level >= 0:
+        for value in values:
+            if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    "forward-mode differentiation: got a dual number, expected reverse mode alone"
+                )
+    if torch.is_grad_enabled():
+        for value in values:
+            if value is not None and value.requires_grad:
+                return True
+    return False
 
 
 def first_only(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
-from ..backends.derivatives import refuse_batches
+from ..backends.derivatives import refuse_batches, wants_gradient
 from ..backends.untraced import traced
 from .step_layout import StepLayout, require_layout
 from .step_tensors import StepTensors
@@ -45,7 +45,7 @@ def broadcast_to_tokens(
     per_step = checks.vector("per_step", per_step, steps.num_steps, "step", steps.device, dtype)
     chosen = resolve(backend, steps.device)
     step_ids = steps.step_ids.view(-1)
-    if checks.wants_gradient(per_step):
+    if wants_gradient(per_step):
         flat: Tensor = _Linear.apply(
             per_step, step_ids, steps.token_index, steps.step_offsets, True, chosen
         )
@@ -62,7 +62,7 @@ def sum_over_steps(per_token: Tensor, steps: StepTensors, backend: str) -> Tenso
     """
     index, offsets = steps.token_index, steps.step_offsets
     summed: Tensor
-    if checks.wants_gradient(per_token):
+    if wants_gradient(per_token):
         summed = _Linear.apply(per_token, steps.step_ids.view(-1), index, offsets, False, backend)
     else:
         summed = operators.call("sum_over_steps", backend, per_token, index, offsets)

@@ -458,7 +458,8 @@ def require_layout(value: object) -> StepTensors:
         raise TypeError(f"layout: got {type(value).__name__}, expected a StepLayout")
     # Compiled code sees no number of writes; the tensors that it reads are not those of a caller.
     if not is_compiling():
-        if not isinstance(value.__dict__.get("_held"), StepTensors):
+        held = value.__dict__.get("_held")
+        if not isinstance(held, StepTensors):
             raise TypeError("layout: got a StepLayout that no constructor made, expected one's")
         for name, (copy, version) in tuple(value._copies.items()):
             if copy._version != version:
@@ -466,7 +467,7 @@ def require_layout(value: object) -> StepTensors:
                     f"layout: got a StepLayout whose {name} was written to, expected one that is "
                     "as it was built"
                 )
-        return value._held
+        return held
     # What a layout keeps would be constants of a graph.
     return StepTensors(*value._held)
 

@@ -12,7 +12,7 @@ from torch.autograd.function import BackwardCFunction
 from .. import checks
 from ..backends import operators
 from ..backends.choice import Backend, resolve
-from ..backends.derivatives import first_only
+from ..backends.derivatives import first_only, wants_gradient
 from ..backends.reference import token_log_probs as reference
 from ..backends.saved import save, saved
 from ..backends.untraced import traced_without
@@ -150,7 +150,7 @@ def log_probs_of(
             "dimensions merge into at most two strides; pass a contiguous tensor or a slice such "
             "as `logits[:, :-1]`"
         )
-    if checks.wants_gradient(logits):
+    if wants_gradient(logits):
         whole, part = whole_of(logits) if inplace_backward else (logits, None)
         found: tuple[Tensor, Tensor] = _TokenLogProbs.apply(
             whole,

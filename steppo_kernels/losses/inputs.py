@@ -167,11 +167,11 @@ def _warn_of_rounding(
     clip_high: Tensor | None,
 ) -> None:
     """Warn of log-probs that are rounded by more than what clips a ratio."""
-    rounded = [
-        (name, value.dtype)
-        for name, value in (("log_probs", log_probs), ("old_log_probs", old_log_probs))
-        if isinstance(value, Tensor) and value.dtype in checks.HALF_DTYPES
-    ]
+    rounded = []
+    if log_probs is not None and log_probs.dtype in checks.HALF_DTYPES:
+        rounded.append(("log_probs", log_probs.dtype))
+    if isinstance(old_log_probs, Tensor) and old_log_probs.dtype in checks.HALF_DTYPES:
+        rounded.append(("old_log_probs", old_log_probs.dtype))
     if not rounded or config.surrogate == "soft" or is_compiling():
         return
     # Bounds of steps may lie on a GPU. A bound of 0 leaves no range.
@@ -229,7 +229,12 @@ def _per_step_or_token(
     dtype: torch.dtype,
 ) -> tuple[Tensor, bool]:
     """Return numbers of steps or of tokens; a mask (no `num_steps`) takes those of tokens alone."""
-    if not checks.is_ready(value, dtype, device):
+    if checks.is_ready(value, dtype, device):
+        # Almost every call: nothing is asked twice.
+        is_per_step = value.shape == (num_steps,)
+        if is_per_step or value.shape == shape:
+            return value, not is_per_step
+    else:
         value = checks.floating(name, value, device)
     found = value.shape
     if num_steps is None and found.numel() != shape.numel():

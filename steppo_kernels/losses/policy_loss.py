@@ -15,6 +15,7 @@ from ..backends.derivatives import (
     first_only,
     keep_inputs,
     kept_inputs,
+    wants_gradient,
     with_others,
 )
 from ..backends.reference import policy_loss as reference
@@ -151,7 +152,7 @@ def loss_of(inputs: LossInputs, log_probs: Tensor, entropy: Tensor | None) -> St
     """Return the loss of checked arguments: `log_probs` and `entropy` carry the gradients."""
     if inputs.backend == "reference":
         loss, metrics, step_log_ratio = _reference_loss(inputs, log_probs, entropy)
-    elif checks.wants_gradient(log_probs, entropy):
+    elif wants_gradient(log_probs, entropy):
         loss, metrics, step_log_ratio = around_autograd(_PolicyLoss, log_probs, entropy, inputs)
     else:
         loss, metrics, step_log_ratio = run_operator(inputs, log_probs, entropy, False, False)[:3]

@@ -15,6 +15,7 @@ from ..backends.derivatives import (
     first_only,
     keep_inputs,
     kept_inputs,
+    wants_gradient,
     with_others,
 )
 from ..backends.reference import value_loss as reference
@@ -126,7 +127,7 @@ def step_value_loss(
             returns_by_token,
             old_by_token,
         )
-        if checks.wants_gradient(new):
+        if wants_gradient(new):
             loss, metrics = around_autograd(_ValueLoss, values, chosen, constants)
         else:
             loss, metrics, *_ = operators.call("value_loss", chosen, new, *constants, False)
