@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -101,6 +101,14 @@ def order_of(module: Path) -> Order:
         library.limit_blocks(most_blocks)
 
     return order
+
+
+def launches_of(module: Path) -> Callable[[], int]:
+    """Return what tells how many launches of a module's kernels there were."""
+    library = ctypes.CDLL(str(module))
+    library.count_of_launches.restype = ctypes.c_uint64
+    count: Callable[[], int] = library.count_of_launches
+    return count
 
 
 def _kernels() -> list[Path]:

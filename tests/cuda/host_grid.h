@@ -1,6 +1,8 @@
 // How the blocks of a kernel run on the host, in the order that a seed draws. See cuda_on_host.h.
 #pragma once
 
+#include <atomic>
+
 #include "host_threads.h"
 
 namespace cuda_on_host {
@@ -148,6 +150,9 @@ CUDA_ON_HOST_FN void run(uint3 grid, uint3 threads, const std::function<void()>&
 
 // Launching.
 
+// How many launches there were in this process.
+inline std::atomic<std::uint64_t> launches{0};
+
 template <class... Parameters, class... Arguments>
 inline void launch(void (*kernel)(Parameters...), uint3 grid, uint3 threads,
                    Arguments... arguments) {
@@ -161,6 +166,7 @@ inline void launch(void (*kernel)(Parameters...), uint3 grid, uint3 threads,
     refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
            std::to_string(grid.z));
   }
+  ++launches;
   if (options.resident == 0) return;
   run(grid, threads, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }

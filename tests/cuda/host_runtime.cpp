@@ -1,5 +1,5 @@
-// Linked into what tests make of the kernels: the order in which threads run, and what
-// csrc/cuda/runtime.cu asks of CUDA.
+// Linked into what tests make of the kernels: the order in which threads run, a count of launches,
+// and what csrc/cuda/runtime.cu asks of CUDA.
 #include "host_grid.h"
 #include "launch.h"
 #include "steppo/cuda.h"
@@ -11,6 +11,8 @@ EXPORTED void order_of_threads(std::uint64_t seed, int resident) {
 }
 
 EXPORTED void limit_blocks(std::int64_t most) { cuda_on_host::options.most_blocks = most; }
+
+EXPORTED std::uint64_t count_of_launches() { return cuda_on_host::launches; }
 
 namespace steppo::cuda {
 
