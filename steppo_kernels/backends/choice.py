@@ -47,8 +47,8 @@ def why_not_triton() -> str | None:
     """Return why the Triton backend cannot run here at all, or None if it can."""
     if why := _why_no_kernels():
         return why
-    if not (torch.cuda.is_available() or triton_interprets()):
-        return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
+    if (why := _why_no_gpu()) and not triton_interprets():
+        return f"{why}, and TRITON_INTERPRET=1 is not set"
     return None
 
 
@@ -73,6 +73,23 @@ def _why_no_kernels() -> str | None:
     return None
 
 
+def _why_no_gpu() -> str | None:
+    """Return why torch has no GPU here, or None if it has one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "torch sees no GPU" if torch.version.hip else "torch is built for CPUs alone"
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    if driver == 0:
+        return "torch finds no NVIDIA driver"
+    if driver // 1000 < int(torch.version.cuda.split(".")[0]):
+        return (
+            f"the driver runs CUDA {driver // 1000}, and torch is built with CUDA "
+            f"{torch.version.cuda}: update the driver"
+        )
+    return "torch sees no GPU"
+
+
 @functools.cache
 def why_not_cuda() -> str | None:
     """Return why the CUDA C++ backend cannot run here at all, or None if it can."""
@@ -84,8 +101,8 @@ def why_not_cuda() -> str | None:
         return None
     if torch.version.hip is not None:
         return "torch is built for AMD GPUs, and these kernels are for those of NVIDIA"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
+    if why := _why_no_gpu():
+        return why
     driver, runtime = module.versions()
     if driver // 1000 < runtime // 1000:
         return (
@@ -93,21 +110,26 @@ def why_not_cuda() -> str | None:
             f"{runtime // 1000}: update the driver, or install with the nvcc of CUDA "
             f"{driver // 1000}"
         )
+    reasons = [_why_not_on(index) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+def _why_not_on(index: int) -> str | None:
+    """Return why the CUDA kernels have no code for a GPU, or None if they have."""
+    module = module_of("cuda")
+    driver, runtime = module.versions()
     compiled = module.architectures.split()
+    capability = torch.cuda.get_device_capability(index)
     # A driver translates what was compiled with its own CUDA or an older one.
-    translates = driver >= runtime
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if not _runs(capability, compiled, translates=translates):
-            name = torch.cuda.get_device_name(index)
-            number = capability[0] * 10 + capability[1]
-            if number < OLDEST_GPU:
-                return f"{name} is of architecture {number}, and the kernels take {OLDEST_GPU} on"
-            return (
-                f"the kernels were built for {', '.join(compiled)}, and {name} is of architecture "
-                f"{number}: install with {number} in STEPPO_CUDA_ARCHS"
-            )
-    return None
+    if _runs(capability, compiled, translates=driver >= runtime):
+        return None
+    name, number = torch.cuda.get_device_name(index), capability[0] * 10 + capability[1]
+    if number < OLDEST_GPU:
+        return f"{name} is of architecture {number}, and the kernels take {OLDEST_GPU} on"
+    return (
+        f"the kernels were built for {', '.join(compiled)}, and {name} is of architecture "
+        f"{number}: install with {number} in STEPPO_CUDA_ARCHS"
+    )
 
 
 def _runs(capability: tuple[int, int], compiled: list[str], *, translates: bool) -> bool:
@@ -144,7 +166,11 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     if why := why_not_cuda():
         return why
     taken = "cpu" if cuda_on_host() else "cuda"
-    return None if device.type == taken else f"it takes tensors on {taken}"
+    if device.type != taken:
+        return f"it takes tensors on {taken}"
+    if taken == "cpu":
+        return None
+    return _why_not_on(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def resolve(backend: str, device: torch.device) -> str:
@@ -159,7 +185,7 @@ def resolve(backend: str, device: torch.device) -> str:
     """
     if type(backend) is not str or backend not in BACKENDS:
         one_of("backend", backend, BACKENDS)
-    chosen = _resolved(backend, device.type)
+    chosen = _resolved(backend, device)
     refuse_recording(chosen)
     return chosen
 
@@ -170,19 +196,18 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _resolved(backend: str, device_type: str) -> str:
-    device = torch.device(device_type)
+def _resolved(backend: str, device: torch.device) -> str:
     if backend != "auto":
         if why := unavailable(backend, device):
             raise RuntimeError(
-                f"backend: {backend!r} cannot run on {device_type} tensors here: {why}"
+                f"backend: {backend!r} cannot run on {device.type} tensors here: {why}"
             )
         return backend
     reasons = []
-    for wanted in _FASTEST.get(device_type, ()):
+    for wanted in _FASTEST.get(device.type, ()):
         why = unavailable(wanted, device)
         if why is None:
             return wanted
         reasons.append(f"no {wanted!r}: {why}")
-    _log.info("backend 'auto' is 'reference' on %s tensors: %s", device_type, "; ".join(reasons))
+    _log.info("backend 'auto' is 'reference' on %s tensors: %s", device.type, "; ".join(reasons))
     return "reference"

@@ -81,11 +81,12 @@ def _version(package: str) -> str | None:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    kinds = {str(device).split(":")[0]: device for device in reversed(torch_devices())}
-    reasons = {kind: choice.unavailable(name, device) for kind, device in kinds.items()}
-    runs_on = sorted(kind for kind, why in reasons.items() if why is None)
+    # GPUs come first: why one of them is not taken says more than that a CPU is none.
+    devices = sorted(torch_devices(), key=lambda device: device.type == "cpu")
+    reasons = [(device.type, choice.unavailable(name, device)) for device in devices]
+    runs_on = sorted({kind for kind, why in reasons if why is None})
     # A backend that is whole, but has no device of its kind here, is missing all the same.
-    why_not = None if runs_on else next(iter(reasons.values()))
+    why_not = None if runs_on else reasons[0][1]
     details: dict[str, Any] = {}
     if runs_on and name == "cpu":
         module = modules.module_of("cpu")

@@ -34,15 +34,19 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         versions: tuple[int, int] = (13000, 13000),
         on_host: bool = False,
         hip: str | None = None,
+        torch_cuda: str | None = "13.0",
     ) -> None:
         module = SimpleNamespace(on_host=on_host, versions=lambda: versions, architectures=compiled)
         monkeypatch.setattr(choice, "module_of", lambda _: module)
         monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.version, "cuda", None if hip else torch_cuda)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: versions[0], raising=False)
         for name, answer in {
             "is_available": lambda: bool(gpus),
             "device_count": lambda: len(gpus),
             "get_device_name": lambda index: gpus[index][0],
             "get_device_capability": lambda index: gpus[index][1],
+            "current_device": lambda: 0,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
 
@@ -84,6 +88,13 @@ def test_kernels_of_the_host_need_no_gpu(machine):
     ("gpus", "options", "why"),
     [
         ([], {}, "torch sees no GPU"),
+        ([], {"torch_cuda": None, "versions": (0, 13000)}, "torch is built for CPUs alone"),
+        ([], {"versions": (0, 13000)}, "torch finds no NVIDIA driver"),
+        (
+            [],
+            {"versions": (12080, 13000)},
+            "the driver runs CUDA 12, and torch is built with CUDA 13.0: update the driver",
+        ),
         (
             [H100],
             {"hip": "6.4"},
@@ -96,7 +107,7 @@ def test_kernels_of_the_host_need_no_gpu(machine):
             "or install with the nvcc of CUDA 12",
         ),
         (
-            [A100, H100],
+            [H100],
             {"compiled": "80"},
             "the kernels were built for 80, and H100 is of architecture 90: install with 90 in "
             "STEPPO_CUDA_ARCHS",
@@ -129,6 +140,36 @@ def test_what_a_machine_lacks(machine, gpus, options, why):
     assert why_not() == why
 
 
+def test_triton_says_why_there_is_no_gpu(machine, monkeypatch):
+    machine(versions=(0, 13000))
+    monkeypatch.setattr(choice, "_why_no_kernels", lambda: None)
+    monkeypatch.setattr(choice, "triton_interprets", lambda: False)
+    why = "torch finds no NVIDIA driver, and TRITON_INTERPRET=1 is not set"
+    assert choice.why_not_triton.__wrapped__() == why
+
+
+def test_each_gpu_has_its_own_answer(machine, monkeypatch):
+    machine(H100, T4, A100, compiled="90")
+    assert why_not() is None
+    monkeypatch.setattr(choice, "why_not_cuda", lambda: None)
+    wanted = [
+        None,
+        "T4 is of architecture 75, and the kernels take 80 on",
+        "the kernels were built for 90, and A100 is of architecture 80: install with 80 in "
+        "STEPPO_CUDA_ARCHS",
+    ]
+    assert [choice.unavailable("cuda", torch.device("cuda", k)) for k in range(3)] == wanted
+    # Without an index, it is the current one.
+    assert choice.unavailable("cuda", torch.device("cuda")) is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert choice.unavailable("cuda", torch.device("cuda")) == wanted[1]
+    monkeypatch.setattr(choice, "why_not_triton", lambda: None)
+    resolved = [choice._resolved.__wrapped__("auto", torch.device("cuda", k)) for k in range(3)]
+    assert resolved == ["cuda", "triton", "triton"]
+    with pytest.raises(RuntimeError, match="cannot run on cuda tensors here: T4 is of arch"):
+        choice._resolved.__wrapped__("cuda", torch.device("cuda", 1))
+
+
 def test_the_oldest_gpu_is_the_first_that_is_compiled_for():
     source = _ROOT / "building/cuda.py"
     if not source.exists():
@@ -148,6 +189,8 @@ def test_a_call_says_why(monkeypatch, device):
 def test_tensors_that_the_kernels_take(monkeypatch, on_host, taken):
     monkeypatch.setattr(choice, "why_not_cuda", lambda: None)
     monkeypatch.setattr(choice, "module_of", lambda _: SimpleNamespace(on_host=on_host))
+    monkeypatch.setattr(choice, "_why_not_on", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for device in ("cpu", "cuda"):
         why = None if device == taken else f"it takes tensors on {taken}"
         assert choice.unavailable("cuda", torch.device(device)) == why

@@ -1,4 +1,4 @@
-"""Where calls of CUDA kernels run: streams, threads and captures, whose numbers are made up here."""
+"""Where calls of CUDA kernels run: streams, threads and captures, all of them made up here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Machine:
         self.places = Streams(kernels)
 
     def _is_capturing(self, stream: int) -> bool:
-        assert stream != 0, "CUDA cannot capture the default stream, nor be asked in a capture"
+        assert stream != 0, "no capture is on the default stream, and a question spoils others"
         return stream in self.captured
 
     def place(self):

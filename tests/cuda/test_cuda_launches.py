@@ -35,9 +35,11 @@ def _policy(on_mask: bool, shape: tuple[int, int] = _SHAPE, **numbers: object):
     config = sk.StepPOConfig(clip_low=0.2, clip_high=0.2, **numbers)
     new, old, of_tokens = _leaf(*shape), _leaf(*shape, seed=2).detach(), torch.ones(shape)
     advantages = of_tokens if on_mask else torch.ones(steps.num_steps)
-    return lambda: sk.steppo_loss(
-        new, old, advantages, steps, config=config, ref_log_probs=old, backend="cuda"
-    ).loss
+    return lambda: (
+        sk.steppo_loss(
+            new, old, advantages, steps, config=config, ref_log_probs=old, backend="cuda"
+        ).loss
+    )
 
 
 def _value(of_tokens: bool):
@@ -62,9 +64,9 @@ def _from_logits():
     layout = sk.StepLayout.from_mask(_mask((1, 40)), backend="cpu")
     logits, ids = _leaf(1, 40, 70), torch.zeros(1, 40, dtype=torch.int64)
     old, advantages = torch.zeros(1, 40), torch.ones(layout.num_steps)
-    return lambda: sk.steppo_loss_from_logits(
-        logits, ids, old, advantages, layout, backend="cuda"
-    ).loss
+    return lambda: (
+        sk.steppo_loss_from_logits(logits, ids, old, advantages, layout, backend="cuda").loss
+    )
 
 
 # Launches of the call, and of its backward pass.
