@@ -9,15 +9,21 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from machine_loops import Flow, flow_of
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # The sources that have kernels; the other one has what the host asks of CUDA.
 KERNELS = [source for source in SOURCES if source.stem != "runtime"]
-WIDE_LOAD = r"LDG\.E[\w.]*\.128[\w.]*"
+WIDE_LOAD, WIDE_STORE = (rf"{name}\.E[\w.]*\.128[\w.]*" for name in ("LDG", "STG"))
+# What the units for fp64 do: arithmetic, and conversions from and to it.
+FP64 = re.compile(r"\b(D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.(RCP|RSQ)64H)")
+FP64_CONVERSION = re.compile(r"\b(F2F|F2I|I2F|FRND)\.[\w.]*F64")
 # No local memory, and no atomics on floating-point numbers, whose order is anybody's.
 FORBIDDEN = re.compile(r"\b(LDL|STL)\b|\b(RED|ATOM[GS]?)\.[\w.]*(F32|F64|F16)")
 
@@ -48,37 +54,31 @@ class Kernel(NamedTuple):
         return len(re.findall(rf"\b{instruction}\b", self.code))
 
     @property
-    def loops(self) -> list[str]:
-        """The instructions of each loop: from where a branch goes back to, up to the branch."""
-        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self.code)
-        found = []
-        for place, (address, instruction) in enumerate(lines):
-            jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
-            if jump and int(jump[1], 16) <= int(address, 16):
-                inside = [
-                    text for at, text in lines[: place + 1] if int(at, 16) >= int(jump[1], 16)
-                ]
-                found.append("\n".join(inside))
-        return found
+    def flow(self) -> Flow:
+        """The instructions of its loops, and of what is in none."""
+        return flow_of(self.code)
 
     @property
-    def stream(self) -> list[str]:
+    def stream(self) -> tuple[str, ...]:
         """The instructions of the loop that takes the fewest of them for a load of 16 bytes."""
-        streams = [loop for loop in self.loops if re.search(WIDE_LOAD, loop)]
-        shortest = min(
-            streams, key=lambda loop: loop.count("\n") / len(re.findall(WIDE_LOAD, loop))
-        )
-        return shortest.splitlines()
+        streams = [loop.code for loop in self.flow.loops if wide_moves(loop.code)[0] > 0]
+        return min(streams, key=lambda code: len(code) / wide_moves(code)[0])
 
     @property
     def wide_loads(self) -> int:
-        """The loads of 16 bytes."""
+        """The loads of 16 bytes, wherever they are."""
         return self.count(WIDE_LOAD)
 
     @property
     def wide_stores(self) -> int:
-        """The stores of 16 bytes."""
-        return self.count(r"STG\.E[\w.]*\.128[\w.]*")
+        """The stores of 16 bytes, wherever they are."""
+        return self.count(WIDE_STORE)
+
+
+def wide_moves(code: Iterable[str]) -> tuple[int, int]:
+    """Return the loads and the stores of 16 bytes among some instructions."""
+    text = "\n".join(code)
+    return len(re.findall(WIDE_LOAD, text)), len(re.findall(WIDE_STORE, text))
 
 
 @functools.cache
@@ -136,7 +136,7 @@ def _read(cubin: Path) -> list[Kernel]:
     usage = dict(
         re.findall(r"Function (\S+):\s+(REG.*)", _run(_tool("cuobjdump"), "-res-usage", str(cubin)))
     )
-    parts = re.split(r"\s+Function : (\S+)", _run(_tool("cuobjdump"), "-sass", str(cubin)))
+    parts = re.split(r"Function : (\S+)", _run(_tool("cuobjdump"), "-sass", str(cubin)))
     code = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert code.keys() == usage.keys() != set()
     found = []

@@ -2,7 +2,7 @@
 // same.
 #pragma once
 
-#include "rows.cuh"
+#include "packs.cuh"
 
 namespace steppo::cuda {
 

@@ -5,6 +5,9 @@
 // once, multiplied with the hidden state, and added to a sum by its softmax, which goes along. A
 // block takes the columns of a row together, so that the sum lies in registers. Long sets are
 // divided into parts that a second launch joins.
+#include <algorithm>
+#include <limits>
+
 #include "block_rows.cuh"
 #include "launch.h"
 #include "scan.cuh"

@@ -1,5 +1,7 @@
 // Log-probs and entropies over kept sets from the logits of their pairs: see
 // steppo_kernels/backends/kept_operators.py. A warp takes a token.
+#include <limits>
+
 #include "launch.h"
 #include "softmax.cuh"
 #include "steppo/cuda.h"

@@ -1,7 +1,9 @@
 // Sums of rows of a matrix, each times a factor. A warp takes some neighbouring columns of a sum.
 #pragma once
 
-#include "rows.cuh"
+#include <algorithm>
+
+#include "packs.cuh"
 
 namespace steppo::cuda {
 

@@ -1,6 +1,6 @@
 // A saved gradient times the factors that came later: out = grad * (upstream * scale).
 #include "launch.h"
-#include "rows.cuh"
+#include "packs.cuh"
 #include "steppo/cuda.h"
 #include "steppo/halves.h"
 

@@ -1,9 +1,27 @@
 // What a thread makes of logits of a row: sums of its softmax, and its slope.
 #pragma once
 
-#include "rows.cuh"
+#include <limits>
+
+#include "packs.cuh"
+#include "soft_cap.cuh"
 
 namespace steppo::cuda {
+
+STEPPO_DEVICE double larger(double x, double low) { return x < low ? low : x; }
+
+// What exp_scale makes exponents for.
+STEPPO_DEVICE float power(float exponent) { return fast_exp2(exponent); }
+STEPPO_DEVICE double power(double exponent) { return std::exp(exponent); }
+
+STEPPO_DEVICE double log_of_power_base(float) { return 0.6931471805599453; }
+STEPPO_DEVICE double log_of_power_base(double) { return 1; }
+
+// Whether rows of this type of logits can be computed in their own type at a temperature.
+template <class In>
+STEPPO_DEVICE bool fits(double temperature) {
+  return sizeof(In) == sizeof(double) || fits_fp32(temperature);
+}
 
 // What a thread has seen of a row: RowSums in the type of the computation.
 template <class Value>

@@ -1,7 +1,10 @@
 // Log-probs and entropies of tokens from their logits: see
 // steppo_kernels/log_probs/token_log_probs.py. A block takes a row, or one of the parts of it.
+#include <limits>
+
 #include "last_block.cuh"
 #include "launch.h"
+#include "rows.cuh"
 #include "softmax.cuh"
 #include "steppo/cuda.h"
 

@@ -6,7 +6,9 @@ import re
 
 import cuda_machine_code
 import pytest
-from cuda_machine_code import ARCHITECTURES, FORBIDDEN, WIDE_LOAD, Kernel
+from cuda_fp64 import IN_FP32, complaints
+from cuda_machine_code import ARCHITECTURES, FORBIDDEN, Kernel, wide_moves
+from cuda_moves import PIECES, STREAMS, Moves, find_moves
 
 # What a kernel may need, four blocks of 256 threads of which fill an SM; and those of which fewer
 # do: kernels that work in fp64 on steps, three of them for a plain policy loss, that keep many
@@ -33,30 +35,6 @@ MOST_OF_GENERAL = {
     r"policy_loss_kernel<float": 0.55,
     r"policy_loss_kernel<double": 0.58,
 }
-# Loads that a thread has under way in rows of logits, forward; then loads and stores backward, by
-# the types of logits and of their gradient. Gradients in fp64 are written number by number.
-_HALF, _BFLOAT = "steppo::Half", "steppo::BFloat16"
-_LOADS = {"float": 4, "double": 1, _HALF: 4, _BFLOAT: 4}
-_MOVES = {
-    ("float", "float"): (2, 2),
-    ("float", _HALF): (2, 1),
-    ("float", _BFLOAT): (2, 1),
-    (_HALF, _HALF): (2, 2),
-    (_BFLOAT, _BFLOAT): (2, 2),
-}
-# Rows of the weight that a block multiplies: loads of a thread by the threads of a block and the
-# loads of a row. Stores of what a pack of a sum is: loads and stores of gradients, by the types of
-# rows and of a sum of them.
-_WIDTHS = {"128, 2": 8, "256, 2": 8, "256, 4": 8}
-_DIRECTIONS = {"float": 1, "double": 1, _HALF: 2, _BFLOAT: 2}
-_ROW_SUMS = {
-    ("float", "float"): (8, 1),
-    ("double", "double"): (8, 1),
-    (_HALF, _HALF): (8, 1),
-    (_HALF, "float"): (8, 2),
-    (_BFLOAT, _BFLOAT): (8, 1),
-    (_BFLOAT, "float"): (8, 2),
-}
 # Instructions that a thread takes for a logit, at most: forward and backward, plain, with an
 # entropy, with a softcap and with both. While an H100 moves its bytes at 85% of its rate there is
 # time for 22 of them forward and 43 backward, in halves.
@@ -65,54 +43,6 @@ MOST_A_LOGIT = {
     ("forward", 4): (7.1, 9.2, 26.5, 29.0),
     ("backward", 2): (6.5, 8.6, 29.6, 32.0),
     ("backward", 4): (6.1, 8.1, 29.5, 32.0),
-}
-_SWITCHES = ("false, false", "false, true", "true, false", "true, true")
-# The kernels that move 16 bytes at once, at the least, and how often.
-WIDE = {
-    "broadcast_kernel<float, true>": (1, 1),
-    "broadcast_kernel<double, true>": (1, 2),
-    "segment_rows_kernel": (0, 1),
-    "count_ids_kernel": (1, 0),
-    "place_ids_kernel": (1, 0),
-    "count_runs_kernel": (2, 0),
-    "number_runs_kernel": (2, 1),
-    "count_new_ids_kernel": (2, 0),
-    "number_ids_kernel": (2, 1),
-    "fill_kernel<float, true>": (0, 1),
-    "fill_kernel<double, true>": (0, 1),
-    **{
-        f"token_log_probs_kernel<{logits}, {switches}>": (loads, 0)
-        for logits, loads in _LOADS.items()
-        for switches in _SWITCHES
-    },
-    **{
-        f"token_log_probs_backward_kernel<{', '.join(types)}, {switches}>": moves
-        for types, moves in _MOVES.items()
-        for switches in _SWITCHES
-    },
-    **{
-        f"kept_head_kernel<{rows}, {width}, true, {also}>": (2 + loads, stores)
-        for rows, stores in _DIRECTIONS.items()
-        for width, loads in _WIDTHS.items()
-        for also, stores in (("false", 0), ("true", stores))
-    },
-    **{
-        f"scale_directions_kernel<{rows}, true>": (stores, 1)
-        for rows, stores in _DIRECTIONS.items()
-    },
-    **{
-        f"kept_hidden_gradient_kernel<{', '.join(types)}, true>": moves
-        for types, moves in _ROW_SUMS.items()
-    },
-    **{f"kept_weight_gradient_kernel<{rows}, true>": (4, 1) for rows in _DIRECTIONS},
-    "rewards_kernel<float, 1, true>": (4, 0),
-    "rewards_kernel<float, 16, true>": (4, 0),
-    "rewards_kernel<double, 1, true>": (6, 0),
-    "rewards_kernel<double, 16, true>": (6, 0),
-    "gae_rows_kernel<float, 1>": (8, 4),
-    "gae_rows_kernel<float, 16>": (8, 4),
-    "gae_rows_kernel<double, 1>": (7, 4),
-    "gae_rows_kernel<double, 16>": (7, 4),
 }
 
 
@@ -163,10 +93,17 @@ def test_a_plain_policy_loss_is_short(kernels: list[Kernel]) -> None:
 
 
 def test_streams_move_16_bytes_at_once(kernels: list[Kernel]) -> None:
-    by_name = {kernel.name: kernel for kernel in kernels}
-    for name, (loads, stores) in WIDE.items():
-        assert by_name[name].wide_loads >= loads, name
-        assert by_name[name].wide_stores >= stores, name
+    for kernel in kernels:
+        least = find_moves(kernel.name)
+        assert least.are_in(kernel.flow), kernel.name
+        # One that begins to move 16 bytes at once belongs among the others.
+        if least == Moves():
+            assert kernel.wide_loads + kernel.wide_stores == 0, kernel.name
+
+
+def test_lists_of_moves_name_kernels(kernels: list[Kernel]) -> None:
+    for names in (*STREAMS, *PIECES):
+        assert any(re.fullmatch(names, kernel.name) for kernel in kernels), names
 
 
 def test_the_account_has_them(kernels: list[Kernel], request: pytest.FixtureRequest) -> None:
@@ -196,21 +133,17 @@ def logits_kernels(kernels: list[Kernel]) -> list[Kernel]:
 
 def test_loops_over_logits_compute_in_fp32(kernels: list[Kernel]) -> None:
     """Few GPUs have as many units for fp64."""
-    rows = logits_kernels(kernels)
-    for kernel in rows:
-        loops = [loop for loop in kernel.loops if re.search(WIDE_LOAD, loop)]
-        assert loops, kernel.name
-        for loop in loops:
-            assert re.search(r"\bD(ADD|MUL|FMA|SETP)\b", loop) is None, kernel.name
-    # At a temperature that is out of the range of fp32 they do.
-    assert any(re.search(r"\bDFMA\b", loop) for kernel in rows for loop in kernel.loops)
+    of_fp32 = [kernel for kernel in kernels if re.match(IN_FP32, kernel.name)]
+    assert {kernel.name for kernel in logits_kernels(kernels)} < {one.name for one in of_fp32}
+    for kernel in of_fp32:
+        assert complaints(kernel) == [], kernel.name
 
 
 def test_a_logit_takes_few_instructions(kernels: list[Kernel]) -> None:
     """Where single packs are asked about, it takes up to twice as many."""
     for kernel in logits_kernels(kernels):
         width = 4 if "<float" in kernel.name else 2
-        logits = 16 // width * len(re.findall(WIDE_LOAD, "\n".join(kernel.stream)))
+        logits = 16 // width * wide_moves(kernel.stream)[0]
         kind = "backward" if "backward" in kernel.name else "forward"
         is_capped, has_entropy = re.findall("true|false", kernel.name)
         most = MOST_A_LOGIT[kind, width][2 * (is_capped == "true") + (has_entropy == "true")]

@@ -19,6 +19,7 @@ from steppo_kernels.outputs import POLICY_METRICS, ROLLOUT_METRICS, VALUE_METRIC
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "python/README.md")),
+    ROOT / "csrc/cuda/README.md",
     ROOT / "benchmarks/cuda_account.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -102,6 +103,16 @@ def test_links_lead_to_files_and_headings(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_map_of_cuda_kernels_names_every_file_and_operator():
+    folder = ROOT / "csrc/cuda"
+    named = set(re.findall(r"`(\w[\w.]+)`", (folder / "README.md").read_text()))
+    lists = (ROOT / "csrc/include/steppo").glob("*operators.inc")
+    lines = "".join(path.read_text() for path in lists if path.name != "cpu_operators.inc")
+    assert set(re.findall(r"^STEPPO_OPERATOR\((\w+),", lines, re.M)) <= named
+    files = {path.name for path in folder.iterdir()} - {"README.md"}
+    assert {name for name in named if "." in name} == files
 
 
 def test_every_page_of_docs_is_linked_in_the_readme():
