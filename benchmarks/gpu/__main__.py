@@ -88,7 +88,7 @@ def run(options: Options, out: Path | None) -> int:
     rows = [(t.name, t.wanted, t.text, t.verdict) for t in promised]
     header = ("target", "wanted", "measured", "verdict")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    show(console, [stages(outcomes), *([Table("Targets", header, rows)] if rows else [])])
+    show(console, [*stages(outcomes), *([Table("Targets", header, rows)] if rows else [])])
     bad = [outcome.name for outcome in outcomes if outcome.is_bad]
     for name in bad:
         print(f"failed: {name}", file=sys.stderr)

@@ -28,6 +28,8 @@ _BUILD, _INFO = 140.0, 20.0
 # After this time no test is begun and no combination validated. The last of them may then take as
 # long as a compiler does, however short the rest is.
 _BEGIN, _TO_END = 110.0, 45.0
+# Tests that run for so much longer are broken off: pytest then has time to write what it counted.
+_GRACE = 30.0
 # What the measurement may take beyond its time: for the case that it is at, and to begin and end.
 _LAST_CASE = GRACE + 10.0
 
@@ -39,6 +41,8 @@ _GRAPHS = "tests/cuda/test_cuda_graphs.py"
 _SOME_TESTS = "tests/ground/test_config.py"
 # Processes of pytest: other checks run beside them.
 _MOST_PROCESSES = 8
+# A pool of compilers for each of these would be more processes than there are cores.
+_ONE_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,8 @@ def _tests(options: Options) -> list[Task]:
     counts = options.counts
     counts.unlink(missing_ok=True)
     seconds = _BEGIN * options.patience
-    words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--counts={counts}"]
+    words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--grace={_GRACE:.0f}"]
+    words.append(f"--counts={counts}")
     # Another day has other cases first.
     drawn = f"--draw={date.today().toordinal()}"
     words.append(drawn)
@@ -187,12 +192,18 @@ def _tests(options: Options) -> list[Task]:
             is_up = found["ended"] == NO_TIME
             why = f" in {seconds:.0f} s" if is_up else f": {found['ended'] or 'it was broken off'}"
             said.append(f"{found['not_begun']} not begun{why}")
+        if found["first_after"] is not None:
+            said.append(f"the first after {found['first_after']:.0f} s")
+        if found["broken_off"]:
+            first, ran = next(iter(found["broken_off"].items()))
+            said.append(f"{len(found['broken_off'])} broken off, as {first} after {ran:.0f} s")
         if found["lost_by"]:
             said.append(f"{len(found['lost_by'])} lost the device, first {found['lost_by'][0]}")
         word = PASSED if done.code == 0 and found["passed"] else FAILED
         return Verdict(word, f"{', '.join([*said, *lacks])} ({drawn} repeats their order)")
 
-    return [Task("tests", "tests", _pytest(*words), options.limit_of_checks, judge=judge)]
+    command = _pytest(*words)
+    return [Task("tests", "tests", command, options.limit_of_checks, _ONE_COMPILER, judge)]
 
 
 def _validate(options: Options) -> list[Task]:

@@ -163,6 +163,10 @@ def test_what_has_no_time_for_all_ends_by_itself(options: Options) -> None:
     (in_time,) = (word for word in tests.words if word.startswith("--in-time="))
     for begin, task in zip((*seconds, float(in_time[10:])), (*validated, tests), strict=True):
         assert begin + 30 <= task.limit
+    # What is broken off is counted before the stage is stopped.
+    (grace,) = (word for word in tests.words if word.startswith("--grace="))
+    assert float(grace[8:]) >= 30
+    assert float(in_time[10:]) + float(grace[8:]) + 15 <= tests.limit
 
 
 def test_nothing_runs_beside_what_is_timed(options: Options) -> None:
@@ -177,12 +181,14 @@ def test_what_is_missing_is_said(options: Options, monkeypatch: pytest.MonkeyPat
     assert "-n" not in tasks["tests"].words
     (options.work / "counts.json").write_text(
         json.dumps(
-            {"passed": 3, "failed": 0, "skipped": 1, "not_begun": 7}
+            {"passed": 3, "failed": 0, "skipped": 1, "not_begun": 7, "first_after": 31.2}
+            | {"broken_off": {"test_x.py::test_slow": 40.2}}
             | {"ended": NO_TIME, "lost_by": ["test_x.py::test_x"], "failures": []}
         )
     )
     said = tasks["tests"].judge(Finished(0, options.work / "log")).said
     parts = ["3 passed", "7 not begun in 110 s", "1 lost the device, first test_x.py::test_x"]
+    parts += ["the first after 31 s", "1 broken off, as test_x.py::test_slow after 40 s"]
     for part in (*parts, "pytest-xdist is not", "hypothesis, which is not"):
         assert part in said
     assert "compute-sanitizer is not on PATH" in tasks["sanitizers"].why_not
@@ -351,6 +357,8 @@ def test_the_page_has_a_table_for_each_case(tmp_path: Path) -> None:
         {"why": "CUDA error", "count": 9, "tests": ["test_x.py::test_a", "test_x.py::test_b"]},
     ]
     outcomes = [Outcome("build", PASSED, 3.0, "built")]
+    assert report.TOO_LATE not in report.stages(outcomes)
+    outcomes.append(Outcome("info", LATE, 20.0, "stopped after 20 s"))
     report.write(tmp_path, machine, outcomes, results, failed_tests)
     page = (tmp_path / "gpu_check.md").read_text()
     wanted = "| cuda | 20 us | 10 us | 40 us |  | 1 | 0 | 50 | 50 % | 1 MiB | 1.0e-06 |"
@@ -359,6 +367,9 @@ def test_the_page_has_a_table_for_each_case(tmp_path: Path) -> None:
     assert "| Liger GRPO, Triton | 3 cases | not installed: liger_kernel |" in page
     assert "it \\| raised" in page
     assert "| build | passed | 3 s | built |" in page
+    # The page says what the word means, right below the table.
+    late = page.index("| info | TOO LATE | 20 s | stopped after 20 s |")
+    assert late < page.index("TOO LATE is a stage that was stopped") < page.index("## Failures of")
     often = page.index("| 9 | CUDA error | test_x.py::test_a; test_x.py::test_b; and 7 more |")
     once = page.index("| 1 | ValueError: no \\| number | test_x.py::test_one |")
     assert page.index("## Failures of tests") < often < once
