@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import sanitizer
+from .cases import GROUPS
 from .facts import architecture, is_there, toolkit_program
 from .measure import GRACE
 from .running import FAILED, PASSED, Finished, Task, Verdict, last_line
@@ -55,6 +56,7 @@ class Options:
         patience: what every limit is multiplied by.
         stages: those that are wanted.
         only: part of the names of the cases that are measured.
+        groups: those whose cases are measured.
     """
 
     device: torch.device
@@ -62,6 +64,7 @@ class Options:
     patience: float = 1.0
     stages: tuple[str, ...] = STAGES
     only: str = ""
+    groups: tuple[str, ...] = GROUPS
 
     @property
     def is_dry(self) -> bool:
@@ -72,6 +75,11 @@ class Options:
     def rows(self) -> Path:
         """Where the measurements go."""
         return self.work / "rows.json"
+
+    @property
+    def measured(self) -> Path:
+        """Where it stands when cases were last measured, by earlier results of the device."""
+        return self.work / "measured.json"
 
     @property
     def counts(self) -> Path:
@@ -253,4 +261,5 @@ def _benchmarks(options: Options, limit: float) -> Task:
     seconds = limit - _LAST_CASE
     words = ["--device", str(options.device), "--size", "tiny" if options.is_dry else "full"]
     words += ["--seconds", f"{seconds:.0f}", "--out", str(options.rows), "--only", options.only]
+    words += ["--groups", ",".join(options.groups), "--measured", str(options.measured)]
     return Task("benchmarks", "benchmarks", _python("benchmarks.gpu.measure", *words), limit)

@@ -58,6 +58,7 @@ def test_a_dry_run_writes_a_page(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["--device", "cpu", "--stages", "nothing"], "expected some of build, info"),
+        (["--device", "cpu", "--groups", "head,heads"], "got heads, expected some of tokens, log"),
         (["--device", "xpu"], "expected a GPU such as cuda:0, or cpu"),
     ],
 )
