@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,59 @@ def test_info_wants_the_backend_that_is_checked(options: Options) -> None:
     backends["cuda"]["devices"] = ["cuda"]
     log.write_text(json.dumps({"backends": backends}))
     assert info.judge(Finished(0, log)) == (PASSED, "cuda on cuda")
+
+
+def bench_row(implementation: str, status: str, ms: float | None) -> dict[str, Any]:
+    row = {"operation": "gae", "variant": "per step", "implementation": implementation}
+    return row | {"status": status, "ms": ms, "note": "off by 1"}
+
+
+@pytest.mark.parametrize(
+    ("code", "rows", "word", "said"),
+    [
+        (0, [("eager", "ok", 1.0), ("cuda", "ok", 1.0)], PASSED, "2 rows; 2 ok"),
+        (0, [("cuda", "ok", 1.0), ("cuda", "no time", None)], PASSED, "2 rows; 1 ok; 1 no time"),
+        (
+            1,
+            [("cuda", "ok", 1.0), ("triton", "wrong", None)],
+            FAILED,
+            "2 rows; 1 ok; 1 wrong; gae, per step, triton, off by 1",
+        ),
+        (
+            0,
+            [("eager", "ok", 1.0), ("cuda", "no time", None)],
+            FAILED,
+            "2 rows; 1 ok; 1 no time; none of cuda has a time",
+        ),
+        (0, [], FAILED, "0 rows; none of cuda has a time"),
+        (1, None, FAILED, "no JSON; Error: no such device"),
+    ],
+)
+def test_bench_has_to_end_well_and_to_write_times(
+    code: int, rows: list[Any] | None, word: str, said: str, options: Options
+) -> None:
+    task = tasks_of(options)["bench"]
+    assert task.words[2:6] == ["steppo_kernels", "bench", "--device", "cuda:0"]
+    assert float(task.words[task.words.index("--seconds") + 1]) + 60 < task.limit
+    log = options.work / "bench.txt"
+    text = "Error: no such device"
+    if rows is not None:
+        text = json.dumps({"ok": not code, "rows": [bench_row(*row) for row in rows]})
+    log.write_text(f"a {{warning}}\n{text}\n")
+    assert task.judge(Finished(code, log)) == (word, said)
+    if rows is not None:
+        # What a library says at its exit comes after it.
+        log.write_text(f"{log.read_text()}leaked {{1}}\n")
+        assert task.judge(Finished(code, log)) == (word, said)
+
+
+def test_a_dry_run_of_bench_passes(tmp_path: Path) -> None:
+    if why := choice.why_not_cpu():
+        pytest.skip(why)
+    task = tasks_of(Options(CPU, tmp_path))["bench"]
+    words = [*task.words, "--operation", "gae"]
+    (found,) = running.side_by_side([replace(task, words=words)], ROOT, tmp_path)
+    assert found.word == PASSED, found.said
 
 
 # Running.
