@@ -32,8 +32,8 @@ _BUILD, _INFO = 140.0, 20.0
 # After this time no test is begun and no combination validated. The last of them may then take as
 # long as a compiler does, however short the rest is.
 _BEGIN, _TO_END = 110.0, 45.0
-# What `steppo-kernels bench` may take. Others run beside it, and its times are not kept.
-_BENCH, _BENCH_DRY = 60.0, 10.0
+# What `steppo-kernels bench` may take of a dry run. Its times are not kept: others run beside it.
+_BENCH_DRY = 10.0
 # Tests that run for so much longer are broken off: pytest then has time to write what it counted.
 _GRACE = 30.0
 # What the measurement may take beyond its time: for the case that it is at, and to begin and end.
@@ -49,7 +49,7 @@ _SOME_TESTS = "tests/ground/test_config.py"
 _NAMED = 3
 # Processes of pytest: other checks run beside them.
 _MOST_PROCESSES = 8
-# A pool of compilers for each of these would be more processes than there are cores.
+# A pool of compilers for each process that compiles would be more than there are cores.
 _ONE_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
@@ -268,11 +268,11 @@ def _bench(options: Options) -> list[Task]:
             return Verdict(FAILED, "; ".join(said))
         return Verdict(FAILED if done.code else PASSED, "; ".join(said))
 
-    seconds = _BENCH_DRY if options.is_dry else _BENCH
+    seconds = _BENCH_DRY if options.is_dry else _BEGIN
     words = ["bench", "--device", str(options.device), "--json"]
     words += ["--seconds", f"{seconds * options.patience:.0f}"]
     command = _python("steppo_kernels", *words)
-    return [Task("bench", "bench", command, options.limit_of_checks, judge=judge)]
+    return [Task("bench", "bench", command, options.limit_of_checks, _ONE_COMPILER, judge)]
 
 
 def _sanitizers(options: Options) -> list[Task]:
