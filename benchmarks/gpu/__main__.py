@@ -21,7 +21,9 @@ import torch
 from rich.console import Console
 
 from ..report.page import Table, show
+from .cases import GROUPS
 from .facts import facts, headline, slug
+from .order import last_measured
 from .plan import STAGES, Options, phases
 from .report import NAME, stages, verdicts, write
 from .results import Results
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=_WORK, help="folder for the output of stages")
     parser.add_argument("--stages", default=",".join(STAGES), help="only these, with commas")
     parser.add_argument("--only", default="", help="part of the names of the cases to measure")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="of cases, with commas")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies every time limit")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
@@ -48,23 +51,27 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device: torch sees no GPU; a dry run takes --device cpu")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    wanted = tuple(given.stages.split(","))
-    if unknown := [stage for stage in wanted if stage not in STAGES]:
-        parser.error(f"--stages: got {', '.join(unknown)}, expected some of {', '.join(STAGES)}")
+    wanted, groups = tuple(given.stages.split(",")), tuple(given.groups.split(","))
+    for option, names, known in (("stages", wanted, STAGES), ("groups", groups, GROUPS)):
+        if unknown := [name for name in names if name not in known]:
+            some = ", ".join(known)
+            parser.error(f"--{option}: got {', '.join(unknown)}, expected some of {some}")
     shutil.rmtree(given.work, ignore_errors=True)
     given.work.mkdir(parents=True)
     # What stops the check by a signal also ends what it has started.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    options = Options(device, given.work.resolve(), given.patience, wanted, given.only)
+    options = Options(device, given.work.resolve(), given.patience, wanted, given.only, groups)
     return run(options, given.out)
 
 
 def run(options: Options, out: Path | None) -> int:
     """Run a check; return the exit code."""
     begin, found = time.monotonic(), facts(options.device)
+    kept = ROOT / "benchmarks" / "results" / slug(found["device"])
     if out is None:
-        results_folder = ROOT / "benchmarks" / "results" / slug(found["device"])
-        out = options.work if options.is_dry else results_folder
+        out = options.work if options.is_dry else kept
+    # The results of this run take the place of those before.
+    options.measured.write_text(json.dumps(last_measured((kept, out), f"{NAME}.json")))
     print(headline(found), flush=True)
     outcomes: list[Outcome] = []
     results = Results({})
@@ -88,7 +95,7 @@ def run(options: Options, out: Path | None) -> int:
     rows = [(t.name, t.wanted, t.text, t.verdict) for t in promised]
     header = ("target", "wanted", "measured", "verdict")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    show(console, [stages(outcomes), *([Table("Targets", header, rows)] if rows else [])])
+    show(console, [*stages(outcomes), *([Table("Targets", header, rows)] if rows else [])])
     bad = [outcome.name for outcome in outcomes if outcome.is_bad]
     for name in bad:
         print(f"failed: {name}", file=sys.stderr)

@@ -17,7 +17,9 @@ import torch
 
 from ..machine import machine
 from . import peers
+from .sources import sources
 
+_ROOT = Path(__file__).parents[2]
 _SMI = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
 
 
@@ -35,6 +37,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "steppo_kernels": host["steppo_kernels"],
         "peers": peers.versions(),
+        "sources": sources(_ROOT),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if device.type == "cuda":
@@ -59,10 +62,13 @@ def headline(found: dict[str, Any]) -> str:
             f"{found['memory_gib']} GiB, L2 of {found['l2_mib']} MiB; driver {found['driver']}"
         )
     installed = "".join(f", {name} {number}" for name, number in found["peers"].items())
+    commit = found.get("sources", {}).get("git")
+    of_sources = f" of {commit}" if commit else ""
     return (
         f"{found['device']}{of_device}; host {found['host']}, {found['cores']} cores; CUDA "
         f"{found['cuda']}, torch {found['torch']}, Triton {found['triton']}, Python "
-        f"{found['python']}, steppo_kernels {found['steppo_kernels']}{installed}; {found['date']}"
+        f"{found['python']}, steppo_kernels {found['steppo_kernels']}{of_sources}{installed}; "
+        f"{found['date']}"
     )
 
 

@@ -11,11 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .cases import SIZES, cases
+from .cases import GROUPS, SIZES, cases, groups
+from .order import in_order
 from .problem import Name
+from .results import name_of
 from .variants import OURS
 
 # A process begins no case when the time is up, and is stopped this much later.
@@ -48,7 +52,13 @@ class Measured:
 
 
 def measure(
-    device: str, size: str, seconds: float, only: str = "", worker: str = "benchmarks.gpu.worker"
+    device: str,
+    size: str,
+    seconds: float,
+    only: str = "",
+    worker: str = "benchmarks.gpu.worker",
+    wanted: Collection[str] = GROUPS,
+    measured: Mapping[str, str] = MappingProxyType({}),
 ) -> Measured:
     """Return what was measured in about so many seconds.
 
@@ -58,10 +68,18 @@ def measure(
         seconds: until when cases are begun.
         only: part of the names of the cases that are wanted.
         worker: the module that measures.
+        wanted: the groups whose cases are wanted.
+        measured: when a case was last measured, by the text of its name.
     """
     found, end = Measured(), time.monotonic() + seconds
     names = [case.name for case in cases(size)]
-    todo: dict[int, dict[str, str]] = {k: {} for k, name in enumerate(names) if only in str(name)}
+    of_groups = {
+        group: [case.name for case in of_group if only in str(case.name)]
+        for group, of_group in groups(size).items()
+        if group in wanted
+    }
+    ordered = in_order(of_groups, measured)
+    todo: dict[int, dict[str, str]] = {names.index(name): {} for name in ordered}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lines.jsonl"
         for _ in range(_MOST_PROCESSES):
@@ -78,6 +96,7 @@ def measure(
         found.left_out.append(
             names[number]._asdict() | {"variant": None, "why": "no time was left"}
         )
+    found.rows.sort(key=lambda row: names.index(name_of(row)))
     return found
 
 
@@ -166,9 +185,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seconds", type=float, default=170.0)
     parser.add_argument("--only", default="", help="part of the names of cases")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="of cases, with commas")
+    parser.add_argument("--measured", type=Path, help="JSON: when each case was last measured")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    found = measure(options.device, options.size, options.seconds, options.only)
+    found = measure(
+        options.device,
+        options.size,
+        options.seconds,
+        options.only,
+        wanted=options.groups.split(","),
+        measured={} if options.measured is None else json.loads(options.measured.read_text()),
+    )
     options.out.write_text(json.dumps(found.as_json()))
     for line in found.failures:
         print("FAILED:", ", ".join(str(value) for value in line.values()))

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import sanitizer
+from .cases import GROUPS
 from .facts import architecture, is_there, toolkit_program
 from .measure import GRACE
 from .running import FAILED, PASSED, Finished, Task, Verdict, last_line
 from .tally import NO_TIME
 
-STAGES = ("build", "info", "graphs", "tests", "validate", "sanitizers", "benchmarks")
+STAGES = ("build", "info", "graphs", "tests", "validate", "bench", "sanitizers", "benchmarks")
 
 # Seconds, of the whole and of its parts. What runs at a time is limited alike, and what the others
 # leave of the whole is for the measurement.
@@ -28,6 +32,10 @@ _BUILD, _INFO = 140.0, 20.0
 # After this time no test is begun and no combination validated. The last of them may then take as
 # long as a compiler does, however short the rest is.
 _BEGIN, _TO_END = 110.0, 45.0
+# What `steppo-kernels bench` may take of a dry run. Its times are not kept: others run beside it.
+_BENCH_DRY = 10.0
+# Tests that run for so much longer are broken off: pytest then has time to write what it counted.
+_GRACE = 30.0
 # What the measurement may take beyond its time: for the case that it is at, and to begin and end.
 _LAST_CASE = GRACE + 10.0
 
@@ -37,8 +45,12 @@ _OF_TRITON = ("float32", "bfloat16")
 _GRAPHS = "tests/cuda/test_cuda_graphs.py"
 # On a CPU, in the place of all tests that need a GPU.
 _SOME_TESTS = "tests/ground/test_config.py"
+# So many faults of `bench` are named.
+_NAMED = 3
 # Processes of pytest: other checks run beside them.
 _MOST_PROCESSES = 8
+# A pool of compilers for each process that compiles would be more than there are cores.
+_ONE_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Options:
         patience: what every limit is multiplied by.
         stages: those that are wanted.
         only: part of the names of the cases that are measured.
+        groups: those whose cases are measured.
     """
 
     device: torch.device
@@ -58,6 +71,7 @@ class Options:
     patience: float = 1.0
     stages: tuple[str, ...] = STAGES
     only: str = ""
+    groups: tuple[str, ...] = GROUPS
 
     @property
     def is_dry(self) -> bool:
@@ -68,6 +82,11 @@ class Options:
     def rows(self) -> Path:
         """Where the measurements go."""
         return self.work / "rows.json"
+
+    @property
+    def measured(self) -> Path:
+        """Where it stands when cases were last measured, by earlier results of the device."""
+        return self.work / "measured.json"
 
     @property
     def counts(self) -> Path:
@@ -97,7 +116,8 @@ def phases(options: Options, now: Callable[[], float] = time.monotonic) -> Itera
 
     yield wanted(_build(options))
     yield wanted(_info(options))
-    yield wanted(*_graphs(options), *_tests(options), *_validate(options), *_sanitizers(options))
+    checks = (_graphs, _tests, _validate, _bench, _sanitizers)
+    yield wanted(*(task for check in checks for task in check(options)))
     yield wanted(_benchmarks(options, end - now()))
 
 
@@ -127,7 +147,7 @@ def _info(options: Options) -> Task:
         text = done.log.read_text()
         if done.code:
             return Verdict(FAILED, last_line(done.log))
-        found = json.loads(text[text.index("{") : text.rindex("}") + 1])["backends"]
+        found = _document(text)["backends"]
         kind = options.device.type
         runs = [name for name, one in found.items() if kind in one["devices"]]
         if options.backend not in runs:
@@ -136,6 +156,15 @@ def _info(options: Options) -> Task:
 
     words = _python("steppo_kernels", "info", "--json")
     return Task("info", "info", words, _INFO * options.patience, judge=judge)
+
+
+def _document(text: str) -> dict[str, Any]:
+    """Return the JSON that an output has, with warnings before and after it."""
+    begin = re.search(r"^\{", text, re.M)
+    if begin is None:
+        raise ValueError("no line begins with a brace")
+    found: dict[str, Any] = json.JSONDecoder().raw_decode(text, begin.start())[0]
+    return found
 
 
 def _pytest(*words: str) -> list[str]:
@@ -158,7 +187,8 @@ def _tests(options: Options) -> list[Task]:
     counts = options.counts
     counts.unlink(missing_ok=True)
     seconds = _BEGIN * options.patience
-    words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--counts={counts}"]
+    words = ["-p", "benchmarks.gpu.in_time", f"--in-time={seconds:.0f}", f"--grace={_GRACE:.0f}"]
+    words.append(f"--counts={counts}")
     # Another day has other cases first.
     drawn = f"--draw={date.today().toordinal()}"
     words.append(drawn)
@@ -187,12 +217,18 @@ def _tests(options: Options) -> list[Task]:
             is_up = found["ended"] == NO_TIME
             why = f" in {seconds:.0f} s" if is_up else f": {found['ended'] or 'it was broken off'}"
             said.append(f"{found['not_begun']} not begun{why}")
+        if found["first_after"] is not None:
+            said.append(f"the first after {found['first_after']:.0f} s")
+        if found["broken_off"]:
+            first, ran = next(iter(found["broken_off"].items()))
+            said.append(f"{len(found['broken_off'])} broken off, as {first} after {ran:.0f} s")
         if found["lost_by"]:
             said.append(f"{len(found['lost_by'])} lost the device, first {found['lost_by'][0]}")
         word = PASSED if done.code == 0 and found["passed"] else FAILED
         return Verdict(word, f"{', '.join([*said, *lacks])} ({drawn} repeats their order)")
 
-    return [Task("tests", "tests", _pytest(*words), options.limit_of_checks, judge=judge)]
+    command = _pytest(*words)
+    return [Task("tests", "tests", command, options.limit_of_checks, _ONE_COMPILER, judge)]
 
 
 def _validate(options: Options) -> list[Task]:
@@ -210,6 +246,33 @@ def _validate(options: Options) -> list[Task]:
     # Triton compiles a kernel anew for every variant and dtype, and has no time for all of them.
     of_triton = [task("triton", (dtype,), f"validate triton {dtype}") for dtype in _OF_TRITON]
     return [task("cuda", _DTYPES, "validate cuda"), *of_triton]
+
+
+def _bench(options: Options) -> list[Task]:
+    def judge(done: Finished) -> Verdict:
+        """Return how many rows the output has; some of the backend that is checked have times."""
+        try:
+            rows = _document(done.log.read_text(errors="replace"))["rows"]
+        except (KeyError, ValueError):
+            return Verdict(FAILED, f"no JSON; {last_line(done.log)}")
+        counts = Counter(row["status"] for row in rows)
+        said = [f"{len(rows)} rows", *(f"{count} {status}" for status, count in counts.items())]
+        said += [
+            ", ".join(str(row[key]) for key in ("operation", "variant", "implementation", "note"))
+            for row in rows
+            if row["status"] in ("wrong", "failed")
+        ][:_NAMED]
+        ours = [row for row in rows if row["implementation"] == options.backend]
+        if not any(row["ms"] for row in ours):
+            said.append(f"none of {options.backend} has a time")
+            return Verdict(FAILED, "; ".join(said))
+        return Verdict(FAILED if done.code else PASSED, "; ".join(said))
+
+    seconds = _BENCH_DRY if options.is_dry else _BEGIN
+    words = ["bench", "--device", str(options.device), "--json"]
+    words += ["--seconds", f"{seconds * options.patience:.0f}"]
+    command = _python("steppo_kernels", *words)
+    return [Task("bench", "bench", command, options.limit_of_checks, _ONE_COMPILER, judge)]
 
 
 def _sanitizers(options: Options) -> list[Task]:
@@ -242,4 +305,5 @@ def _benchmarks(options: Options, limit: float) -> Task:
     seconds = limit - _LAST_CASE
     words = ["--device", str(options.device), "--size", "tiny" if options.is_dry else "full"]
     words += ["--seconds", f"{seconds:.0f}", "--out", str(options.rows), "--only", options.only]
+    words += ["--groups", ",".join(options.groups), "--measured", str(options.measured)]
     return Task("benchmarks", "benchmarks", _python("benchmarks.gpu.measure", *words), limit)

@@ -12,7 +12,7 @@ from ..report.page import Block, Table, markdown, number, time_text
 from ..report.targets import Target
 from .facts import headline
 from .results import Results, Row, name_of, ratio, seconds, wall
-from .running import Outcome
+from .running import LATE, Outcome
 from .targets import GPU, is_for, targets
 
 NAME = "gpu_check"
@@ -35,6 +35,10 @@ reference, of vocabularies for 64 rows, and of a head with fp32. Bare products c
 What is called bare computes nothing: an `autograd.Function` that allocates the outputs and launches
 a kernel over a few numbers in each pass, which is what PyTorch itself takes of the host's time.
 Functions that form gradients in the forward pass have a gradient at the end of it."""
+TOO_LATE = f"""\
+{LATE} is a stage that was stopped at its time limit, and fails the check. What it says beside that
+is what it had counted until then. The rest of it has not run, and nothing is known of that."""
+TOO_LATE = " ".join(TOO_LATE.split("\n"))
 NOTE = "\n\n".join(" ".join(part.split("\n")) for part in NOTE.split("\n\n"))
 
 Column = tuple[str, Callable[[Row], str]]
@@ -85,7 +89,7 @@ def _blocks(
     failed_tests: Sequence[dict[str, Any]],
     promised: list[Target],
 ) -> list[Block]:
-    blocks: list[Block] = [headline(found), _rates(results), stages(outcomes)]
+    blocks: list[Block] = [headline(found), _rates(results), *stages(outcomes)]
     if failed_tests:
         blocks.append(_tests(failed_tests))
     if promised:
@@ -105,10 +109,11 @@ def _blocks(
     return [*blocks, NOTE]
 
 
-def stages(outcomes: Sequence[Outcome]) -> Table:
-    """Return the table of what was run."""
+def stages(outcomes: Sequence[Outcome]) -> list[Block]:
+    """Return the table of what was run, and what its verdicts mean where that is not plain."""
     rows = [(one.name, one.word, f"{one.seconds:.0f} s", _cell(one.said)) for one in outcomes]
-    return Table("Stages", ("stage", "verdict", "time", "what it says"), rows)
+    table = Table("Stages", ("stage", "verdict", "time", "what it says"), rows)
+    return [table, *([TOO_LATE] if any(one.word == LATE for one in outcomes) else [])]
 
 
 def _tests(failed: Sequence[dict[str, Any]]) -> Table:

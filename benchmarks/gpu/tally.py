@@ -6,6 +6,7 @@ A run that is stopped leaves what it saw. The file is small, however many tests 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 NO_TIME = "no time was left"
+# A test that has run for so many seconds when it is broken off hangs, and fails.
+HANGS = 75.0
 # So many reasons are kept, and so many tests are named for one; all are counted.
 _REASONS, _NAMED = 40, 8
 _LONGEST = 200
@@ -23,8 +26,13 @@ _OTHERS = "other reasons, which the log tells"
 class Tally:
     """A plugin of pytest that counts tests, and keeps why they failed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, started: float | None = None) -> None:
+        """Take the file for the counts, and the time at which the process began."""
         self._path = path
+        self._started = time.time() if started is None else started
+        self._first_after: float | None = None
+        self._running: dict[str, float] = {}
+        self._broken_off: dict[str, float] = {}
         self._collected = 0
         self._outcomes: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
@@ -51,27 +59,57 @@ class Tally:
             self._fail(report.nodeid, report.longrepr)
             self._write()
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Take note of a test that begins, here or in a worker of xdist."""
+        self._running[nodeid] = time.time()
+        if self._first_after is None:
+            self._first_after = self._running[nodeid] - self._started
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Take note of a test that has ended."""
+        self._running.pop(nodeid, None)
+
+    def break_off(self) -> None:
+        """Name the tests that still run: the session ends without them."""
+        self._ended = NO_TIME
+        for nodeid, begin in self._running.items():
+            self._broken_off[nodeid] = time.time() - begin
+            if self._broken_off[nodeid] >= HANGS:
+                self._settle(nodeid, "failed", f"it had not ended after {HANGS:.0f} s")
+        self._write()
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test once, however many of its stages fail."""
         if report.when != "call" and report.outcome == "passed":
             return
-        before = self._outcomes.get(report.nodeid)
         is_crash = report.when not in ("setup", "call", "teardown")
-        if before != "failed":
-            if before is not None:
-                self._counts[before] -= 1
-            self._counts[report.outcome] += 1
-            self._outcomes[report.nodeid] = report.outcome
-            if report.failed:
-                self._fail(report.nodeid, "the process ended" if is_crash else report.longrepr)
-        elif is_crash:
-            # The worker ended after it had said that the test failed.
-            self._lost_by.append(report.nodeid)
+        why = "the process ended" if is_crash else report.longrepr
+        is_new = self._settle(report.nodeid, report.outcome, why)
+        if is_crash:
+            self._running.pop(report.nodeid, None)
+            if not is_new:
+                # The worker ended after it had said that the test failed.
+                self._lost_by.append(report.nodeid)
         self._write()
+
+    def _settle(self, nodeid: str, outcome: str, why: object) -> bool:
+        """Count the outcome of a test; return whether it had not failed before."""
+        before = self._outcomes.get(nodeid)
+        if before == "failed":
+            return False
+        if before is not None:
+            self._counts[before] -= 1
+        self._counts[outcome] += 1
+        self._outcomes[nodeid] = outcome
+        if outcome == "failed":
+            self._fail(nodeid, why)
+        return True
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Take the reason why the session ends before its tests do."""
         self._ended = str(excinfo.value)
+        # What follows waits for the workers of xdist, and may be stopped before it is over.
+        self._write()
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Say by the exit code what became of the tests that there was time for."""
@@ -94,7 +132,9 @@ class Tally:
             "passed": self._counts["passed"],
             "failed": self._counts["failed"] + len(self._broken),
             "skipped": self._counts["skipped"],
-            "not_begun": self._collected - len(self._outcomes),
+            "not_begun": self._collected - len(self._outcomes.keys() | self._broken_off.keys()),
+            "broken_off": {nodeid: round(s, 1) for nodeid, s in self._broken_off.items()},
+            "first_after": self._first_after,
             "ended": self._ended,
             "lost_by": self._lost_by,
             "failures": list(self._failures.values()),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,7 @@ def test_a_dry_run_writes_a_page(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["--device", "cpu", "--stages", "nothing"], "expected some of build, info"),
+        (["--device", "cpu", "--groups", "head,heads"], "got heads, expected some of tokens, log"),
         (["--device", "xpu"], "expected a GPU such as cuda:0, or cpu"),
     ],
 )
@@ -163,6 +165,10 @@ def test_what_has_no_time_for_all_ends_by_itself(options: Options) -> None:
     (in_time,) = (word for word in tests.words if word.startswith("--in-time="))
     for begin, task in zip((*seconds, float(in_time[10:])), (*validated, tests), strict=True):
         assert begin + 30 <= task.limit
+    # What is broken off is counted before the stage is stopped.
+    (grace,) = (word for word in tests.words if word.startswith("--grace="))
+    assert float(grace[8:]) >= 30
+    assert float(in_time[10:]) + float(grace[8:]) + 15 <= tests.limit
 
 
 def test_nothing_runs_beside_what_is_timed(options: Options) -> None:
@@ -177,12 +183,14 @@ def test_what_is_missing_is_said(options: Options, monkeypatch: pytest.MonkeyPat
     assert "-n" not in tasks["tests"].words
     (options.work / "counts.json").write_text(
         json.dumps(
-            {"passed": 3, "failed": 0, "skipped": 1, "not_begun": 7}
+            {"passed": 3, "failed": 0, "skipped": 1, "not_begun": 7, "first_after": 31.2}
+            | {"broken_off": {"test_x.py::test_slow": 40.2}}
             | {"ended": NO_TIME, "lost_by": ["test_x.py::test_x"], "failures": []}
         )
     )
     said = tasks["tests"].judge(Finished(0, options.work / "log")).said
     parts = ["3 passed", "7 not begun in 110 s", "1 lost the device, first test_x.py::test_x"]
+    parts += ["the first after 31 s", "1 broken off, as test_x.py::test_slow after 40 s"]
     for part in (*parts, "pytest-xdist is not", "hypothesis, which is not"):
         assert part in said
     assert "compute-sanitizer is not on PATH" in tasks["sanitizers"].why_not
@@ -200,6 +208,59 @@ def test_info_wants_the_backend_that_is_checked(options: Options) -> None:
     backends["cuda"]["devices"] = ["cuda"]
     log.write_text(json.dumps({"backends": backends}))
     assert info.judge(Finished(0, log)) == (PASSED, "cuda on cuda")
+
+
+def bench_row(implementation: str, status: str, ms: float | None) -> dict[str, Any]:
+    row = {"operation": "gae", "variant": "per step", "implementation": implementation}
+    return row | {"status": status, "ms": ms, "note": "off by 1"}
+
+
+@pytest.mark.parametrize(
+    ("code", "rows", "word", "said"),
+    [
+        (0, [("eager", "ok", 1.0), ("cuda", "ok", 1.0)], PASSED, "2 rows; 2 ok"),
+        (0, [("cuda", "ok", 1.0), ("cuda", "no time", None)], PASSED, "2 rows; 1 ok; 1 no time"),
+        (
+            1,
+            [("cuda", "ok", 1.0), ("triton", "wrong", None)],
+            FAILED,
+            "2 rows; 1 ok; 1 wrong; gae, per step, triton, off by 1",
+        ),
+        (
+            0,
+            [("eager", "ok", 1.0), ("cuda", "no time", None)],
+            FAILED,
+            "2 rows; 1 ok; 1 no time; none of cuda has a time",
+        ),
+        (0, [], FAILED, "0 rows; none of cuda has a time"),
+        (1, None, FAILED, "no JSON; Error: no such device"),
+    ],
+)
+def test_bench_has_to_end_well_and_to_write_times(
+    code: int, rows: list[Any] | None, word: str, said: str, options: Options
+) -> None:
+    task = tasks_of(options)["bench"]
+    assert task.words[2:6] == ["steppo_kernels", "bench", "--device", "cuda:0"]
+    assert float(task.words[task.words.index("--seconds") + 1]) + 30 <= task.limit
+    log = options.work / "bench.txt"
+    text = "Error: no such device"
+    if rows is not None:
+        text = json.dumps({"ok": not code, "rows": [bench_row(*row) for row in rows]})
+    log.write_text(f"a {{warning}}\n{text}\n")
+    assert task.judge(Finished(code, log)) == (word, said)
+    if rows is not None:
+        # What a library says at its exit comes after it.
+        log.write_text(f"{log.read_text()}leaked {{1}}\n")
+        assert task.judge(Finished(code, log)) == (word, said)
+
+
+def test_a_dry_run_of_bench_passes(tmp_path: Path) -> None:
+    if why := choice.why_not_cpu():
+        pytest.skip(why)
+    task = tasks_of(Options(CPU, tmp_path))["bench"]
+    words = [*task.words, "--operation", "gae"]
+    (found,) = running.side_by_side([replace(task, words=words)], ROOT, tmp_path)
+    assert found.word == PASSED, found.said
 
 
 # Running.
@@ -351,6 +412,8 @@ def test_the_page_has_a_table_for_each_case(tmp_path: Path) -> None:
         {"why": "CUDA error", "count": 9, "tests": ["test_x.py::test_a", "test_x.py::test_b"]},
     ]
     outcomes = [Outcome("build", PASSED, 3.0, "built")]
+    assert report.TOO_LATE not in report.stages(outcomes)
+    outcomes.append(Outcome("info", LATE, 20.0, "stopped after 20 s"))
     report.write(tmp_path, machine, outcomes, results, failed_tests)
     page = (tmp_path / "gpu_check.md").read_text()
     wanted = "| cuda | 20 us | 10 us | 40 us |  | 1 | 0 | 50 | 50 % | 1 MiB | 1.0e-06 |"
@@ -359,6 +422,9 @@ def test_the_page_has_a_table_for_each_case(tmp_path: Path) -> None:
     assert "| Liger GRPO, Triton | 3 cases | not installed: liger_kernel |" in page
     assert "it \\| raised" in page
     assert "| build | passed | 3 s | built |" in page
+    # The page says what the word means, right below the table.
+    late = page.index("| info | TOO LATE | 20 s | stopped after 20 s |")
+    assert late < page.index("TOO LATE is a stage that was stopped") < page.index("## Failures of")
     often = page.index("| 9 | CUDA error | test_x.py::test_a; test_x.py::test_b; and 7 more |")
     once = page.index("| 1 | ValueError: no \\| number | test_x.py::test_one |")
     assert page.index("## Failures of tests") < often < once

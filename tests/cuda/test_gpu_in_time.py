@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_many(k):
 @pytest.mark.parametrize("words", WAYS)
 def test_the_session_ends_when_the_time_is_up(words: tuple[str, ...], tmp_path: Path) -> None:
     """It says how many tests were not begun, and that is no failure."""
-    code, found, said = run(SLOW, tmp_path, *words, seconds=3)
+    code, found, said = run(SLOW, tmp_path, *words, seconds=8)
     passed, failed, skipped, not_begun = numbers(found)
     assert code == 0, said
     assert 0 < passed < 100
@@ -135,8 +136,72 @@ def test_no_time_at_all_is_a_failure(tmp_path: Path) -> None:
 
 def test_a_failure_is_one_though_the_time_is_up(tmp_path: Path) -> None:
     tests = "def test_it(): assert False\n" + SLOW
-    code, found, said = run(tests, tmp_path, seconds=2)
+    code, found, said = run(tests, tmp_path, seconds=5)
     assert (code, found["failed"], found["ended"]) == (1, 1, NO_TIME), said
+
+
+HANGS = """
+import ctypes
+import time
+import pytest
+
+def test_hangs():
+    # It keeps the interpreter from everything else.
+    ctypes.PyDLL(None).sleep(600)
+
+@pytest.mark.parametrize("k", range(4000))
+def test_many(k):
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("-n", "2", *XDIST[2:])], ids=["one process", "xdist"])
+def test_a_test_that_does_not_end_is_broken_off(words: tuple[str, ...], tmp_path: Path) -> None:
+    """The session waits for it, but not for long, and all others count."""
+    begin = time.monotonic()
+    code, found, said = run(HANGS, tmp_path, *words, "--grace=2", seconds=8)
+    # execnet alone would wait for another 10 s.
+    assert time.monotonic() - begin < 19
+    passed, failed, skipped, not_begun = numbers(found)
+    assert code == (0 if words else 1), said
+    assert (passed > 0) == bool(words)
+    assert (failed, skipped, not_begun) == (0, 0, 4000 - passed)
+    assert (found["ended"], found["failures"]) == (NO_TIME, [])
+    ((name, seconds),) = found["broken_off"].items()
+    assert name == "test_some.py::test_hangs"
+    assert 2 < seconds < 10 - found["first_after"] + 1
+
+
+def test_a_test_that_was_begun_in_time_may_end_after_it(tmp_path: Path) -> None:
+    tests = "import time\ndef test_it(): time.sleep(6)\ndef test_other(): pass\n"
+    code, found, said = run(tests, tmp_path, seconds=5)
+    assert (code, numbers(found)) == (0, (1, 0, 0, 1)), said
+    assert found["broken_off"] == {}
+
+
+def test_what_comes_before_the_first_test_takes_of_its_time(tmp_path: Path) -> None:
+    """A conftest.py that imports slowly leaves less time for tests."""
+    conftest = "import time; time.sleep(5)\n"
+    _, found, said = run("def test_it(): pass\n", tmp_path, seconds=4, conftest=conftest)
+    assert (numbers(found), found["first_after"]) == ((0, 0, 0, 1), None), said
+
+
+def test_a_test_that_is_broken_off_after_long_is_a_failure(tmp_path: Path) -> None:
+    subject, now = Tally(tmp_path / "counts.json"), time.time()
+    for name, outcome, begin in (("a", "", 80), ("b", "", 70), ("c", "passed", 80)):
+        subject.pytest_runtest_logstart(name)
+        subject._running[name] = now - begin
+        if outcome:
+            report = pytest.TestReport(name, ("", 0, ""), {}, outcome, None, "call")  # type: ignore[arg-type]
+            subject.pytest_runtest_logreport(report)
+    subject.pytest_runtest_logstart("d")
+    subject.pytest_runtest_logfinish("d")
+    subject.break_off()
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert numbers(found)[:3] == (0, 2, 0)
+    assert found["broken_off"].keys() == {"a", "b", "c"}
+    (failure,) = found["failures"]
+    assert (failure["why"], failure["tests"]) == ("it had not ended after 75 s", ["a", "c"])
 
 
 # In a process where a test has lost the device, no other passes.
