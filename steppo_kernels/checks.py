@@ -23,6 +23,8 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# What is given in the place of a tensor that it holds: results of functions, and a head.
+_HELD = ("advantages", "weights", "weight")
 
 
 def is_ready(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
@@ -75,8 +77,6 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
                 return value
         except RuntimeError:
             pass
-    elif not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     checked = dense(name, value)
     if is_compiling():
         return checked
@@ -99,7 +99,9 @@ def tensor(name: str, value: object, *, saved: bool = True) -> Tensor:
 def dense(name: str, value: object) -> Tensor:
     """Return `value` as a plain tensor if it is a dense one, with or without memory."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+        held = (own for own in _HELD if isinstance(getattr(value, own, None), Tensor))
+        hint = "".join(f", such as its .{own}" for own in held)
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor{hint}")
     kind = type(value)
     if kind not in _PLAIN and hasattr(value, "full_tensor"):
         raise TypeError(

@@ -388,3 +388,7 @@ class RolloutWeights:
 
     weights: Tensor
     metrics: Metrics
+
+
+# They may be in what `torch.load` reads, as layouts and configs may.
+torch.serialization.add_safe_globals([Metrics, StepPOOutput, StepAdvantages, RolloutWeights])

@@ -115,8 +115,8 @@ def validate(
 
     Each is run on fresh random batches. A backend may err twice as far as plain PyTorch does in
     the same dtype, and a few roundings more. It must give the same bits when it runs again, and
-    nothing of a masked token may reach a result. Exits with 1 if anything is missed. What --seconds
-    leave no time for is counted, and is no miss.
+    nothing of a masked token may reach a result. Exits with 1 if anything is missed. What there was
+    no time for within --seconds is counted, and is no miss. Without it, a CPU takes some minutes.
     """
     from . import validate as validation
 
@@ -226,8 +226,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path("demo_out"),
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of runs, from --seed on, of --compare.")
-    ] = 3,
+        int | None,
+        typer.Option(min=1, help="Number of runs of --compare, from --seed on; 3 by default."),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train by token and by trajectory.")
     ] = False,
@@ -235,9 +236,19 @@ def demo(
 ) -> None:
     """Train a small agent with StepPO, from nothing to finished pictures."""
     _known_backend(backend)
+    if why := backend != "auto" and choice.unavailable(backend, torch.device("cpu")):
+        raise typer.BadParameter(f"{backend!r} does not run here: {why}", param_hint="--backend")
+    if seeds is not None and not compare:
+        raise typer.BadParameter(
+            "got it without --compare, which it counts the runs of", param_hint="--seeds"
+        )
     try:
         run_demo = importlib.import_module("steppo_kernels.demo").run_demo
-        run_demo(out_dir=out, seed=seed, backend=backend, compare=compare, seeds=seeds)
+        run_demo(out_dir=out, seed=seed, backend=backend, compare=compare, seeds=seeds or 3)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise typer.BadParameter(
+            f"got {str(out)!r}: {error.strerror}", param_hint="--out"
+        ) from error
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "steppo_kernels"):
@@ -268,7 +279,7 @@ def _chosen(cases: Sequence[_AnyCase], parts: list[str] | None) -> list[_AnyCase
     if not found:
         known = ", ".join(dict.fromkeys(case.operation for case in cases))
         raise typer.BadParameter(
-            f"got {', '.join(parts or [])}, expected part of one of: {known}",
+            f"got {', '.join(map(repr, parts or []))}, expected part of one of: {known}",
             param_hint="--operation",
         )
     return found

@@ -63,6 +63,8 @@ def run_demo(
     config = config or TrainConfig()
     console = console or Console()
     methods = list(LEVELS) if compare else ["StepPO"]
+    # Before anything is trained: a folder that cannot be made loses nothing then.
+    out_dir.mkdir(parents=True, exist_ok=True)
     all_seeds = range(seed, seed + (seeds if compare else 1))
     text = ChatText(build_tokenizer())
     runs: list[Run] = []
@@ -92,7 +94,6 @@ def run_demo(
                     backend=backend,
                 )
                 runs.append(_train(trainer, before, run_seed, eval_episodes, live))
-    out_dir.mkdir(parents=True, exist_ok=True)
     files = report.write(out_dir, runs, config)
     seconds = time.perf_counter() - started
     report.show(console, runs, files, seconds)

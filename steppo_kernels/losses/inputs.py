@@ -101,6 +101,9 @@ def check_loss_inputs(
         mask = checks.flags("layout", layout, (1, 2), wait=False, any_byte=True)
         mask = mask if mask.is_contiguous() else mask.contiguous()
         num_steps, shape, device = None, mask.shape, mask.device
+    elif not isinstance(layout, StepLayout):
+        kind = type(layout).__name__
+        raise TypeError(f"layout: got {kind}, expected a StepLayout or a mask, a torch.Tensor")
     else:
         held = require_layout(layout)
         num_steps, shape, device = held.num_steps, held.shape, held.device
@@ -111,7 +114,7 @@ def check_loss_inputs(
         own = values if name == "log_probs" else None
         _warn_of_rounding(own, old_log_probs, config, clip_low, clip_high)
         if clip_low is None and clip_high is None:
-            _warn_of_single_tokens(config)
+            _warn_of_single_tokens(config, held)
         old_log_probs = checks.tokens("old_log_probs", old_log_probs, shape, device, dtype)
         old_log_probs = checks.constant(old_log_probs)
     if ref_log_probs is not None:
@@ -194,19 +197,31 @@ def _warn_of_rounding(
             )
 
 
-def _warn_of_single_tokens(config: StepPOConfig) -> None:
+# What the default clip range does to single tokens whose log-ratios are about 0.001. "cispo" bounds
+# the weight of a gradient alone, and "soft" has no range.
+_LEAVES = "leaves a quarter of all tokens or more without a gradient"
+_OF_SINGLE_TOKENS = {
+    "clip": _LEAVES,
+    "mask": _LEAVES,
+    "tv": _LEAVES,
+    "quadratic": "pulls tokens back harder than their advantages push them",
+}
+
+
+def _warn_of_single_tokens(config: StepPOConfig, held: StepTensors | None) -> None:
     """Warn of ratios of single tokens with the clip range of means over steps."""
-    if config.ratio != "token" or is_compiling():
-        return
     bounds = config.clip_low, config.clip_high
-    is_default = bounds == (DEFAULT_CONFIG.clip_low, DEFAULT_CONFIG.clip_high)
-    # With the others a token beyond the range keeps a gradient.
-    if is_default and config.surrogate in ("clip", "mask"):
+    if bounds != (DEFAULT_CONFIG.clip_low, DEFAULT_CONFIG.clip_high) or is_compiling():
+        return
+    # How many tokens each step has is not looked at: that would wait for a GPU.
+    what = "ratio='token'" if config.ratio == "token" else ""
+    if not what and held is not None and held.num_steps == held.num_tokens > 1:
+        what = "as many steps as tokens"
+    if what and (does := _OF_SINGLE_TOKENS.get(config.surrogate)):
         warnings.warn(
-            f"config: got ratio='token' with the default clip range {bounds}, expected one for "
-            "single tokens, such as clip_low=0.2, clip_high=0.2: the default is for the mean over "
-            "a step, and leaves a third of all tokens or more without a gradient where their "
-            "log-ratios are about 0.001",
+            f"config: got {what} with the default clip range {bounds}, expected one for single "
+            "tokens, such as clip_low=0.2, clip_high=0.2: the default is for the mean over a step, "
+            f"and {does} where their log-ratios are about 0.001",
             stacklevel=_level_of_the_caller(),
         )
 

@@ -235,6 +235,7 @@ def test_validate_says_that_no_native_backend_was_checked(monkeypatch):
         (("bench", "--operation", "abacus"), "expected part of one of"),
         (("bench", "--seconds", "0"), "Invalid value for '--seconds'"),
         (("demo", "--backend", "abacus"), "expected one of auto, reference, cpu"),
+        (("demo", "--seeds", "2"), "got it without --compare"),
         (("abacus",), "No such command"),
     ],
 )
@@ -248,9 +249,10 @@ def test_what_is_unknown_is_refused(words, expected):
 
 def test_a_backend_that_does_not_run_here_is_refused(monkeypatch):
     monkeypatch.setattr(choice, "why_not_cuda", lambda: "torch sees no GPU")
-    found = run("validate", "--backend", "cuda")
-    assert found.exit_code == 2
-    assert "does not run here" in " ".join(found.output.replace("│", " ").split())
+    for command in ("validate", "bench", "demo"):
+        found = run(command, "--backend", "cuda")
+        assert found.exit_code == 2
+        assert "does not run here" in " ".join(found.output.replace("│", " ").split())
 
 
 def _fake_demo(monkeypatch, run_demo) -> None:
@@ -259,7 +261,9 @@ def _fake_demo(monkeypatch, run_demo) -> None:
     monkeypatch.setattr(
         importlib,
         "import_module",
-        lambda name, *rest: module if name == "steppo_kernels.demo" else original(name, *rest),
+        lambda name, *rest, **more: (
+            module if name == "steppo_kernels.demo" else original(name, *rest, **more)
+        ),
     )
 
 
@@ -294,6 +298,16 @@ def test_demo_by_default_writes_beside_the_caller(monkeypatch):
     assert run("demo").exit_code == 0
     assert seen["out_dir"] == Path("demo_out")
     assert (seen["backend"], seen["compare"]) == ("auto", False)
+
+
+def test_demo_says_where_it_cannot_write(monkeypatch, tmp_path):
+    taken = tmp_path / "file"
+    taken.write_text("")
+    _fake_demo(monkeypatch, lambda out_dir, **_: out_dir.mkdir(parents=True, exist_ok=True))
+    for out in (taken, taken / "folder"):
+        found = run("demo", "--out", str(out))
+        assert found.exit_code == 2
+        assert "--out" in found.output
 
 
 def test_demo_without_its_packages_says_how_to_get_them(monkeypatch):

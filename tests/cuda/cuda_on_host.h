@@ -11,8 +11,8 @@
 //   them, though not the same ones as by nvcc, and what is approximate is off by as much as it may
 //   be, though not by the same. Functions of a library are those of the host.
 // - Speed: occupancy, registers, bank conflicts, coalescing, caches and hints to them.
-// - Single instructions. Where device.cuh has one in assembly, the host has C++ that means the same:
-//   of the ticket of a block two fences and an atomic, where a GPU has one atomic that is both.
+// - Single instructions. Where device.cuh has one in assembly, the host has C++ that means the
+//   same. The ticket of a block is two fences and an atomic there, and one atomic on a GPU.
 // - Switches at any instruction. A thread runs until it meets others, comes to an atomic or ends. A
 //   race in between shows with ThreadSanitizer, and need not change a number.
 // - Memory that is weaker than "an atomic publishes what a fence before it covers". Atomics show in

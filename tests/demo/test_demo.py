@@ -16,6 +16,7 @@ for package in ("gymnasium", "jinja2", "matplotlib", "tokenizers", "transformers
 from rich.console import Console
 
 from steppo_kernels import StepLayout
+from steppo_kernels.demo import run as run_module
 from steppo_kernels.demo import run_demo
 from steppo_kernels.demo.agent import Agent
 from steppo_kernels.demo.environment import (
@@ -257,6 +258,13 @@ def test_a_round_trains_at_every_level(agent: Agent, text: ChatText, method: str
 def test_unknown_method_raises(agent: Agent, text: ChatText) -> None:
     with pytest.raises(ValueError, match="method: got 'REINFORCE'"):
         Trainer(agent, text, method="REINFORCE")
+
+
+def test_a_folder_that_cannot_be_made_loses_no_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "warm_up", lambda *_, **__: pytest.fail("it trains"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        run_demo(out_dir=tmp_path / "file" / "folder", console=Console(quiet=True))
 
 
 def test_same_seed_gives_the_same_numbers_and_files(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from wrong_calls import (
     with_temperature,
 )
 
-from steppo_kernels import StepPOConfig
+from steppo_kernels import StepAdvantages, StepPOConfig
 from steppo_kernels.config import RATIOS
 
 # The exception, how its message begins, and the call.
@@ -66,7 +66,18 @@ _CALLS = [
         loss(advantages=STEPS[:2]),
     ),
     (TypeError, "layout: got NoneType", loss(layout=None)),
-    (TypeError, "layout: got list", loss(layout=[[0, 1]])),
+    (TypeError, "layout: got list, expected a StepLayout or a mask", loss(layout=[[0, 1]])),
+    # What holds the tensor is given in its place.
+    (
+        TypeError,
+        "advantages: got StepAdvantages, expected a torch.Tensor, such as its .advantages",
+        loss(advantages=StepAdvantages(STEPS, STEPS)),
+    ),
+    (
+        TypeError,
+        "weight: got Linear, expected a torch.Tensor, such as its .weight",
+        linear_loss(weight=torch.nn.Linear(2, 3)),
+    ),
     (ValueError, "log_probs: got a tensor on cpu", loss(layout=LAYOUT.to("meta"))),
     (ValueError, "layout: got the value nan", mask_loss(layout=with_one(NAN))),
     (ValueError, "layout: got the value 2", mask_loss(layout=with_one(2.0))),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from steppo_kernels import StepLayout, StepPOConfig, step_gae
+from steppo_kernels import StepLayout, StepPOConfig, rollout_weights, step_gae, steppo_loss
 from steppo_kernels.layout.step_layout import require_layout
 
 
@@ -33,6 +33,24 @@ def layouts() -> dict[str, StepLayout]:
         "no row": StepLayout.from_mask(torch.zeros(0, 3)),
         "no column": StepLayout.from_rows(torch.zeros(2, 0), [0, 0], [0, 1]),
     }
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_results_come_back_as_they_were(weights_only):
+    layout = layouts()["mask"]
+    new, old = torch.randn(3, 5), torch.randn(3, 5)
+    results = {
+        "loss": steppo_loss(new, old, torch.ones(layout.num_steps), layout),
+        "advantages": step_gae(old, new, layout),
+        "weights": rollout_weights(new, old, layout, level="step"),
+    }
+    again = torch.load(saved(results), weights_only=weights_only)
+    assert torch.equal(again["loss"].loss, results["loss"].loss)
+    assert torch.equal(again["advantages"].returns, results["advantages"].returns)
+    assert torch.equal(again["weights"].weights, results["weights"].weights)
+    for name in ("loss", "weights"):
+        assert type(again[name]) is type(results[name])
+        assert again[name].metrics.as_dict() == results[name].metrics.as_dict()
 
 
 def saved(value: object) -> io.BytesIO:

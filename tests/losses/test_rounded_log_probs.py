@@ -108,11 +108,36 @@ def test_the_default_range_and_single_tokens():
     full = torch.full((1, 5), -1.5)
     (found,) = texts(full, full, StepPOConfig(ratio="token"))
     assert "config: got ratio='token' with the default clip range (0.0003, 0.0004)" in found
-    assert len(texts(full, full, StepPOConfig(ratio="token", surrogate="mask"))) == 1
+    for surrogate in ("mask", "tv", "quadratic"):
+        assert len(texts(full, full, StepPOConfig(ratio="token", surrogate=surrogate))) == 1
     assert texts(full, full, _WIDE) == []
     assert texts(full, full) == []
     assert texts(full, full, StepPOConfig(ratio="token", surrogate="cispo")) == []
     # Nothing is clipped on-policy, and bounds of steps take the place of the range.
     assert texts(full, None, StepPOConfig(ratio="token")) == []
+    assert texts(full, full, StepPOConfig(ratio="token", surrogate="soft")) == []
     bounds = torch.full((2,), 0.2)
     assert texts(full, full, StepPOConfig(ratio="token"), clip_low=bounds) == []
+
+
+def test_the_default_range_and_steps_of_single_tokens():
+    full = torch.full((1, 5), -1.5)
+    layout = _LAYOUT.per_token()
+    advantages = torch.ones(layout.num_steps)
+
+    def found(config=StepPOConfig(), layout=layout, advantages=advantages):  # noqa: B008
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steppo_loss(full, full, advantages, layout, config=config)
+        return [str(one.message) for one in caught]
+
+    (text,) = found()
+    assert text.startswith("config: got as many steps as tokens with the default clip range")
+    assert "without a gradient" in text
+    (text,) = found(StepPOConfig(surrogate="quadratic"))
+    assert "pulls tokens back harder than their advantages push them" in text
+    assert found(StepPOConfig(clip_low=0.2, clip_high=0.2)) == []
+    assert found(StepPOConfig(surrogate="cispo")) == []
+    # One step of one token says nothing of the others.
+    single = StepLayout.from_mask(torch.tensor([[0, 1, 0, 0, 0]]))
+    assert found(layout=single, advantages=torch.ones(1)) == []

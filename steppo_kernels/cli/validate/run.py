@@ -118,14 +118,15 @@ def validate(
     every = list(_combinations(cases, names, device, dtypes))
     order = range(len(every)) if seconds is None else _drawn(every, seed)
     found: dict[int, list[Row]] = {}
-    for place in order:
+    for number, place in enumerate(order, 1):
         if found and seconds is not None and time.monotonic() - begin > seconds:
             break
         case, dtype, group, small = every[place]
-        on_case(f"{case.operation} {case.variant}".strip())
+        on_case(f"{number} of {len(every)}: {case.operation} {case.variant}".strip())
         with warnings.catch_warnings():
-            # Roundings are what half precision is drawn for.
+            # Halves are drawn for their roundings, and ratios on both sides of any range.
             warnings.filterwarnings("ignore", message=r"\w+: got torch\.b?float16")
+            warnings.filterwarnings("ignore", message="config: got .* with the default clip range")
             found[place] = _check(case, group, device, dtype, seed, batches, small=small)
     on_late(sum(len(one.names) for place, one in enumerate(every) if place not in found))
     return list(itertools.chain.from_iterable(found[place] for place in sorted(found)))
