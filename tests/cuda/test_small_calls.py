@@ -15,7 +15,7 @@ _ORDERS = [("0", "1"), ("1", "1"), ("5", "2")]
 def printed() -> list[subprocess.CompletedProcess[str]]:
     """What the small calls print in each order: see small_calls/main.cpp."""
     path = cuda_on_host.whole_program(
-        "small_calls", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
+        "small_calls", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
     )
     return [
         subprocess.run([path, *order], capture_output=True, text=True, check=False)
