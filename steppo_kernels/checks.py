@@ -241,6 +241,21 @@ def tokens(
     return solid(token_count(name, value, shape, device), dtype)
 
 
+def ready_steps_or_tokens(
+    value: object,
+    num_steps: int | None,
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, bool] | None:
+    """Return what `steps_or_tokens` does if kernels take `value` as it is, else None."""
+    if is_ready(value, dtype, device):
+        is_per_step = value.shape == (num_steps,)
+        if is_per_step or value.shape == shape:
+            return value, not is_per_step
+    return None
+
+
 def steps_or_tokens(
     name: str,
     value: object,
@@ -254,9 +269,11 @@ def steps_or_tokens(
     Without `num_steps` it must. A vector that can be both, as there are as many steps as tokens, is
     read per step; with a dimension of size 1 more it is per token.
     """
+    if ready := ready_steps_or_tokens(value, num_steps, shape, device, dtype):
+        return ready
     if num_steps is None:
         return tokens(name, value, shape, device, dtype), True
-    checked = value if is_ready(value, dtype, device) else floating(name, value, device)
+    checked = floating(name, value, device)
     found = checked.shape
     if found == (num_steps,):
         return solid(checked, dtype), False

@@ -55,6 +55,11 @@ def contraction() -> list[str]:
     return []
 
 
+# The orders in which programs run the threads of a kernel: seeds, and the number of blocks whose
+# threads take turns.
+ORDERS = [("0", "1"), ("1", "1"), ("5", "2")]
+
+
 class CannotBuild(Exception):
     """The sources, a compiler or pybind11 are not there."""
 

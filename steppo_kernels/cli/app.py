@@ -116,7 +116,7 @@ def validate(
     Each is run on fresh random batches. A backend may err twice as far as plain PyTorch does in
     the same dtype, and a few roundings more. It must give the same bits when it runs again, and
     nothing of a masked token may reach a result. Exits with 1 if anything is missed. What there was
-    no time for within --seconds is counted, and is no miss. Without it, a CPU takes some minutes.
+    no time for within --seconds is counted, and is no miss.
     """
     from . import validate as validation
 

@@ -244,13 +244,9 @@ def _per_step_or_token(
     dtype: torch.dtype,
 ) -> tuple[Tensor, bool]:
     """Return numbers of steps or of tokens; a mask (no `num_steps`) takes those of tokens alone."""
-    if checks.is_ready(value, dtype, device):
-        # Almost every call: nothing is asked twice.
-        is_per_step = value.shape == (num_steps,)
-        if is_per_step or value.shape == shape:
-            return value, not is_per_step
-    else:
-        value = checks.floating(name, value, device)
+    if ready := checks.ready_steps_or_tokens(value, num_steps, shape, device, dtype):
+        return ready
+    value = checks.floating(name, value, device)
     found = value.shape
     if num_steps is None and found.numel() != shape.numel():
         raise ValueError(

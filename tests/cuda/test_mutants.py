@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import cuda_on_host
 import pytest
+from cuda_on_host import ORDERS
 
 # "file:line" of every barrier and fence of the kernels.
 SITES = [
@@ -18,8 +19,6 @@ SITES = [
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if re.search(r"__(?:syncthreads|syncwarp|threadfence)\w*\(", line)
 ]
-# Seeds, and the number of blocks whose threads take turns.
-ORDERS = [("0", "1"), ("1", "1"), ("5", "2")]
 
 
 class Call(NamedTuple):

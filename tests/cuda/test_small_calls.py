@@ -6,9 +6,7 @@ import subprocess
 
 import cuda_on_host
 import pytest
-
-# Seeds, and the number of blocks whose threads take turns.
-_ORDERS = [("0", "1"), ("1", "1"), ("5", "2")]
+from cuda_on_host import ORDERS
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +17,7 @@ def printed() -> list[subprocess.CompletedProcess[str]]:
     )
     return [
         subprocess.run([path, *order], capture_output=True, text=True, check=False)
-        for order in _ORDERS
+        for order in ORDERS
     ]
 
 
